@@ -1,0 +1,51 @@
+"""What all commands share: the `--debug` flag and how an error reaches the user."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from pat_serve.errors import PatServeError
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def new_app() -> typer.Typer:
+    """A typer application without shell-completion flags and without typer's own tracebacks."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line; end the process with the exit code of the outcome.
+
+    0 done, 1 failed or a claim not met, 2 wrong usage, 3 inconclusive. A `PatServeError` becomes one line on stderr;
+    anything else is a defect of ours and says so. `--debug` shows the traceback of either.
+    """
+    flags = sys.argv[1:]
+    debug = "--debug" in (flags[: flags.index("--")] if "--" in flags else flags)
+    try:
+        app()
+    except PatServeError as error:
+        if debug:
+            raise
+        sys.exit(_report(str(error), error.exit_code))
+    except Exception as error:
+        if debug:
+            raise
+        message = f"internal error: {type(error).__name__}: {error}"
+        sys.exit(_report(f"{message}\nThis is a defect in pat-serve; run again with --debug for the traceback.", 1))
+
+
+def run_command(command: Callable[..., Any]) -> None:
+    """Run a command line that is a single command."""
+    app = new_app()
+    app.command()(command)
+    run_app(app)
+
+
+def _report(message: str, exit_code: int) -> int:
+    sys.stderr.write(f"{sys.argv[0].rsplit('/', 1)[-1]}: {message}\n")
+    return exit_code

@@ -1,0 +1,97 @@
+"""Every error that a user can cause, as one tree.
+
+    PatServeError                 exit 1   carries subject, expected, found, fix
+    ├── UsageError                exit 2   a flag or argument is wrong
+    │   ├── IllegalRatio                   --ratio outside (0, 0.6]
+    │   ├── IllegalWidth                   a hidden_size that the architecture or a kernel refuses
+    │   ├── OutputExists                   --out is there already and --force was not given
+    │   └── PortInUse                      the address is taken
+    ├── ModelError                exit 1   a base model or checkpoint folder
+    │   ├── MissingModel                   no such folder, no such hub id, or no config.json in it
+    │   ├── UnsupportedModel               an architecture that the table does not cover
+    │   ├── BrokenCheckpoint               a truncated shard, a missing tensor, a wrong shape
+    │   └── UnknownTensor                  a tensor that the architecture table does not name
+    ├── DataError                 exit 1   a dataset or a row of it (with its line number)
+    ├── RunError                  exit 1   a training run's folder
+    │   ├── UnfinishedRun                  the training has not reached its last step
+    │   └── BrokenPlan                     plan.json or plan.safetensors is damaged or does not fit the base
+    ├── ParityError               exit 1   the exported model is not the trained one
+    ├── EngineError               exit 1   a vLLM engine did not start, or died
+    └── MissingExtra              exit 1   an optional dependency is not installed
+
+A message always names the object, what was expected, what was found and the way out.
+"""
+
+from __future__ import annotations
+
+
+class PatServeError(Exception):
+    """Base of all errors that are shown to the user as one readable line.
+
+    Args:
+        subject: the object at fault: a path, a flag, a tensor's name, a row.
+        expected: what would have been right.
+        found: what is there instead.
+        fix: the way out, as an imperative sentence.
+    """
+
+    exit_code = 1
+
+    def __init__(self, subject: object, *, expected: str, found: str, fix: str) -> None:
+        self.subject = str(subject)
+        self.expected = expected
+        self.found = found
+        self.fix = fix
+        super().__init__(f"{self.subject}: expected {expected}, found {found}. {fix}")
+
+
+class UsageError(PatServeError):
+    exit_code = 2
+
+
+class IllegalRatio(UsageError): ...
+
+
+class IllegalWidth(UsageError): ...
+
+
+class OutputExists(UsageError): ...
+
+
+class PortInUse(UsageError): ...
+
+
+class ModelError(PatServeError): ...
+
+
+class MissingModel(ModelError): ...
+
+
+class UnsupportedModel(ModelError): ...
+
+
+class BrokenCheckpoint(ModelError): ...
+
+
+class UnknownTensor(ModelError): ...
+
+
+class DataError(PatServeError): ...
+
+
+class RunError(PatServeError): ...
+
+
+class UnfinishedRun(RunError): ...
+
+
+class BrokenPlan(RunError): ...
+
+
+class ParityError(PatServeError): ...
+
+
+class EngineError(PatServeError): ...
+
+
+class MissingExtra(PatServeError): ...

@@ -1,0 +1,104 @@
+"""Legal and fast widths of the hidden dimension.
+
+Pure arithmetic: which hidden_size a config class accepts, which ones kernels like, and the nearest of them to what the
+user asked for.
+"""
+
+from __future__ import annotations
+
+import math
+
+from pat_serve.errors import IllegalRatio, IllegalWidth
+
+MAX_RATIO = 0.6
+
+# Matrix tiles want multiples of 64 or more (AMX: 32 bf16 columns, tensor cores: 64); narrow models have few options.
+_GRANULES = (256, 128, 64, 32, 16, 8)
+
+
+def granule(hidden_size: int) -> int:
+    """The multiple that pruned widths are snapped to: the largest tile that still resolves 1/16 of the width.
+
+    256 for 4096 and wider, 128 for 2048, 64 for 1024, 16 for 256.
+    """
+    for size in _GRANULES:
+        if hidden_size >= 16 * size:
+            return size
+    return _GRANULES[-1]
+
+
+def width_step(hidden_size: int, num_attention_heads: int, *, hidden_multiple_of_heads: bool) -> int:
+    """Smallest distance between two widths that are legal and fast."""
+    step = granule(hidden_size)
+    return math.lcm(step, num_attention_heads) if hidden_multiple_of_heads else step
+
+
+def legal_step(num_attention_heads: int, *, hidden_multiple_of_heads: bool) -> int:
+    """Smallest distance between two widths that load at all: 8 (vectorised kernels), and the head count if asked."""
+    return math.lcm(8, num_attention_heads) if hidden_multiple_of_heads else 8
+
+
+def snap_ratio(
+    ratio: float, hidden_size: int, num_attention_heads: int, *, hidden_multiple_of_heads: bool
+) -> tuple[int, bool]:
+    """Turn a pruning ratio into a legal, fast width.
+
+    Args:
+        ratio: share of the hidden channels to remove, in (0, 0.6].
+        hidden_size: the base's width D.
+        num_attention_heads: the base's query heads.
+        hidden_multiple_of_heads: the config class wants hidden_size % num_attention_heads == 0.
+
+    Returns:
+        the width K nearest to (1 - ratio) * D (the wider of two equally near), and whether it is not exactly that.
+
+    Raises:
+        IllegalRatio: ratio outside (0, 0.6].
+        IllegalWidth: no width is both legal and narrower than the base.
+    """
+    if not (0 < ratio <= MAX_RATIO):
+        raise IllegalRatio(
+            "--ratio",
+            expected=f"a share of channels to remove in (0, {MAX_RATIO}]",
+            found=f"{ratio}",
+            fix="Try --ratio 0.25.",
+        )
+    step = width_step(hidden_size, num_attention_heads, hidden_multiple_of_heads=hidden_multiple_of_heads)
+    if step >= hidden_size:
+        step = legal_step(num_attention_heads, hidden_multiple_of_heads=hidden_multiple_of_heads)
+    wanted = (1 - ratio) * hidden_size
+    legal = range(step, hidden_size, step)
+    if not legal:
+        raise IllegalWidth(
+            "--ratio",
+            expected=f"a multiple of {step} below the base's hidden_size {hidden_size}",
+            found="none",
+            fix="This base is too narrow to be pruned along its hidden dimension.",
+        )
+    # Ties go to the wider: it keeps more quality, and asks for less than the user allowed, not more.
+    width = min(legal, key=lambda k: (abs(k - wanted), -k))
+    return width, not math.isclose(width, wanted)
+
+
+def check_width(width: int, hidden_size: int, num_attention_heads: int, *, hidden_multiple_of_heads: bool) -> int:
+    """Check a width that the user named.
+
+    Raises:
+        IllegalWidth: not below the base's width, more than 60 % cut, or refused by the config class or the kernels; the
+            message names the nearest legal widths.
+    """
+    step = legal_step(num_attention_heads, hidden_multiple_of_heads=hidden_multiple_of_heads)
+    lowest = math.ceil((1 - MAX_RATIO) * hidden_size)
+    if width % step == 0 and lowest <= width < hidden_size:
+        return width
+    legal = [k for k in range(step, hidden_size, step) if k >= lowest]
+    near = sorted(sorted(legal, key=lambda k: abs(k - width))[:3])
+    reason = f"a multiple of {step}" + (
+        f" (8 and the {num_attention_heads} heads)" if hidden_multiple_of_heads and num_attention_heads > 1 else ""
+    )
+    raise IllegalWidth(
+        "--hidden-size",
+        expected=f"{reason} between {lowest} and {hidden_size - 1}",
+        found=str(width),
+        fix=f"Nearest legal widths: {', '.join(map(str, near))}." if near else "This base is too narrow to be pruned.",
+    )

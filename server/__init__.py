@@ -1,0 +1,1 @@
+"""Stage 3: serve a checkpoint with vLLM, and measure what was gained."""
