@@ -64,6 +64,10 @@ class Family:
                 names += [spec.module.format(i=i) for i in range(num_layers)] if "{i}" in spec.module else [spec.module]
         return names
 
+    def ignores(self, tensor_name: str) -> bool:
+        """The tensor is a leftover that no loader reads."""
+        return any(re.fullmatch(pattern, tensor_name) for pattern in self.ignored)
+
     def match(self, tensor_name: str) -> tuple[TensorSpec, int | None, str]:
         """Find a tensor's line in the table.
 

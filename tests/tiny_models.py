@@ -31,7 +31,7 @@ def tiny_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
 
 
 def tiny_config(**overrides: Any) -> LlamaConfig:
-    """A Llama of 2 layers, hidden 64, 4 query and 2 key-value heads of 32 (a head size that vLLM's CPU kernels know)."""
+    """2 layers, hidden 64, 4 query and 2 key-value heads of 32 (a head size that vLLM's CPU kernels know)."""
     settings: dict[str, Any] = {
         "vocab_size": 384,
         "hidden_size": 64,

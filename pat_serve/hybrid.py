@@ -1,0 +1,67 @@
+"""The Hybrid Sparsification Module as pure maths: what training applies, parity repeats and export folds.
+
+Shape suffixes: D hidden_size, R rank of the hybrid identity operator, K kept channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridFold:
+    """The operator T = diag(s) (I + L1 L0) on one residual writer, to be folded into its weight (PAT, section 3.2).
+
+    Attributes:
+        l0_RD: the first low-rank factor.
+        l1_DR: the second one.
+        scale_D: the trainable scale s.
+    """
+
+    l0_RD: Tensor
+    l1_DR: Tensor
+    scale_D: Tensor
+
+    def __post_init__(self) -> None:
+        rank, hidden = self.l0_RD.shape
+        assert self.l1_DR.shape == (hidden, rank)
+        assert self.scale_D.shape == (hidden,)
+
+    def to(self, dtype: torch.dtype) -> HybridFold:
+        """The same operator in another dtype."""
+        return HybridFold(l0_RD=self.l0_RD.to(dtype), l1_DR=self.l1_DR.to(dtype), scale_D=self.scale_D.to(dtype))
+
+
+def apply_hybrid(x: Tensor, fold: HybridFold, gate_D: Tensor) -> Tensor:
+    """y = s * g * (x + L1 L0 x), the output of one HSM.
+
+    Args:
+        x: activations of shape (..., D).
+        fold: the operator, in any dtype; the low-rank path runs in x's.
+        gate_D: the shared gate, in [0, 1.5]; exactly 0 or 1 once the mask is frozen.
+
+    Returns:
+        activations of shape (..., D) in x's dtype, zero wherever the gate is.
+    """
+    low_rank = F.linear(F.linear(x, fold.l0_RD.to(x.dtype)), fold.l1_DR.to(x.dtype))
+    return (x + low_rank) * (fold.scale_D * gate_D).to(x.dtype)
+
+
+def fold_rows(weight: Tensor, fold: HybridFold) -> Tensor:
+    """T W for a weight whose FIRST axis is the hidden one: the linear that computes HSM(W x) with the gate open.
+
+    Args:
+        weight: (D, n) for o_proj and down_proj, (D,) for their biases.
+        fold: the operator, in the weight's dtype.
+    """
+    moved = weight + fold.l1_DR @ (fold.l0_RD @ weight)
+    return moved * (fold.scale_D[:, None] if weight.dim() == 2 else fold.scale_D)
+
+
+def fold_columns(embedding_VD: Tensor, fold: HybridFold) -> Tensor:
+    """e -> T e for every row e of an embedding table (V, D)."""
+    return (embedding_VD + (embedding_VD @ fold.l0_RD.T) @ fold.l1_DR.T) * fold.scale_D

@@ -1,0 +1,62 @@
+"""The trained model as training saw it: the wide base with its adapter, every HSM applied, cut channels at zero.
+
+This is the reference that an export is held against. It shares nothing with the export's rewriting: the weights stay as
+they are and the operators run as forward hooks.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pat_serve.architectures import HIDDEN
+from pat_serve.hybrid import HybridFold, apply_hybrid
+from pat_serve.plan import ADAPTER_FOLDER, PruningPlan
+
+
+def load_masked_model(base_folder: Path, run: Path, plan: PruningPlan, dtype: torch.dtype) -> nn.Module:
+    """Load the wide model of a finished run.
+
+    Args:
+        base_folder: the base checkpoint.
+        run: the training run, with its adapter.
+        plan: the run's plan.
+        dtype: of the weights and the computation.
+
+    Returns:
+        a causal language model in eval mode whose logits the exported model must reproduce.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype, local_files_only=True)
+    modules = dict(model.named_modules())
+    if plan.adapter:
+        model = PeftModel.from_pretrained(model, run / ADAPTER_FOLDER, autocast_adapter_dtype=False)
+        modules = dict(model.get_base_model().named_modules())
+    apply_plan(modules, plan, dtype)
+    model.to(dtype).eval()
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def apply_plan(modules: dict[str, nn.Module], plan: PruningPlan, dtype: torch.dtype) -> None:
+    """Hook the plan's operators to the outputs of the modules that they follow.
+
+    Args:
+        modules: the model's modules by dotted name, without any wrapper's prefix.
+        plan: gives the operators and the kept channels of the hidden axis.
+        dtype: of the operators.
+    """
+    cut = plan.axes[HIDDEN]
+    gate_D = torch.zeros(cut.width, dtype=dtype).index_fill_(0, cut.kept, 1.0)
+    for site, fold in plan.folds.items():
+        modules[site].register_forward_hook(partial(_hook, fold=fold.to(dtype), gate_D=gate_D))
+
+
+def _hook(_module: nn.Module, _inputs: Any, output: Tensor, *, fold: HybridFold, gate_D: Tensor) -> Tensor:
+    return apply_hybrid(output, fold, gate_D)

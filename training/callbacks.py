@@ -1,0 +1,103 @@
+"""What happens around a training step: the method's clock, the metrics file and the display."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress, TaskID
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pat_serve.atomic import write_text
+from pat_serve.progress import console, progress_bar
+from pat_serve.training.methods import Method
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MethodClock(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy
+    """Tells the method which optimizer step comes next, from 0; right after a resume too."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called once an optimizer step, before its first micro-batch."""
+        self.method.on_step(state.global_step)
+
+
+class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy
+    """Appends every log line to metrics.jsonl; a resumed run first drops the lines that it will write again."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / METRICS_FILE
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the lines up to the step that training resumes from."""
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One JSON object a line; the last one, at the end of training, has the totals."""
+        if state.is_world_process_zero and logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class Display(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy
+    """A progress bar with the loss and the gate; silent when stderr is no terminal."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.context: Any = None
+        self.progress: Progress | None = None
+        self.task = TaskID(0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        if state.is_world_process_zero and console.is_terminal:
+            self.context = progress_bar()
+            self.progress = self.context.__enter__()
+            self.task = self.progress.add_task(self.title, total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the figures."""
+        if self.progress is not None and logs and "cross_entropy" in logs:
+            gate = f", {logs['gate_kept']:.0f} channels kept" if "gate_kept" in logs else ""
+            self.progress.update(self.task, description=f"{self.title}: loss {logs['cross_entropy']:.3f}{gate}")
+
+    def close(self) -> None:
+        """Take the bar away, also after an error."""
+        if self.context is not None:
+            self.context.__exit__(None, None, None)
+            self.context = None
+            self.progress = None

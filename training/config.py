@@ -1,0 +1,112 @@
+"""Everything that decides what a training run does: one flat recipe, in YAML and as flags alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from pat_serve.atomic import write_text
+from pat_serve.errors import UsageError
+
+RECIPE_FILE = "recipe.yaml"
+
+
+class TrainRecipe(pydantic.BaseModel):
+    """Settings of a run; the defaults are the paper's (method PAT) where it names them.
+
+    `run/recipe.yaml` holds every value, so `pat-train --config run/recipe.yaml --out again/` repeats a run.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    revision: str | None = None
+    data: str
+    data_split: str = "train"
+    method: str = "pat"
+    ratio: float | None = None
+    hidden_size: int | None = None
+
+    max_steps: int | None = pydantic.Field(default=None, ge=1)
+    epochs: float = pydantic.Field(default=3.0, gt=0)
+    batch_size: int = pydantic.Field(default=8, ge=1)
+    gradient_accumulation_steps: int = pydantic.Field(default=16, ge=1)
+    max_length_tokens: int = pydantic.Field(default=256, ge=8)
+    learning_rate: float = pydantic.Field(default=5e-5, gt=0)
+    mask_learning_rate: float | None = pydantic.Field(default=None, gt=0)
+    lr_scheduler: str = "cosine"
+    warmup_steps: int | None = pydantic.Field(default=None, ge=0)
+    weight_decay: float = pydantic.Field(default=0.0, ge=0)
+    max_grad_norm: float = pydantic.Field(default=0.3, gt=0)
+    seed: int = pydantic.Field(default=0, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+
+    lora_rank: int = pydantic.Field(default=20, ge=1)
+    lora_alpha: float = pydantic.Field(default=4.0, gt=0)
+    lora_dropout: float = pydantic.Field(default=0.05, ge=0, lt=1)
+    hio_rank: int | None = pydantic.Field(default=None, ge=1)
+    milestone_share: float = pydantic.Field(default=1 / 3, gt=0, le=1)
+
+    logging_steps: int = pydantic.Field(default=10, ge=1)
+    save_steps: int = pydantic.Field(default=500, ge=1)
+    keep_checkpoints: int = pydantic.Field(default=2, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _one_width(self) -> TrainRecipe:
+        if self.ratio is not None and self.hidden_size is not None:
+            raise ValueError("give ratio or hidden_size, not both")
+        return self
+
+    def resolved_hio_rank(self, hidden_size: int) -> int:
+        """The HIO's rank R: as given, or the paper's share of the width (200 of 4096), in multiples of 8."""
+        return self.hio_rank if self.hio_rank is not None else max(8, hidden_size * 200 // 4096 // 8 * 8)
+
+    def resolved_warmup_steps(self, total_steps: int) -> int:
+        """The paper's 100 steps, or a tenth of a run that is shorter than 1,000."""
+        return self.warmup_steps if self.warmup_steps is not None else min(100, total_steps // 10)
+
+    def save(self, run: Path) -> None:
+        """Write recipe.yaml, atomically."""
+        write_text(run / RECIPE_FILE, yaml.safe_dump(self.model_dump(), sort_keys=False))
+
+    @staticmethod
+    def build(settings: dict[str, Any], source: str) -> TrainRecipe:
+        """Check settings from a file or from flags.
+
+        Raises:
+            UsageError: a setting is missing, unknown or out of range.
+        """
+        try:
+            return TrainRecipe(**settings)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"])) or "recipe"
+            raise UsageError(
+                f"{name} ({source})",
+                expected=first["msg"].removeprefix("Value error, ").lower(),
+                found=repr(first.get("input")) if first["type"] != "missing" else "no value",
+                fix="See pat-train --help.",
+            ) from error
+
+    @staticmethod
+    def read(path: Path) -> dict[str, Any]:
+        """The settings in a YAML file, unchecked, for flags to be laid over them.
+
+        Raises:
+            UsageError: the file is missing or is not a YAML mapping.
+        """
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise UsageError(
+                path, expected="a YAML recipe", found=str(error).splitlines()[0], fix="Check the path and its content."
+            ) from error
+        if not isinstance(settings, dict):
+            raise UsageError(
+                path, expected="a YAML mapping", found=type(settings).__name__, fix="Write one `name: value` a line."
+            )
+        return settings

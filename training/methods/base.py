@@ -1,0 +1,70 @@
+"""What a training method is: modules that it adds to the model, losses that they want, and the plan that they leave."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from pat_serve.architectures import Family
+from pat_serve.hybrid import HybridFold
+from pat_serve.plan import AxisCut
+from pat_serve.training.config import TrainRecipe
+
+
+class Method(ABC):
+    """One run's method. LoRA is already in the model when a method is attached; a method adds what else it trains.
+
+    Args:
+        recipe: the run's settings.
+        family: the base's architecture.
+        hidden_size: the base's width D.
+        target_width: the width K to end with (D for a method that does not prune).
+        total_steps: optimizer steps of the whole run.
+    """
+
+    name: ClassVar[str]
+    prunes: ClassVar[bool] = True
+
+    def __init__(
+        self, recipe: TrainRecipe, family: Family, hidden_size: int, target_width: int, total_steps: int
+    ) -> None:
+        self.recipe = recipe
+        self.family = family
+        self.hidden_size = hidden_size
+        self.target_width = target_width
+        self.total_steps = total_steps
+        self.step = 0
+
+    @abstractmethod
+    def attach(self, model: nn.Module, num_layers: int) -> None:
+        """Add the method's modules to the model (the one inside peft's wrapper)."""
+
+    @abstractmethod
+    def modules(self) -> dict[str, nn.Module]:
+        """The added modules by name: their state is saved in every checkpoint, their parameters are trained."""
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates that differ from the recipe's, by a module's name."""
+        return {}
+
+    def on_step(self, step: int) -> None:
+        """Called before every optimizer step with its number, from 0, also after a resume."""
+        self.step = step
+
+    def losses(self) -> dict[str, Tensor]:
+        """Scalars to be added to the cross-entropy in training, never in evaluation."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for metrics.jsonl."""
+        return {}
+
+    @abstractmethod
+    def axes(self) -> dict[str, AxisCut]:
+        """The plan's axes after the last step."""
+
+    def folds(self) -> dict[str, HybridFold]:
+        """The plan's operators after the last step."""
+        return {}

@@ -1,0 +1,91 @@
+"""PAT as published (arXiv 2408.14721), on unmodified transformers and peft.
+
+An HSM follows the embedding and every o_proj and down_proj, as a forward hook: everything that enters the residual
+stream has the same channels at zero, RMSNorm keeps a zero a zero, and so those channels can be cut afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from pat_serve.architectures import HIDDEN
+from pat_serve.hybrid import HybridFold
+from pat_serve.plan import AxisCut
+from pat_serve.training.hsm import HybridModule, SharedMask
+from pat_serve.training.losses import count_loss, identity_loss, push_loss
+from pat_serve.training.methods.base import Method
+from pat_serve.training.schedule import GateSchedule
+
+MASK = "mask"
+
+
+class Pat(Method):
+    """Pruning-aware tuning of the hidden dimension."""
+
+    name: ClassVar[str] = "pat"
+
+    def attach(self, model: nn.Module, num_layers: int) -> None:
+        """Put an HSM behind every residual writer."""
+        schedule = GateSchedule.for_run(self.total_steps, self.recipe.milestone_share)
+        self.mask = SharedMask(self.hidden_size, self.target_width, schedule)
+        self.hsms: dict[str, HybridModule] = {}
+        # The mask goes where no layer owns it; each HSM goes under its writer, so that whatever shards or checkpoints
+        # a layer takes the layer's HSMs along.
+        model.add_module("pat_mask", self.mask)
+        rank = self.recipe.resolved_hio_rank(self.hidden_size)
+        for site in self.family.residual_writers(num_layers):
+            writer = model.get_submodule(site)
+            hsm = HybridModule(self.hidden_size, rank, self.mask)
+            writer.add_module("hsm", hsm)
+            writer.register_forward_hook(_run_hsm)
+            self.hsms[site] = hsm
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The mask and every HSM."""
+        return {MASK: self.mask, **self.hsms}
+
+    def learning_rates(self) -> dict[str, float]:
+        """The mask's own, scaled to the run's length unless the recipe names one."""
+        rate = self.recipe.mask_learning_rate
+        return {MASK: self.mask.schedule.mask_learning_rate() if rate is None else rate}
+
+    def on_step(self, step: int) -> None:
+        """Move the gate along its schedule; at the freeze, project it to exactly K channels."""
+        super().on_step(step)
+        self.mask.set_step(step)
+
+    def losses(self) -> dict[str, Tensor]:
+        """Mask losses while the mask moves; the identity loss over all HSMs throughout."""
+        terms = {"identity_loss": identity_loss(hsm.l0_RD for hsm in self.hsms.values())}
+        if not self.mask.frozen:
+            terms["count_loss"] = count_loss(self.mask.logits_D, self.target_width)
+            terms["push_loss"] = push_loss(self.mask.logits_D)
+        return terms
+
+    def metrics(self) -> dict[str, float]:
+        """The gate's."""
+        figures = self.mask.metrics()
+        if self.mask.frozen:
+            figures["gate_freeze_gap"] = self.mask.freeze_gap
+        return figures
+
+    def axes(self) -> dict[str, AxisCut]:
+        """The K channels that the mask keeps."""
+        assert self.mask.frozen
+        return {HIDDEN: AxisCut(width=self.hidden_size, kept=self.mask.kept_indices())}
+
+    def folds(self) -> dict[str, HybridFold]:
+        """Every HSM's operator."""
+        return {
+            site: HybridFold(
+                l0_RD=hsm.l0_RD.detach().cpu(), l1_DR=hsm.l1_DR.detach().cpu(), scale_D=hsm.scale_D.detach().cpu()
+            )
+            for site, hsm in self.hsms.items()
+        }
+
+
+def _run_hsm(writer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    gated: Tensor = writer.get_submodule("hsm")(output)
+    return gated
