@@ -1,0 +1,261 @@
+"""vLLM, behind the few things that this project asks of it. The only file that imports vllm.
+
+vLLM's entry points are not a stable API: `tests/test_vllm_signatures.py` checks every one that is used here, and
+pyproject pins the minor version. All imports are inside functions, because importing vllm takes seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, NoReturn
+from uuid import uuid4
+
+from pat_serve.errors import EngineError, UsageError
+from pat_serve.server.generation import EngineTimes, Piece, Sampling
+from pat_serve.server.http_errors import HttpError, InvalidRequestError
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """The running engine of a server, as the routes see it.
+
+    Args:
+        client: vLLM's AsyncLLM.
+        model_name: the name under which the OpenAI routes serve it.
+    """
+
+    def __init__(self, client: Any, model_name: str) -> None:
+        self._client = client
+        self.model_name = model_name
+        self.max_model_len: int = client.model_config.max_model_len
+        self.vocab_size: int = client.model_config.get_vocab_size()
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine's process has ended or reported a fatal error."""
+        return bool(self._client.errored)
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, whole and with the special tokens that the tokenizer adds. Off the event loop."""
+        from vllm.renderers import TokenizeParams
+
+        # Without a bound vLLM's tokenizer does not cut the text, so that an error can give the prompt's true length.
+        params = TokenizeParams(max_total_tokens=None)
+        [prompt] = await self._client.renderer.tokenize_prompts_async([{"prompt": text}], params)
+        return list(prompt["prompt_token_ids"])
+
+    async def generate(self, prompt_token_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[Piece]:
+        """Generate; closing the generator or cancelling its consumer aborts the request in the engine.
+
+        Raises:
+            HttpError: 400 the engine refuses the request, 503 its queue is full or it is dead, 500 it failed.
+        """
+        from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMError
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        outputs = self._client.generate(
+            tokens_input(list(prompt_token_ids)), _sampling_params(sampling), f"pat-{uuid4().hex}"
+        )
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    [completion] = output.outputs
+                    yield Piece(
+                        text=completion.text,
+                        token_ids=tuple(completion.token_ids),
+                        finish_reason=completion.finish_reason,
+                        engine_times=_engine_times(output.metrics) if output.finished else None,
+                    )
+        except VLLMClientError as error:
+            raise InvalidRequestError(str(error), getattr(error, "parameter", None)) from error
+        except GracefulHTTPError as error:
+            raise HttpError(int(error.http_status), "overloaded", str(error)) from error
+        except EngineDeadError as error:
+            raise HttpError(503, "engine_dead", "the engine has stopped; the server is shutting down") from error
+        except VLLMError as error:
+            logger.exception("a generation failed")
+            raise HttpError(
+                500, "generation_failed", "the engine failed on this request; its log has the reason"
+            ) from error
+
+
+def _sampling_params(sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop=list(sampling.stop),
+        seed=sampling.seed,
+        ignore_eos=sampling.ignore_eos,
+        detokenize=sampling.detokenize,
+        skip_reading_prefix_cache=not sampling.read_prefix_cache,
+        # Deltas also where the whole text is wanted: the moment of the first token is then seen by our own clock.
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _engine_times(metrics: Any) -> EngineTimes | None:
+    # None with --disable-log-stats; a request that ended before its first token has no such timestamps.
+    if metrics is None or not metrics.first_token_ts:
+        return None
+    return EngineTimes(
+        queue_s=metrics.scheduled_ts - metrics.queued_ts, decode_s=metrics.last_token_ts - metrics.first_token_ts
+    )
+
+
+def is_cpu_backend() -> bool:
+    """Whether the installed vLLM runs its models on the CPU."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def parse_serve_arguments(argv: Sequence[str]) -> Namespace:
+    """Parse a command line with vLLM's own parser of `vllm serve`.
+
+    Raises:
+        UsageError: an unknown flag or a wrong value.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM's sources are not followed by mypy
+        def error(self, message: str) -> NoReturn:
+            # argparse would print the usage of two hundred flags and exit.
+            raise UsageError(
+                "flags after --",
+                expected="flags of vLLM's server",
+                found=message,
+                fix="`pat-serve --model MODEL -- --help=all` lists them.",
+            )
+
+    args: Namespace = make_arg_parser(Parser(prog="pat-serve --")).parse_args(list(argv))
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            "flags after --", expected="flags that agree with each other", found=str(error), fix="Change one of them."
+        ) from error
+    return args
+
+
+def serve(args: Namespace) -> None:
+    """Run vLLM's API server in this process until a signal stops it.
+
+    Raises:
+        EngineError: the engine did not start, or died while serving.
+        KeyboardInterrupt: a signal came before the server was up.
+    """
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    cli_env_setup()
+    configure_logging_from_args(args)
+    try:
+        uvloop.run(run_server(args))
+    except Exception as error:
+        logger.debug("the server ended with an error", exc_info=True)
+        raise EngineError(
+            args.model,
+            expected="a vLLM engine that starts",
+            found=_one_line(error),
+            fix="The engine's log above has the root cause; --debug shows this process's traceback.",
+        ) from error
+    if getattr(args, "engine_died", False):
+        raise EngineError(
+            args.model,
+            expected="an engine that runs until it is stopped",
+            found="an engine that died while serving",
+            fix="The engine's log above has the root cause; out of memory is the usual one.",
+        )
+
+
+def attach(client: Any, args: Namespace) -> Engine:
+    """The engine behind a plugin's routes.
+
+    vLLM's server ends in the same way, and without an error, when its engine dies and when a signal stops it. A
+    supervisor must see the difference, so the engine's first shutdown notes on `args`, which vLLM hands through
+    from `serve`, whether the engine was dead already.
+    """
+    shut_down = client.shutdown
+
+    def note_and_shut_down(timeout: float | None = None) -> None:
+        if not hasattr(args, "engine_died"):
+            args.engine_died = bool(client.errored)
+        shut_down(timeout=timeout)
+
+    client.shutdown = note_and_shut_down
+    names = args.served_model_name or [args.model]
+    return Engine(client, names[0])
+
+
+def _one_line(error: Exception) -> str:
+    # pydantic puts its sentence on the second line, between a heading and a link.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("Value error, ")]
+    text = told[0].removeprefix("Value error, ").split(" [type=")[0] if told else (lines[0] if lines else "no message")
+    return f"{type(error).__name__}: {text}" if not told else text
+
+
+def offline_llm(
+    *,
+    model: str,
+    dtype: str,
+    load_format: str,
+    batch_size: int,
+    max_model_tokens: int,
+    max_step_tokens: int,
+    kv_cache_bytes: int,
+    enforce_eager: bool,
+    seed: int,
+) -> Any:
+    """A vllm.LLM for timing: token ids in, token ids out, nothing remembered between batches.
+
+    The process needs VLLM_ENABLE_V1_MULTIPROCESSING=0 in its environment, so that a step runs in the process itself.
+
+    Args:
+        model: folder or hub id; a folder with a config.json is enough for load_format "dummy".
+        dtype: of weights and KV cache.
+        load_format: "auto" or "dummy" (random weights).
+        batch_size: most requests at once.
+        max_model_tokens: prompt and output of one request.
+        max_step_tokens: most tokens in one step, over all requests.
+        kv_cache_bytes: size of the KV cache.
+        enforce_eager: run without torch.compile.
+        seed: of dummy weights.
+    """
+    from vllm import LLM
+
+    return LLM(
+        model,
+        skip_tokenizer_init=True,
+        dtype=dtype,
+        load_format=load_format,
+        max_num_seqs=batch_size,
+        max_model_len=max_model_tokens,
+        max_num_batched_tokens=max_step_tokens,
+        kv_cache_memory_bytes=kv_cache_bytes,
+        # On a GPU two engines share the memory; vLLM refuses to start where less than this share is free.
+        gpu_memory_utilization=0.45,
+        enable_prefix_caching=False,
+        enforce_eager=enforce_eager,
+        seed=seed,
+    )
+
+
+def exact_length(output_tokens: int) -> Any:
+    """Greedy sampling of exactly so many tokens, not turned into text."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)

@@ -1,0 +1,138 @@
+"""How an error leaves the server: one JSON shape, on every route of ours.
+
+    {"error": {"type": "invalid_request", "message": "max_tokens: ...", "param": "max_tokens"}}
+
+vLLM registers its own exception handlers on the app after the plugins' routes, and its answer to a wrong body echoes
+the input in a Python representation. Our routes therefore turn their errors into answers themselves, before any handler
+of the app is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from pat_serve.server.schemas import ErrorBody, ErrorDetail
+
+logger = logging.getLogger(__name__)
+
+
+class HttpError(Exception):
+    """An answer other than 200.
+
+    Args:
+        status: HTTP status code.
+        kind: stable machine-readable word, `error.type` in the body.
+        message: one sentence for a person: what was expected, what was found, the way out.
+        param: the request's field at fault, if there is one.
+    """
+
+    def __init__(self, status: int, kind: str, message: str, param: str | None = None) -> None:
+        self.status = status
+        self.kind = kind
+        self.message = message
+        self.param = param
+        super().__init__(message)
+
+    def body(self) -> ErrorBody:
+        """The answer's body."""
+        return ErrorBody(error=ErrorDetail(type=self.kind, message=self.message, param=self.param))
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse(self.body().model_dump(), status_code=self.status)
+
+
+class InvalidRequestError(HttpError):
+    """400: the request can never succeed as it stands."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(400, "invalid_request", message, param)
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its answer was ready."""
+
+
+class ErrorShapeRoute(APIRoute):
+    """A route whose errors all leave in the shape above, without traceback and without an echo of the input."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap FastAPI's handler."""
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except HttpError as error:
+                return error.response()
+            except RequestValidationError as error:
+                return explain(error.errors(), self._body_model()).response()
+            except HTTPException:
+                # Only FastAPI's reading of the body raises it here, for JSON that is too deep or has absurd numbers.
+                return InvalidRequestError("the body cannot be read as JSON").response()
+            except ClientGoneError:
+                # Nobody reads this; 499 is what access logs commonly show for a client that left.
+                return Response(status_code=499)
+            except Exception:
+                logger.exception("%s %s failed", request.method, self.path)
+                return HttpError(500, "internal_error", "the server failed; its log has the reason").response()
+
+        return handle
+
+    def _body_model(self) -> type[BaseModel] | None:
+        model = self.body_field.field_info.annotation if self.body_field else None
+        return model if isinstance(model, type) and issubclass(model, BaseModel) else None
+
+
+def shape_routing_errors(app: FastAPI) -> None:
+    """Give an unknown path or method the same shape; vLLM leaves these two to Starlette, which has another one."""
+
+    @app.exception_handler(HTTPException)
+    async def answer(request: Request, error: HTTPException) -> JSONResponse:
+        phrase = HTTPStatus(error.status_code).phrase
+        kind = phrase.lower().replace(" ", "_")
+        body = HttpError(error.status_code, kind, f"{request.method} {request.url.path}: {phrase}").body()
+        return JSONResponse(body.model_dump(), status_code=error.status_code, headers=error.headers)
+
+
+def explain(errors: Sequence[Any], model: type[BaseModel] | None) -> InvalidRequestError:
+    """One sentence about the first of pydantic's errors, and how many more there are.
+
+    Args:
+        errors: as `RequestValidationError.errors()` gives them.
+        model: the body's model, whose fields are listed when an unknown one was sent.
+    """
+    first = errors[0]
+    # The location starts with "body"; further parts are field names and list indices.
+    parts = [str(part) for part in first["loc"][1:]]
+    param = ".".join(parts) or None
+    known = ", ".join(model.model_fields) if model else ""
+    match first["type"]:
+        case "json_invalid":
+            position = first["loc"][-1]
+            return InvalidRequestError(f"the body is not valid JSON: {first['ctx']['error']} at character {position}")
+        case "extra_forbidden":
+            message = f"unknown field {parts[-1]!r}; known fields are {known}"
+        case "missing" if param is None:
+            message = f"a JSON body is needed; its fields are {known}"
+        case "model_attributes_type" | "model_type" | "dict_type":
+            message = f"the body must be a JSON object sent as Content-Type: application/json; its fields are {known}"
+        case "value_error":
+            message = str(first["ctx"]["error"])
+        case _:
+            message = first["msg"][0].lower() + first["msg"][1:]
+    if param is not None:
+        message = f"{param}: {message}"
+    if len(errors) > 1:
+        message += f" (and {len(errors) - 1} more)"
+    return InvalidRequestError(message, param)

@@ -1,0 +1,206 @@
+"""The server's life: check model and address, choose settings for this machine, run vLLM, leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from collections.abc import MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+from pat_serve.errors import MissingModel, PortInUse, UsageError
+from pat_serve.server import engine
+
+GIB = 2**30
+DEFAULT_KV_CACHE_GIB = 4.0
+# A child that has not ended by then is killed.
+CHILD_EXIT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """What the command line says.
+
+    Attributes:
+        model: a folder or a hub id.
+        dtype: auto, or a dtype that vLLM knows.
+        max_model_len: tokens of prompt and output together; None takes it from the model.
+        kv_cache_gib: memory for keys and values; None chooses by the machine's memory (CPU) or leaves it to vLLM.
+        compiled: let torch compile the model at the start (CPU only; vLLM decides elsewhere).
+        vllm_flags: handed to vLLM's own parser.
+    """
+
+    model: str
+    host: str
+    port: int
+    dtype: str
+    max_model_len: int | None
+    kv_cache_gib: float | None
+    compiled: bool
+    vllm_flags: tuple[str, ...] = ()
+
+
+def run(settings: ServeSettings) -> None:
+    """Serve until a signal comes; returns then, with no child process left.
+
+    Raises:
+        MissingModel: no such folder, or no such model on the hub.
+        PortInUse: the address is taken or not ours.
+        UsageError: a flag for vLLM is wrong.
+        EngineError: the engine did not start, or died.
+    """
+    # Until vLLM installs its own handlers, and for a process with number 1, which has no default ones.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        check_model(settings.model)
+        check_address(settings.host, settings.port)
+        prepare_environment(os.environ)
+        args = engine.parse_serve_arguments(serve_arguments(settings, on_cpu=engine.is_cpu_backend()))
+        if (args.model, args.host, args.port) != (settings.model, settings.host, settings.port):
+            raise UsageError(
+                "flags after --",
+                expected="no --model, --host or --port there",
+                found=f"{args.model} on {args.host}:{args.port}",
+                fix="Give these to pat-serve itself, before the --.",
+            )
+        engine.serve(args)
+    except KeyboardInterrupt:
+        # Asked to stop, also while starting: that is no failure.
+        pass
+    finally:
+        end_children()
+
+
+def check_model(model: str) -> None:
+    """Refuse a model that is not there before vLLM spends half a minute on it.
+
+    Raises:
+        MissingModel: neither a folder with a config.json nor a model on the hub or in its cache.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise MissingModel(
+                model,
+                expected="a Hugging Face model folder",
+                found="no config.json in it",
+                fix="pat-export writes such a folder; a training run's folder must be exported first.",
+            )
+        return
+    # "org/name" or "name"; anything else can only have been meant as a path.
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", model) or folder.exists():
+        raise MissingModel(
+            model, expected="a model folder", found="no such folder", fix="Check the path, or give a hub id."
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(model, "config.json")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise MissingModel(
+            model,
+            expected="a model folder, or a model on the hub",
+            found=f"no such folder, and the hub did not give its config.json ({type(error).__name__})",
+            fix="Check the spelling, the network, and for a private or gated model the token.",
+        ) from error
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be bound before the engine starts; vLLM binds it for good.
+
+    Raises:
+        PortInUse: somebody listens there, or the host is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As vLLM's own socket: a port in TIME_WAIT is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise PortInUse(
+            f"{host}:{port}",
+            expected="an address to listen on",
+            found=error.strerror or str(error),
+            fix="Choose another --port, or stop what listens there.",
+        ) from error
+
+
+def prepare_environment(environment: MutableMapping[str, str]) -> None:
+    """Set what vLLM reads from the environment; what the user has set stays."""
+    plugins = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name]
+    if "pat_serve" not in plugins:
+        plugins.append("pat_serve")
+    environment["VLLM_PLUGINS"] = ",".join(plugins)
+    environment.setdefault("VLLM_NO_USAGE_STATS", "1")
+    environment.setdefault("DO_NOT_TRACK", "1")
+
+
+def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
+    """The command line for vLLM; the user's own flags come last, so that they win."""
+    arguments = ["--model", settings.model, "--host", settings.host, "--port", str(settings.port)]
+    arguments += ["--dtype", cpu_dtype() if on_cpu and settings.dtype == "auto" else settings.dtype]
+    if settings.max_model_len is not None:
+        arguments += ["--max-model-len", str(settings.max_model_len)]
+    if settings.kv_cache_gib is not None:
+        # The variable counts whole GiB and would win over the flag.
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        arguments += ["--kv-cache-memory-bytes", str(int(settings.kv_cache_gib * GIB))]
+    elif on_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        available_gib = psutil.virtual_memory().available / GIB
+        arguments += ["--kv-cache-memory-bytes", str(int(default_kv_cache_gib(available_gib) * GIB))]
+    if on_cpu and not settings.compiled:
+        arguments.append("--enforce-eager")
+    return arguments + list(settings.vllm_flags)
+
+
+def default_kv_cache_gib(available_gib: float) -> float:
+    """Memory for keys and values where the user names none: 4 GiB, but at most a quarter of what is free.
+
+    vLLM by default takes nine tenths of the machine on a CPU, which a laptop or a shared server does not have.
+    """
+    return min(DEFAULT_KV_CACHE_GIB, available_gib / 4)
+
+
+def cpu_dtype() -> str:
+    """bfloat16 where the processor multiplies it, float32 where it would only be emulated."""
+    import torch
+
+    # vLLM's `auto` is bfloat16 on every CPU; without these instructions that is slower than float32.
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native else "float32"
+
+
+def end_children() -> None:
+    """End every process that this one has started and that is still there: a start that was broken off leaves some."""
+    # Python's resource tracker ignores SIGTERM on purpose: it frees shared memory once this process has ended.
+    children = [child for child in psutil.Process().children(recursive=True) if not _is_resource_tracker(child)]
+    for child in children:
+        _signal(child, signal.SIGTERM)
+    _, alive = psutil.wait_procs(children, timeout=CHILD_EXIT_S)
+    for child in alive:
+        _signal(child, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=CHILD_EXIT_S)
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    try:
+        return any("multiprocessing.resource_tracker" in part for part in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,105 @@
+"""Our routes on vLLM's own FastAPI app.
+
+vLLM loads this class through the entry-point group `vllm.endpoint_plugins` when `VLLM_PLUGINS` names it. A route of
+ours replaces one of vLLM's with the same path and method, which is meant for `/health`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+
+from pat_serve.server import benchmark
+from pat_serve.server.engine import Engine, attach
+from pat_serve.server.generate import generate
+from pat_serve.server.http_errors import ErrorShapeRoute, shape_routing_errors
+from pat_serve.server.readiness import Readiness
+from pat_serve.server.schemas import (
+    ErrorBody,
+    GenerateRequest,
+    GenerateResponse,
+    HealthResponse,
+    LatencyRequest,
+    LatencyResponse,
+    ReadyResponse,
+    ThroughputRequest,
+    ThroughputResponse,
+)
+from pat_serve.version import __version__
+
+
+class Service:
+    """What the routes share for as long as the server runs."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.readiness = Readiness(engine)
+        self.benchmark_lock = asyncio.Lock()
+
+
+def _service(request: Request) -> Service:
+    service = request.app.state.pat_serve
+    assert isinstance(service, Service)
+    return service
+
+
+ServiceDep = Annotated[Service, Depends(_service)]
+
+# FastAPI's own 422 never leaves these routes, so the schema must not promise it.
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The request can never succeed as it stands."},
+    "4XX": {"model": ErrorBody},
+    "5XX": {"model": ErrorBody},
+}
+
+router = APIRouter(route_class=ErrorShapeRoute, responses=_ERRORS, tags=["pat-serve"])
+
+
+@router.post("/generate", response_model=GenerateResponse)
+async def generate_route(body: GenerateRequest, http: Request, service: ServiceDep) -> Response:
+    """Generate text from a prompt or from token ids; `stream: true` answers with server-sent events."""
+    return await generate(service.engine, service.readiness, body, http)
+
+
+@router.get("/health")
+async def health_route() -> HealthResponse:
+    """The process is alive. Whether the engine answers is `GET /ready`."""
+    return HealthResponse(status="alive", version=__version__)
+
+
+@router.get("/ready")
+async def ready_route(service: ServiceDep) -> ReadyResponse:
+    """The engine has produced a token lately; 503 with the reason if it has not."""
+    age_s = await service.readiness.check()
+    return ReadyResponse(status="ready", model=service.engine.model_name, last_token_age_s=age_s)
+
+
+@router.post("/benchmark/latency")
+async def latency_route(body: LatencyRequest, http: Request, service: ServiceDep) -> LatencyResponse:
+    """Time batches of random prompts, one batch after the other. 409 while another benchmark runs."""
+    return await benchmark.latency(service.engine, service.readiness, service.benchmark_lock, body, http)
+
+
+@router.post("/benchmark/throughput")
+async def throughput_route(body: ThroughputRequest, http: Request, service: ServiceDep) -> ThroughputResponse:
+    """Keep a number of requests under way and count what comes out. 409 while another benchmark runs."""
+    return await benchmark.throughput(service.engine, service.readiness, service.benchmark_lock, body, http)
+
+
+class PatServePlugin:
+    """The entry point: attaches the routes, then gives them the engine."""
+
+    name = "pat_serve"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes to vLLM's app."""
+        app.include_router(router)
+        shape_routing_errors(app)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Bind the routes to the engine that vLLM has started."""
+        state.pat_serve = Service(attach(engine_client, args))

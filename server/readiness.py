@@ -1,0 +1,65 @@
+"""Whether the engine answers: a token from real traffic, or else from a probe, not long ago."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+
+from pat_serve.server.engine import Engine
+from pat_serve.server.generation import Sampling
+from pat_serve.server.http_errors import HttpError
+
+# A token not older than this proves that the engine answers.
+FRESH_S = 5.0
+# A busy CPU engine prefills a long prompt for seconds before it can take the probe.
+PROBE_TIMEOUT_S = 10.0
+
+
+class Readiness:
+    """Knows when the engine last produced a token, and asks it for one when that is too long ago."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._last_token_s: float | None = None
+        self._probe: asyncio.Task[None] | None = None
+
+    def note_token(self) -> None:
+        """Record that the engine has produced a token just now."""
+        self._last_token_s = time.monotonic()
+
+    async def check(self) -> float:
+        """Wait until the engine has proved itself, for `PROBE_TIMEOUT_S` at most.
+
+        Returns:
+            the age of its last token in seconds.
+
+        Raises:
+            HttpError: 503, the engine is dead or does not answer.
+        """
+        if self._engine.dead:
+            raise HttpError(503, "not_ready", "the engine has stopped")
+        age_s = self._age_s()
+        if age_s is None or age_s > FRESH_S:
+            # One probe at a time, shared by all who ask; it outlives the one who asked first.
+            if self._probe is None or self._probe.done():
+                self._probe = asyncio.create_task(self._generate_one_token())
+            await asyncio.shield(self._probe)
+            age_s = self._age_s()
+        assert age_s is not None
+        return age_s
+
+    def _age_s(self) -> float | None:
+        return None if self._last_token_s is None else time.monotonic() - self._last_token_s
+
+    async def _generate_one_token(self) -> None:
+        sampling = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S), aclosing(self._engine.generate([0], sampling)) as pieces:
+                async for piece in pieces:
+                    if piece.token_ids:
+                        self.note_token()
+        except TimeoutError:
+            raise HttpError(503, "not_ready", f"the engine has produced no token for {PROBE_TIMEOUT_S:g} s") from None
+        except HttpError as error:
+            raise HttpError(503, "not_ready", error.message) from error
