@@ -254,8 +254,13 @@ def offline_llm(
     )
 
 
-def exact_length(output_tokens: int) -> Any:
-    """Greedy sampling of exactly so many tokens, not turned into text."""
-    from vllm import SamplingParams
+def submit(llm: Any, request_id: str, prompt: Sequence[int], *, output_tokens: int) -> None:
+    """Queue one request of a `offline_llm`: greedy, of exactly so many tokens, which are not turned into text.
 
-    return SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
+    Not through LLM.enqueue, which reports a request only when it has finished: its steps would stay unseen.
+    """
+    from vllm import SamplingParams
+    from vllm.inputs.engine import tokens_input
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
+    llm.llm_engine.add_request(request_id, tokens_input(list(prompt)), sampling)
