@@ -196,7 +196,9 @@ def _train(prepared: _Prepared, run: Path, resume_from: Path | None) -> Finished
 def _finish(prepared: _Prepared, run: Path, model: nn.Module, method: Method) -> None:
     """Write what an export needs; the plan comes last, so that a run with a plan is a finished run."""
     with new_folder(run / ADAPTER_FOLDER, force=True) as staging:
-        model.save_pretrained(staging, save_embedding_layers=False)  # type: ignore[operator]  # PeftModel's method
+        # Left to itself, peft also writes the HSMs that sit under the adapted modules.
+        lora = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+        model.save_pretrained(staging, state_dict=lora, save_embedding_layers=False)  # type: ignore[operator]  # PEFT's
     prepared.tokenizer.save_pretrained(run)
     prompts = [{"token_ids": example["input_ids"]} for example in prepared.examples[:PARITY_ROWS]]
     write_text(run / PARITY_PROMPTS, "".join(json.dumps(prompt) + "\n" for prompt in prompts))

@@ -34,7 +34,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         self.method = method
         self.checkpoints = run / CHECKPOINTS_FOLDER
         self.keep_checkpoints = keep_checkpoints
-        self.optimizer: torch.optim.Optimizer
+        self.optimizer: torch.optim.Optimizer | None
         self._sums: dict[str, float] = {}
         self._micro_batches = 0
 

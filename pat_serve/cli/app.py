@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -24,6 +25,9 @@ def run_app(app: typer.Typer) -> None:
     0 done, 1 failed or a claim not met, 2 wrong usage, 3 inconclusive. A `PatServeError` becomes one line on stderr;
     anything else is a defect of ours and says so. `--debug` shows the traceback of either.
     """
+    if not sys.stderr.isatty():
+        # transformers and huggingface_hub draw bars of their own; read when they are imported, which is later.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     flags = sys.argv[1:]
     debug = "--debug" in (flags[: flags.index("--")] if "--" in flags else flags)
     try:

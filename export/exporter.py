@@ -1,0 +1,124 @@
+"""The export from end to end: open, check, write, prove, rename."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pat_serve.architectures import HIDDEN
+from pat_serve.atomic import check_vacant, new_folder
+from pat_serve.errors import IllegalWidth, UsageError
+from pat_serve.export.card import model_card, provenance
+from pat_serve.export.narrow import narrow_config, narrow_shapes, narrow_tensors
+from pat_serve.export.parity import Parity, check_parity
+from pat_serve.export.reader import RECIPE_FILE, Run, open_run
+from pat_serve.export.writer import index_document, plan_shards, shard_names, write_shard
+from pat_serve.geometry import legal_step
+from pat_serve.progress import progress_bar
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+# Everything of the base that is neither weights nor config: tokenizer, chat template, generation config, licence.
+_CARRIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
+    "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export came to."""
+
+    out: Path
+    record: dict[str, Any]
+    parity: Parity | None
+
+
+def export_run(
+    ckpt: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    max_shard_bytes: int = 5_000_000_000,
+    parity: bool = True,
+    force: bool = False,
+) -> Exported:
+    """Rewrite a run's base as a standard narrower checkpoint.
+
+    Args:
+        ckpt: a finished run.
+        out: the new folder; it appears only when everything, the parity gate included, went well.
+        base: where the base lies now, if it was moved.
+        dtype: of the written weights; "auto" keeps the base's.
+        max_shard_bytes: size of a weight file at most.
+        parity: measure the exported files against the trained model, and refuse them when they differ.
+        force: replace `out`.
+
+    Raises:
+        PatServeError: anything that a user can mend; `out` is as it was then.
+    """
+    check_vacant(out, force=force)
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError("--dtype", expected=f"auto, {', '.join(DTYPES)}", found=dtype, fix="Choose one of them.")
+    run = open_run(ckpt, base)
+    _check_width(run)
+    target = run.base.dtype if dtype == "auto" else DTYPES[dtype]
+    with new_folder(out, force=force) as staging:
+        _write_weights(run, staging, target, max_shard_bytes)
+        (staging / "config.json").write_text(json.dumps(narrow_config(run, target), indent=2) + "\n", encoding="utf-8")
+        _carry_files(run, staging)
+        outcome = check_parity(run, staging, target) if parity else None
+        if outcome is not None:
+            outcome.require(out)
+        record = provenance(run, str(target).removeprefix("torch."), outcome, _read_recipe(run.folder))
+        (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (staging / "README.md").write_text(model_card(record), encoding="utf-8")
+    return Exported(out=out, record=record, parity=outcome)
+
+
+def _check_width(run: Run) -> None:
+    """The narrow config must be one that its class accepts; checked before a byte is written."""
+    cut = run.plan.axes[HIDDEN]
+    step = legal_step(run.base.num_attention_heads, hidden_multiple_of_heads=run.base.family.hidden_multiple_of_heads)
+    if not cut.is_identity and len(cut.kept) % step:
+        raise IllegalWidth(
+            run.folder,
+            expected=f"a kept width that is a multiple of {step}",
+            found=str(len(cut.kept)),
+            fix="Train again with a legal --hidden-size.",
+        )
+
+
+def _write_weights(run: Run, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    shapes = narrow_shapes(run)
+    shards = plan_shards(shapes, dtype, max_shard_bytes)
+    files = shard_names(len(shards))
+    with progress_bar() as progress:
+        task = progress.add_task("write tensors", total=len(shapes))
+        for file, names in zip(files, shards, strict=True):
+            tensors = progress.track(narrow_tensors(run, names, dtype), total=len(names), task_id=task)
+            write_shard(folder / file, {name: shapes[name] for name in names}, dtype, tensors)
+    if len(files) > 1:
+        document = json.dumps(index_document(shards, shapes, dtype), indent=2)
+        (folder / "model.safetensors.index.json").write_text(document + "\n", encoding="utf-8")
+
+
+def _carry_files(run: Run, folder: Path) -> None:
+    for pattern in _CARRIED:
+        for path in run.base.folder.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def _read_recipe(run: Path) -> dict[str, Any]:
+    path = run / RECIPE_FILE
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    assert isinstance(recipe, dict)
+    return recipe

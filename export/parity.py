@@ -1,0 +1,161 @@
+"""The parity gate: is the exported model the trained one?
+
+Logits of the masked wide model (base + adapter + operators as hooks, cut channels at zero) against those of the
+exported files, loaded by stock transformers, on the run's own prompts and on random token ids.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pat_serve.errors import ParityError
+from pat_serve.export.reader import Run
+from pat_serve.masked import load_masked_model
+from pat_serve.progress import track
+
+PARITY_PROMPTS = "parity_prompts.jsonl"
+RANDOM_PROMPTS = 4
+RANDOM_TOKENS = 32
+LONGEST_PROMPT_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """What an export of a dtype may differ by.
+
+    Attributes:
+        max_abs_over_std: largest logit difference over the logits' standard deviation.
+        mean_kl_nats: mean over positions of KL(trained || exported).
+        top1_agreement: share of positions with the same greedy token.
+    """
+
+    max_abs_over_std: float
+    mean_kl_nats: float
+    top1_agreement: float
+
+
+# float32: the rewriting is exact up to the order of additions. The 16-bit formats: rounding every weight once (8 or 11
+# bits of mantissa) moves logits by a few hundredths of their spread; a wrong fold or a lost scale moves them by tenths
+# or more, which is what the gate is to catch.
+TOLERANCES = {
+    torch.float64: Tolerance(max_abs_over_std=1e-4, mean_kl_nats=1e-6, top1_agreement=0.999),
+    torch.float32: Tolerance(max_abs_over_std=1e-4, mean_kl_nats=1e-6, top1_agreement=0.999),
+    torch.float16: Tolerance(max_abs_over_std=0.1, mean_kl_nats=1e-3, top1_agreement=0.97),
+    torch.bfloat16: Tolerance(max_abs_over_std=0.5, mean_kl_nats=1e-2, top1_agreement=0.9),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """Outcome of the comparison, over all positions of all prompts; logits are compared in float32."""
+
+    dtype: str
+    prompts: int
+    positions: int
+    max_abs: float
+    logits_std: float
+    max_abs_over_std: float
+    mean_kl_nats: float
+    top1_agreement: float
+    tolerance: Tolerance
+
+    @property
+    def passed(self) -> bool:
+        """All three figures are within tolerance (a NaN is not)."""
+        return (
+            self.max_abs_over_std <= self.tolerance.max_abs_over_std
+            and self.mean_kl_nats <= self.tolerance.mean_kl_nats
+            and self.top1_agreement >= self.tolerance.top1_agreement
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For pat_export.json."""
+        return asdict(self) | {"passed": self.passed}
+
+    def require(self, out: Path) -> None:
+        """Raise unless passed.
+
+        Raises:
+            ParityError: with the figures that are out of tolerance.
+        """
+        if self.passed:
+            return
+        limit = self.tolerance
+        raise ParityError(
+            out,
+            expected=(
+                f"logits within {limit.max_abs_over_std:g} of their standard deviation, KL {limit.mean_kl_nats:g} nats "
+                f"and {limit.top1_agreement:.1%} equal greedy tokens"
+            ),
+            found=f"{self.max_abs_over_std:.3g}, {self.mean_kl_nats:.3g} nats and {self.top1_agreement:.1%}",
+            fix="Nothing was exported: the files would not be the model that was trained.",
+        )
+
+
+def compare_logits(trained: Tensor, exported: Tensor, dtype: torch.dtype, prompts: int) -> Parity:
+    """Compare two sets of logits of shape (positions, vocab)."""
+    assert trained.shape == exported.shape
+    # A base may pad its vocabulary with rows that no token uses; they count like all others.
+    max_abs = float((trained - exported).abs().max())
+    std = float(trained.std())
+    # In float64: the sum of a vocabulary's float32 terms would drown a KL of 1e-8, or make it negative.
+    log_p, log_q = F.log_softmax(trained.double(), dim=-1), F.log_softmax(exported.double(), dim=-1)
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    return Parity(
+        dtype=str(dtype).removeprefix("torch."),
+        prompts=prompts,
+        positions=len(trained),
+        max_abs=max_abs,
+        logits_std=std,
+        max_abs_over_std=max_abs / std,
+        mean_kl_nats=kl,
+        top1_agreement=float((trained.argmax(-1) == exported.argmax(-1)).float().mean()),
+        tolerance=TOLERANCES[dtype],
+    )
+
+
+def check_parity(run: Run, exported: Path, dtype: torch.dtype) -> Parity:
+    """Measure parity of the files in a folder.
+
+    Args:
+        run: the run that they come from.
+        exported: the folder with config.json and weights.
+        dtype: in which they were written. Both models compute in float32 (float64 for float64 files), so that what is
+            measured is the rewriting and the rounding of the weights, and not two dtypes' arithmetic.
+    """
+    from transformers import AutoModelForCausalLM
+
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    prompts = parity_prompts(run)
+    # One model at a time: a pair of 7B models in float32 would need 54 GB.
+    wide = load_masked_model(run.base.folder, run.folder, run.plan, compute)
+    trained = _logits(wide, prompts, "parity: trained model")
+    del wide
+    narrow = AutoModelForCausalLM.from_pretrained(exported, dtype=compute, local_files_only=True).eval()
+    return compare_logits(trained, _logits(narrow, prompts, "parity: exported model"), dtype, len(prompts))
+
+
+def parity_prompts(run: Run) -> list[list[int]]:
+    """The run's own first examples, and seeded random token ids, which reach embeddings that the data does not."""
+    path = run.folder / PARITY_PROMPTS
+    prompts: list[list[int]] = []
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        prompts = [json.loads(line)["token_ids"][:LONGEST_PROMPT_TOKENS] for line in lines if line]
+    generator = torch.Generator().manual_seed(0)
+    shape = (RANDOM_PROMPTS, RANDOM_TOKENS)
+    return prompts + torch.randint(int(run.base.config["vocab_size"]), shape, generator=generator).tolist()
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, prompts: list[list[int]], description: str) -> Tensor:
+    """Logits of every position of every prompt, (positions, vocab)."""
+    rows = [model(input_ids=torch.tensor([prompt])).logits[0] for prompt in track(prompts, description, len(prompts))]
+    return torch.cat(rows)

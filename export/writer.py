@@ -1,0 +1,78 @@
+"""Write safetensors shards one tensor at a time, so that memory holds one tensor and not one shard."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pat_serve.checkpoint import DTYPES
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def plan_shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int) -> list[list[str]]:
+    """Split tensors into shards, in order; a tensor larger than a shard has one of its own."""
+    shards: list[list[str]] = [[]]
+    filled_bytes = 0
+    for name, shape in shapes.items():
+        tensor_bytes = prod(shape) * dtype.itemsize
+        if shards[-1] and filled_bytes + tensor_bytes > max_shard_bytes:
+            shards.append([])
+            filled_bytes = 0
+        shards[-1].append(name)
+        filled_bytes += tensor_bytes
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """File names as transformers gives them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_shard(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write one safetensors file.
+
+    Args:
+        path: of the file.
+        shapes: its tensors and their shapes, in order: the header is written before any tensor is there.
+        dtype: of all tensors.
+        tensors: the same tensors in the same order.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    expected = iter(shapes.items())
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        for name, tensor in tensors:
+            assert (name, tuple(tensor.shape)) == next(expected), name
+            assert tensor.dtype == dtype, name
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    assert next(expected, None) is None
+
+
+def index_document(
+    shards: list[list[str]], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, object]:
+    """model.safetensors.index.json of a sharded checkpoint."""
+    files = shard_names(len(shards))
+    return {
+        "metadata": {"total_size": sum(prod(shape) for shape in shapes.values()) * dtype.itemsize},
+        "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+    }

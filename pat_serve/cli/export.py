@@ -1,0 +1,60 @@
+"""pat-export: rewrite a finished run as a standard narrower checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pat_serve.cli.app import Debug, run_command
+
+Flag = typer.Option
+
+
+def export(
+    ckpt: Annotated[Path, Flag("--ckpt", help="A finished training run (run/).")],
+    out: Annotated[Path, Flag("--out", help="Folder for the checkpoint; must not exist.")],
+    base: Annotated[str | None, Flag(help="Where the base model lies now, if it was moved since.")] = None,
+    dtype: Annotated[str, Flag(help="auto (the base's), float32, bfloat16, float16 or float64.")] = "auto",
+    max_shard_gb: Annotated[float, Flag(help="Largest weight file in GB (1e9 bytes).", min=0.001)] = 5.0,
+    parity: Annotated[
+        bool,
+        Flag("--parity/--no-parity", help="Measure the exported files against the trained model; refuse a mismatch."),
+    ] = True,
+    as_json: Annotated[bool, Flag("--json", help="Print pat_export.json to stdout.")] = False,
+    force: Annotated[bool, Flag("--force", help="Replace what is at --out.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Merge LoRA, fold the hybrid operators, cut the hidden dimension, and prove that the model is still the same.
+
+    Example: `pat-export --ckpt run/ --out pruned/`
+
+    The result loads in stock transformers and stock vLLM. Exit code 1, and no output, when parity fails.
+    """
+    from pat_serve.export.exporter import export_run
+    from pat_serve.progress import say
+
+    done = export_run(
+        ckpt, out, base=base, dtype=dtype, max_shard_bytes=int(max_shard_gb * 1e9), parity=parity, force=force
+    )
+    widths, parameters = done.record["hidden_size"], done.record["parameters"]
+    say(
+        f"{out}: hidden_size {widths['base']} -> {widths['exported']}, parameters {parameters['base']:,} -> "
+        f"{parameters['exported']:,} ({parameters['exported'] / parameters['base']:.1%})"
+    )
+    if done.parity is not None:
+        say(
+            f"parity on {done.parity.positions} positions: max logit difference {done.parity.max_abs:.3g} "
+            f"({done.parity.max_abs_over_std:.3g} of their standard deviation), mean KL {done.parity.mean_kl_nats:.3g} "
+            f"nats, equal greedy tokens {done.parity.top1_agreement:.2%}"
+        )
+    if as_json:
+        sys.stdout.write(json.dumps(done.record, indent=2) + "\n")
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(export)
