@@ -151,19 +151,24 @@ def parse_serve_arguments(argv: Sequence[str]) -> Namespace:
 def serve(args: Namespace) -> None:
     """Run vLLM's API server in this process until a signal stops it.
 
+    The signal handlers that are set stay in force until the server listens; vLLM's own then take over.
+
     Raises:
         EngineError: the engine did not start, or died while serving.
-        KeyboardInterrupt: a signal came before the server was up.
     """
     import uvloop
-    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker
+    from vllm.entrypoints.launchers.launcher import setup_server
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
     cli_env_setup()
     configure_logging_from_args(args)
     try:
-        uvloop.run(run_server(args))
+        # vLLM's run_server does the same two steps, but first makes SIGTERM a KeyboardInterrupt, which vLLM swallows
+        # while it waits for the engine's process (zmq_socket_ctx): the start would then hang for ten minutes.
+        address, listener = setup_server(args, reuse_port=False)
+        uvloop.run(run_server_worker(address, listener, args))
     except Exception as error:
         logger.debug("the server ended with an error", exc_info=True)
         raise EngineError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
 import socket
+import sys
 from collections.abc import MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ GIB = 2**30
 DEFAULT_KV_CACHE_GIB = 4.0
 # A child that has not ended by then is killed.
 CHILD_EXIT_S = 5.0
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +50,19 @@ class ServeSettings:
 
 
 def run(settings: ServeSettings) -> None:
-    """Serve until a signal comes; returns then, with no child process left.
+    """Serve until a signal comes. No child process is left, however it ends.
 
     Raises:
         MissingModel: no such folder, or no such model on the hub.
         PortInUse: the address is taken or not ours.
         UsageError: a flag for vLLM is wrong.
         EngineError: the engine did not start, or died.
+        SystemExit: 0, a signal came while the server was starting.
     """
-    # Until vLLM installs its own handlers, and for a process with number 1, which has no default ones.
-    signal.signal(signal.SIGTERM, _interrupt)
+    # Until the server listens; vLLM's own handlers take over then.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    adopt_orphans()
     try:
         check_model(settings.model)
         check_address(settings.host, settings.port)
@@ -70,9 +76,6 @@ def run(settings: ServeSettings) -> None:
                 fix="Give these to pat-serve itself, before the --.",
             )
         engine.serve(args)
-    except KeyboardInterrupt:
-        # Asked to stop, also while starting: that is no failure.
-        pass
     finally:
         end_children()
 
@@ -178,8 +181,17 @@ def cpu_dtype() -> str:
     return "bfloat16" if native else "float32"
 
 
+def adopt_orphans() -> None:
+    """Have grandchildren whose parent dies become children of this process (Linux; see PR_SET_CHILD_SUBREAPER).
+
+    When the engine's process is killed, its worker would otherwise run on, out of reach and with the model in memory.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def end_children() -> None:
-    """End every process that this one has started and that is still there: a start that was broken off leaves some."""
+    """End every process that descends from this one: a broken start and a dead engine leave some."""
     # Python's resource tracker ignores SIGTERM on purpose: it frees shared memory once this process has ended.
     children = [child for child in psutil.Process().children(recursive=True) if not _is_resource_tracker(child)]
     for child in children:
@@ -202,5 +214,6 @@ def _signal(process: psutil.Process, number: signal.Signals) -> None:
         process.send_signal(number)
 
 
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+def _stop(*_: object) -> NoReturn:
+    # To be asked to stop is no failure. Not KeyboardInterrupt, which vLLM swallows in places.
+    sys.exit(0)

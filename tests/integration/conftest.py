@@ -1,0 +1,99 @@
+"""One real pat-serve process with a tiny model, shared by all tests that talk to it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.tiny_models import save_tiny_llama
+
+# Long enough that a generation is still under way when a test looks at it.
+MAX_MODEL_LEN = 2048
+# A tiny engine is up in 40 s on two idle cores; most of that is imports, which suffer from a busy machine.
+START_TIMEOUT_S = 240
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A running server: its process, address, model folder and log."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    model: Path
+    log: Path
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def spawn(model: Path | str, port: int, log: Path, *flags: str) -> subprocess.Popen[bytes]:
+    """Start pat-serve in a process group of its own, with its output in a file."""
+    command = [sys.executable, "-m", "pat_serve.cli.serve", "--model", str(model), "--port", str(port)]
+    with log.open("wb") as output:
+        return subprocess.Popen([*command, *flags], stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        if process.poll() is not None:
+            pytest.fail(f"pat-serve ended with {process.returncode}:\n{tail(log)}")
+        try:
+            if httpx.get(f"{url}/ready", timeout=15).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)  # the pace of polling, not a guess at when it is ready
+    pytest.fail(f"pat-serve was not ready after {START_TIMEOUT_S} s:\n{tail(log)}")
+
+
+def tail(log: Path, lines: int = 60) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=MAX_MODEL_LEN)
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
+    process = spawn(tiny_model, port, log, "--dtype", "float32", "--kv-cache-gib", "0.25")
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(process, url, log)
+        yield Server(process=process, url=url, model=tiny_model, log=log)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Show the server's log under a failed test."""
+    report = yield
+    server = getattr(item, "funcargs", {}).get("server")
+    if report.failed and isinstance(server, Server):  # type: ignore[attr-defined]  # pluggy's wrappers are untyped
+        report.sections.append(("pat-serve log", tail(server.log)))  # type: ignore[attr-defined]
+    return report

@@ -1,0 +1,339 @@
+"""Every route of a real server on vLLM's CPU engine."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.integration.conftest import MAX_MODEL_LEN, Server
+
+pytestmark = pytest.mark.vllm
+
+PROMPT = "Return a new dictionary"
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The JSON of every server-sent event; the stream must end with [DONE]."""
+    lines = [line for line in response.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    data = [line.removeprefix("data: ") for line in lines]
+    assert data[-1] == "[DONE]"
+    return [json.loads(event) for event in data[:-1]]
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    found = re.search(rf"^{re.escape(name)}\{{[^}}]*\}} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+def check_timings(timings: dict[str, float]) -> None:
+    assert timings.keys() == {"queue_s", "ttft_s", "tpot_s", "e2e_s"}
+    assert 0 <= timings["queue_s"] < timings["ttft_s"] < timings["e2e_s"] < 60
+    assert 0 < timings["tpot_s"] < timings["e2e_s"]
+
+
+def test_generate_equals_transformers_greedily(server: Server, client: httpx.Client) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(server.model)
+    model = AutoModelForCausalLM.from_pretrained(server.model, dtype=torch.float32)
+    encoded = tokenizer(PROMPT, return_tensors="pt")
+    generated = model.generate(**encoded, max_new_tokens=32, do_sample=False)
+    expected = generated[0, encoded["input_ids"].shape[1] :].tolist()
+
+    body = {"prompt": PROMPT, "max_tokens": 32, "temperature": 0}
+    answer = client.post("/generate", json=body).raise_for_status().json()
+    assert answer["token_ids"] == expected
+    assert len(set(expected)) > 4  # a model that repeats one token would prove little
+
+    ids = encoded["input_ids"][0].tolist()
+    by_ids = client.post("/generate", json={"prompt_token_ids": ids, "max_tokens": 32, "temperature": 0}).json()
+    assert by_ids["token_ids"] == expected
+
+
+def test_generate_reports_usage_reason_and_timings(server: Server, client: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 8, "ignore_eos": True}
+    answer = client.post("/generate", json=body).raise_for_status().json()
+    prompt_tokens = len(AutoTokenizer.from_pretrained(server.model)(PROMPT)["input_ids"])
+    assert answer["usage"] == {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": 8,
+        "total_tokens": prompt_tokens + 8,
+    }
+    assert len(answer["token_ids"]) == 8
+    assert answer["finish_reason"] == "length"
+    assert answer["model"] == str(server.model)
+    check_timings(answer["timings"])
+
+
+def test_stop_string_ends_and_is_left_out(client: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
+    text = client.post("/generate", json=body).json()["text"]
+    stop = text[3:5]
+    answer = client.post("/generate", json=body | {"stop": stop}).json()
+    assert answer["finish_reason"] == "stop"
+    assert answer["text"] == text[: text.index(stop)]
+
+
+def test_seed_repeats_and_matters(client: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 16, "temperature": 1.5, "ignore_eos": True}
+    first, again, other = (
+        client.post("/generate", json=body | {"seed": seed}).raise_for_status().json()["token_ids"]
+        for seed in (7, 7, 8)
+    )
+    assert first == again != other
+
+
+def test_max_tokens_defaults_to_what_fits(client: httpx.Client) -> None:
+    body = {"prompt_token_ids": [5] * (MAX_MODEL_LEN - 3), "ignore_eos": True}
+    assert client.post("/generate", json=body).json()["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 3}])
+def test_stream_adds_up_to_the_whole_answer(client: httpx.Client, sampling: dict[str, Any]) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 24, "ignore_eos": True} | sampling
+    whole = client.post("/generate", json=body).raise_for_status().json()
+    with client.stream("POST", "/generate", json=body | {"stream": True}) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        *deltas, end = events(response)
+    assert len(deltas) > 4
+    assert "".join(delta["text"] for delta in deltas) == whole["text"]
+    assert [token for delta in deltas for token in delta["token_ids"]] == whole["token_ids"]
+    assert end["finish_reason"] == whole["finish_reason"] == "length"
+    assert end["usage"] == whole["usage"]
+    check_timings(end["timings"])
+    assert {delta["id"] for delta in deltas} == {end["id"]} != {whole["id"]}
+
+
+def test_stream_arrives_while_it_is_generated(client: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    arrivals_s = []
+    with client.stream("POST", "/generate", json=body) as response:
+        for line in response.iter_lines():
+            if '"token_ids"' in line:
+                arrivals_s.append(time.monotonic())
+            if '"timings"' in line:
+                end = json.loads(line.removeprefix("data: "))
+    # Events that are held back and sent together would span nearly nothing.
+    assert arrivals_s[-1] - arrivals_s[0] > end["timings"]["e2e_s"] / 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_client_that_leaves_stops_its_generation(client: httpx.Client, stream: bool) -> None:
+    asked = MAX_MODEL_LEN - 10
+    before = metric(client, "vllm:generation_tokens_total")
+    body = {"prompt_token_ids": [5], "max_tokens": asked, "ignore_eos": True, "stream": stream}
+    if stream:
+        with client.stream("POST", "/generate", json=body) as response:
+            next(response.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/generate", json=body, timeout=0.5)
+    deadline_s = time.monotonic() + 10
+    while metric(client, "vllm:num_requests_running") > 0:
+        assert time.monotonic() < deadline_s, "the request runs on"
+        time.sleep(0.05)
+    assert 0 < metric(client, "vllm:generation_tokens_total") - before < asked / 2
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "told"),
+    [
+        pytest.param({"prompt": ""}, "prompt", "at least 1 character", id="empty prompt"),
+        pytest.param({"prompt_token_ids": []}, "prompt_token_ids", "at least 1 item", id="no token ids"),
+        pytest.param({}, None, "exactly one of prompt and prompt_token_ids", id="no prompt"),
+        pytest.param(
+            {"prompt": "a", "prompt_token_ids": [1]},
+            None,
+            "exactly one of prompt and prompt_token_ids",
+            id="two prompts",
+        ),
+        pytest.param(
+            {"prompt_token_ids": [5] * (MAX_MODEL_LEN + 7)},
+            "prompt_token_ids",
+            rf"{MAX_MODEL_LEN + 7} tokens.*{MAX_MODEL_LEN}.*--max-model-len",
+            id="long token ids",
+        ),
+        pytest.param(
+            {"prompt": "a b " * MAX_MODEL_LEN}, "prompt", rf"\d+ tokens.*{MAX_MODEL_LEN}.*shorten", id="long prompt"
+        ),
+        pytest.param(
+            {"prompt_token_ids": [5] * 10, "max_tokens": MAX_MODEL_LEN},
+            "max_tokens",
+            rf"{MAX_MODEL_LEN + 10} together.*{MAX_MODEL_LEN}.*lower max_tokens to {MAX_MODEL_LEN - 10}",
+            id="prompt and output too long",
+        ),
+        pytest.param({"prompt": "a", "max_tokens": 0}, "max_tokens", "greater than or equal to 1", id="max_tokens 0"),
+        pytest.param({"prompt": "a", "max_tokens": "4"}, "max_tokens", "valid integer", id="string for a number"),
+        pytest.param({"prompt": "a", "max_tokens": True}, "max_tokens", "valid integer", id="boolean for a number"),
+        pytest.param({"prompt": 4}, "prompt", "valid string", id="number for a string"),
+        pytest.param({"prompt": "a", "temperature": 2.5}, "temperature", "less than or equal to 2", id="temperature"),
+        pytest.param({"prompt": "a", "top_p": 0}, "top_p", "greater than 0", id="top_p"),
+        pytest.param({"prompt": "a", "seed": -1}, "seed", "greater than or equal to 0", id="seed"),
+        pytest.param({"prompt": "a", "stop": [""]}, "stop.0", "at least 1 character", id="empty stop"),
+        pytest.param(
+            {"prompt": "a", "n_predict": 3}, "n_predict", "unknown field 'n_predict'.*max_tokens", id="unknown"
+        ),
+        pytest.param(
+            {"prompt_token_ids": [5, 384]}, "prompt_token_ids", "384 at position 1.*0 to 383", id="vocabulary"
+        ),
+        pytest.param({"prompt_token_ids": [-1]}, "prompt_token_ids.0", "greater than or equal to 0", id="negative id"),
+        pytest.param([1, 2], None, "must be a JSON object", id="not an object"),
+    ],
+)
+def test_bad_generate_is_one_clear_400(client: httpx.Client, body: Any, param: str | None, told: str) -> None:
+    check_error(client.post("/generate", json=body), 400, "invalid_request", param, told)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"prompt": "a"', "not valid JSON.*character 14"),
+        (b'{"prompt": "a", "temperature": NaN}', "finite number"),
+        (b'{"prompt": "\\ud800"}', "valid string"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b"", "a JSON body is needed"),
+    ],
+    ids=["malformed", "not a number", "lone surrogate", "too deep", "empty"],
+)
+def test_bad_json_is_one_clear_400(client: httpx.Client, content: bytes, told: str) -> None:
+    response = client.post("/generate", content=content, headers={"Content-Type": "application/json"})
+    check_error(response, 400, "invalid_request", response.json()["error"]["param"], told)
+
+
+def check_error(response: httpx.Response, status: int, kind: str, param: str | None, told: str) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert response.json().keys() == {"error"}
+    assert error.keys() == {"type", "message", "param"}
+    assert (error["type"], error["param"]) == (kind, param)
+    assert re.search(told, error["message"]), error["message"]
+    assert "\n" not in error["message"]
+    assert "Traceback" not in response.text
+
+
+def test_unknown_path_and_method_have_the_same_shape(client: httpx.Client) -> None:
+    check_error(client.get("/nothing"), 404, "not_found", None, "GET /nothing: Not Found")
+    check_error(client.get("/generate"), 405, "method_not_allowed", None, "GET /generate")
+
+
+def test__health_and_ready(server: Server, client: httpx.Client) -> None:
+    assert client.get("/health").raise_for_status().json()["status"] == "alive"
+    ready = client.get("/ready").raise_for_status().json()
+    assert ready["status"] == "ready"
+    assert ready["model"] == str(server.model)
+    assert 0 <= ready["last_token_age_s"] <= 5
+
+
+def test_ready_does_not_probe_again_while_tokens_are_fresh(client: httpx.Client) -> None:
+    client.post("/generate", json={"prompt": PROMPT, "max_tokens": 1}).raise_for_status()
+    before = metric(client, "vllm:prompt_tokens_total")
+    for _ in range(5):
+        client.get("/ready").raise_for_status()
+    assert metric(client, "vllm:prompt_tokens_total") == before
+
+
+def test_openai_client(server: Server, client: httpx.Client) -> None:
+    api = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    completion = api.completions.create(model=str(server.model), prompt=PROMPT, max_tokens=12, temperature=0)
+    ours = client.post("/generate", json={"prompt": PROMPT, "max_tokens": 12, "temperature": 0}).json()
+    assert completion.choices[0].text == ours["text"]
+    assert [model.id for model in api.models.list()] == [str(server.model)]
+
+
+def test_openapi_describes_our_routes(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").raise_for_status().json()["paths"]
+    assert {"/generate", "/health", "/ready", "/benchmark/latency", "/benchmark/throughput"} <= paths.keys()
+    assert paths["/generate"]["post"]["summary"] == "Generate Route"
+
+
+def test_benchmark_latency(client: httpx.Client) -> None:
+    body = {"batch_size": 2, "prompt_tokens": 16, "output_tokens": 8, "rounds": 3, "warmup": 1}
+    before = metric(client, "vllm:generation_tokens_total")
+    answer = client.post("/benchmark/latency", json=body).raise_for_status().json()
+    assert metric(client, "vllm:generation_tokens_total") - before == 4 * 2 * 8
+    assert answer["settings"] == body | {"seed": 0}
+    assert len(answer["rounds"]) == 3
+    for round_ in answer["rounds"]:
+        assert [request["output_tokens"] for request in round_["requests"]] == [8, 8]
+        assert round_["output_tokens_per_s"] == pytest.approx(16 / round_["duration_s"])
+        assert round_["duration_s"] >= max(request["e2e_s"] for request in round_["requests"])
+        for request in round_["requests"]:
+            check_timings({key: request[key] for key in ("queue_s", "ttft_s", "tpot_s", "e2e_s")})
+    ttfts = sorted(request["ttft_s"] for round_ in answer["rounds"] for request in round_["requests"])
+    summary = answer["summary"]
+    assert summary["ttft_s"]["count"] == 6
+    assert summary["ttft_s"]["median"] == pytest.approx((ttfts[2] + ttfts[3]) / 2)
+    assert summary["tpot_s"]["p50"] <= summary["tpot_s"]["p90"] <= summary["tpot_s"]["p99"]
+    assert summary["output_tokens_per_s"]["count"] == 3
+
+
+def test_benchmark_throughput_by_number(client: httpx.Client) -> None:
+    body = {"concurrency": 3, "num_requests": 7, "prompt_tokens": 16, "output_tokens": 4, "warmup": 0}
+    answer = client.post("/benchmark/throughput", json=body).raise_for_status().json()
+    assert [request["output_tokens"] for request in answer["requests"]] == [4] * 7
+    summary = answer["summary"]
+    assert summary["requests_per_s"] == pytest.approx(7 / answer["duration_s"])
+    assert summary["output_tokens_per_s"] == pytest.approx(28 / answer["duration_s"])
+    assert summary["total_tokens_per_s"] == pytest.approx(7 * 20 / answer["duration_s"])
+    starts = [request["start_s"] for request in answer["requests"]]
+    ends = [request["start_s"] + request["e2e_s"] for request in answer["requests"]]
+    # Never more than three under way: the fourth starts when the first has ended.
+    assert all(start >= sorted(ends)[index - 3] for index, start in enumerate(starts) if index >= 3)
+
+
+def test_benchmark_throughput_by_time_and_409_beside_it(server: Server, client: httpx.Client) -> None:
+    answers = []
+
+    def run() -> None:
+        with server.client() as other:
+            body = {"duration_s": 2.0, "concurrency": 2, "prompt_tokens": 8, "output_tokens": 4}
+            answers.append(other.post("/benchmark/throughput", json=body))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    deadline_s = time.monotonic() + 10
+    while metric(client, "vllm:num_requests_running") == 0:
+        assert time.monotonic() < deadline_s, "the benchmark does not start"
+    refused = client.post("/benchmark/latency", json={})
+    thread.join()
+    check_error(refused, 409, "busy", None, "another benchmark is running")
+    answer = answers[0].raise_for_status().json()
+    assert 2.0 <= answer["duration_s"] < 4
+    assert max(request["start_s"] for request in answer["requests"]) < 2.0
+
+
+def test_benchmark_ends_when_its_client_leaves(client: httpx.Client) -> None:
+    body = {"rounds": 100, "prompt_tokens": 8, "output_tokens": 500}
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/benchmark/latency", json=body, timeout=0.5)
+    deadline_s = time.monotonic() + 10
+    short = {"rounds": 1, "warmup": 0, "prompt_tokens": 8, "output_tokens": 2}
+    while client.post("/benchmark/latency", json=short).status_code == 409:
+        assert time.monotonic() < deadline_s, "the benchmark runs on"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "told"),
+    [
+        ("latency", {"batch_size": 0}, "batch_size", "greater than or equal to 1"),
+        ("latency", {"rounds": 101}, "rounds", "less than or equal to 100"),
+        ("latency", {"prompt_tokens": MAX_MODEL_LEN}, "prompt_tokens", f"{MAX_MODEL_LEN + 64} together"),
+        ("throughput", {}, None, "exactly one of num_requests and duration_s"),
+        ("throughput", {"duration_s": 601}, "duration_s", "less than or equal to 600"),
+        ("throughput", {"num_requests": 1, "users": 2}, "users", "unknown field 'users'"),
+    ],
+)
+def test_bad_benchmark_is_one_clear_400(
+    client: httpx.Client, path: str, body: dict[str, Any], param: str | None, told: str
+) -> None:
+    check_error(client.post(f"/benchmark/{path}", json=body), 400, "invalid_request", param, told)

@@ -1,0 +1,134 @@
+"""The server's checks against the model, and what the launcher chooses: no engine needed."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from pat_serve.errors import MissingModel, PortInUse
+from pat_serve.server.launch import (
+    ServeSettings,
+    check_address,
+    check_model,
+    default_kv_cache_gib,
+    prepare_environment,
+    serve_arguments,
+)
+from pat_serve.server.limits import DEFAULT_MAX_TOKENS, LimitError, check_benchmark, check_vocabulary, output_budget
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "max_tokens", "max_model_len", "budget"),
+    [(10, 5, 15, 5), (10, None, 15, 5), (14, 1, 15, 1), (10, None, 4096, DEFAULT_MAX_TOKENS)],
+)
+def test_output_budget(prompt_tokens: int, max_tokens: int | None, max_model_len: int, budget: int) -> None:
+    assert output_budget(prompt_tokens, max_tokens, max_model_len=max_model_len, param="prompt") == budget
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "max_tokens", "param"),
+    [(15, None, "prompt"), (15, 1, "prompt"), (99, None, "prompt"), (10, 6, "max_tokens")],
+)
+def test_output_budget_refuses_what_does_not_fit(prompt_tokens: int, max_tokens: int | None, param: str) -> None:
+    with pytest.raises(LimitError) as caught:
+        output_budget(prompt_tokens, max_tokens, max_model_len=15, param="prompt")
+    assert caught.value.param == param
+    assert f" {prompt_tokens} " in str(caught.value)
+    assert " 15 " in str(caught.value)
+
+
+def test_check_vocabulary() -> None:
+    check_vocabulary([0, 9], vocab_size=10, param="prompt_token_ids")
+    for wrong in ([0, 10], [0, -1]):
+        with pytest.raises(LimitError, match=f"token id {wrong[1]} at position 1.*0 to 9"):
+            check_vocabulary(wrong, vocab_size=10, param="prompt_token_ids")
+
+
+def test_check_benchmark() -> None:
+    check_benchmark(10, 5, max_model_len=15)
+    with pytest.raises(LimitError, match="16 together"):
+        check_benchmark(10, 6, max_model_len=15)
+
+
+def test_default_kv_cache_leaves_memory_to_others() -> None:
+    assert default_kv_cache_gib(64.0) == 4.0
+    assert default_kv_cache_gib(8.0) == 2.0
+
+
+def test_environment_adds_the_plugin_and_keeps_what_is_set() -> None:
+    environment = {"VLLM_PLUGINS": "mine", "DO_NOT_TRACK": "0"}
+    prepare_environment(environment)
+    prepare_environment(environment)
+    assert environment == {"VLLM_PLUGINS": "mine,pat_serve", "DO_NOT_TRACK": "0", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def settings(**changes: object) -> ServeSettings:
+    given: dict[str, object] = {
+        "model": "m",
+        "host": "127.0.0.1",
+        "port": 8000,
+        "dtype": "float32",
+        "max_model_len": None,
+        "kv_cache_gib": None,
+        "compiled": False,
+    }
+    return ServeSettings(**(given | changes))  # type: ignore[arg-type]  # a test's shorthand
+
+
+def value(arguments: list[str], flag: str) -> str:
+    return arguments[arguments.index(flag) + 1]
+
+
+def test_serve_arguments_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    arguments = serve_arguments(settings(vllm_flags=("--max-num-seqs", "8")), on_cpu=True)
+    assert 0 < int(value(arguments, "--kv-cache-memory-bytes")) <= 4 * 2**30
+    assert "--enforce-eager" in arguments
+    assert arguments[-2:] == ["--max-num-seqs", "8"]
+    assert "--enforce-eager" not in serve_arguments(settings(compiled=True), on_cpu=True)
+
+
+def test_kv_cache_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert "--kv-cache-memory-bytes" not in serve_arguments(settings(), on_cpu=True)
+    arguments = serve_arguments(settings(kv_cache_gib=0.5), on_cpu=True)
+    assert value(arguments, "--kv-cache-memory-bytes") == str(2**29)
+
+
+def test_serve_arguments_elsewhere_leave_the_choices_to_vllm() -> None:
+    arguments = serve_arguments(settings(dtype="auto", max_model_len=99), on_cpu=False)
+    assert value(arguments, "--dtype") == "auto"
+    assert value(arguments, "--max-model-len") == "99"
+    assert not {"--kv-cache-memory-bytes", "--enforce-eager"} & set(arguments)
+
+
+def test_auto_dtype_on_cpu_is_one_that_it_computes() -> None:
+    assert value(serve_arguments(settings(dtype="auto"), on_cpu=True), "--dtype") in {"float32", "bfloat16"}
+
+
+def test_address_in_use_and_foreign_address() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(PortInUse, match=f"127.0.0.1:{port}.*in use"):
+            check_address("127.0.0.1", port)
+    check_address("127.0.0.1", port)
+    # 192.0.2.0/24 is for documentation, so it is nobody's own address.
+    with pytest.raises(PortInUse, match="192.0.2.1"):
+        check_address("192.0.2.1", port)
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "a/b/c", ""])
+def test_a_path_is_not_looked_for_on_the_hub(model: str) -> None:
+    with pytest.raises(MissingModel, match="no such folder"):
+        check_model(model)
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    with pytest.raises(MissingModel, match=r"no config\.json"):
+        check_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    check_model(str(tmp_path))
