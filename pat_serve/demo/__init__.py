@@ -1,0 +1,1 @@
+"""The whole way on one machine without GPU, network or token: `make demo`."""

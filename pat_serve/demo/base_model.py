@@ -1,0 +1,141 @@
+"""A small Llama, trained from nothing on the demo's texts, so that there is a base model without any download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress, TaskID
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from pat_serve.atomic import new_folder
+from pat_serve.progress import console, progress_bar
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings:
+    """Shape and budget of the demo's base: what two cores train in about two minutes."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 4
+    context_tokens: int = 128
+    batch_size: int = 16
+    steps: int = 300
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: every string can be encoded, there is no unknown token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=512
+    )
+
+
+def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast, context_tokens: int) -> list[dict[str, list[int]]]:
+    """Concatenate <s> text </s> ... and cut into blocks of equal length; the rest is dropped."""
+    stream: list[int] = []
+    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        stream += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    starts = range(0, len(stream) - context_tokens + 1, context_tokens)
+    return [{"input_ids": block, "labels": block} for block in (stream[at : at + context_tokens] for at in starts)]
+
+
+def train_base(texts: list[str], folder: Path, settings: BaseSettings) -> None:
+    """Train tokenizer and model and save both, atomically."""
+    set_seed(settings.seed)
+    tokenizer = train_tokenizer(texts, settings.vocab_size)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    with new_folder(folder, force=True) as staging:
+        arguments = TrainingArguments(
+            output_dir=str(staging),
+            max_steps=settings.steps,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=settings.steps // 20,
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+            seed=settings.seed,
+            save_strategy="no",
+            logging_steps=10,
+            report_to=[],
+            use_cpu=True,
+        )
+        with progress_bar() as progress:
+            task = progress.add_task("train the base model", total=settings.steps)
+            trainer = Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=pack(texts, tokenizer, settings.context_tokens),
+                data_collator=default_data_collator,
+                callbacks=[_Bar(progress, task)],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(ProgressCallback)
+            trainer.train()
+        model.to(torch.float32).save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+
+
+class _Bar(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self.progress = progress
+        self.task = task
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.progress.update(self.task, description=f"train the base model: loss {logs['loss']:.3f}")
+            if not console.is_terminal and state.global_step % 50 == 0:
+                console.print(
+                    f"  step {state.global_step} of {state.max_steps}: loss {logs['loss']:.3f}", highlight=False
+                )

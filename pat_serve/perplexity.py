@@ -1,0 +1,99 @@
+"""Perplexity of a checkpoint on labelled token ids, through stock transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pat_serve.progress import track
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """Perplexity over all labelled tokens of a data set.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per labelled token.
+        nll_nats: that mean.
+        nll_standard_error_nats: of the mean, over examples (the tokens of one example are not independent).
+        tokens: labelled tokens.
+        examples: rows.
+    """
+
+    perplexity: float
+    nll_nats: float
+    nll_standard_error_nats: float
+    tokens: int
+    examples: int
+
+
+def measure_perplexity(
+    folder: Path, examples: Sequence[dict[str, list[int]]], *, dtype: torch.dtype, batch_size: int = 16
+) -> Perplexity:
+    """Load a checkpoint with AutoModelForCausalLM and measure it.
+
+    Args:
+        folder: a local checkpoint.
+        examples: `input_ids` and `labels` each, where -100 marks a token that does not count.
+        dtype: to compute in; log-likelihoods are summed in float64.
+        batch_size: examples at a time.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    # Neighbours in length share a batch, so that little is padding.
+    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
+    batches = [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
+    sums: list[Tensor] = []
+    counts: list[Tensor] = []
+    for batch in track(batches, f"perplexity of {folder.name}", len(batches)):
+        nll, count = _batch_nll(model, batch, device)
+        sums.append(nll)
+        counts.append(count)
+    return summarize_nll(torch.cat(sums), torch.cat(counts))
+
+
+def summarize_nll(sums_N: Tensor, counts_N: Tensor) -> Perplexity:
+    """Perplexity from each example's summed negative log-likelihood and its number of labelled tokens.
+
+    The standard error is that of a ratio estimator: sqrt(sum((s_i - m c_i)^2)) / sum(c_i).
+    """
+    sums_N, counts_N = sums_N.double(), counts_N.double()
+    tokens = float(counts_N.sum())
+    mean = float(sums_N.sum()) / tokens
+    error = float((sums_N - mean * counts_N).square().sum().sqrt()) / tokens
+    return Perplexity(
+        perplexity=math.exp(mean),
+        nll_nats=mean,
+        nll_standard_error_nats=error,
+        tokens=int(tokens),
+        examples=len(sums_N),
+    )
+
+
+@torch.no_grad()
+def _batch_nll(model: nn.Module, batch: Sequence[dict[str, list[int]]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Summed NLL and number of labelled tokens of each example of a batch, on the CPU."""
+    longest = max(len(example["input_ids"]) for example in batch)
+    input_ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+    labels_BT = torch.full((len(batch), longest), IGNORED_LABEL)
+    mask_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+    for row, example in enumerate(batch):
+        length = len(example["input_ids"])
+        input_ids_BT[row, :length] = torch.tensor(example["input_ids"])
+        labels_BT[row, :length] = torch.tensor(example["labels"])
+        mask_BT[row, :length] = 1
+    logits_BTV = model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device)).logits[:, :-1].float()
+    targets_BT = labels_BT[:, 1:].to(device)
+    nll_BT = F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, ignore_index=IGNORED_LABEL, reduction="none")
+    return nll_BT.double().sum(1).cpu(), (targets_BT != IGNORED_LABEL).sum(1).cpu()
