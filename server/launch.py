@@ -87,7 +87,8 @@ def check_model(model: str) -> None:
         MissingModel: neither a folder with a config.json nor a model on the hub or in its cache.
     """
     folder = Path(model)
-    if folder.is_dir():
+    # Path("") is the current folder, which an empty variable in a script does not mean.
+    if model and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise MissingModel(
                 model,

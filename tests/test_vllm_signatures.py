@@ -94,10 +94,8 @@ def test_sampling_parameters_arrive() -> None:
 
 
 def test_arguments_that_the_launcher_sets() -> None:
-    args = parse_serve_arguments(
-        ["--model", "m", "--host", "127.0.0.1", "--port", "1", "--dtype", "float32", "--max-model-len", "99"]
-        + ["--kv-cache-memory-bytes", "1000", "--enforce-eager"]
-    )
+    flags = "--model m --host 127.0.0.1 --port 1 --dtype float32 --max-model-len 99 --kv-cache-memory-bytes 1000"
+    args = parse_serve_arguments([*flags.split(), "--enforce-eager"])
     assert (args.model, args.host, args.port, args.dtype, args.max_model_len) == ("m", "127.0.0.1", 1, "float32", 99)
     assert (args.kv_cache_memory_bytes, args.enforce_eager) == (1000, True)
     assert args.served_model_name is None

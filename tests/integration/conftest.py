@@ -43,7 +43,7 @@ def free_port() -> int:
 
 def spawn(model: Path | str, port: int, log: Path, *flags: str) -> subprocess.Popen[bytes]:
     """Start pat-serve in a process group of its own, with its output in a file."""
-    command = [sys.executable, "-m", "pat_serve.cli.serve", "--model", str(model), "--port", str(port)]
+    command = [str(Path(sys.executable).with_name("pat-serve")), "--model", str(model), "--port", str(port)]
     with log.open("wb") as output:
         return subprocess.Popen([*command, *flags], stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 

@@ -85,10 +85,8 @@ def test_stop_string_ends_and_is_left_out(client: httpx.Client) -> None:
 
 def test_seed_repeats_and_matters(client: httpx.Client) -> None:
     body = {"prompt": PROMPT, "max_tokens": 16, "temperature": 1.5, "ignore_eos": True}
-    first, again, other = (
-        client.post("/generate", json=body | {"seed": seed}).raise_for_status().json()["token_ids"]
-        for seed in (7, 7, 8)
-    )
+    answers = [client.post("/generate", json=body | {"seed": seed}).raise_for_status().json() for seed in (7, 7, 8)]
+    first, again, other = (answer["token_ids"] for answer in answers)
     assert first == again != other
 
 
@@ -226,7 +224,7 @@ def test_unknown_path_and_method_have_the_same_shape(client: httpx.Client) -> No
     check_error(client.get("/generate"), 405, "method_not_allowed", None, "GET /generate")
 
 
-def test__health_and_ready(server: Server, client: httpx.Client) -> None:
+def test_health_and_ready(server: Server, client: httpx.Client) -> None:
     assert client.get("/health").raise_for_status().json()["status"] == "alive"
     ready = client.get("/ready").raise_for_status().json()
     assert ready["status"] == "ready"
