@@ -65,9 +65,9 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: A
     return model.to(dtype).eval()
 
 
-def save_tiny_llama(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+def save_tiny_llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
     """Save a tiny model with its tokenizer and generation config, as a user's base model would lie on disk."""
-    model = tiny_llama(seed, **overrides)
+    model = tiny_llama(seed, dtype, **overrides)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=2)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -113,6 +113,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
             target = self.checkpoints / f"step-{step}"
             shutil.rmtree(target, ignore_errors=True)
             os.replace(self._staging() / f"checkpoint-{step}", target)
+            shutil.rmtree(self._staging())
             for old in list_checkpoints(self.checkpoints.parent)[: -self.keep_checkpoints]:
                 shutil.rmtree(old)
 

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pat_serve.training.data import ALPACA, ALPACA_INPUT, IGNORED_LABEL, encode_row, load_rows, parse_row
+from tests.tiny_models import tiny_tokenizer
+
+
+def test_forms_of_a_row():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[assistant] "
+    parsed = [
+        parse_row({"prompt": "p", "completion": "c"}, "", tokenizer),
+        parse_row({"instruction": "i", "input": "", "output": "o"}, "", tokenizer),
+        parse_row({"instruction": "i", "input": "x", "output": "o"}, "", tokenizer),
+        parse_row({"instruction": "i", "response": "r"}, "", tokenizer),
+        parse_row(
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "", tokenizer
+        ),
+    ]
+    assert [(row.prompt, row.completion) for row in parsed] == [
+        ("p", "c"),
+        (ALPACA.format(instruction="i"), "o"),
+        (ALPACA_INPUT.format(instruction="i", input="x"), "o"),
+        (ALPACA.format(instruction="i"), "r"),
+        ("[user] q [assistant] ", "a"),
+    ]
+
+
+def test_the_loss_covers_the_response_and_its_end_alone():
+    tokenizer = tiny_tokenizer()
+    row = parse_row({"prompt": "Join a and b:", "completion": " a b"}, "", tokenizer)
+    example = encode_row(row, tokenizer, 64)
+    assert example is not None
+    labelled = [token for token in example["labels"] if token != IGNORED_LABEL]
+    assert tokenizer.decode(labelled) == " a b</s>"
+    assert tokenizer.decode(example["input_ids"]) == "<s>Join a and b: a b</s>"
+    assert example["labels"][0] == IGNORED_LABEL
+    assert len(example["labels"]) == len(example["input_ids"]) == len(example["attention_mask"])
+
+
+def test_long_rows_are_cut_and_full_prompts_left_out():
+    tokenizer = tiny_tokenizer()
+    row = parse_row({"prompt": "abc", "completion": "d" * 500}, "", tokenizer)
+    example = encode_row(row, tokenizer, 32)
+    assert example is not None
+    assert len(example["input_ids"]) == 32
+    assert encode_row(row, tokenizer, 4) is None or len(tokenizer.encode("abc")) < 3
+    assert encode_row(parse_row({"prompt": "x " * 99, "completion": "d"}, "", tokenizer), tokenizer, 32) is None
+
+
+def test_empty_lines_of_a_file_are_skipped(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "completion": "c"}) + "\n\n")
+    assert len(load_rows(str(path), "train", tiny_tokenizer())) == 1

@@ -1,0 +1,228 @@
+"""The exported model is the trained one: in float64 and float32, biases and ties included."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from pat_serve.checkpoint import open_checkpoint
+from pat_serve.errors import ParityError
+from pat_serve.export import exporter
+from pat_serve.export.exporter import export_run
+from pat_serve.export.parity import compare_logits
+from pat_serve.export.reader import open_run
+from pat_serve.hybrid import HybridFold
+from pat_serve.masked import load_masked_model
+from pat_serve.plan import AxisCut, PruningPlan
+from tests.tiny_models import save_tiny_llama, tiny_llama
+
+PROMPT = torch.randint(384, (3, 40), generator=torch.Generator().manual_seed(5))
+
+
+def random_run(folder: Path, base: Path, *, width: int = 48) -> Path:
+    """A run with a random plan and a random adapter: nothing in it is near its starting value."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    checkpoint = open_checkpoint(str(base))
+    D, R = checkpoint.hidden_size, 8
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=checkpoint.dtype)
+    model = get_peft_model(
+        model,
+        LoraConfig(r=4, lora_alpha=8, target_modules=checkpoint.family.lora_targets()),
+        autocast_adapter_dtype=False,
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder / "adapter")
+    kept = torch.randperm(D)[:width].sort().values
+    folds = {
+        site: HybridFold(
+            l0_RD=torch.randn(R, D, dtype=checkpoint.dtype) / D**0.5,
+            l1_DR=torch.randn(D, R, dtype=checkpoint.dtype) / D**0.5,
+            scale_D=1 + 0.2 * torch.randn(D, dtype=checkpoint.dtype),
+        )
+        for site in checkpoint.family.residual_writers(checkpoint.num_layers)
+    }
+    axes = {"hidden": AxisCut(width=D, kept=kept)}
+    plan = PruningPlan(method="pat", base=checkpoint.reference(), axes=axes, folds=folds, adapter=True)
+    plan.save(folder)
+    return folder
+
+
+def both_logits(run_folder: Path, exported: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    run = open_run(run_folder)
+    with torch.no_grad():
+        wide = load_masked_model(run.base.folder, run_folder, run.plan, dtype)(input_ids=PROMPT).logits
+        narrow = AutoModelForCausalLM.from_pretrained(exported, dtype=dtype)(input_ids=PROMPT).logits
+    return wide, narrow
+
+
+@pytest.fixture
+def float64_norms(monkeypatch: pytest.MonkeyPatch):
+    """transformers' RMSNorm computes in float32 whatever the dtype; here it keeps float64, by the same formula."""
+
+    def forward(self: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+VARIANTS = {
+    "plain": {},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "large eps": {"rms_norm_eps": 0.1},
+    "no explicit head_dim": {"head_dim": None},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equal_in_float64(variant: str, tmp_path: Path, float64_norms: None):
+    overrides = {key: value for key, value in VARIANTS[variant].items() if value is not None}
+    if "head_dim" in VARIANTS[variant]:
+        overrides["head_dim"] = 16
+    base = save_tiny_llama(tmp_path / "base", dtype=torch.float64, **overrides)
+    if "head_dim" in VARIANTS[variant]:
+        config = json.loads((base / "config.json").read_text())
+        del config["head_dim"]
+        (base / "config.json").write_text(json.dumps(config))
+    run = random_run(tmp_path / "run", base)
+    out = export_run(run, tmp_path / "out", parity=False).out
+    wide, narrow = both_logits(run, out, torch.float64)
+    assert wide.dtype == narrow.dtype == torch.float64
+    assert (wide - narrow).abs().max() < 1e-9
+    assert wide.std() > 0.1
+
+
+@pytest.mark.parametrize("variant", ["plain", "biases", "tied"])
+def test_equal_in_float32(variant: str, tmp_path: Path):
+    base = save_tiny_llama(tmp_path / "base", **VARIANTS[variant])
+    done = export_run(random_run(tmp_path / "run", base), tmp_path / "out")
+    wide, narrow = both_logits(tmp_path / "run", done.out, torch.float32)
+    assert (wide - narrow).abs().max() / wide.std() < 1e-5
+    assert done.parity is not None
+    assert done.parity.max_abs_over_std < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.layers.0.input_layernorm.weight", lambda tensor: tensor * 0.75**0.5),  # the gain's factor left out
+        ("model.embed_tokens.weight", lambda tensor: tensor * 1.001),
+        ("model.layers.1.mlp.down_proj.weight", lambda tensor: tensor.roll(1, 0)),  # channels out of order
+    ],
+)
+def test_the_gate_refuses_a_wrong_rewriting(
+    name: str, change, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Damage one tensor between writing and checking; nothing may be left behind."""
+    write = exporter._write_weights
+
+    def write_damaged(run, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+        write(run, folder, dtype, max_shard_bytes)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = change(tensors[name])
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(exporter, "_write_weights", write_damaged)
+    with pytest.raises(ParityError, match="Nothing was exported"):
+        export_run(finished_run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_gate_refuses_an_uncorrected_eps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = save_tiny_llama(tmp_path / "base", rms_norm_eps=1e-2)
+    run = random_run(tmp_path / "run", base)
+    monkeypatch.setattr("pat_serve.export.narrow.narrow_eps", lambda eps, cut: eps)
+    with pytest.raises(ParityError):
+        export_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_trained_model_is_the_masked_one(tiny_base: Path, rows: Path, tmp_path: Path):
+    """Closes the chain: what training computed at its last step is what a plan rebuilds from disk."""
+    from pat_serve.training import run as training_run
+    from tests.conftest import tiny_recipe
+
+    trained = {}
+    finish = training_run._finish
+
+    def keep_model(prepared, run, model, method) -> None:
+        with torch.no_grad():
+            trained["logits"] = model.eval()(input_ids=PROMPT).logits
+        finish(prepared, run, model, method)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "_finish", keep_model)
+        training_run.start(tiny_recipe(tiny_base, rows), tmp_path / "run")
+    plan = PruningPlan.load(tmp_path / "run")
+    with torch.no_grad():
+        rebuilt = load_masked_model(tiny_base, tmp_path / "run", plan, torch.float32)(input_ids=PROMPT).logits
+    torch.testing.assert_close(rebuilt, trained["logits"], rtol=1e-5, atol=1e-5)
+    untouched = tiny_llama()(input_ids=PROMPT).logits
+    assert (rebuilt - untouched).abs().max() > 0.1
+
+
+def test_lora_alone_exports_to_the_bases_own_shape(tiny_base: Path, rows: Path, tmp_path: Path):
+    from pat_serve.training.run import start
+    from tests.conftest import tiny_recipe
+
+    start(tiny_recipe(tiny_base, rows, method="lora"), tmp_path / "run")
+    done = export_run(tmp_path / "run", tmp_path / "dense")
+    assert done.record["parameters"]["base"] == done.record["parameters"]["exported"]
+    assert done.parity is not None
+    assert done.parity.max_abs_over_std < 1e-5
+    before, after = load_file(tiny_base / "model.safetensors"), load_file(tmp_path / "dense/model.safetensors")
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_sharded_and_16_bit(finished_run: Path, tmp_path: Path):
+    done = export_run(finished_run, tmp_path / "out", dtype="bfloat16", max_shard_bytes=60_000)
+    shards = sorted(path.name for path in done.out.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    model, report = AutoModelForCausalLM.from_pretrained(done.out, dtype="auto", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.bfloat16
+    assert model.config.hidden_size == 48
+    assert model.config.head_dim == 32
+
+
+def test_stock_transformers_loads_it_without_this_package(finished_run: Path, tmp_path: Path):
+    out = export_run(finished_run, tmp_path / "out").out
+    script = (
+        "import sys; sys.modules['pat_serve'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(out)!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(out)!r})\n"
+        "print(type(model).__name__, model.config.hidden_size, sum(p.numel() for p in model.parameters()))\n"
+        "print(tokenizer.decode(model.generate(**tokenizer('Join list', return_tensors='pt'), max_new_tokens=4)[0]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    record = json.loads((out / "pat_export.json").read_text())
+    assert done.stdout.startswith(f"LlamaForCausalLM 48 {record['parameters']['exported']}\n")
+
+
+def test_compare_logits_figures():
+    trained = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    exported = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    parity = compare_logits(trained, exported, torch.float32, prompts=1)
+    assert parity.max_abs == 1.0
+    assert parity.top1_agreement == 0.5
+    # KL between (p, 1-p) and (1-p, p) with p = sigmoid(1) is (2p - 1) * 1, over two positions of which one differs.
+    assert parity.mean_kl_nats == pytest.approx((2 * torch.sigmoid(torch.tensor(1.0)).item() - 1) / 2, rel=1e-6)
+    assert not parity.passed
+    assert not dataclasses.replace(parity, max_abs_over_std=float("nan"), mean_kl_nats=0.0, top1_agreement=1.0).passed

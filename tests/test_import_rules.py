@@ -1,0 +1,88 @@
+"""The stages import the core and never each other; vLLM has one door; --help needs no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("training", "export", "server")
+COMMANDS = sorted(path.stem for path in (ROOT / "pat_serve/cli").glob("[a-z]*.py") if path.stem != "app")
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def core_files() -> list[Path]:
+    return list((ROOT / "pat_serve").glob("*.py"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_are_linked_into_the_package(stage: str):
+    link = ROOT / "pat_serve" / stage
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / stage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_stage_imports_another(stage: str):
+    others = tuple(f"pat_serve.{other}" for other in (*STAGES, "cli", "demo") if other != stage)
+    for path in (ROOT / stage).rglob("*.py"):
+        for name in imports(path):
+            assert not name.startswith(others), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_core_imports_no_stage():
+    stages = tuple(f"pat_serve.{stage}" for stage in (*STAGES, "cli", "demo"))
+    for path in core_files():
+        for name in imports(path):
+            assert not name.startswith(stages), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_bare_stage_names_are_never_imported():
+    for folder in ("pat_serve/cli", "pat_serve/demo", *STAGES, "tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for name in imports(path):
+                assert name.split(".")[0] not in STAGES, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_vllm_is_imported_in_one_file():
+    files = [*core_files(), *(ROOT / "pat_serve/cli").rglob("*.py"), *(ROOT / "pat_serve/demo").rglob("*.py")]
+    for stage in STAGES:
+        files += (ROOT / stage).rglob("*.py")
+    doors = {
+        path.relative_to(ROOT).as_posix()
+        for path in files
+        if any(name.split(".")[0] == "vllm" for name in imports(path))
+    }
+    assert doors == {"server/engine.py"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_no_torch(command: str):
+    """A subprocess, since this one has torch already."""
+    script = (
+        "import sys\n"
+        f"sys.argv = ['pat-{command}', '--help']\n"
+        f"from pat_serve.cli.{command} import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Example" in done.stdout
