@@ -1,0 +1,46 @@
+"""Who used the CPU while engines took turns: the one whose turn it was, the one that should wait, or somebody else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil  # type: ignore[import-untyped]  # comes with vLLM and peft, without type hints
+
+from pat_serve.server.worker_process import EngineProcess
+
+
+class CpuWatch:
+    """Adds up CPU time over turns. The kernel counts in ticks of about 10 ms: too coarse for a few tiny turns."""
+
+    def __init__(self) -> None:
+        self._elapsed_s = self._other_s = self._waiting_s = 0.0
+
+    @contextmanager
+    def turn(self, running: EngineProcess, waiting: EngineProcess) -> Iterator[None]:
+        """One engine's turn."""
+        begun_s, before = time.monotonic(), _count(running, waiting)
+        yield
+        busy_s, running_s, waiting_s = (now - then for now, then in zip(_count(running, waiting), before, strict=True))
+        self._elapsed_s += time.monotonic() - begun_s
+        self._other_s += busy_s - running_s - waiting_s
+        self._waiting_s += waiting_s
+
+    @property
+    def other_share(self) -> float:
+        """Share of the whole machine that went to neither engine, or to the hypervisor, in [0, 1]."""
+        share = self._other_s / (self._elapsed_s * float(psutil.cpu_count()))
+        return min(max(share, 0.0), 1.0)
+
+    @property
+    def waiting_share(self) -> float:
+        """Share of one core that the waiting engine used."""
+        return self._waiting_s / self._elapsed_s
+
+
+def _count(running: EngineProcess, waiting: EngineProcess) -> tuple[float, float, float]:
+    times = psutil.cpu_times()
+    # Linux counts a guest's time in user as well, so the two guest columns stay out.
+    busy_s = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
+    return float(busy_s), running.cpu_s(), waiting.cpu_s()

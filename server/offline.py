@@ -1,0 +1,104 @@
+"""A vLLM engine in this very process, stepped by hand so that every step has its timestamps."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from pat_serve.server.engine import offline_llm, submit
+from pat_serve.server.trace import BatchTrace
+
+
+class OfflineEngine:
+    """An engine for one batch at a time; see `pat_serve.server.engine.offline_llm` for the arguments."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._llm = offline_llm(**settings)
+        self._batch: _Batch | None = None
+
+    def prefill(self, prompts: Sequence[Sequence[int]], *, output_tokens: int) -> None:
+        """Submit all prompts at once, greedy and without an end-of-text; step until each has its first token.
+
+        Args:
+            prompts: token ids, one sequence for each request.
+            output_tokens: of each request, exactly.
+        """
+        assert self._batch is None, "the last batch is not finished"
+        self._batch = _Batch(len(prompts), output_tokens)
+        for i, prompt in enumerate(prompts):
+            submit(self._llm, str(i), prompt, output_tokens=output_tokens)
+        while not self._batch.all_begun:
+            self._batch.step(self._llm.llm_engine)
+
+    def decode(self, steps: int) -> None:
+        """Make so many steps, fewer if the batch is finished before."""
+        assert self._batch is not None, "no batch"
+        for _ in range(steps):
+            if not self._llm.llm_engine.has_unfinished_requests():
+                break
+            self._batch.step(self._llm.llm_engine)
+
+    def take_trace(self) -> BatchTrace | None:
+        """The trace of a finished batch, and make room for the next; None while it is unfinished.
+
+        Raises:
+            RuntimeError: the engine finished the batch with too few tokens.
+        """
+        assert self._batch is not None, "no batch"
+        if self._llm.llm_engine.has_unfinished_requests():
+            return None
+        trace = self._batch.trace()
+        self._batch = None
+        return trace
+
+
+class _Batch:
+    """What is known of the batch so far."""
+
+    def __init__(self, size: int, output_tokens: int) -> None:
+        self._size, self._output_tokens = size, output_tokens
+        self._tokens = [0] * size
+        self._prompts: list[Sequence[int]] = [()] * size
+        self._started_s: list[float] = []
+        self._ended_s: list[float] = []
+        self._step_tokens: list[int] = []
+        self._first_token_step = -1
+        self._submitted_s = time.monotonic()
+
+    @property
+    def all_begun(self) -> bool:
+        return self._first_token_step >= 0
+
+    def step(self, engine: Any) -> None:
+        before = sum(self._tokens)
+        self._started_s.append(time.monotonic())
+        outputs = engine.step()
+        self._ended_s.append(time.monotonic())
+        for output in outputs:
+            index = int(output.request_id)
+            self._tokens[index] = len(output.outputs[0].token_ids)
+            self._prompts[index] = output.prompt_token_ids
+        self._step_tokens.append(sum(self._tokens) - before)
+        if not self.all_begun and all(self._tokens):
+            self._first_token_step = len(self._ended_s) - 1
+
+    def trace(self) -> BatchTrace:
+        if any(count != self._output_tokens for count in self._tokens):
+            raise RuntimeError(f"the engine gave {self._tokens} tokens instead of {self._output_tokens} a request")
+        return BatchTrace(
+            batch_size=self._size,
+            submitted_s=self._submitted_s,
+            steps_started_s=tuple(self._started_s),
+            steps_ended_s=tuple(self._ended_s),
+            steps_tokens=tuple(self._step_tokens),
+            first_token_step=self._first_token_step,
+            prompts_sha256=prompts_digest(self._prompts),
+        )
+
+
+def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of token ids: numbers joined by blanks, prompts by line feeds."""
+    text = "\n".join(" ".join(map(str, prompt)) for prompt in prompts)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,138 @@
+"""How much faster a narrower model can be at best: bytes and FLOPs counted from the config. Pure mathematics.
+
+A decode step does a few operations for each weight that it reads, so its ceiling is the ratio of bytes read: all
+matrices once, plus every request's KV cache. A prefill reuses each weight for all tokens of the batch, so its ceiling
+is the ratio of FLOPs. Cutting the hidden dimension cuts every matrix in proportion, but neither the KV cache nor the
+attention's own products, which is why the ceiling falls with batch and context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pat_serve.errors import BrokenCheckpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a Llama-like decoder that decide what a step costs."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    tied_head: bool
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer's matrices: q and o, k and v, and the three of the FFN."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        return attention + 3 * self.hidden_size * self.ffn_size
+
+    @property
+    def norm_weights(self) -> int:
+        """Gains of the two norms of each layer and of the last one."""
+        return (2 * self.num_layers + 1) * self.hidden_size
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of lm_head, read and multiplied in full for each new token whether tied or not."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """All parameters: layers, norms, embedding table, and lm_head where it is not tied to the table."""
+        tables = self.head_weights * (1 if self.tied_head else 2)
+        return self.num_layers * self.layer_weights + self.norm_weights + tables
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers that one token leaves in the KV cache."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+def shape_of(config: Mapping[str, Any], source: object) -> ModelShape:
+    """Read the sizes from a parsed config.json.
+
+    Args:
+        config: the parsed config.json of a Llama-like decoder.
+        source: its path or name, for the message.
+
+    Raises:
+        BrokenCheckpoint: a size is missing or no positive integer.
+    """
+
+    def size(key: str, default: int | None = None) -> int:
+        value = config.get(key)
+        if value is None:
+            value = default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise BrokenCheckpoint(
+                f"{source}: config.json",
+                expected=f"{key} as a positive integer",
+                found="no such entry" if value is None else repr(value),
+                fix="Point at the config.json of a Llama-like decoder.",
+            )
+        return value
+
+    hidden_size, num_heads = size("hidden_size"), size("num_attention_heads")
+    return ModelShape(
+        hidden_size=hidden_size,
+        num_layers=size("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=size("num_key_value_heads", num_heads),
+        head_dim=size("head_dim", hidden_size // num_heads),
+        ffn_size=size("intermediate_size"),
+        vocab_size=size("vocab_size"),
+        tied_head=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def decode_bytes(shape: ModelShape, *, batch_size: int, context_tokens: float, dtype_bytes: int) -> float:
+    """Bytes that one decode step must read: all matrices, norms and lm_head once, gathered embedding rows, KV cache.
+
+    Args:
+        shape: the model.
+        batch_size: requests in the step, each producing one token.
+        context_tokens: mean number of tokens in a request's KV cache.
+        dtype_bytes: bytes of one weight and of one KV value.
+    """
+    rows = batch_size * shape.hidden_size
+    weights = shape.num_layers * shape.layer_weights + shape.norm_weights + shape.head_weights + rows
+    return dtype_bytes * (weights + batch_size * context_tokens * shape.kv_values_per_token)
+
+
+def prefill_flops(shape: ModelShape, *, batch_size: int, prompt_tokens: int) -> float:
+    """FLOPs up to the first token of each request: 2 per weight and token, causal attention, lm_head once a request.
+
+    Args:
+        shape: the model.
+        batch_size: requests.
+        prompt_tokens: tokens of each prompt.
+    """
+    matrices = 2 * shape.num_layers * shape.layer_weights * prompt_tokens
+    # A token meets itself and all before it: n (n + 1) / 2 pairs, each a product with a key and one with a value.
+    pairs = prompt_tokens * (prompt_tokens + 1) / 2
+    attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * pairs
+    return batch_size * (matrices + attention + 2 * shape.head_weights)
+
+
+def decode_ceiling(
+    baseline: ModelShape, candidate: ModelShape, *, batch_size: int, context_tokens: float, dtype_bytes: int
+) -> float:
+    """Largest decode speed-up that a machine bound by memory bandwidth can show."""
+    return decode_bytes(
+        baseline, batch_size=batch_size, context_tokens=context_tokens, dtype_bytes=dtype_bytes
+    ) / decode_bytes(candidate, batch_size=batch_size, context_tokens=context_tokens, dtype_bytes=dtype_bytes)
+
+
+def prefill_ceiling(baseline: ModelShape, candidate: ModelShape, *, batch_size: int, prompt_tokens: int) -> float:
+    """Largest prefill speed-up that a machine bound by arithmetic can show."""
+    return prefill_flops(baseline, batch_size=batch_size, prompt_tokens=prompt_tokens) / prefill_flops(
+        candidate, batch_size=batch_size, prompt_tokens=prompt_tokens
+    )

@@ -1,0 +1,153 @@
+"""Check a claimed speed-up: two engines side by side, paired interleaved rounds, one verdict for each regime.
+
+Both engines stay alive throughout and only one works at a time. What the machine does over minutes (clock, temperature,
+neighbours) then meets both halves of a pair alike and cancels in its ratio, which measuring one model after the other
+would not give.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pat_serve.errors import EngineError
+from pat_serve.hardware import DTYPE_BYTES, describe, serving_dtype
+from pat_serve.server.model_source import ModelSource, resolve
+from pat_serve.server.speedup_analysis import analyse, conclude
+from pat_serve.server.speedup_checks import check_memory, check_pair, check_settings, kv_cache_bytes, step_tokens
+from pat_serve.server.speedup_result import ModelRecord, SpeedupResult, SpeedupSettings, WarmUp
+from pat_serve.server.speedup_rounds import run_round, steps_per_turn, warm_up
+from pat_serve.server.worker_process import EngineProcess, start_together
+from pat_serve.server.worker_protocol import Ready, Start
+
+# (stage, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
+
+
+def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, progress: Progress) -> SpeedupResult:
+    """Measure a candidate's speed-up over a baseline and judge the claim.
+
+    Args:
+        baseline: dense model: folder, hub id, or the name of a shipped shape.
+        candidate: the one that is claimed to be faster.
+        settings: what to measure.
+        progress: called with news as it goes.
+
+    Raises:
+        UsageError: settings that make no sense, or models with different vocabularies.
+        ModelError: a model that is not there or not readable.
+        EngineError: not enough memory for two engines, or an engine failed; its log is then kept.
+    """
+    check_settings(settings)
+    dtype = serving_dtype(settings.dtype)
+    scratch = Path(tempfile.mkdtemp(prefix="pat-bench-"))
+    keep_logs = False
+    try:
+        sources = {
+            "baseline": _resolve(baseline, "baseline", settings, scratch),
+            "candidate": _resolve(candidate, "candidate", settings, scratch),
+        }
+        check_pair(sources["baseline"], sources["candidate"], settings)
+        check_memory(sources["baseline"], sources["candidate"], settings, dtype)
+        return _measure(sources["baseline"], sources["candidate"], settings, dtype, scratch, progress)
+    except EngineError as error:
+        keep_logs = any(scratch.rglob("*.log"))
+        raise error
+    finally:
+        if not keep_logs:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _resolve(name: str, label: str, settings: SpeedupSettings, scratch: Path) -> ModelSource:
+    folder = scratch / label
+    folder.mkdir()
+    return resolve(name, flag=f"--{label}", load_format=settings.load_format, layers=settings.layers, scratch=folder)
+
+
+def _measure(
+    baseline: ModelSource,
+    candidate: ModelSource,
+    settings: SpeedupSettings,
+    dtype: str,
+    scratch: Path,
+    progress: Progress,
+) -> SpeedupResult:
+    date, begun_s = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    with (
+        EngineProcess("baseline", log=scratch / "baseline.log", offline=baseline.on_disk) as first,
+        EngineProcess("candidate", log=scratch / "candidate.log", offline=candidate.on_disk) as second,
+    ):
+        progress("starting two engines", 0, settings.rounds)
+        ready = start_together(
+            {
+                first: _start_command(baseline, settings, dtype),
+                second: _start_command(candidate, settings, dtype),
+            }
+        )
+        progress("warming up", 0, settings.rounds)
+        vocab_size = baseline.shape.vocab_size
+        warm_ups = [warm_up(engine, settings, vocab_size) for engine in (first, second)]
+        turn_steps = steps_per_turn(warm_ups)
+        rounds = []
+        for index in range(settings.rounds):
+            progress("measuring rounds", index, settings.rounds)
+            rounds.append(run_round(first, second, settings, vocab_size=vocab_size, index=index, turn_steps=turn_steps))
+        progress("measuring rounds", settings.rounds, settings.rounds)
+    regimes = tuple(
+        analyse(
+            regime,
+            rounds,
+            settings,
+            baseline=baseline.shape,
+            candidate=candidate.shape,
+            dtype_bytes=DTYPE_BYTES[dtype],
+        )
+        for regime in settings.regimes
+    )
+    verdict, reason = conclude(regimes, rounds, settings.claim)
+    return SpeedupResult(
+        date=date,
+        duration_s=time.monotonic() - begun_s,
+        machine=describe(),
+        dtype=dtype,
+        settings=settings,
+        baseline=_model_record(baseline, ready[first], warm_ups[0]),
+        candidate=_model_record(candidate, ready[second], warm_ups[1]),
+        regimes=regimes,
+        verdict=verdict,
+        reason=reason,
+        rounds=tuple(rounds),
+    )
+
+
+def _start_command(source: ModelSource, settings: SpeedupSettings, dtype: str) -> Start:
+    return Start(
+        model=source.path,
+        dtype=dtype,
+        load_format=settings.load_format,
+        batch_size=settings.batch_size,
+        max_model_tokens=settings.prompt_tokens + settings.generated_tokens,
+        max_step_tokens=step_tokens(settings),
+        kv_cache_bytes=kv_cache_bytes(source, settings, dtype),
+        enforce_eager=settings.enforce_eager,
+        seed=settings.seed,
+    )
+
+
+def _model_record(source: ModelSource, ready: Ready, warmed: WarmUp) -> ModelRecord:
+    text = json.dumps(source.config, sort_keys=True)
+    return ModelRecord(
+        name=source.name,
+        config_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        shape=source.shape,
+        parameters=source.shape.parameters,
+        start_s=ready.start_s,
+        peak_memory_bytes=ready.peak_memory_bytes,
+        warm_up=warmed,
+    )

@@ -1,0 +1,114 @@
+"""What a speed-up check refuses before it starts an engine, and what an engine is expected to take."""
+
+from __future__ import annotations
+
+import math
+
+from pat_serve.errors import EngineError, UsageError
+from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes
+from pat_serve.server.model_source import ModelSource
+from pat_serve.server.speedup_result import Regime, SpeedupSettings
+from pat_serve.server.verdict import MIN_ROUNDS
+
+MAX_STEP_TOKENS = 16384
+
+# Of an engine beside weights and KV cache: Python, torch and vLLM themselves.
+_PROCESS_BYTES = 1 << 30
+# While kernels repack a matrix, it exists twice; freed pieces are not all given back.
+_WEIGHT_COPIES = 1.4
+# Rows of 32, 128 and 256 are the block sizes of vLLM's KV cache; one block more than the tokens need is never too few.
+_KV_BLOCK_TOKENS = 256
+
+
+def check_settings(settings: SpeedupSettings) -> None:
+    """Refuse numbers that cannot be measured.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+
+    def want(flag: str, fine: bool, expected: str, found: object, fix: str) -> None:
+        if not fine:
+            raise UsageError(flag, expected=expected, found=str(found), fix=fix)
+
+    claim_fine = math.isfinite(settings.claim) and settings.claim > 0
+    want("--claim", claim_fine, "a ratio above 0", settings.claim, "Try --claim 1.33.")
+    want("--batch-size", settings.batch_size >= 1, "at least 1", settings.batch_size, "Try --batch-size 1.")
+    want("--prompt-tokens", settings.prompt_tokens >= 1, "at least 1", settings.prompt_tokens, "Try 128.")
+    want("--rounds", settings.rounds >= MIN_ROUNDS, f"at least {MIN_ROUNDS}", settings.rounds, "Try --rounds 12.")
+    want("--regime", bool(settings.regimes), "prefill, decode or both", "none", "Leave --regime out for both.")
+    if Regime.DECODE in settings.regimes:
+        # A batch beyond one step's tokens is prefilled in pieces, during which its first requests already decode.
+        pieces = math.ceil(settings.batch_size * settings.prompt_tokens / MAX_STEP_TOKENS)
+        least = pieces + 1
+        want(
+            "--output-tokens",
+            settings.output_tokens >= least,
+            f"at least {least} to time decode at this batch and prompt",
+            settings.output_tokens,
+            "Ask for more output tokens, or for --regime prefill alone.",
+        )
+
+
+def check_pair(baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings) -> None:
+    """Refuse two models that cannot be given the same work.
+
+    Raises:
+        UsageError: different vocabularies, or a context beyond what one of them was made for.
+    """
+    if baseline.shape.vocab_size != candidate.shape.vocab_size:
+        raise UsageError(
+            f"--candidate {candidate.name}",
+            expected=f"the baseline's vocabulary of {baseline.shape.vocab_size}, so that the same token ids fit both",
+            found=f"a vocab_size of {candidate.shape.vocab_size}",
+            fix="Compare a model with one that was pruned from it.",
+        )
+    tokens = settings.prompt_tokens + settings.generated_tokens
+    for source in (baseline, candidate):
+        limit = source.config.get("max_position_embeddings")
+        if isinstance(limit, int) and tokens > limit:
+            raise UsageError(
+                "--prompt-tokens and --output-tokens",
+                expected=f"at most {limit} together, the context of {source.name}",
+                found=str(tokens),
+                fix="Ask for fewer tokens.",
+            )
+
+
+def check_memory(baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings, dtype: str) -> None:
+    """Refuse to start two engines that the machine cannot hold; a machine that swaps measures its disk.
+
+    Raises:
+        EngineError: with both amounts.
+    """
+    needed = sum(engine_memory_bytes(source, settings, dtype) for source in (baseline, candidate))
+    available = available_memory_bytes()
+    if needed > available:
+        raise EngineError(
+            "two engines side by side",
+            expected=f"about {needed / 2**30:.1f} GiB of memory in {dtype}",
+            found=f"{available / 2**30:.1f} GiB available",
+            fix="Cut both models with --layers N --load-format dummy (the ceiling of the ratio stays), or free memory.",
+        )
+
+
+def engine_memory_bytes(source: ModelSource, settings: SpeedupSettings, dtype: str) -> int:
+    """Memory that an engine is expected to take: weights, KV cache, activations of the widest step, the process."""
+    value_bytes = DTYPE_BYTES[dtype]
+    shape = source.shape
+    widest = max(3 * shape.ffn_size, 3 * shape.num_heads * shape.head_dim) + 4 * shape.hidden_size
+    activations = step_tokens(settings) * widest * value_bytes
+    weights = int(_WEIGHT_COPIES * shape.parameters * value_bytes)
+    return weights + kv_cache_bytes(source, settings, dtype) + activations + _PROCESS_BYTES
+
+
+def step_tokens(settings: SpeedupSettings) -> int:
+    """Tokens of the widest step: the whole batch's prompts at once, as far as that is sensible."""
+    return min(settings.batch_size * settings.prompt_tokens, MAX_STEP_TOKENS)
+
+
+def kv_cache_bytes(source: ModelSource, settings: SpeedupSettings, dtype: str) -> int:
+    """Size of the KV cache that holds the batch to its last token."""
+    tokens = settings.prompt_tokens + settings.generated_tokens
+    blocks = settings.batch_size * math.ceil(tokens / _KV_BLOCK_TOKENS) + 1
+    return blocks * _KV_BLOCK_TOKENS * source.shape.kv_values_per_token * DTYPE_BYTES[dtype]

@@ -1,0 +1,111 @@
+"""Warm-up and paired rounds of two engines that take turns."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+from pat_serve.server.cpu_watch import CpuWatch
+from pat_serve.server.offline import prompts_digest
+from pat_serve.server.speedup_analysis import latency_s
+from pat_serve.server.speedup_result import Round, SpeedupSettings, WarmUp
+from pat_serve.server.trace import BatchTrace
+from pat_serve.server.worker_process import EngineProcess
+
+# Two runs that differ by less than this count as the same: smaller changes are noise on most machines.
+_STATIONARY = 0.1
+_MIN_WARMUP_RUNS, _MAX_WARMUP_RUNS = 2, 4
+# A warm-up needs each kind of step, not many of them.
+_WARMUP_TOKENS = 5
+
+# How long an engine decodes before it is the other's turn. A machine's speed drifts over seconds (clock, neighbours'
+# memory traffic): turns must be shorter than that, and much longer than the microseconds that waking threads costs.
+_TURN_S = 0.2
+
+
+def warm_up(engine: EngineProcess, settings: SpeedupSettings, vocab_size: int) -> WarmUp:
+    """Run until two runs in a row agree, within bounds."""
+    tokens = min(settings.generated_tokens, _WARMUP_TOKENS)
+    traces: list[BatchTrace] = []
+    stationary = False
+    while not stationary and len(traces) < _MAX_WARMUP_RUNS:
+        prompts = round_prompts(settings, vocab_size, -1 - len(traces))
+        trace = engine.prefill(prompts, output_tokens=tokens) or engine.decode(tokens)
+        # A batch prefilled in pieces needs some steps more than it has tokens.
+        while trace is None:
+            trace = engine.decode(1)
+        traces.append(trace)
+        stationary = len(traces) >= _MIN_WARMUP_RUNS and all(
+            abs(latency_s(trace, regime) / latency_s(traces[-2], regime) - 1) < _STATIONARY
+            for regime in settings.regimes
+        )
+    return WarmUp(traces=tuple(traces), stationary=stationary)
+
+
+def steps_per_turn(warm_ups: list[WarmUp]) -> int:
+    """Decode steps that an engine makes before it is the other's turn; the same for both, so that pairs match."""
+    steps_s = [step_s for warm in warm_ups for step_s in warm.traces[-1].decode_steps_s]
+    return math.ceil(_TURN_S / max(steps_s)) if steps_s else 1
+
+
+def run_round(
+    baseline: EngineProcess,
+    candidate: EngineProcess,
+    settings: SpeedupSettings,
+    *,
+    vocab_size: int,
+    index: int,
+    turn_steps: int,
+) -> Round:
+    """One pair: both engines prefill the same prompts, then decode them in short turns.
+
+    The order is swapped from round to round, and within a round from turn to turn (ABBA).
+
+    Args:
+        baseline: first engine.
+        candidate: second engine.
+        settings: gives batch, prompt and output.
+        vocab_size: of both models.
+        index: of the round.
+        turn_steps: decode steps in a turn.
+    """
+    prompts = round_prompts(settings, vocab_size, index)
+    order = (baseline, candidate) if index % 2 == 0 else (candidate, baseline)
+    watch = CpuWatch()
+    traces: dict[EngineProcess, BatchTrace] = {}
+    for turn in itertools.count():
+        engines = order if turn % 2 == 0 else order[::-1]
+        for running, waiting in (engines, engines[::-1]):
+            if running in traces:
+                continue
+            with watch.turn(running, waiting):
+                trace = (
+                    running.decode(turn_steps)
+                    if turn
+                    else running.prefill(prompts, output_tokens=settings.generated_tokens)
+                )
+            if trace is not None:
+                traces[running] = trace
+        if len(traces) == 2:
+            break
+    return Round(
+        first="baseline" if order[0] is baseline else "candidate",
+        prompts_sha256=prompts_digest(prompts),
+        baseline=traces[baseline],
+        candidate=traces[candidate],
+        other_cpu_share=watch.other_share,
+        waiting_engine_cpu_share=watch.waiting_share,
+    )
+
+
+def round_prompts(settings: SpeedupSettings, vocab_size: int, index: int) -> list[list[int]]:
+    """Token ids of one round: both models get the same, and no two rounds share any, so no cache can help.
+
+    Args:
+        settings: gives batch size, prompt length and seed.
+        vocab_size: ids are drawn evenly from [0, vocab_size).
+        index: of the round; warm-up runs have negative ones.
+    """
+    draw = random.Random(f"{settings.seed}/{index}")
+    return [[draw.randrange(vocab_size) for _ in range(settings.prompt_tokens)] for _ in range(settings.batch_size)]

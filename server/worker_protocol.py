@@ -1,0 +1,73 @@
+"""What a benchmark's parent and its engine processes say to each other: JSON lines on two private pipes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from pat_serve.server.trace import BatchTrace
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Start(_Message):
+    """First command: start the engine. Answered by `Ready` or `Failed`."""
+
+    kind: Literal["start"] = "start"
+    model: str
+    dtype: str
+    load_format: str
+    batch_size: int
+    max_model_tokens: int
+    max_step_tokens: int
+    kv_cache_bytes: int
+    enforce_eager: bool
+    seed: int
+
+
+class Prefill(_Message):
+    """Submit prompts of token ids and step until each has its first token. Answered by `Stepped` or `Failed`."""
+
+    kind: Literal["prefill"] = "prefill"
+    prompts: list[list[int]]
+    output_tokens: int
+
+
+class Decode(_Message):
+    """Make some more steps with the submitted batch. Answered by `Stepped` or `Failed`."""
+
+    kind: Literal["decode"] = "decode"
+    steps: int
+
+
+class Ready(_Message):
+    """The engine can run."""
+
+    kind: Literal["ready"] = "ready"
+    start_s: float
+    peak_memory_bytes: int
+
+
+class Stepped(_Message):
+    """The steps are done; the batch's trace comes with its last one."""
+
+    kind: Literal["stepped"] = "stepped"
+    trace: BatchTrace | None
+
+
+class Failed(_Message):
+    """The command raised; the traceback is in the worker's log."""
+
+    kind: Literal["failed"] = "failed"
+    error: str
+
+
+Command: TypeAdapter[Start | Prefill | Decode] = TypeAdapter(
+    Annotated[Start | Prefill | Decode, Field(discriminator="kind")]
+)
+Reply: TypeAdapter[Ready | Stepped | Failed] = TypeAdapter(
+    Annotated[Ready | Stepped | Failed, Field(discriminator="kind")]
+)

@@ -1,0 +1,102 @@
+import json
+from importlib.resources import files
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from pat_serve.errors import BrokenCheckpoint
+from pat_serve.server.roofline import (
+    ModelShape,
+    decode_bytes,
+    decode_ceiling,
+    prefill_ceiling,
+    prefill_flops,
+    shape_of,
+)
+from tests.tiny_models import tiny_config
+
+
+def shipped(name: str) -> ModelShape:
+    text = (files("pat_serve.server") / "shapes" / f"{name}.json").read_text()
+    return shape_of(json.loads(text), name)
+
+
+DENSE, PRUNED = shipped("llama2-7b"), shipped("llama2-7b-pat25")
+
+
+def test_parameters_of_the_paper_s_shapes() -> None:
+    assert DENSE.parameters == 6_738_415_616
+    # All matrices and norms shrink with the hidden dimension.
+    assert PRUNED.parameters * 4 == DENSE.parameters * 3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_equal_transformers_count(tied: bool) -> None:
+    config = tiny_config(tie_word_embeddings=tied)
+    shape = shape_of(config.to_dict(), "tiny")
+    assert shape.parameters == sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
+
+
+# The literature counts every parameter as read in each step, the embedding table too; then the known figures come out.
+@pytest.mark.parametrize(
+    ("batch_size", "context", "expected"),
+    [(1, 128, 1.331), (1, 2048, 1.301), (8, 1024, 1.234), (32, 1024, 1.123), (32, 2048, 1.076)],
+)
+def test_known_ceilings_when_the_embedding_table_counts(batch_size: int, context: int, expected: float) -> None:
+    def all_bytes(shape: ModelShape) -> float:
+        return 2 * (shape.parameters + batch_size * context * shape.kv_values_per_token)
+
+    assert all_bytes(DENSE) / all_bytes(PRUNED) == pytest.approx(expected, abs=5e-4)
+    # A step gathers only the rows of its tokens: 131 M parameters less, and a ceiling a little lower.
+    ours = decode_ceiling(DENSE, PRUNED, batch_size=batch_size, context_tokens=context, dtype_bytes=2)
+    assert expected - 2e-3 < ours < expected + 5e-4
+
+
+def test_decode_bytes_by_hand() -> None:
+    shape = ModelShape(
+        hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffn_size=16, vocab_size=10, tied_head=True
+    )
+    # q 8x16, k and v 8x8, o 16x8, three FFN matrices of 8x16.
+    layer = 128 + 64 + 64 + 128 + 3 * 128
+    weights = 2 * layer + 5 * 8 + 10 * 8
+    # A token leaves a key and a value of 2 heads x 4 in each of 2 layers.
+    kv = 2 * 2 * 2 * 4
+    assert shape.kv_values_per_token == kv
+    step = decode_bytes(shape, batch_size=3, context_tokens=5.5, dtype_bytes=4)
+    assert step == 4 * (weights + 3 * 8 + 3 * 5.5 * kv)
+
+
+def test_prefill_flops_by_hand() -> None:
+    shape = ModelShape(
+        hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4, ffn_size=4, vocab_size=10, tied_head=True
+    )
+    matrices = 2 * (4 * 64 + 3 * 32) * 3
+    # Three tokens make 6 causal pairs; each is 2 products of 8 numbers, 2 FLOPs a number.
+    attention = 6 * 2 * 8 * 2
+    assert prefill_flops(shape, batch_size=5, prompt_tokens=3) == 5 * (matrices + attention + 2 * 80)
+
+
+def test_ceilings_fall_with_batch_and_context() -> None:
+    decode = [
+        decode_ceiling(DENSE, PRUNED, batch_size=batch, context_tokens=1024, dtype_bytes=2) for batch in (1, 8, 64)
+    ]
+    prefill = [prefill_ceiling(DENSE, PRUNED, batch_size=1, prompt_tokens=tokens) for tokens in (16, 512, 4096)]
+    for ceilings in (decode, prefill):
+        assert 4 / 3 > ceilings[0] > ceilings[1] > ceilings[2] > 1
+
+
+def test_cutting_layers_keeps_the_ceiling() -> None:
+    def cut(shape: ModelShape) -> ModelShape:
+        return ModelShape(**{**vars(shape), "num_layers": 2})
+
+    for batch_size in (1, 8):
+        full = decode_ceiling(DENSE, PRUNED, batch_size=batch_size, context_tokens=136, dtype_bytes=2)
+        short = decode_ceiling(cut(DENSE), cut(PRUNED), batch_size=batch_size, context_tokens=136, dtype_bytes=2)
+        assert short == pytest.approx(full, rel=5e-3)
+
+
+@pytest.mark.parametrize("value", [None, 0, "32", True, 2.5])
+def test_a_config_without_heads_is_refused(value: object) -> None:
+    config = {**tiny_config().to_dict(), "num_attention_heads": value}
+    with pytest.raises(BrokenCheckpoint, match="num_attention_heads"):
+        shape_of(config, "broken")

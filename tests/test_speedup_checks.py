@@ -1,0 +1,140 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pat_serve import hardware
+from pat_serve.errors import BrokenCheckpoint, EngineError, MissingModel, PatServeError, UsageError
+from pat_serve.server.model_source import ModelSource, resolve, shipped_shapes
+from pat_serve.server.speedup_checks import check_memory, check_pair, check_settings, engine_memory_bytes
+from pat_serve.server.speedup_result import SpeedupSettings
+from pat_serve.server.speedup_rounds import round_prompts
+from tests.tiny_models import tiny_config
+
+
+def shape_folder(folder: Path, **overrides: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(tiny_config(**overrides).to_dict()))
+    return folder
+
+
+def find(name: object, scratch: Path, *, load_format: str = "dummy", layers: int | None = None) -> ModelSource:
+    return resolve(str(name), flag="--baseline", load_format=load_format, layers=layers, scratch=scratch)
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"claim": 0.0}, "--claim"),
+        ({"claim": float("nan")}, "--claim"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"prompt_tokens": 0}, "--prompt-tokens"),
+        ({"rounds": 4}, "--rounds"),
+        ({"regimes": ()}, "--regime"),
+        ({"output_tokens": 1}, "--output-tokens"),
+        ({"output_tokens": 4, "batch_size": 32, "prompt_tokens": 2048}, "--output-tokens"),
+    ],
+)
+def test_senseless_settings_are_refused(change: dict[str, Any], flag: str) -> None:
+    with pytest.raises(UsageError, match=flag):
+        check_settings(SpeedupSettings.model_validate(change))
+
+
+def test_prefill_alone_needs_no_output_tokens() -> None:
+    check_settings(SpeedupSettings.model_validate({"regimes": ["prefill"], "output_tokens": 1}))
+
+
+def test_shipped_shapes_are_cut_in_a_copy(tmp_path: Path) -> None:
+    assert shipped_shapes() == ["llama2-7b", "llama2-7b-pat25"]
+    source = find("llama2-7b-pat25", tmp_path, layers=3)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert source.path == str(tmp_path)
+    assert source.shape.num_layers == written["num_hidden_layers"] == 3
+    assert (source.shape.hidden_size, source.shape.head_dim, source.shape.num_heads) == (3072, 128, 32)
+
+
+def test_a_folder_is_used_as_it_is(tmp_path: Path) -> None:
+    folder = shape_folder(tmp_path / "model")
+    assert find(folder, tmp_path).path == str(folder)
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "load_format", "layers", "error", "message"),
+    [
+        ("llama2-7b", "dummy", 33, UsageError, "1 to 32"),
+        ("llama2-7b", "dummy", 0, UsageError, "--layers"),
+        ("llama2-7b", "auto", None, MissingModel, "--load-format dummy"),
+        ("./no/such/folder", "auto", None, MissingModel, "no such folder"),
+    ],
+)
+def test_models_that_cannot_be_timed(
+    name: str, load_format: str, layers: int | None, error: type[PatServeError], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        find(name, tmp_path, load_format=load_format, layers=layers)
+
+
+def test_folders_that_cannot_be_timed(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingModel, match=r"without one"):
+        find(tmp_path / "empty", tmp_path)
+    folder = shape_folder(tmp_path / "shape")
+    with pytest.raises(MissingModel, match="without weight files"):
+        find(folder, tmp_path, load_format="auto")
+    (folder / "model.safetensors").touch()
+    with pytest.raises(UsageError, match="--load-format dummy"):
+        find(folder, tmp_path, load_format="auto", layers=1)
+    (folder / "config.json").write_text('{"hidden_size": 64')
+    with pytest.raises(BrokenCheckpoint, match="JSON"):
+        find(folder, tmp_path)
+    (folder / "config.json").write_text('{"hidden_size": 64}')
+    with pytest.raises(BrokenCheckpoint, match="num_attention_heads"):
+        find(folder, tmp_path)
+
+
+def test_pairs_that_cannot_get_the_same_work(tmp_path: Path) -> None:
+    dense = find(shape_folder(tmp_path / "a"), tmp_path)
+    other_words = find(shape_folder(tmp_path / "b", vocab_size=400), tmp_path)
+    settings = SpeedupSettings()
+    check_pair(dense, dense, settings)
+    with pytest.raises(UsageError, match="vocab_size of 400"):
+        check_pair(dense, other_words, settings)
+    with pytest.raises(UsageError, match="at most 256"):
+        check_pair(dense, dense, settings.model_copy(update={"prompt_tokens": 250}))
+
+
+def test_two_engines_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    source = find("llama2-7b", tmp_path)
+    huge = dataclasses.replace(source, shape=dataclasses.replace(source.shape, num_layers=100_000))
+    with pytest.raises(EngineError, match="--layers N"):
+        check_memory(huge, source, SpeedupSettings(), "float32")
+    # Weights alone are 27 GB in float32, and half of that in bfloat16.
+    assert engine_memory_bytes(source, SpeedupSettings(), "float32") > 4 * source.shape.parameters
+    assert engine_memory_bytes(source, SpeedupSettings(), "bfloat16") > 2 * source.shape.parameters
+
+
+def test_prompts_are_fresh_in_each_round_and_repeatable() -> None:
+    settings = SpeedupSettings(batch_size=2, prompt_tokens=50)
+    first, second = round_prompts(settings, 384, 0), round_prompts(settings, 384, 1)
+    assert [len(prompt) for prompt in first] == [50, 50]
+    assert all(0 <= token < 384 for prompt in first for token in prompt)
+    assert first == round_prompts(settings, 384, 0)
+    assert not {tuple(prompt[:16]) for prompt in first} & {tuple(prompt[:16]) for prompt in second}
+    assert first != round_prompts(settings.model_copy(update={"seed": 1}), 384, 0)
+
+
+def test_serving_dtype() -> None:
+    assert hardware.serving_dtype("bfloat16") == "bfloat16"
+    assert hardware.serving_dtype("auto") in hardware.DTYPE_BYTES
+    with pytest.raises(UsageError, match="--dtype"):
+        hardware.serving_dtype("int3")
+
+
+def test_machine_description() -> None:
+    machine = hardware.describe()
+    assert machine["cpu_cores"] == len(hardware.compute_cores())
+    assert len(hardware.compute_cores()) >= 1
+    assert hardware.available_memory_bytes() > 0
