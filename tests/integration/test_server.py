@@ -112,19 +112,6 @@ def test_stream_adds_up_to_the_whole_answer(client: httpx.Client, sampling: dict
     assert {delta["id"] for delta in deltas} == {end["id"]} != {whole["id"]}
 
 
-def test_stream_arrives_while_it_is_generated(client: httpx.Client) -> None:
-    body = {"prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "stream": True}
-    arrivals_s = []
-    with client.stream("POST", "/generate", json=body) as response:
-        for line in response.iter_lines():
-            if '"token_ids"' in line:
-                arrivals_s.append(time.monotonic())
-            if '"timings"' in line:
-                end = json.loads(line.removeprefix("data: "))
-    # Events that are held back and sent together would span nearly nothing.
-    assert arrivals_s[-1] - arrivals_s[0] > end["timings"]["e2e_s"] / 2
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_client_that_leaves_stops_its_generation(client: httpx.Client, stream: bool) -> None:
     asked = MAX_MODEL_LEN - 10
@@ -133,6 +120,8 @@ def test_client_that_leaves_stops_its_generation(client: httpx.Client, stream: b
     if stream:
         with client.stream("POST", "/generate", json=body) as response:
             next(response.iter_lines())
+            # The first event is here and the generation goes on: it is a stream.
+            assert metric(client, "vllm:num_requests_running") == 1
     else:
         with pytest.raises(httpx.ReadTimeout):
             client.post("/generate", json=body, timeout=0.5)
@@ -246,12 +235,6 @@ def test_openai_client(server: Server, client: httpx.Client) -> None:
     ours = client.post("/generate", json={"prompt": PROMPT, "max_tokens": 12, "temperature": 0}).json()
     assert completion.choices[0].text == ours["text"]
     assert [model.id for model in api.models.list()] == [str(server.model)]
-
-
-def test_openapi_describes_our_routes(client: httpx.Client) -> None:
-    paths = client.get("/openapi.json").raise_for_status().json()["paths"]
-    assert {"/generate", "/health", "/ready", "/benchmark/latency", "/benchmark/throughput"} <= paths.keys()
-    assert paths["/generate"]["post"]["summary"] == "Generate Route"
 
 
 def test_benchmark_latency(client: httpx.Client) -> None:
