@@ -1,0 +1,45 @@
+# `make` alone lists what there is. Every target makes the virtual environment first if it is missing or out of date.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OUT ?= demo-out
+
+.PHONY: help demo test test-all check fix lock setup clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+setup: $(READY) ## make the virtual environment from the lock
+
+$(READY): requirements/cpu.lock pyproject.toml requirements/setup.sh
+	requirements/setup.sh $(PYTHON) $(VENV)
+	@touch $@
+
+demo: $(READY) ## train, prune, export, serve, ask, measure: the whole way on a CPU, into demo-out/
+	$(BIN)/pat-demo --out $(OUT)
+
+test: $(READY) ## the tests, real vLLM included
+	$(BIN)/pytest -m 'not slow'
+
+test-all: $(READY) ## the tests that take long too
+	$(BIN)/pytest
+
+check: $(READY) ## ruff, mypy strict, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_import_rules.py
+
+fix: $(READY) ## let ruff mend and format what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(READY) ## resolve the dependencies anew into requirements/cpu.lock
+	requirements/lock.sh $(PYTHON)
+
+clean: ## delete the virtual environment and caches, never demo-out/
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

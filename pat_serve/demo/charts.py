@@ -1,0 +1,101 @@
+"""The report's charts, as plotly figures from measured values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+COLORS = {"base": "#8a94a6", "dense": "#3b6fd4", "lora": "#3b6fd4", "pruned": "#d4663b", "pat": "#d4663b"}
+_LAYOUT: dict[str, Any] = {
+    "template": "plotly_white",
+    "height": 320,
+    "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
+    "legend": {"orientation": "h", "y": 1.12, "x": 0},
+    "font": {"family": "system-ui, sans-serif", "size": 13},
+}
+
+
+def loss_chart(training: dict[str, list[dict[str, float]]]) -> go.Figure:
+    """Cross-entropy over steps, both methods."""
+    figure = go.Figure(layout=_LAYOUT)
+    for method, title in (("lora", "LoRA, dense"), ("pat", "PAT, pruning")):
+        lines = training[method]
+        figure.add_scatter(
+            x=[line["step"] for line in lines],
+            y=[line["cross_entropy"] for line in lines],
+            name=title,
+            line={"color": COLORS[method], "width": 2},
+        )
+    figure.update_xaxes(title="optimizer step")
+    figure.update_yaxes(title="training cross-entropy (nats)")
+    return figure
+
+
+def gate_chart(lines: list[dict[str, float]]) -> go.Figure:
+    """How many channels the mask keeps, and how far its gate is from 0 and 1."""
+    steps = [line["step"] for line in lines]
+    figure = go.Figure(layout=_LAYOUT)
+    figure.add_scatter(
+        x=steps,
+        y=[line["gate_kept"] for line in lines],
+        name="channels kept",
+        line={"color": COLORS["pat"], "width": 2},
+    )
+    figure.add_scatter(
+        x=steps,
+        y=[line["gate_softness"] for line in lines],
+        name="mean distance of the gate from 0/1",
+        yaxis="y2",
+        line={"color": "#6b7280", "width": 2, "dash": "dot"},
+    )
+    figure.update_layout(yaxis2={"overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False})
+    figure.update_xaxes(title="optimizer step")
+    figure.update_yaxes(title="channels kept", rangemode="tozero", selector={"side": None})
+    return figure
+
+
+def speedup_chart(speedup: dict[str, Any]) -> go.Figure:
+    """Median paired ratio with its interval, the ceiling and the claim."""
+    figure = go.Figure(layout=_LAYOUT)
+    regimes = speedup["regimes"]
+    names = [regime["regime"] for regime in regimes]
+    ratios = [regime["ratio"] for regime in regimes]
+    figure.add_scatter(
+        x=names,
+        y=[ratio["median"] for ratio in ratios],
+        error_y={
+            "array": [ratio["high"] - ratio["median"] for ratio in ratios],
+            "arrayminus": [ratio["median"] - ratio["low"] for ratio in ratios],
+            "width": 12,
+        },
+        mode="markers",
+        marker={"size": 12, "color": COLORS["pat"]},
+        name="measured, 95 % interval",
+    )
+    figure.add_scatter(
+        x=names,
+        y=[regime["ceiling"] for regime in regimes],
+        mode="markers",
+        marker={"symbol": "line-ew-open", "size": 40, "color": "#6b7280", "line": {"width": 3}},
+        name="ceiling (bytes or FLOPs)",
+    )
+    claim = speedup["settings"]["claim"]
+    figure.add_hline(y=claim, line={"dash": "dash", "color": "#374151"}, annotation_text=f"claim {claim}x")
+    figure.update_yaxes(title="speed-up over the dense model")
+    return figure
+
+
+def quality_chart(quality: dict[str, dict[str, Any]]) -> go.Figure:
+    """Held-out perplexity with two standard errors."""
+    figure = go.Figure(layout=_LAYOUT | {"showlegend": False})
+    names = list(quality)
+    values = [quality[name]["perplexity"] for name in names]
+    # exp is steep enough at these widths that the interval's two sides are about the same.
+    errors = [2 * quality[name]["nll_standard_error_nats"] * quality[name]["perplexity"] for name in names]
+    figure.add_bar(
+        x=names, y=values, error_y={"array": errors}, marker={"color": [COLORS[name] for name in names]},
+        text=[f"{value:.2f}" for value in values], textposition="inside",
+    )  # fmt: skip
+    figure.update_yaxes(title="perplexity of held-out responses", type="log")
+    return figure

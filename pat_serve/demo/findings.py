@@ -1,0 +1,81 @@
+"""Everything that the demo measured, read back from its files into one document: report.json."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pat_serve.hardware import describe
+
+
+def collect(out: Path) -> dict[str, Any]:
+    """report.json from a finished demo's folder. Nothing is computed here but ratios of what was measured."""
+    quality = _json(out / "quality.json")["results"]
+    exports = {name: _json(out / name / "pat_export.json") for name in ("dense", "pruned")}
+    names = ("base", "dense", "pruned")
+    return {
+        "version": 1,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe(),
+        "models": {
+            "base": {
+                "parameters": exports["pruned"]["parameters"]["base"],
+                "hidden_size": exports["pruned"]["hidden_size"]["base"],
+            },
+            **{
+                name: {
+                    "parameters": record["parameters"]["exported"],
+                    "hidden_size": record["hidden_size"]["exported"],
+                    "method": record["method"],
+                    "parity": record["parity"],
+                    "weights_bytes": sum(path.stat().st_size for path in (out / name).glob("*.safetensors")),
+                }
+                for name, record in exports.items()
+            },
+        },
+        "quality": dict(zip(names, quality, strict=True)),
+        "training": {method: _metrics(out / "runs" / method / "metrics.jsonl") for method in ("lora", "pat")},
+        "serving": _json(out / "answers.json"),
+        "speedup": _without_rounds(_json(out / "speedup.json")),
+        "stage_s": _json(out / "timings.json"),
+    }
+
+
+def summary_lines(out: Path) -> list[str]:
+    """The outcome in a few lines for the terminal."""
+    findings = _json(out / "report.json")
+    models, quality, speedup = findings["models"], findings["quality"], findings["speedup"]
+    parity = models["pruned"]["parity"]
+    lines = [
+        "",
+        f"parity:      max logit difference {parity['max_abs_over_std']:.1e} of the logits' standard deviation "
+        f"({parity['dtype']}, {parity['positions']} positions)",
+        f"parameters:  {models['dense']['parameters']:,} -> {models['pruned']['parameters']:,} "
+        f"({models['pruned']['parameters'] / models['dense']['parameters']:.1%})",
+        "perplexity:  " + ", ".join(f"{name} {result['perplexity']:.2f}" for name, result in quality.items()),
+    ]
+    for regime in speedup["regimes"]:
+        ratio = regime["ratio"]
+        lines.append(
+            f"{regime['regime'] + ':':12} {ratio['median']:.3f}x [{ratio['low']:.3f}, {ratio['high']:.3f}], ceiling "
+            f"{regime['ceiling']:.3f}x: {regime['verdict']}"
+        )
+    lines.append(f"claim {speedup['settings']['claim']}x: {speedup['verdict']}")
+    lines.append(f"report:      {out / 'report.html'}")
+    return lines
+
+
+def _metrics(path: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "cross_entropy" in line]
+
+
+def _without_rounds(result: dict[str, Any]) -> dict[str, Any]:
+    """The rounds' raw timestamps stay in speedup.json; the report has their number."""
+    return dict(result, rounds=len(result["rounds"]))
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

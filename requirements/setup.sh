@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Make a virtual environment from the hashed lock and install this package into it, editable.
+#   requirements/setup.sh PYTHON VENV
+# torch's CPU wheel is tried from the configured index and wheel folders first; elsewhere it comes from PyTorch's own
+# CPU index. The lock's hash holds for either.
+set -euo pipefail
+python=$1 venv=$2
+lock=requirements/cpu.lock
+torch_index=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
+
+command -v "$python" >/dev/null || python=python3
+"$python" - <<'PY' || { echo "setup: expected Python 3.11 (the lock is for it), found $("$python" -V 2>&1). Set PYTHON=..." >&2; exit 2; }
+import sys
+sys.exit(sys.version_info[:2] != (3, 11))
+PY
+[[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
+
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+quiet=(--quiet --no-deps --require-hashes)
+torch=$(mktemp)
+trap 'rm -f "$torch"' EXIT
+# The requirement's own lines: its name and its hashes, to the first line that does not go on.
+awk '/^torch==/ {on=1} on {print} on && !/\\$/ {exit}' "$lock" >"$torch"
+
+echo "setup: torch, then $(grep -cE '^[a-z0-9].*==' "$lock") locked packages (some minutes the first time)" >&2
+"${pip[@]}" install "${quiet[@]}" -r "$torch" 2>/dev/null \
+  || "${pip[@]}" install "${quiet[@]}" --index-url "$torch_index" -r "$torch"
+"${pip[@]}" install "${quiet[@]}" -r "$lock"
+"${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
