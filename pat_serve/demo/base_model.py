@@ -65,7 +65,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast, context_tokens: int) -> list[dict[str, list[int]]]:
     """Concatenate <s> text </s> ... and cut into blocks of equal length; the rest is dropped."""
     stream: list[int] = []
-    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         stream += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
     starts = range(0, len(stream) - context_tokens + 1, context_tokens)
     return [{"input_ids": block, "labels": block} for block in (stream[at : at + context_tokens] for at in starts)]
