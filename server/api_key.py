@@ -1,4 +1,4 @@
-"""The API key on our routes: vLLM's `--api-key` (or VLLM_API_KEY) guards only paths under /v1, so ours ask themselves."""
+"""The API key on our routes: vLLM's `--api-key` guards only paths under /v1, so ours ask for it themselves."""
 
 from __future__ import annotations
 

@@ -161,11 +161,13 @@ def serve(args: Namespace) -> None:
     from vllm.entrypoints.launchers.launcher import setup_server
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
+    from vllm.utils.system_utils import decorate_logs
 
     cli_env_setup()
+    decorate_logs("APIServer", skip_if_decorated=True)
     configure_logging_from_args(args)
     try:
-        # vLLM's run_server does the same two steps, but first makes SIGTERM a KeyboardInterrupt, which vLLM swallows
+        # vLLM's run_server does the same steps, but first makes SIGTERM a KeyboardInterrupt, which vLLM swallows
         # while it waits for the engine's process (zmq_socket_ctx): the start would then hang for ten minutes.
         address, listener = setup_server(args, reuse_port=False)
         uvloop.run(run_server_worker(address, listener, args))
@@ -210,6 +212,7 @@ def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("Value error, ")]
     text = told[0].removeprefix("Value error, ").split(" [type=")[0] if told else (lines[0] if lines else "no message")
+    text = text.rstrip(".")
     return f"{type(error).__name__}: {text}" if not told else text
 
 

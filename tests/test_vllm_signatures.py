@@ -24,7 +24,9 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 def test_server_entry_points() -> None:
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker
     from vllm.entrypoints.launchers.launcher import setup_server
+    from vllm.utils.system_utils import decorate_logs
 
+    assert parameters(decorate_logs) == ["process_name", "skip_if_decorated"]
     assert parameters(setup_server) == ["args", "reuse_port"]
     assert parameters(run_server_worker)[:3] == ["listen_address", "sock", "args"]
     assert inspect.iscoroutinefunction(run_server_worker)
