@@ -87,7 +87,7 @@ def compute_cores() -> tuple[int, ...]:
 def available_memory_bytes() -> int:
     """Host memory that new processes can take without swapping, within the container's limit if there is one."""
     # psutil comes with vLLM and peft; it carries no type hints.
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     available = int(psutil.virtual_memory().available)
     limit, used = _CGROUP_MEMORY / "memory.max", _CGROUP_MEMORY / "memory.current"

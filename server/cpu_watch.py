@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil  # type: ignore[import-untyped]  # comes with vLLM and peft, without type hints
+import psutil
 
 from pat_serve.server.worker_process import EngineProcess
 
@@ -30,7 +30,7 @@ class CpuWatch:
     @property
     def other_share(self) -> float:
         """Share of the whole machine that went to neither engine, or to the hypervisor, in [0, 1]."""
-        share = self._other_s / (self._elapsed_s * float(psutil.cpu_count()))
+        share = self._other_s / (self._elapsed_s * (psutil.cpu_count() or 1))
         return min(max(share, 0.0), 1.0)
 
     @property

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-import psutil  # type: ignore[import-untyped]  # comes with vLLM and peft, without type hints
+import psutil
 
 from pat_serve.errors import EngineError
 from pat_serve.hardware import compute_cores

@@ -81,7 +81,7 @@ def test_the_base_learns(tmp_path: Path):
     texts = [f"The number {number} is followed by {number + 1}." for number in range(300)]
     settings = BaseSettings(
         vocab_size=300, hidden_size=64, intermediate_size=128, layers=2, heads=2, kv_heads=2,
-        context_tokens=32, batch_size=8, steps=30,
+        context_tokens=32, batch_size=8, steps=80,
     )  # fmt: skip
     train_base(texts, tmp_path / "base", settings)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
