@@ -23,7 +23,7 @@ from pat_serve.server.worker_protocol import Decode, Failed, Prefill, Ready, Rep
 
 START_TIMEOUT_S = 3600.0
 STEP_TIMEOUT_S = 3600.0
-_LOG_LINES = 12
+_LOG_LINES, _LINE_CHARACTERS = 12, 300
 
 
 class EngineProcess:
@@ -124,7 +124,7 @@ class EngineProcess:
         line, self._buffer = self._buffer.split(b"\n", 1)
         reply = Reply.validate_json(line)
         if isinstance(reply, Failed):
-            raise self.error("an engine that starts and runs", reply.error.strip().splitlines()[0])
+            raise self.error("an engine that starts and runs", _gist(reply.error))
         return reply
 
     def kill(self) -> None:
@@ -141,7 +141,7 @@ class EngineProcess:
     def error(self, expected: str, found: str) -> EngineError:
         """An error with the end of the engine's log."""
         with self.log.open(encoding="utf-8", errors="replace") as lines:
-            tail = "".join(deque(lines, maxlen=_LOG_LINES)).rstrip()
+            tail = "\n".join(line.rstrip()[:_LINE_CHARACTERS] for line in deque(lines, maxlen=_LOG_LINES))
         return EngineError(
             f"engine of the {self.label}",
             expected=expected,
@@ -189,6 +189,13 @@ def start_together(commands: Mapping[EngineProcess, Start]) -> dict[EngineProces
             elif time.monotonic() > deadline_s:
                 raise engine.error("an engine that starts", f"none within {START_TIMEOUT_S:.0f} s")
     return ready
+
+
+def _gist(error: str) -> str:
+    """The telling line of an exception's text: pydantic puts a heading before it, others lead with it."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    told = next((line for line in lines if line.startswith("Value error, ")), lines[0])
+    return told.removeprefix("Value error, ")[:_LINE_CHARACTERS]
 
 
 def worker_environment(environ: Mapping[str, str], *, scratch: Path, offline: bool) -> dict[str, str]:

@@ -1,0 +1,169 @@
+"""Real engines on tiny shapes. What is asserted is never how fast they are."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pat_serve.errors import EngineError
+from pat_serve.server.offline import prompts_digest
+from pat_serve.server.speedup import check_speedup
+from pat_serve.server.speedup_result import Regime, SpeedupResult, SpeedupSettings
+from pat_serve.server.speedup_rounds import round_prompts
+from tests.tiny_models import tiny_config
+
+pytestmark = pytest.mark.vllm
+
+_MARK = "PAT_TEST_MARK"
+
+
+def shape_folder(folder: Path, **overrides: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(tiny_config(**overrides).to_dict()))
+    return folder
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A value in the environment of all processes that a test starts, which must be gone when it ends."""
+    value = uuid.uuid4().hex
+    os.environ[_MARK] = value
+    yield value
+    del os.environ[_MARK]
+    left = processes(value)
+    for process in left:
+        process.kill()
+    assert not left
+
+
+def processes(mark: str) -> list[psutil.Process]:
+    """Processes other than this one that carry the mark."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(_MARK) == mark:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def bench(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "pat_serve.cli.bench", "speedup", "--load-format", "dummy", *map(str, arguments)]
+
+
+def test_a_model_against_itself(tmp_path: Path, mark: str) -> None:
+    folder, out = shape_folder(tmp_path / "model"), tmp_path / "result.json"
+    flags = ("--batch-size", 3, "--prompt-tokens", 40, "--output-tokens", 6, "--rounds", 6, "--seed", 7)
+    command = bench("--baseline", folder, "--candidate", folder, *flags, "--layers", 1, "--json", "--out", out)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+    result = SpeedupResult.model_validate_json(done.stdout)
+    assert done.stderr == ""
+    assert out.read_text() == done.stdout
+    assert result.verdict.value != "pass"
+    assert done.returncode == result.verdict.exit_code
+    assert [regime.regime for regime in result.regimes] == [Regime.PREFILL, Regime.DECODE]
+    assert result.baseline.shape == result.candidate.shape
+    assert result.baseline.shape.num_layers == 1
+    assert result.baseline.config_sha256 == result.candidate.config_sha256
+    for regime in result.regimes:
+        assert regime.ceiling == 1.0
+        assert regime.ratio.low <= regime.ratio.median <= regime.ratio.high
+        assert len(regime.ratio.ratios) == regime.baseline.count == regime.candidate.count == 6
+        assert regime.context_tokens == (40 if regime.regime is Regime.PREFILL else 43)
+
+    assert [pair.first for pair in result.rounds] == ["baseline", "candidate"] * 3
+    digests = [pair.prompts_sha256 for pair in result.rounds]
+    # The engines saw the ids that were drawn, both the same ones, and new ones in each round.
+    assert digests == [prompts_digest(round_prompts(result.settings, 384, index)) for index in range(6)]
+    for pair in result.rounds:
+        for trace in (pair.baseline, pair.candidate):
+            assert trace.prompts_sha256 == pair.prompts_sha256
+            assert trace.steps_tokens == (3,) * 6
+            assert len(trace.decode_steps_s) == 5
+    # Only one engine works at a time: in no pair do two steps overlap.
+    for pair in result.rounds:
+        steps = sorted(
+            step
+            for trace in (pair.baseline, pair.candidate)
+            for step in zip(trace.steps_started_s, trace.steps_ended_s, strict=True)
+        )
+        assert all(ended_s <= started_s for (_, ended_s), (started_s, _) in itertools.pairwise(steps))
+
+
+def test_an_engine_that_dies_midway(tmp_path: Path, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dense, narrow = shape_folder(tmp_path / "dense"), shape_folder(tmp_path / "narrow", hidden_size=48)
+    settings = SpeedupSettings(load_format="dummy", rounds=5, prompt_tokens=16, regimes=(Regime.PREFILL,))
+    stages = []
+
+    def kill_one(stage: str, done: int, total: int) -> None:
+        stages.append((stage, done, total))
+        if (stage, done) == ("measuring rounds", 2):
+            workers = processes(mark)
+            assert len(workers) == 2
+            workers[1].kill()
+
+    with pytest.raises(EngineError, match="ended with signal SIGKILL") as caught:
+        check_speedup(str(dense), str(narrow), settings, progress=kill_one)
+    assert stages == [
+        ("starting two engines", 0, 5),
+        ("warming up", 0, 5),
+        *[("measuring rounds", done, 5) for done in range(3)],
+    ]
+    [log] = {path for path in tmp_path.rglob("*.log") if str(path) in caught.value.fix}
+    assert "vLLM" in log.read_text() or "vllm" in log.read_text()
+
+
+def test_an_engine_that_does_not_start(tmp_path: Path, mark: str) -> None:
+    folder = shape_folder(tmp_path / "model", architectures=["NoSuchForCausalLM"])
+    command = bench("--baseline", folder, "--candidate", folder)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "expected an engine that starts and runs" in done.stderr
+    assert "NoSuchForCausalLM" in done.stderr.splitlines()[0]
+    logs = list(tmp_path.rglob("*.log"))
+    assert any(str(log) in done.stderr for log in logs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_a_signal(number: signal.Signals, tmp_path: Path, mark: str) -> None:
+    folder = shape_folder(tmp_path / "model")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = subprocess.Popen(
+        bench("--baseline", folder, "--candidate", folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    deadline_s = time.monotonic() + 120
+    while len(processes(mark)) < 3:
+        assert time.monotonic() < deadline_s
+        assert command.poll() is None
+        time.sleep(0.2)
+    workers = [process for process in processes(mark) if process.pid != command.pid]
+    command.send_signal(number)
+    _, stderr = command.communicate(timeout=60)
+    assert command.returncode != 0
+    # A parent that was killed cannot end its workers: they notice that their pipe is closed.
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    if number is not signal.SIGKILL:
+        assert "Traceback" not in stderr
+        assert not list(tmp_path.glob("pat-bench-*"))
