@@ -8,6 +8,7 @@ would not give.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pat_serve.errors import EngineError
+from pat_serve.errors import EngineError, MissingExtra
 from pat_serve.hardware import DTYPE_BYTES, describe, serving_dtype
 from pat_serve.server.model_source import ModelSource, resolve
 from pat_serve.server.speedup_analysis import analyse, conclude
@@ -40,11 +41,19 @@ def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, p
         progress: called with news as it goes.
 
     Raises:
+        MissingExtra: vLLM is not installed.
         UsageError: settings that make no sense, or models with different vocabularies.
         ModelError: a model that is not there or not readable.
         EngineError: not enough memory for two engines, or an engine failed; its log is then kept.
     """
     check_settings(settings)
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingExtra(
+            "pat-bench speedup",
+            expected="the packages of the cpu or cuda extra",
+            found="no module vllm",
+            fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
+        )
     dtype = serving_dtype(settings.dtype)
     scratch = Path(tempfile.mkdtemp(prefix="pat-bench-"))
     keep_logs = False
