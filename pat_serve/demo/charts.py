@@ -10,7 +10,7 @@ COLORS = {"base": "#8a94a6", "dense": "#3b6fd4", "lora": "#3b6fd4", "pruned": "#
 _LAYOUT: dict[str, Any] = {
     "template": "plotly_white",
     "height": 320,
-    "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
+    "margin": {"l": 60, "r": 50, "t": 20, "b": 50},
     "legend": {"orientation": "h", "y": 1.12, "x": 0},
     "font": {"family": "system-ui, sans-serif", "size": 13},
 }
@@ -49,9 +49,11 @@ def gate_chart(lines: list[dict[str, float]]) -> go.Figure:
         yaxis="y2",
         line={"color": "#6b7280", "width": 2, "dash": "dot"},
     )
-    figure.update_layout(yaxis2={"overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False})
-    figure.update_xaxes(title="optimizer step")
-    figure.update_yaxes(title="channels kept", rangemode="tozero", selector={"side": None})
+    figure.update_layout(
+        xaxis={"title": "optimizer step"},
+        yaxis={"title": "channels kept", "rangemode": "tozero"},
+        yaxis2={"title": "distance", "overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False},
+    )
     return figure
 
 
@@ -95,7 +97,7 @@ def quality_chart(quality: dict[str, dict[str, Any]]) -> go.Figure:
     errors = [2 * quality[name]["nll_standard_error_nats"] * quality[name]["perplexity"] for name in names]
     figure.add_bar(
         x=names, y=values, error_y={"array": errors}, marker={"color": [COLORS[name] for name in names]},
-        text=[f"{value:.2f}" for value in values], textposition="inside",
+        text=[f"{value:.2f}" for value in values], textposition="inside", insidetextanchor="start",
     )  # fmt: skip
-    figure.update_yaxes(title="perplexity of held-out responses", type="log")
+    figure.update_yaxes(title="perplexity of held-out responses", rangemode="tozero")
     return figure

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HELD_OUT_SHARE = 0.1
+# Short rows of like length, since a batch is padded to its longest.
+MAX_SIGNATURE_CHARS = 72
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data"}
 PROMPT = "### Python\n{signature}\n### What it does\n"
 
@@ -33,7 +35,7 @@ class Documented:
     def first_sentence(self) -> str | None:
         """The docstring's first sentence, if it is a plain one of reasonable length."""
         text = " ".join(self.docstring.split("\n\n", 1)[0].split())
-        found = re.match(r"[A-Z][^.]{8,160}\.(?=\s|$)", text)
+        found = re.match(r"[A-Z][^.]{8,100}\.(?=\s|$)", text)
         return found[0] if found and text.isascii() else None
 
 
@@ -66,12 +68,14 @@ def build_corpus(library: Path | None = None) -> Corpus:
     rows: dict[bool, dict[str, dict[str, str]]] = {True: {}, False: {}}
     for item in documented:
         sentence = item.first_sentence
-        if sentence and len(item.signature) <= 120:
+        if sentence and len(item.signature) <= MAX_SIGNATURE_CHARS:
             # Keyed by signature: an inherited or overloaded method counts once.
             row = {"prompt": PROMPT.format(signature=item.signature), "completion": sentence}
             rows[is_held_out(item.module)].setdefault(item.signature, row)
     held_out = {signature: row for signature, row in rows[True].items() if signature not in rows[False]}
-    docstrings = [inspect.cleandoc(item.docstring) for item in documented if not is_held_out(item.module)]
+    docstrings = [
+        f"{item.signature}\n{inspect.cleandoc(item.docstring)}" for item in documented if not is_held_out(item.module)
+    ]
     return Corpus(
         base_texts=[*_language_reference(), *docstrings],
         train_rows=list(rows[False].values()),

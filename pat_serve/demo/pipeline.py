@@ -20,11 +20,12 @@ from pat_serve.progress import say
 QUESTIONS = 6
 # Equal for both methods: optimizer steps, tokens, learning rate, LoRA.
 BUDGET = [
-    *("--max-steps", "160"),
+    *("--max-steps", "150"),
     *("--batch-size", "32"),
     *("--gradient-accumulation-steps", "1"),
     *("--max-length-tokens", "128"),
     *("--learning-rate", "2e-3"),
+    *("--lora-alpha", "20"),
     *("--max-grad-norm", "1.0"),
     *("--logging-steps", "4"),
     *("--save-steps", "40"),

@@ -17,13 +17,15 @@ h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.4
 p.lead, .note { color: var(--soft); } .note { font-size: .9rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: .9rem; margin: 1.4rem 0; }
 .card { border: 1px solid var(--line); border-radius: 10px; padding: .9rem 1rem; }
-.card b { display: block; font-size: 1.45rem; } .card span { color: var(--soft); font-size: .88rem; }
+.card b { display: block; font-size: 1.45rem; } .card > span { color: var(--soft); font-size: .88rem; }
 .pass { color: #15803d; } .fail { color: #b91c1c; } .inconclusive { color: #a16207; }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; }
 th, td { text-align: left; padding: .45rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: #f6f7f9; border-radius: 8px; padding: .6rem .8rem; overflow-x: auto; font-size: .85rem; margin: 0; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); gap: 1rem; }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
+@media (max-width: 900px) { .two { grid-template-columns: 1fr; } }
+.two > * { min-width: 0; }
 """
 
 
@@ -209,5 +211,7 @@ def _ms(seconds: float) -> str:
 
 def _figure(figure: go.Figure, *, first_on_page: bool = False) -> str:
     """A chart; the first brings plotly's script along, so that the page needs no network."""
-    html: str = figure.to_html(full_html=False, include_plotlyjs=first_on_page, config={"displayModeBar": False})
+    html: str = figure.to_html(
+        full_html=False, include_plotlyjs=first_on_page, config={"displayModeBar": False, "responsive": True}
+    )
     return html
