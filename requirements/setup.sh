@@ -16,7 +16,7 @@ PY
 [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
 
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
-quiet=(--quiet --no-deps --require-hashes)
+quiet=(--quiet --quiet --no-deps --require-hashes)
 torch=$(mktemp)
 trap 'rm -f "$torch"' EXIT
 # The requirement's own lines: its name and its hashes, to the first line that does not go on.
