@@ -17,7 +17,10 @@ app = new_app()
 
 @app.callback()
 def bench() -> None:
-    """Measure latency and throughput, and check claims about them."""
+    """Measure two checkpoints against each other, and check claims about them.
+
+    Example: `pat-bench speedup --baseline dense/ --candidate pruned/ --claim 1.33`
+    """
 
 
 @app.command()
