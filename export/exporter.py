@@ -17,10 +17,11 @@ from pat_serve.errors import IllegalWidth, UsageError
 from pat_serve.export.card import model_card, provenance
 from pat_serve.export.narrow import narrow_config, narrow_shapes, narrow_tensors
 from pat_serve.export.parity import Parity, check_parity
-from pat_serve.export.reader import RECIPE_FILE, Run, open_run
+from pat_serve.export.reader import Run, open_run
 from pat_serve.export.writer import index_document, plan_shards, shard_names, write_shard
 from pat_serve.geometry import legal_step
 from pat_serve.progress import progress_bar
+from pat_serve.run_folder import RECIPE_FILE
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

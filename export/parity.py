@@ -19,8 +19,8 @@ from pat_serve.errors import ParityError
 from pat_serve.export.reader import Run
 from pat_serve.masked import load_masked_model
 from pat_serve.progress import track
+from pat_serve.run_folder import PARITY_PROMPTS_FILE
 
-PARITY_PROMPTS = "parity_prompts.jsonl"
 RANDOM_PROMPTS = 4
 RANDOM_TOKENS = 32
 LONGEST_PROMPT_TOKENS = 256
@@ -144,7 +144,7 @@ def check_parity(run: Run, exported: Path, dtype: torch.dtype) -> Parity:
 
 def parity_prompts(run: Run) -> list[list[int]]:
     """The run's own first examples, and seeded random token ids, which reach embeddings that the data does not."""
-    path = run.folder / PARITY_PROMPTS
+    path = run.folder / PARITY_PROMPTS_FILE
     prompts: list[list[int]] = []
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines()

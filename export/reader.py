@@ -12,9 +12,9 @@ from torch import Tensor
 from pat_serve.architectures import HIDDEN
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import BrokenPlan, MissingModel, RunError, UnfinishedRun, UnsupportedModel
-from pat_serve.plan import ADAPTER_FOLDER, PLAN_JSON, PruningPlan, file_sha256
+from pat_serve.plan import PLAN_JSON, PruningPlan, file_sha256
+from pat_serve.run_folder import ADAPTER_FOLDER, RECIPE_FILE, checkpoint_step, list_checkpoints
 
-RECIPE_FILE = "recipe.yaml"
 _ADAPTER_PREFIX = "base_model.model."
 
 
@@ -75,10 +75,10 @@ def _check_finished(folder: Path) -> None:
     if (folder / PLAN_JSON).is_file():
         return
     if (folder / RECIPE_FILE).is_file():
-        steps = sorted(
-            int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdigit()
+        checkpoints = list_checkpoints(folder)
+        reached = (
+            f"its last checkpoint is step {checkpoint_step(checkpoints[-1])}" if checkpoints else "it has none yet"
         )
-        reached = f"its last checkpoint is step {steps[-1]}" if steps else "it has no checkpoint yet"
         raise UnfinishedRun(
             folder,
             expected="a finished run with plan.json",

@@ -18,11 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pat_serve.architectures import Family, family_of
-from pat_serve.errors import BrokenCheckpoint, MissingModel, UnsupportedModel
+from pat_serve.errors import BrokenCheckpoint, UnsupportedModel
+from pat_serve.locate import locate, read_config
 from pat_serve.plan import BaseReference, file_sha256
-
-# What a model needs to be trained, exported and served: no pickles, no code, no other frameworks' weights.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -105,59 +103,6 @@ class Checkpoint:
             architecture=self.family.architecture,
             sha256={path.name: file_sha256(path) for path in files},
         )
-
-
-def locate(source: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local one, or a snapshot of a hub repository.
-
-    Raises:
-        MissingModel: neither exists, or the hub cannot be reached and the model is not in its cache.
-    """
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise MissingModel(
-                source,
-                expected="a model folder with a config.json",
-                found="a folder without one",
-                fix="Point to the folder that holds config.json and the safetensors files.",
-            )
-        return path
-    if path.is_file() or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise MissingModel(
-            source,
-            expected="a model folder or a hub id (owner/name)",
-            found="a file" if path.is_file() else "nothing at that path",
-            fix="Check the path.",
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_PATTERNS))
-    # The hub client raises a dozen unrelated types (HTTP, cache, validation); all mean the same to the user.
-    except Exception as error:
-        raise MissingModel(
-            source,
-            expected="a model folder, or a hub id that can be downloaded or is cached",
-            found=f"no such folder, and the hub said {type(error).__name__}: {str(error).splitlines()[0]}",
-            fix="Check the name, the network and HF_TOKEN, or give a local folder.",
-        ) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json.
-
-    Raises:
-        BrokenCheckpoint: it is not a JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _broken(path, "a JSON object", str(error)) from error
-    if not isinstance(config, dict):
-        raise _broken(path, "a JSON object", type(config).__name__)
-    return config
 
 
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pat_serve.architectures import HIDDEN
 from pat_serve.hybrid import HybridFold, apply_hybrid
-from pat_serve.plan import ADAPTER_FOLDER, PruningPlan
+from pat_serve.plan import PruningPlan
+from pat_serve.run_folder import ADAPTER_FOLDER
 
 
 def load_masked_model(base_folder: Path, run: Path, plan: PruningPlan, dtype: torch.dtype) -> nn.Module:

@@ -24,7 +24,6 @@ from pat_serve.hybrid import HybridFold
 
 PLAN_JSON = "plan.json"
 PLAN_ARRAYS = "plan.safetensors"
-ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)

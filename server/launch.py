@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import signal
 import socket
 import sys
 from collections.abc import MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 import psutil
 
-from pat_serve.errors import MissingModel, PortInUse, UsageError
+from pat_serve.errors import PortInUse, UsageError
+from pat_serve.hardware import serving_dtype
+from pat_serve.locate import locate
 from pat_serve.server import engine
 
 GIB = 2**30
@@ -64,7 +64,8 @@ def run(settings: ServeSettings) -> None:
         signal.signal(number, _stop)
     adopt_orphans()
     try:
-        check_model(settings.model)
+        # Before vLLM spends half a minute on a model that is not there.
+        locate(settings.model, weights=False)
         check_address(settings.host, settings.port)
         prepare_environment(os.environ)
         args = engine.parse_serve_arguments(serve_arguments(settings, on_cpu=engine.is_cpu_backend()))
@@ -78,42 +79,6 @@ def run(settings: ServeSettings) -> None:
         engine.serve(args)
     finally:
         end_children()
-
-
-def check_model(model: str) -> None:
-    """Refuse a model that is not there before vLLM spends half a minute on it.
-
-    Raises:
-        MissingModel: neither a folder with a config.json nor a model on the hub or in its cache.
-    """
-    folder = Path(model)
-    # Path("") is the current folder, which an empty variable in a script does not mean.
-    if model and folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise MissingModel(
-                model,
-                expected="a Hugging Face model folder",
-                found="no config.json in it",
-                fix="pat-export writes such a folder; a training run's folder must be exported first.",
-            )
-        return
-    # "org/name" or "name"; anything else can only have been meant as a path.
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", model) or folder.exists():
-        raise MissingModel(
-            model, expected="a model folder", found="no such folder", fix="Check the path, or give a hub id."
-        )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        hf_hub_download(model, "config.json")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise MissingModel(
-            model,
-            expected="a model folder, or a model on the hub",
-            found=f"no such folder, and the hub did not give its config.json ({type(error).__name__})",
-            fix="Check the spelling, the network, and for a private or gated model the token.",
-        ) from error
 
 
 def check_address(host: str, port: int) -> None:
@@ -150,7 +115,7 @@ def prepare_environment(environment: MutableMapping[str, str]) -> None:
 def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
     """The command line for vLLM; the user's own flags come last, so that they win."""
     arguments = ["--model", settings.model, "--host", settings.host, "--port", str(settings.port)]
-    arguments += ["--dtype", cpu_dtype() if on_cpu and settings.dtype == "auto" else settings.dtype]
+    arguments += ["--dtype", serving_dtype() if on_cpu and settings.dtype == "auto" else settings.dtype]
     if settings.max_model_len is not None:
         arguments += ["--max-model-len", str(settings.max_model_len)]
     if settings.kv_cache_gib is not None:
@@ -175,15 +140,6 @@ def default_kv_cache_gib(available_gib: float) -> float:
     vLLM by default takes nine tenths of the machine on a CPU, which a laptop or a shared server does not have.
     """
     return min(DEFAULT_KV_CACHE_GIB, available_gib / 4)
-
-
-def cpu_dtype() -> str:
-    """bfloat16 where the processor multiplies it, float32 where it would only be emulated."""
-    import torch
-
-    # vLLM's `auto` is bfloat16 on every CPU; without these instructions that is slower than float32.
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if native else "float32"
 
 
 def adopt_orphans() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pat_serve.atomic import write_json
-from pat_serve.errors import BrokenCheckpoint, MissingModel, UsageError
+from pat_serve.errors import MissingModel, UsageError
+from pat_serve.locate import locate, read_config
 from pat_serve.server.roofline import ModelShape, shape_of
 
 _SHAPES = files("pat_serve.server") / "shapes"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -63,12 +62,10 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
     folder = Path(name)
     shipped = name in shipped_shapes() and not folder.is_dir()
     if shipped:
-        text, path, on_disk = (_SHAPES / f"{name}.json").read_text(encoding="utf-8"), "", True
-    elif folder.is_dir():
-        text, path, on_disk = _local_config(folder, flag), str(folder.resolve()), True
+        config, path, on_disk = json.loads((_SHAPES / f"{name}.json").read_text(encoding="utf-8")), "", True
     else:
-        text, path, on_disk = _hub_config(name, flag), name, False
-    config = _parse(text, name)
+        config = read_config(_locate(name, flag))
+        path, on_disk = (str(folder.resolve()), True) if folder.is_dir() else (name, False)
     shape_of(config, name)
     if load_format != "dummy" and (shipped or (on_disk and not any(any(folder.glob(kind)) for kind in _WEIGHTS))):
         raise MissingModel(
@@ -113,48 +110,14 @@ def cut_layers(config: Mapping[str, Any], layers: int, *, load_format: str, name
     return {**config, "num_hidden_layers": layers, **kinds}
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
+def _locate(name: str, flag: str) -> Path:
+    """The folder with a model's config.json; the message of a missing one names the flag and the shipped shapes."""
     try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BrokenCheckpoint(
-            f"{name}: config.json", expected="JSON", found=str(error), fix="Fetch or export the model again."
-        ) from None
-    if not isinstance(config, dict):
-        raise BrokenCheckpoint(
-            f"{name}: config.json",
-            expected="a JSON object",
-            found=type(config).__name__,
-            fix="Fetch or export the model again.",
-        )
-    return config
-
-
-def _local_config(folder: Path, flag: str) -> str:
-    path = folder / "config.json"
-    if not path.is_file():
+        return locate(name, weights=False)
+    except MissingModel as error:
         raise MissingModel(
-            f"{flag} {folder}",
-            expected="a folder with a config.json",
-            found="a folder without one",
-            fix="Point at the model's own folder.",
-        )
-    return path.read_text(encoding="utf-8")
-
-
-def _hub_config(name: str, flag: str) -> str:
-    found = "no such folder"
-    if _HUB_ID.fullmatch(name):
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8")
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            found = f"no such folder, and the hub gives none ({type(error).__name__})"
-    raise MissingModel(
-        f"{flag} {name}",
-        expected=f"a model folder, a hub id, or a shipped shape ({', '.join(shipped_shapes())})",
-        found=found,
-        fix="Check the spelling.",
-    )
+            f"{flag} {error.subject}",
+            expected=f"{error.expected}, or a shipped shape ({', '.join(shipped_shapes())})",
+            found=error.found,
+            fix=error.fix,
+        ) from error

@@ -56,9 +56,9 @@ def edit_weights(base: Path, **changes: torch.Tensor | None) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, base / "model.safetensors")
 
 
-@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c"])
-def test_a_missing_model(source: str):
-    with pytest.raises(MissingModel, match="Check the path"):
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c", ""])
+def test_a_path_is_not_looked_for_on_the_hub(source: str):
+    with pytest.raises(MissingModel, match=r"no such folder.*Check the path"):
         open_checkpoint(source)
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pat_serve.training.data import ALPACA, ALPACA_INPUT, IGNORED_LABEL, encode_row, load_rows, parse_row
+from pat_serve.perplexity import IGNORED_LABEL
+from pat_serve.training.data import ALPACA, ALPACA_INPUT, encode_row, load_rows, parse_row
 from tests.tiny_models import tiny_tokenizer
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 import pytest
 
-from pat_serve.errors import MissingModel, PortInUse
+from pat_serve.errors import PortInUse
 from pat_serve.server.launch import (
     ServeSettings,
     check_address,
-    check_model,
     default_kv_cache_gib,
     prepare_environment,
     serve_arguments,
@@ -119,16 +117,3 @@ def test_address_in_use_and_foreign_address() -> None:
     # 192.0.2.0/24 is for documentation, so it is nobody's own address.
     with pytest.raises(PortInUse, match=r"192\.0\.2\.1"):
         check_address("192.0.2.1", port)
-
-
-@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "a/b/c", ""])
-def test_a_path_is_not_looked_for_on_the_hub(model: str) -> None:
-    with pytest.raises(MissingModel, match="no such folder"):
-        check_model(model)
-
-
-def test_folder_without_config(tmp_path: Path) -> None:
-    with pytest.raises(MissingModel, match=r"no config\.json"):
-        check_model(str(tmp_path))
-    (tmp_path / "config.json").write_text("{}")
-    check_model(str(tmp_path))

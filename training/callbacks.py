@@ -11,9 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pat_serve.atomic import write_text
 from pat_serve.progress import console, progress_bar
+from pat_serve.run_folder import METRICS_FILE
 from pat_serve.training.methods import Method
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class MethodClock(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy

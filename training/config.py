@@ -10,8 +10,7 @@ import yaml
 
 from pat_serve.atomic import write_text
 from pat_serve.errors import UsageError
-
-RECIPE_FILE = "recipe.yaml"
+from pat_serve.run_folder import RECIPE_FILE
 
 
 class TrainRecipe(pydantic.BaseModel):

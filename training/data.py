@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pat_serve.errors import DataError, UsageError
+from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.progress import track
-
-IGNORED_LABEL = -100
 
 # Stanford Alpaca's prompt, which PAT trains with.
 ALPACA = (

@@ -16,15 +16,21 @@ from pat_serve.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import RunError, UsageError
 from pat_serve.geometry import check_width, snap_ratio
 from pat_serve.hardware import serving_dtype
-from pat_serve.plan import ADAPTER_FOLDER, PLAN_JSON, PruningPlan
+from pat_serve.plan import PLAN_JSON, PruningPlan
 from pat_serve.progress import say
-from pat_serve.training.config import RECIPE_FILE, TrainRecipe
+from pat_serve.run_folder import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS_FOLDER,
+    PARITY_PROMPTS_FILE,
+    RECIPE_FILE,
+    TENSORBOARD_FOLDER,
+    list_checkpoints,
+)
+from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import encode_rows, load_rows
 from pat_serve.training.methods import METHODS, Method
 
-PARITY_PROMPTS = "parity_prompts.jsonl"
 PARITY_ROWS = 8
-TENSORBOARD_FOLDER = "tensorboard"
 # The schedule's soft phase needs a few steps, and the model some more after the freeze.
 LEAST_STEPS = 12
 
@@ -61,8 +67,6 @@ def resume(run: Path) -> Finished:
     Raises:
         RunError: not a run, or a finished one.
     """
-    from pat_serve.training.trainer import list_checkpoints
-
     if not (run / RECIPE_FILE).is_file():
         raise RunError(run, expected="a run with recipe.yaml", found="none", fix="Start one with pat-train --out.")
     if (run / PLAN_JSON).is_file():
@@ -137,7 +141,7 @@ def _train(prepared: _Prepared, run: Path, resume_from: Path | None) -> Finished
 
     from pat_serve.training.callbacks import Display, MethodClock, MetricsFile
     from pat_serve.training.insert import build_model
-    from pat_serve.training.trainer import CHECKPOINTS_FOLDER, PruningTrainer
+    from pat_serve.training.trainer import PruningTrainer
 
     recipe = prepared.recipe
     dtype = getattr(torch, serving_dtype(recipe.dtype))
@@ -201,7 +205,7 @@ def _finish(prepared: _Prepared, run: Path, model: nn.Module, method: Method) ->
         model.save_pretrained(staging, state_dict=lora, save_embedding_layers=False)  # type: ignore[operator]  # PEFT's
     prepared.tokenizer.save_pretrained(run)
     prompts = [{"token_ids": example["input_ids"]} for example in prepared.examples[:PARITY_ROWS]]
-    write_text(run / PARITY_PROMPTS, "".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    write_text(run / PARITY_PROMPTS_FILE, "".join(json.dumps(prompt) + "\n" for prompt in prompts))
     PruningPlan(
         method=method.name,
         base=prepared.checkpoint.reference(),

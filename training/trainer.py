@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
+from pat_serve.run_folder import CHECKPOINTS_FOLDER, list_checkpoints
 from pat_serve.training.methods import Method
 
-CHECKPOINTS_FOLDER = "checkpoints"
 TRAINED_FILE = "trained.safetensors"
 
 
@@ -138,9 +138,3 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
             if parameter.requires_grad or id(parameter) in own:
                 yield name, parameter
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """A run's complete checkpoints, oldest first."""
-    found = [path for path in (run / CHECKPOINTS_FOLDER).glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))

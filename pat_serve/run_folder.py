@@ -1,0 +1,23 @@
+"""The layout of run/, a training run's folder: what training writes and an export reads beside the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+RECIPE_FILE = "recipe.yaml"
+METRICS_FILE = "metrics.jsonl"
+PARITY_PROMPTS_FILE = "parity_prompts.jsonl"
+ADAPTER_FOLDER = "adapter"
+CHECKPOINTS_FOLDER = "checkpoints"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimizer step of checkpoints/step-N."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """A run's complete checkpoints, oldest first."""
+    found = [path for path in (run / CHECKPOINTS_FOLDER).glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=checkpoint_step)
