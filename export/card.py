@@ -15,7 +15,7 @@ from pat_serve.export.reader import Run
 from pat_serve.version import __version__
 
 
-def provenance(run: Run, dtype: str, parity: Parity | None, recipe: dict[str, Any]) -> dict[str, Any]:
+def provenance(run: Run, dtype: str, parity: Parity | None) -> dict[str, Any]:
     """Content of pat_export.json: where the model comes from, what was cut, and how it was checked."""
     cut = run.plan.axes[HIDDEN]
     base_parameters = sum(prod(entry.shape) for entry in run.base.tensors.values())
@@ -31,7 +31,8 @@ def provenance(run: Run, dtype: str, parity: Parity | None, recipe: dict[str, An
             "exported": sum(prod(shape) for shape in narrow_shapes(run).values()),
         },
         "dtype": dtype,
-        "recipe": recipe | {key: _public_name(str(recipe[key])) for key in ("model", "data") if key in recipe},
+        "recipe": run.recipe
+        | {key: _public_name(str(run.recipe[key])) for key in ("model", "data") if key in run.recipe},
         "parity": parity.as_dict() if parity else None,
         "versions": {"pat-serve": __version__, **_versions("torch", "transformers", "peft", "safetensors")},
     }

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from pat_serve.architectures import HIDDEN
 from pat_serve.atomic import check_vacant, new_folder
 from pat_serve.errors import IllegalWidth, UsageError
 from pat_serve.export.card import model_card, provenance
 from pat_serve.export.narrow import narrow_config, narrow_shapes, narrow_tensors
-from pat_serve.export.parity import Parity, check_parity
+from pat_serve.export.parity import Parity, check_parity, check_rounding, trained_logits
 from pat_serve.export.reader import Run, open_run
 from pat_serve.export.writer import index_document, plan_shards, shard_names, write_shard
 from pat_serve.geometry import legal_step
 from pat_serve.progress import progress_bar
-from pat_serve.run_folder import RECIPE_FILE
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -65,23 +63,46 @@ def export_run(
     Raises:
         PatServeError: anything that a user can mend; `out` is as it was then.
     """
-    check_vacant(out, force=force)
+    check_vacant(out, force=force, inputs=[ckpt, *([Path(base)] if base else [])])
     if dtype not in ("auto", *DTYPES):
         raise UsageError("--dtype", expected=f"auto, {', '.join(DTYPES)}", found=dtype, fix="Choose one of them.")
     run = open_run(ckpt, base)
+    check_vacant(out, force=force, inputs=[run.base.folder])
     _check_width(run)
     target = run.base.dtype if dtype == "auto" else DTYPES[dtype]
-    with new_folder(out, force=force) as staging:
-        _write_weights(run, staging, target, max_shard_bytes)
-        (staging / "config.json").write_text(json.dumps(narrow_config(run, target), indent=2) + "\n", encoding="utf-8")
+    with new_folder(out) as staging:
+        _write_model(run, staging, target, max_shard_bytes)
+        outcome = _prove(run, staging, target, out) if parity else None
         _carry_files(run, staging)
-        outcome = check_parity(run, staging, target) if parity else None
-        if outcome is not None:
-            outcome.require(out)
-        record = provenance(run, str(target).removeprefix("torch."), outcome, _read_recipe(run.folder))
+        record = provenance(run, _name(target), outcome)
         (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(model_card(record), encoding="utf-8")
     return Exported(out=out, record=record, parity=outcome)
+
+
+def _prove(run: Run, staging: Path, target: torch.dtype, out: Path) -> Parity:
+    """Show that the written files are the trained model.
+
+    The rewriting is held to float32's tolerance whatever the files' dtype: rounding to 16 bits hides a lost scale or an
+    uncorrected eps. So for 16-bit files the float32 ones are written too, judged, and must round to those exactly.
+
+    Returns:
+        parity of the files as they are, rounding included.
+
+    Raises:
+        ParityError: they are not.
+    """
+    trained = trained_logits(run, torch.float64 if target == torch.float64 else torch.float32)
+    if target not in (torch.float32, torch.float64):
+        exact = staging / ".float32"
+        exact.mkdir()
+        _write_model(run, exact, torch.float32, max_shard_bytes=2**62)
+        check_parity(run, exact, torch.float32, trained).require(out)
+        check_rounding(exact, staging, target, out)
+        shutil.rmtree(exact)
+    outcome = check_parity(run, staging, target, trained)
+    outcome.require(out)
+    return outcome
 
 
 def _check_width(run: Run) -> None:
@@ -97,7 +118,7 @@ def _check_width(run: Run) -> None:
         )
 
 
-def _write_weights(run: Run, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_model(run: Run, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     shapes = narrow_shapes(run)
     shards = plan_shards(shapes, dtype, max_shard_bytes)
     files = shard_names(len(shards))
@@ -106,6 +127,8 @@ def _write_weights(run: Run, folder: Path, dtype: torch.dtype, max_shard_bytes: 
         for file, names in zip(files, shards, strict=True):
             tensors = progress.track(narrow_tensors(run, names, dtype), total=len(names), task_id=task)
             write_shard(folder / file, {name: shapes[name] for name in names}, dtype, tensors)
+    config = json.dumps(narrow_config(run, dtype), indent=2)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
     if len(files) > 1:
         document = json.dumps(index_document(shards, shapes, dtype), indent=2)
         (folder / "model.safetensors.index.json").write_text(document + "\n", encoding="utf-8")
@@ -118,8 +141,5 @@ def _carry_files(run: Run, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def _read_recipe(run: Path) -> dict[str, Any]:
-    path = run / RECIPE_FILE
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    assert isinstance(recipe, dict)
-    return recipe
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

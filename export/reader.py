@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from safetensors import safe_open
 from torch import Tensor
 
 from pat_serve.architectures import HIDDEN
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
-from pat_serve.errors import BrokenPlan, MissingModel, RunError, UnfinishedRun, UnsupportedModel
+from pat_serve.errors import BrokenPlan, MissingModel, RunError, UnfinishedRun, UnsupportedModel, first_line
 from pat_serve.plan import PLAN_JSON, PruningPlan, file_sha256
 from pat_serve.run_folder import ADAPTER_FOLDER, RECIPE_FILE, checkpoint_step, list_checkpoints
 
@@ -39,6 +41,7 @@ class Run:
 
     folder: Path
     plan: PruningPlan
+    recipe: dict[str, Any]
     base: Checkpoint
     adapter: dict[str, LoraUpdate]
 
@@ -67,8 +70,9 @@ def open_run(folder: Path, base_override: str | None = None) -> Run:
             fix="If it was moved, say where with --base.",
         ) from error
     _check_base(plan, base)
+    _check_hashes(folder / ADAPTER_FOLDER, plan.adapter, "Copy the run again.")
     adapter = _read_adapter(folder / ADAPTER_FOLDER, base) if plan.adapter else {}
-    return Run(folder=folder, plan=plan, base=base, adapter=adapter)
+    return Run(folder=folder, plan=plan, recipe=_read_recipe(folder), base=base, adapter=adapter)
 
 
 def _check_finished(folder: Path) -> None:
@@ -93,17 +97,21 @@ def _check_finished(folder: Path) -> None:
     )
 
 
+def _read_recipe(folder: Path) -> dict[str, Any]:
+    path = folder / RECIPE_FILE
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BrokenPlan(
+            path, expected="the run's recipe", found=first_line(error), fix="Copy the run again."
+        ) from error
+    if not isinstance(recipe, dict):
+        raise BrokenPlan(path, expected="the run's recipe", found=type(recipe).__name__, fix="Copy the run again.")
+    return recipe
+
+
 def _check_base(plan: PruningPlan, base: Checkpoint) -> None:
-    for name, expected in plan.base.sha256.items():
-        path = base.folder / name
-        found = file_sha256(path) if path.is_file() else "no such file"
-        if found != expected:
-            raise BrokenPlan(
-                path,
-                expected=f"the file that the run was trained on (SHA-256 {expected[:12]}...)",
-                found=f"{found[:12]}..." if path.is_file() else found,
-                fix="Give the base's original folder with --base.",
-            )
+    _check_hashes(base.folder, plan.base.sha256, "Give the base's original folder with --base.")
     cut = plan.axes.get(HIDDEN)
     if cut is None or cut.width != base.hidden_size:
         raise BrokenPlan(
@@ -130,18 +138,29 @@ def _check_base(plan: PruningPlan, base: Checkpoint) -> None:
         )
 
 
+def _check_hashes(folder: Path, sha256: dict[str, str], fix: str) -> None:
+    for name, expected in sha256.items():
+        path = folder / name
+        found = file_sha256(path) if path.is_file() else None
+        if found != expected:
+            raise BrokenPlan(
+                path,
+                expected=f"the file of the training (SHA-256 {expected[:12]}...)",
+                found="no such file" if found is None else f"{found[:12]}...",
+                fix=fix,
+            )
+
+
 def _read_adapter(folder: Path, base: Checkpoint) -> dict[str, LoraUpdate]:
     """Read a PEFT LoRA adapter by module name.
 
     Raises:
         UnsupportedModel: a kind of adapter whose merge is more than W + scaling * B A.
-        BrokenPlan: it is missing, or its tensors do not pair up or fit the base.
+        BrokenPlan: its tensors do not pair up or fit the base.
     """
     from peft import LoraConfig
 
     weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise BrokenPlan(folder, expected="a LoRA adapter", found="none", fix="Copy the run again.")
     config = LoraConfig.from_pretrained(str(folder))
     for option, plain in (
         ("use_dora", False),

@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pat_serve.errors import OutputExists
+
+# What marks a folder as one that we wrote: a run, an export.
+OUTPUT_MARKS = ("recipe.yaml", "pat_export.json")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -35,36 +38,57 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def check_vacant(path: Path, *, force: bool, flag: str = "--out") -> None:
-    """Refuse an output path that holds something, unless the user forces it.
+def check_vacant(
+    path: Path, *, force: bool, flag: str = "--out", folder: bool = True, inputs: Iterable[Path] = ()
+) -> None:
+    """Refuse an output path that holds something, unless the user forces it and it is ours to replace.
+
+    Args:
+        path: where output shall go.
+        force: replace an earlier output.
+        flag: what the user wrote, for the message.
+        folder: the output is a folder; else a file.
+        inputs: files and folders that are read; they are never replaced, forced or not.
 
     Raises:
-        OutputExists: the path exists and `force` is False.
+        OutputExists: the path exists and `force` is False, or it is or holds an input, or it is no earlier output.
     """
-    if path.exists() and not force:
+    if not path.exists():
+        return
+    resolved = path.resolve()
+    for source in inputs:
+        if source.exists() and source.resolve().is_relative_to(resolved):
+            raise OutputExists(
+                f"{flag} {path}", expected="a path without input in it", found=str(source), fix="Choose another path."
+            )
+    if not force:
         raise OutputExists(
             f"{flag} {path}",
             expected="a path that does not exist yet",
             found="a file" if path.is_file() else "a folder",
-            fix="Choose another path, or replace it with --force.",
+            fix="Choose another path, or replace an earlier output with --force.",
+        )
+    if not folder and path.is_file():
+        return
+    ours = path.is_dir() and (not any(path.iterdir()) or any((path / name).is_file() for name in OUTPUT_MARKS))
+    if not folder or not ours:
+        raise OutputExists(
+            f"{flag} {path}",
+            expected=f"an earlier output of ours, with {' or '.join(OUTPUT_MARKS)} in it" if folder else "a file",
+            found="a folder with something else" if path.is_dir() else "a file",
+            fix="Choose another path; --force replaces nothing that pat-serve did not write.",
         )
 
 
 @contextmanager
-def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """A folder that appears under its name only when the block ends without an error.
 
-    Args:
-        target: where the folder shall be.
-        force: replace what stands there. The old folder stays until the new one is complete.
+    What stands at the target stays until the new folder is complete, and then gives way (see `check_vacant`).
 
     Yields:
         a staging folder on the same file system.
-
-    Raises:
-        OutputExists: target exists and `force` is False.
     """
-    check_vacant(target, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
     try:
@@ -72,12 +96,22 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         staging.chmod(0o755)
         if target.exists():
             # Two renames instead of a delete: a crash between them leaves the old content beside the new.
-            retired = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
-            os.replace(target, retired / target.name)
-            os.replace(staging, target)
+            retired = retire(target)
+            try:
+                os.replace(staging, target)
+            except BaseException:
+                os.replace(retired, target)
+                raise
             shutil.rmtree(retired)
         else:
             os.replace(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def retire(folder: Path) -> Path:
+    """Move a folder aside, under a hidden name beside it; the caller deletes it or moves it back."""
+    retired = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old-"))
+    os.replace(folder, retired)  # onto an empty folder, which rename(2) allows
+    return retired

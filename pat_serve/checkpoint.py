@@ -86,9 +86,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, as it is stored."""
-        with safe_open(self.tensors[name].shard, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        return read_tensor(self.tensors[name].shard, name)
 
     def shards(self) -> list[Path]:
         """Its weight files, in order."""
@@ -105,6 +103,19 @@ class Checkpoint:
         )
 
 
+def tensor_names(shard: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
+    with safe_open(shard, framework="pt") as file:
+        return list(file.keys())
+
+
+def read_tensor(shard: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, as it is stored."""
+    with safe_open(shard, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     """Find a checkpoint and check all that its headers tell.
 
@@ -117,6 +128,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     folder = locate(source, revision)
     config = read_config(folder)
     family = family_of(config, source)
+    _check_config(config, folder)
     tensors: dict[str, TensorEntry] = {}
     for shard in _shards(folder, source):
         for name, entry in _read_header(shard):
@@ -173,6 +185,16 @@ def _read_header(shard: Path) -> Iterator[tuple[str, TensorEntry]]:
         if entry["dtype"] not in DTYPES:
             raise _broken(shard, f"{name} in {', '.join(DTYPES)}", str(entry["dtype"]))
         yield name, TensorEntry(shard=shard, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]))
+
+
+def _check_config(config: dict[str, Any], folder: Path) -> None:
+    """Everything that training and export read from a config is there, before either begins."""
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+        value = config.get(name)
+        if not isinstance(value, int) or value < 1:
+            raise _broken(folder / "config.json", f"{name} as a positive integer", repr(value))
+    if not isinstance(config.get("rms_norm_eps"), int | float):
+        raise _broken(folder / "config.json", "rms_norm_eps as a number", repr(config.get("rms_norm_eps")))
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:

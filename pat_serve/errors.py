@@ -14,7 +14,9 @@
     ├── DataError                 exit 1   a dataset or a row of it (with its line number)
     ├── RunError                  exit 1   a training run's folder
     │   ├── UnfinishedRun                  the training has not reached its last step
-    │   └── BrokenPlan                     plan.json or plan.safetensors is damaged or does not fit the base
+    │   ├── BrokenPlan                     plan.json or what it names is damaged or does not fit the base
+    │   ├── ChangedInput                   base, data or length differ from what the run began with
+    │   └── Diverged                       training ended with numbers that are not finite
     ├── ParityError               exit 1   the exported model is not the trained one
     ├── EngineError               exit 1   a vLLM engine did not start, or died
     └── MissingExtra              exit 1   an optional dependency is not installed
@@ -23,6 +25,11 @@ A message always names the object, what was expected, what was found and the way
 """
 
 from __future__ import annotations
+
+
+def first_line(error: BaseException) -> str:
+    """A library's exception in one line, its type's name when it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class PatServeError(Exception):
@@ -86,6 +93,12 @@ class UnfinishedRun(RunError): ...
 
 
 class BrokenPlan(RunError): ...
+
+
+class ChangedInput(RunError): ...
+
+
+class Diverged(RunError): ...
 
 
 class ParityError(PatServeError): ...

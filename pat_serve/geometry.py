@@ -28,9 +28,18 @@ def granule(hidden_size: int) -> int:
 
 
 def width_step(hidden_size: int, num_attention_heads: int, *, hidden_multiple_of_heads: bool) -> int:
-    """Smallest distance between two widths that are legal and fast."""
-    step = granule(hidden_size)
-    return math.lcm(step, num_attention_heads) if hidden_multiple_of_heads else step
+    """Smallest distance between two widths that are legal and fast, and still at most 1/16 of the base's width.
+
+    An odd head count multiplies the tile (40 heads and 256 make 1280), so the tile shrinks until the step is fine
+    enough; where none is, being legal has to do.
+    """
+    if not hidden_multiple_of_heads:
+        return granule(hidden_size)
+    for tile in _GRANULES:
+        step = math.lcm(tile, num_attention_heads)
+        if 16 * step <= hidden_size:
+            return step
+    return legal_step(num_attention_heads, hidden_multiple_of_heads=True)
 
 
 def legal_step(num_attention_heads: int, *, hidden_multiple_of_heads: bool) -> int:
@@ -64,14 +73,12 @@ def snap_ratio(
             fix="Try --ratio 0.25.",
         )
     step = width_step(hidden_size, num_attention_heads, hidden_multiple_of_heads=hidden_multiple_of_heads)
-    if step >= hidden_size:
-        step = legal_step(num_attention_heads, hidden_multiple_of_heads=hidden_multiple_of_heads)
     wanted = (1 - ratio) * hidden_size
-    legal = range(step, hidden_size, step)
+    legal = [k for k in range(step, hidden_size, step) if k >= _lowest(hidden_size)]
     if not legal:
         raise IllegalWidth(
             "--ratio",
-            expected=f"a multiple of {step} below the base's hidden_size {hidden_size}",
+            expected=f"a multiple of {step} between {_lowest(hidden_size)} and {hidden_size - 1}",
             found="none",
             fix="This base is too narrow to be pruned along its hidden dimension.",
         )
@@ -88,7 +95,7 @@ def check_width(width: int, hidden_size: int, num_attention_heads: int, *, hidde
             message names the nearest legal widths.
     """
     step = legal_step(num_attention_heads, hidden_multiple_of_heads=hidden_multiple_of_heads)
-    lowest = math.ceil((1 - MAX_RATIO) * hidden_size)
+    lowest = _lowest(hidden_size)
     if width % step == 0 and lowest <= width < hidden_size:
         return width
     legal = [k for k in range(step, hidden_size, step) if k >= lowest]
@@ -102,3 +109,8 @@ def check_width(width: int, hidden_size: int, num_attention_heads: int, *, hidde
         found=str(width),
         fix=f"Nearest legal widths: {', '.join(map(str, near))}." if near else "This base is too narrow to be pruned.",
     )
+
+
+def _lowest(hidden_size: int) -> int:
+    """The narrowest width that a cut of 60 % leaves."""
+    return math.ceil((1 - MAX_RATIO) * hidden_size - 1e-9)

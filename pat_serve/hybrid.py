@@ -48,7 +48,8 @@ def apply_hybrid(x: Tensor, fold: HybridFold, gate_D: Tensor) -> Tensor:
         activations of shape (..., D) in x's dtype, zero wherever the gate is.
     """
     low_rank = F.linear(F.linear(x, fold.l0_RD.to(x.dtype)), fold.l1_DR.to(x.dtype))
-    return (x + low_rank) * (fold.scale_D * gate_D).to(x.dtype)
+    # Rounded to bfloat16, a scale near 1 would move in steps of 0.004: the product is taken in the scale's own dtype.
+    return ((x + low_rank) * (fold.scale_D * gate_D)).to(x.dtype)
 
 
 def fold_rows(weight: Tensor, fold: HybridFold) -> Tensor:

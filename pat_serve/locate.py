@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pat_serve.errors import BrokenCheckpoint, MissingModel
+from pat_serve.errors import BrokenCheckpoint, MissingModel, first_line
 
 # What a model needs to be trained, exported and served: no pickles, no code, no other frameworks' weights.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -55,7 +55,7 @@ def locate(source: str, revision: str | None = None, *, weights: bool = True) ->
         raise MissingModel(
             source,
             expected="a model folder, or a hub id that can be downloaded or is cached",
-            found=f"no such folder, and the hub said {type(error).__name__}: {str(error).splitlines()[0]}",
+            found=f"no such folder, and the hub said {type(error).__name__}: {first_line(error)}",
             fix="Check the name, the network and HF_TOKEN, or give a local folder.",
         ) from error
 

@@ -10,6 +10,7 @@ JSON names by SHA-256. Both are written after everything else of a run, so a fol
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pat_serve.atomic import write_text
-from pat_serve.errors import BrokenPlan
+from pat_serve.errors import BrokenPlan, first_line
 from pat_serve.hybrid import HybridFold
 
 PLAN_JSON = "plan.json"
@@ -68,14 +69,15 @@ class PruningPlan:
         base: the model that the indices refer to.
         axes: kept indices by axis name (`hidden`, `layers`, `ffn.{i}`, `heads.{i}`); an axis without a line is whole.
         folds: operators by the dotted name of the module that they follow.
-        adapter: whether a LoRA adapter in `adapter/` is to be merged before folding.
+        adapter: SHA-256 by file name of the LoRA adapter in `adapter/` that is to be merged before folding; empty for
+            none. Without it an export and its parity gate would both trust a damaged adapter.
     """
 
     method: str
     base: BaseReference
     axes: dict[str, AxisCut] = field(default_factory=dict)
     folds: dict[str, HybridFold] = field(default_factory=dict)
-    adapter: bool = False
+    adapter: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write plan.safetensors, then plan.json; each is complete or absent."""
@@ -88,6 +90,8 @@ class PruningPlan:
             }
         temporary = folder / f".{PLAN_ARRAYS}.partial"
         save_file({name: array.contiguous() for name, array in arrays.items()}, temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         temporary.replace(folder / PLAN_ARRAYS)
         document = _Document(
             method=self.method,
@@ -109,8 +113,7 @@ class PruningPlan:
         try:
             document = _Document.model_validate_json((folder / PLAN_JSON).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            first_line = str(error).splitlines()[0]
-            raise _broken(folder / PLAN_JSON, "a plan of version 1", first_line) from error
+            raise _broken(folder / PLAN_JSON, "a plan of version 1", first_line(error)) from error
         path = folder / PLAN_ARRAYS
         if not path.is_file():
             raise _broken(path, "the plan's arrays", "no such file")
@@ -151,7 +154,7 @@ class _Document(pydantic.BaseModel):
     base: BaseReference
     axes: dict[str, _Axis]
     folds: list[str]
-    adapter: bool
+    adapter: dict[str, str]
     arrays_sha256: str
 
 

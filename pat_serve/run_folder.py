@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 RECIPE_FILE = "recipe.yaml"
+INPUTS_FILE = "inputs.json"
 METRICS_FILE = "metrics.jsonl"
 PARITY_PROMPTS_FILE = "parity_prompts.jsonl"
 ADAPTER_FOLDER = "adapter"

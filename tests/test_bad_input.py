@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from pat_serve.errors import (
     UsageError,
 )
 from pat_serve.export.exporter import export_run
+from pat_serve.plan import PruningPlan, file_sha256
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
@@ -183,6 +185,10 @@ def test_prompts_that_fill_the_context(tiny_base: Path, rows: Path, tmp_path: Pa
         ({"model": "m", "data": "d", "learning_rat": 1}, "learning_rat (recipe)"),
         ({"model": "m", "data": "d", "max_steps": 0}, "max_steps (recipe)"),
         ({"model": "m", "data": "d", "ratio": 0.2, "hidden_size": 48}, "not both"),
+        ({"model": "m", "data": "d", "lr_scheduler": "nonsense"}, "lr_scheduler (recipe): expected one of linear"),
+        ({"model": "m", "data": "d", "seed": 2**32}, "seed (recipe)"),
+        ({"model": "m", "data": "d", "epochs": float("inf")}, "epochs (recipe)"),
+        ({1: 2}, "model (recipe)"),
     ],
 )
 def test_a_bad_recipe(settings: dict[str, object], message: str):
@@ -215,7 +221,7 @@ def test_a_damaged_plan(file: str, content: str, run: Path, tmp_path: Path):
 
 def test_another_base_of_the_same_shape(run: Path, tmp_path: Path):
     other = save_tiny_llama(tmp_path / "other", seed=7)
-    with pytest.raises(BrokenPlan, match="the file that the run was trained on"):
+    with pytest.raises(BrokenPlan, match="the file of the training"):
         export_run(run, tmp_path / "out", base=str(other))
 
 
@@ -231,22 +237,104 @@ def test_a_moved_base(run: Path, base: Path, tmp_path: Path):
 def test_dora_is_refused_with_its_reason(run: Path, tmp_path: Path):
     path = run / "adapter/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    plan = PruningPlan.load(run)
+    replace(plan, adapter=plan.adapter | {path.name: file_sha256(path)}).save(run)
     with pytest.raises(UnsupportedModel, match="use_dora=True"):
         export_run(run, tmp_path / "out")
 
 
 def test_an_output_that_exists(run: Path, rows: Path, tiny_base: Path, tmp_path: Path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine.txt").write_text("mine")
+    out = export_run(run, tmp_path / "out").out
     with pytest.raises(OutputExists, match="--force"):
         export_run(run, out)
     with pytest.raises(OutputExists, match="--force"):
         start(tiny_recipe(tiny_base, rows), out)
-    assert (out / "mine.txt").read_text() == "mine"
+    (out / "README.md").write_text("mine")
     export_run(run, out, force=True)
-    assert not (out / "mine.txt").exists()
-    assert (out / "config.json").is_file()
+    assert (out / "README.md").read_text() != "mine"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_force_replaces_nothing_but_our_own_outputs(run: Path, rows: Path, base: Path, tmp_path: Path):
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("mine")
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (foreign, file, run, base):
+        with pytest.raises(OutputExists):
+            export_run(run, out, force=True, base=str(base))
+    recipe = tiny_recipe(base, rows)
+    for out in (foreign, file, base, base.parent, rows.parent):
+        with pytest.raises(OutputExists):
+            start(recipe, out, force=True)
+    assert (foreign / "thesis.tex").read_text() == file.read_text() == "mine"
+    assert (base / "model.safetensors").is_file()
+    assert (run / "plan.json").is_file()
+
+
+def test_a_forced_run_that_cannot_begin_keeps_the_old_one(
+    run: Path, rows: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise RuntimeError("late")
+
+    monkeypatch.setattr("pat_serve.training.insert.build_model", fail)
+    with pytest.raises(RuntimeError, match="late"):
+        start(tiny_recipe(base, rows), run, force=True)
+    assert (run / "plan.json").is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["emptied", "truncated", "rescaled"])
+def test_a_damaged_adapter(damage: str, run: Path, tmp_path: Path):
+    """The gate alone would not see it: it loads the same adapter that the export merges."""
+    weights, config = run / "adapter/adapter_model.safetensors", run / "adapter/adapter_config.json"
+    if damage == "emptied":
+        save_file({}, weights)
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 1}))
+    with pytest.raises(BrokenPlan, match="adapter"):
+        export_run(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_lost_parity_prompts(content: str | None, run: Path, tmp_path: Path):
+    path = run / "parity_prompts.jsonl"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(BrokenPlan, match="parity_prompts"):
+        export_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ratio_for_a_method_that_does_not_prune(tiny_base: Path, rows: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="keeps the base's width"):
+        start(tiny_recipe(tiny_base, rows, method="lora", ratio=0.25), tmp_path / "run")
+
+
+def test_a_model_without_tokenizer(base: Path, rows: Path, tmp_path: Path):
+    for path in base.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(MissingModel, match="tokenizer"):
+        start(tiny_recipe(base, rows), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["num_attention_heads", "vocab_size", "rms_norm_eps"])
+def test_a_config_without_a_size(name: str, base: Path):
+    config = json.loads((base / "config.json").read_text())
+    del config[name]
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BrokenCheckpoint, match=name):
+        open_checkpoint(str(base))
+
+
+def test_a_row_that_is_no_utf_8(tiny_base: Path, tmp_path: Path):
+    data = tmp_path / "rows.jsonl"
+    data.write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff", "completion": "b"}\n')
+    with pytest.raises(DataError, match="line 2: expected a JSON object"):
+        start(tiny_recipe(tiny_base, data), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -256,6 +344,11 @@ def test_an_output_that_exists(run: Path, rows: Path, tiny_base: Path, tmp_path:
         (["train", "--model", "{base}", "--data", "x.jsonl", "--ratio", "0.9", "--out", "run"], 2, "--ratio: expected"),
         (["train", "--model", "{base}"], 2, "expected --out for a new run"),
         (["train", "--resume", "run", "--seed", "1"], 2, "--seed"),
+        (
+            ["train", "--config", "{base}/model.safetensors", "--out", "run"],
+            2,
+            "model.safetensors: expected a YAML recipe",
+        ),
         (["export", "--ckpt", "nowhere", "--out", "out"], 1, "nowhere: expected"),
         (["export", "--out", "out"], 2, "--ckpt"),
         (["eval", "./nowhere", "--data", "x.jsonl"], 1, "./nowhere: expected"),

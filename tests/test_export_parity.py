@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from pat_serve.atomic import write_text
 from pat_serve.checkpoint import open_checkpoint
 from pat_serve.errors import ParityError
 from pat_serve.export import exporter
@@ -22,13 +23,13 @@ from pat_serve.export.parity import compare_logits
 from pat_serve.export.reader import open_run
 from pat_serve.hybrid import HybridFold
 from pat_serve.masked import load_masked_model
-from pat_serve.plan import AxisCut, PruningPlan
+from pat_serve.plan import AxisCut, PruningPlan, file_sha256
 from tests.tiny_models import save_tiny_llama, tiny_llama
 
 PROMPT = torch.randint(384, (3, 40), generator=torch.Generator().manual_seed(5))
 
 
-def random_run(folder: Path, base: Path, *, width: int = 48) -> Path:
+def random_run(folder: Path, base: Path, *, width: int = 48, scale_spread: float = 0.2) -> Path:
     """A run with a random plan and a random adapter: nothing in it is near its starting value."""
     from peft import LoraConfig, get_peft_model
 
@@ -51,13 +52,15 @@ def random_run(folder: Path, base: Path, *, width: int = 48) -> Path:
         site: HybridFold(
             l0_RD=torch.randn(R, D, dtype=checkpoint.dtype) / D**0.5,
             l1_DR=torch.randn(D, R, dtype=checkpoint.dtype) / D**0.5,
-            scale_D=1 + 0.2 * torch.randn(D, dtype=checkpoint.dtype),
+            scale_D=1 + scale_spread * torch.randn(D, dtype=checkpoint.dtype),
         )
         for site in checkpoint.family.residual_writers(checkpoint.num_layers)
     }
     axes = {"hidden": AxisCut(width=D, kept=kept)}
-    plan = PruningPlan(method="pat", base=checkpoint.reference(), axes=axes, folds=folds, adapter=True)
-    plan.save(folder)
+    write_text(folder / "recipe.yaml", "method: pat\n")
+    write_text(folder / "parity_prompts.jsonl", json.dumps({"token_ids": PROMPT[0].tolist()}) + "\n")
+    adapter = {path.name: file_sha256(path) for path in (folder / "adapter").glob("adapter_*")}
+    PruningPlan(method="pat", base=checkpoint.reference(), axes=axes, folds=folds, adapter=adapter).save(folder)
     return folder
 
 
@@ -128,7 +131,7 @@ def test_the_gate_refuses_a_wrong_rewriting(
     name: str, change, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Damage one tensor between writing and checking; nothing may be left behind."""
-    write = exporter._write_weights
+    write = exporter._write_model
 
     def write_damaged(run, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
         write(run, folder, dtype, max_shard_bytes)
@@ -136,19 +139,40 @@ def test_the_gate_refuses_a_wrong_rewriting(
         tensors[name] = change(tensors[name])
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(exporter, "_write_weights", write_damaged)
+    monkeypatch.setattr(exporter, "_write_model", write_damaged)
     with pytest.raises(ParityError, match="Nothing was exported"):
         export_run(finished_run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_gate_refuses_an_uncorrected_eps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    base = save_tiny_llama(tmp_path / "base", rms_norm_eps=1e-2)
-    run = random_run(tmp_path / "run", base)
-    monkeypatch.setattr("pat_serve.export.narrow.narrow_eps", lambda eps, cut: eps)
-    with pytest.raises(ParityError):
-        export_run(run, tmp_path / "out")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("mistake", ["eps", "scale"])
+def test_the_gate_refuses_the_published_mistakes(
+    mistake: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An eps that stays and a scale that is dropped: both could hide in 16-bit rounding."""
+    base = save_tiny_llama(tmp_path / "base", rms_norm_eps=1e-3)
+    run = random_run(tmp_path / "run", base, scale_spread=0.01)
+    if mistake == "eps":
+        monkeypatch.setattr("pat_serve.export.narrow.narrow_eps", lambda eps, cut: eps)
+    else:
+        monkeypatch.setattr(
+            "pat_serve.export.rewrite.fold_rows", lambda weight, fold: weight + fold.l1_DR @ (fold.l0_RD @ weight)
+        )
+    with pytest.raises(ParityError, match="found"):
+        export_run(run, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_files_are_the_float32_ones_rounded(dtype: str, finished_run: Path, tmp_path: Path):
+    export_run(finished_run, tmp_path / "exact", dtype="float32")
+    export_run(finished_run, tmp_path / "rounded", dtype=dtype)
+    exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("exact", "rounded"))
+    assert exact.keys() == rounded.keys()
+    for name, tensor in exact.items():
+        assert torch.equal(tensor.to(getattr(torch, dtype)), rounded[name])
+    assert not (tmp_path / "rounded/.float32").exists()
 
 
 def test_the_trained_model_is_the_masked_one(tiny_base: Path, rows: Path, tmp_path: Path):

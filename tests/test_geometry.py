@@ -18,8 +18,13 @@ def test_granule(hidden: int, expected: int):
         (0.3, 4096, 32, 2816, True),  # 2867.2; the authors' 2868 is no multiple of 32
         (0.25, 256, 8, 192, False),
         (0.25, 64, 4, 48, False),
-        (0.6, 4096, 32, 1536, True),  # 1638.4 lies 102 from 1536 and 154 from 1792
-        (0.25, 5120, 40, 3840, False),  # multiples of lcm(256, 40) = 1280
+        (0.6, 4096, 32, 1792, True),  # 1638.4; 1536 would cut more than 60 %
+        (0.25, 5120, 40, 3840, False),
+        (0.1, 5120, 40, 4480, True),  # lcm(64, 40) = 320; lcm(256, 40) = 1280 would leave four widths
+        (0.25, 6656, 52, 4992, False),
+        (0.25, 576, 9, 432, False),
+        (0.25, 960, 15, 720, False),
+        (0.6, 64, 4, 32, True),
     ],
 )
 def test_snap_ratio(ratio: float, hidden: int, heads: int, width: int, snapped: bool):

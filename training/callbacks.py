@@ -41,7 +41,7 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers is not
         if not state.is_world_process_zero or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        kept = [line for line in lines if _step(line) <= state.global_step]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(
@@ -100,3 +100,11 @@ class Display(TrainerCallback):  # type: ignore[misc]  # transformers is not fol
             self.context.__exit__(None, None, None)
             self.context = None
             self.progress = None
+
+
+def _step(line: str) -> float:
+    """A line's step; a line that a crash tore counts as later than all others."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

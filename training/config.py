@@ -9,7 +9,7 @@ import pydantic
 import yaml
 
 from pat_serve.atomic import write_text
-from pat_serve.errors import UsageError
+from pat_serve.errors import UsageError, first_line
 from pat_serve.run_folder import RECIPE_FILE
 
 
@@ -19,7 +19,7 @@ class TrainRecipe(pydantic.BaseModel):
     `run/recipe.yaml` holds every value, so `pat-train --config run/recipe.yaml --out again/` repeats a run.
     """
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str
     revision: str | None = None
@@ -40,7 +40,7 @@ class TrainRecipe(pydantic.BaseModel):
     warmup_steps: int | None = pydantic.Field(default=None, ge=0)
     weight_decay: float = pydantic.Field(default=0.0, ge=0)
     max_grad_norm: float = pydantic.Field(default=0.3, gt=0)
-    seed: int = pydantic.Field(default=0, ge=0)
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**32)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
 
@@ -59,6 +59,21 @@ class TrainRecipe(pydantic.BaseModel):
         if self.ratio is not None and self.hidden_size is not None:
             raise ValueError("give ratio or hidden_size, not both")
         return self
+
+    @pydantic.field_validator("lr_scheduler")
+    @classmethod
+    def _known_scheduler(cls, name: str) -> str:
+        from transformers import SchedulerType
+
+        known = [kind.value for kind in SchedulerType]
+        if name not in known:
+            raise ValueError(f"one of {', '.join(known)}")
+        return name
+
+    def with_absolute_paths(self) -> TrainRecipe:
+        """The same recipe with local paths made absolute, so that a run can be resumed from any folder."""
+        local = {name: Path(getattr(self, name)) for name in ("model", "data")}
+        return self.model_copy(update={name: str(path.resolve()) for name, path in local.items() if path.exists()})
 
     def resolved_hio_rank(self, hidden_size: int) -> int:
         """The HIO's rank R: as given, or the paper's share of the width (200 of 4096), in multiples of 8."""
@@ -80,7 +95,7 @@ class TrainRecipe(pydantic.BaseModel):
             UsageError: a setting is missing, unknown or out of range.
         """
         try:
-            return TrainRecipe(**settings)
+            return TrainRecipe.model_validate(settings)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"])) or "recipe"
@@ -100,9 +115,9 @@ class TrainRecipe(pydantic.BaseModel):
         """
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UsageError(
-                path, expected="a YAML recipe", found=str(error).splitlines()[0], fix="Check the path and its content."
+                path, expected="a YAML recipe", found=first_line(error), fix="Check the path and its content."
             ) from error
         if not isinstance(settings, dict):
             raise UsageError(

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pat_serve.errors import DataError, UsageError
+import torch
+from torch import Tensor
+
+from pat_serve.errors import DataError, MissingModel, UsageError, first_line
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.progress import track
 
@@ -49,6 +52,41 @@ class Row:
     chat: bool = False
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a local model.
+
+    Raises:
+        MissingModel: it has none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise MissingModel(
+            folder,
+            expected="a tokenizer beside the model",
+            found=first_line(error),
+            fix="Copy its tokenizer files too.",
+        ) from error
+
+
+class PadBatch:
+    """Collates encoded rows into a padded batch.
+
+    The padding id is any valid one: it is masked, and its label does not count. Llama-2's tokenizer names none.
+    """
+
+    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """Pad on the right to the longest row: input_ids, attention_mask and labels of shape (batch, longest)."""
+        longest = max(len(example["input_ids"]) for example in examples)
+        padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED_LABEL}
+        return {
+            name: torch.tensor([example[name] + [value] * (longest - len(example[name])) for example in examples])
+            for name, value in padding.items()
+        }
+
+
 def load_rows(source: str, split: str, tokenizer: Tokenizer) -> list[Row]:
     """Read a JSONL file or a hub dataset.
 
@@ -79,6 +117,10 @@ def parse_row(row: dict[str, Any], where: str, tokenizer: Tokenizer) -> Row:
     if "instruction" in row:
         instruction = _text(row, "instruction", where)
         context = row.get("input") or ""
+        if not isinstance(context, str):
+            raise DataError(
+                where, expected="a text in the field 'input'", found=repr(context), fix="Write it as one text."
+            )
         template = ALPACA_INPUT if context else ALPACA
         response = "response" if "response" in row else "output"
         return Row(
@@ -150,14 +192,14 @@ def _raw_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.decode())
+            except ValueError as error:  # of the JSON, or of the UTF-8
                 raise DataError(where, expected="a JSON object", found=str(error), fix="Mend the line.") from error
             if not isinstance(row, dict):
                 raise DataError(where, expected="a JSON object", found=type(row).__name__, fix="Mend the line.")
@@ -174,7 +216,7 @@ def _hub_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(
             f"--data {source}",
             expected="a JSONL file, or a hub dataset that can be downloaded or is cached",
-            found=f"no such file, and the hub said {type(error).__name__}: {str(error).splitlines()[0]}",
+            found=f"no such file, and the hub said {type(error).__name__}: {first_line(error)}",
             fix="Check the name, --data-split, the network and HF_TOKEN.",
         ) from error
     for number, row in enumerate(dataset):
@@ -200,7 +242,16 @@ def _parse_messages(messages: Any, where: str, tokenizer: Tokenizer) -> Row:
             found="a tokenizer without one",
             fix="Use prompt/completion rows, or a chat model's tokenizer.",
         )
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    try:
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    # A template is a program of the model's author and may raise what it likes.
+    except Exception as error:
+        raise DataError(
+            where,
+            expected="messages that the model's chat template takes",
+            found=first_line(error),
+            fix="Change the row's roles, or leave it out.",
+        ) from error
     return Row(prompt=prompt, completion=_text(messages[-1], "content", where), chat=True)
 
 

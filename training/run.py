@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from pat_serve.atomic import check_vacant, new_folder, write_text
+from pat_serve.atomic import check_vacant, new_folder, retire, write_text
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
-from pat_serve.errors import RunError, UsageError
+from pat_serve.errors import Diverged, RunError, UsageError
 from pat_serve.geometry import check_width, snap_ratio
 from pat_serve.hardware import serving_dtype
-from pat_serve.plan import PLAN_JSON, PruningPlan
+from pat_serve.plan import PLAN_JSON, PruningPlan, file_sha256
 from pat_serve.progress import say
 from pat_serve.run_folder import (
     ADAPTER_FOLDER,
@@ -27,8 +28,13 @@ from pat_serve.run_folder import (
     list_checkpoints,
 )
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.data import encode_rows, load_rows
+from pat_serve.training.data import PadBatch, encode_rows, load_rows, load_tokenizer
+from pat_serve.training.inputs import RunInputs, examples_sha256
 from pat_serve.training.methods import METHODS, Method
+
+if TYPE_CHECKING:
+    from pat_serve.training.callbacks import Display
+    from pat_serve.training.trainer import PruningTrainer
 
 PARITY_ROWS = 8
 # The schedule's soft phase needs a few steps, and the model some more after the freeze.
@@ -49,16 +55,28 @@ def start(recipe: TrainRecipe, run: Path, *, force: bool = False) -> Finished:
     """Train from the first step.
 
     Raises:
-        OutputExists: `run` is there already.
-        PatServeError: the model, the data or a setting is unusable; nothing has been written then.
+        OutputExists: `run` is there already, or is no run of ours.
+        PatServeError: the model, the data or a setting is unusable. What stood at `run` stands there still.
     """
-    check_vacant(run, force=force)
+    recipe = recipe.with_absolute_paths()
+    check_vacant(run, force=force, inputs=[Path(recipe.model), Path(recipe.data)])
     prepared = _prepare(recipe)
-    if run.exists():
-        shutil.rmtree(run)
-    run.mkdir(parents=True)
-    recipe.save(run)
-    return _train(prepared, run, resume_from=None)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    retired = retire(run) if run.exists() else None
+    try:
+        run.mkdir()
+        job = _assemble(prepared, run)
+        prepared.inputs.save(run)
+        recipe.save(run)
+    except BaseException:
+        shutil.rmtree(run, ignore_errors=True)
+        if retired is not None:
+            os.replace(retired, run)
+        raise
+    # From here on an interruption leaves a run that can be resumed.
+    if retired is not None:
+        shutil.rmtree(retired)
+    return _train(prepared, job, run, resume_from=None)
 
 
 def resume(run: Path) -> Finished:
@@ -66,14 +84,17 @@ def resume(run: Path) -> Finished:
 
     Raises:
         RunError: not a run, or a finished one.
+        ChangedInput: the base, the data or what follows from them is not what the run began with.
     """
     if not (run / RECIPE_FILE).is_file():
         raise RunError(run, expected="a run with recipe.yaml", found="none", fix="Start one with pat-train --out.")
     if (run / PLAN_JSON).is_file():
         raise RunError(run, expected="an unfinished run", found="a finished one", fix="Export it with pat-export.")
     recipe = TrainRecipe.build(TrainRecipe.read(run / RECIPE_FILE), str(run / RECIPE_FILE))
+    prepared = _prepare(recipe)
+    prepared.inputs.require_unchanged(run)
     checkpoints = list_checkpoints(run)
-    return _train(_prepare(recipe), run, resume_from=checkpoints[-1] if checkpoints else None)
+    return _train(prepared, _assemble(prepared, run), run, resume_from=checkpoints[-1] if checkpoints else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +103,23 @@ class _Prepared:
     checkpoint: Checkpoint
     tokenizer: Any
     examples: list[dict[str, list[int]]]
-    target_width: int
-    total_steps: int
+    inputs: RunInputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    trainer: PruningTrainer
+    method: Method
+    display: Display
 
 
 def _prepare(recipe: TrainRecipe) -> _Prepared:
     """Check everything that can be checked before the model is loaded."""
-    from transformers import AutoTokenizer
-
     if recipe.method not in METHODS:
         raise UsageError("--method", expected=" or ".join(METHODS), found=recipe.method, fix="Choose one of them.")
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     target_width = _target_width(recipe, checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+    tokenizer = load_tokenizer(checkpoint.folder)
     rows = load_rows(recipe.data, recipe.data_split, tokenizer)
     examples, dropped = encode_rows(rows, tokenizer, recipe.max_length_tokens)
     if dropped:
@@ -108,18 +133,27 @@ def _prepare(recipe: TrainRecipe) -> _Prepared:
             found=f"{total_steps} ({len(examples)} examples in batches of {batch})",
             fix="Train longer, or use smaller batches.",
         )
-    return _Prepared(
-        recipe=recipe,
-        checkpoint=checkpoint,
-        tokenizer=tokenizer,
-        examples=examples,
-        target_width=target_width,
+    dtype = serving_dtype(recipe.dtype)
+    inputs = RunInputs(
+        base=checkpoint.reference(),
+        examples_sha256=examples_sha256(examples),
         total_steps=total_steps,
+        target_width=target_width,
+        # An older GPU serves in float16, which cannot be trained in without scaling the loss.
+        dtype="float32" if dtype == "float16" else dtype,
     )
+    return _Prepared(recipe=recipe, checkpoint=checkpoint, tokenizer=tokenizer, examples=examples, inputs=inputs)
 
 
 def _target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
     if not METHODS[recipe.method].prunes:
+        if recipe.ratio is not None or recipe.hidden_size is not None:
+            raise UsageError(
+                "--ratio" if recipe.ratio is not None else "--hidden-size",
+                expected=f"none, since --method {recipe.method} keeps the base's width",
+                found=str(recipe.ratio or recipe.hidden_size),
+                fix="Leave it out, or choose a method that prunes.",
+            )
         return checkpoint.hidden_size
     shape = (checkpoint.hidden_size, checkpoint.num_attention_heads)
     rule = checkpoint.family.hidden_multiple_of_heads
@@ -129,13 +163,18 @@ def _target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
     width, snapped = snap_ratio(ratio, *shape, hidden_multiple_of_heads=rule)
     if snapped:
         exact = (1 - ratio) * checkpoint.hidden_size
-        say(f"ratio {ratio} asks for a hidden_size of {exact:g}; {width} is the nearest legal and fast one")
+        cut = 1 - width / checkpoint.hidden_size
+        say(
+            f"--ratio {ratio} asks for a hidden_size of {exact:g}; {width} is the nearest legal and fast one, "
+            f"a cut of {cut:.1%} (--hidden-size takes any legal one)"
+        )
     return width
 
 
-def _train(prepared: _Prepared, run: Path, resume_from: Path | None) -> Finished:
+def _assemble(prepared: _Prepared, run: Path) -> _Job:
+    """Model, method and trainer, ready for the first step."""
     from torch.utils.tensorboard import SummaryWriter
-    from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
+    from transformers import TrainingArguments, set_seed
     from transformers.integrations import TensorBoardCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -143,18 +182,18 @@ def _train(prepared: _Prepared, run: Path, resume_from: Path | None) -> Finished
     from pat_serve.training.insert import build_model
     from pat_serve.training.trainer import PruningTrainer
 
-    recipe = prepared.recipe
-    dtype = getattr(torch, serving_dtype(recipe.dtype))
+    recipe, inputs = prepared.recipe, prepared.inputs
+    dtype = getattr(torch, inputs.dtype)
     set_seed(recipe.seed)
-    model, method = build_model(prepared.checkpoint, recipe, dtype, prepared.target_width, prepared.total_steps)
+    model, method = build_model(prepared.checkpoint, recipe, dtype, inputs.target_width, inputs.total_steps)
     arguments = TrainingArguments(
         output_dir=str(run / CHECKPOINTS_FOLDER),
-        max_steps=prepared.total_steps,
+        max_steps=inputs.total_steps,
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.lr_scheduler,
-        warmup_steps=recipe.resolved_warmup_steps(prepared.total_steps),
+        warmup_steps=recipe.resolved_warmup_steps(inputs.total_steps),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         bf16=dtype == torch.bfloat16,
@@ -168,7 +207,7 @@ def _train(prepared: _Prepared, run: Path, resume_from: Path | None) -> Finished
         remove_unused_columns=False,
         label_names=["labels"],
     )
-    display = Display(f"{recipe.method} to hidden_size {prepared.target_width}")
+    display = Display(f"{recipe.method} to hidden_size {inputs.target_width}")
     trainer = PruningTrainer(
         method=method,
         run=run,
@@ -176,7 +215,7 @@ def _train(prepared: _Prepared, run: Path, resume_from: Path | None) -> Finished
         model=model,
         args=arguments,
         train_dataset=prepared.examples,
-        data_collator=DataCollatorForSeq2Seq(prepared.tokenizer, padding=True),
+        data_collator=PadBatch(),
         callbacks=[
             MethodClock(method),
             MetricsFile(run),
@@ -186,30 +225,46 @@ def _train(prepared: _Prepared, run: Path, resume_from: Path | None) -> Finished
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    return _Job(trainer=trainer, method=method, display=display)
+
+
+def _train(prepared: _Prepared, job: _Job, run: Path, resume_from: Path | None) -> Finished:
+    trainer, inputs = job.trainer, prepared.inputs
     try:
         outcome = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
-        display.close()
+        job.display.close()
+    # A run that is resumed after its last step takes no further one, and its mask must be frozen all the same.
+    job.method.on_step(inputs.total_steps)
     if trainer.is_world_process_zero():
-        _finish(prepared, run, trainer.accelerator.unwrap_model(trainer.model), method)
+        _finish(prepared, run, trainer.accelerator.unwrap_model(trainer.model), job.method)
     return Finished(
-        run=run, hidden_size=prepared.target_width, steps=prepared.total_steps, train_loss=outcome.training_loss
+        run=run, hidden_size=inputs.target_width, steps=inputs.total_steps, train_loss=outcome.training_loss
     )
 
 
 def _finish(prepared: _Prepared, run: Path, model: nn.Module, method: Method) -> None:
     """Write what an export needs; the plan comes last, so that a run with a plan is a finished run."""
-    with new_folder(run / ADAPTER_FOLDER, force=True) as staging:
-        # Left to itself, peft also writes the HSMs that sit under the adapted modules.
-        lora = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    # Left to itself, peft also writes the HSMs that sit under the adapted modules.
+    lora = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    folds = method.folds()
+    trained = [*lora.values(), *(tensor for fold in folds.values() for tensor in vars(fold).values())]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in trained):
+        raise Diverged(
+            run,
+            expected="finite weights after the last step",
+            found="NaN or infinity",
+            fix="Train again with a lower --learning-rate; metrics.jsonl shows where the loss went.",
+        )
+    with new_folder(run / ADAPTER_FOLDER) as staging:
         model.save_pretrained(staging, state_dict=lora, save_embedding_layers=False)  # type: ignore[operator]  # PEFT's
     prepared.tokenizer.save_pretrained(run)
     prompts = [{"token_ids": example["input_ids"]} for example in prepared.examples[:PARITY_ROWS]]
     write_text(run / PARITY_PROMPTS_FILE, "".join(json.dumps(prompt) + "\n" for prompt in prompts))
     PruningPlan(
         method=method.name,
-        base=prepared.checkpoint.reference(),
+        base=prepared.inputs.base,
         axes=method.axes(),
-        folds=method.folds(),
-        adapter=True,
+        folds=folds,
+        adapter={path.name: file_sha256(path) for path in sorted((run / ADAPTER_FOLDER).glob("adapter_*"))},
     ).save(run)

@@ -48,9 +48,9 @@ class GateSchedule:
         return max(0.5 - step / self.milestone, 0.0)
 
     def mask_learning_rate(self) -> float:
-        """Learning rate with which a logit can travel from 0 to 0.5, its target, within the milestone.
+        """Learning rate with which a logit could travel from 0 to 0.5, its target, within the milestone.
 
-        The published 5e-5 over 10,000 steps is the same 0.5; a shorter run needs a proportionally larger rate, or the
-        gate is still soft when it freezes.
+        The published 5e-5 over 10,000 steps is the same 0.5. It is an upper bound on the way, not a promise: logits
+        near the count's threshold turn back and forth. `gate_freeze_gap` says how far from 0/1 the gate was.
         """
         return 0.5 / self.milestone

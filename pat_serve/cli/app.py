@@ -36,6 +36,10 @@ def run_app(app: typer.Typer) -> None:
         if debug:
             raise
         sys.exit(_report(str(error), error.exit_code))
+    except OSError as error:
+        if debug:
+            raise
+        sys.exit(_report(f"{error.filename or 'input or output'}: {error.strerror or error}", 1))
     except Exception as error:
         if debug:
             raise

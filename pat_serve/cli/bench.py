@@ -79,7 +79,7 @@ def speedup(
         }
     )
     if out is not None:
-        check_vacant(out, force=force)
+        check_vacant(out, force=force, folder=False)
     # As an exception, so that the engines are ended on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with progress_bar() as bar:

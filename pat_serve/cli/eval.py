@@ -31,19 +31,21 @@ def evaluate(
     import torch
     from rich.console import Console
     from rich.table import Table
-    from transformers import AutoTokenizer
 
     from pat_serve.checkpoint import open_checkpoint
     from pat_serve.hardware import serving_dtype
     from pat_serve.perplexity import measure_perplexity
-    from pat_serve.training.data import encode_rows, load_rows
+    from pat_serve.progress import say
+    from pat_serve.training.data import encode_rows, load_rows, load_tokenizer
 
     folders = [open_checkpoint(model).folder for model in models]
     results = []
     for model, folder in zip(models, folders, strict=True):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = load_tokenizer(folder)
         rows = load_rows(data, data_split, tokenizer)[:limit]
-        examples, _ = encode_rows(rows, tokenizer, max_length_tokens)
+        examples, dropped = encode_rows(rows, tokenizer, max_length_tokens)
+        if dropped:
+            say(f"{model}: {dropped} of {len(rows)} rows left out, their prompt alone fills {max_length_tokens} tokens")
         measured = measure_perplexity(
             folder, examples, dtype=getattr(torch, serving_dtype(dtype)), batch_size=batch_size
         )

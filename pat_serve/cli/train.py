@@ -36,7 +36,7 @@ def train(
     max_length_tokens: Annotated[int | None, Flag(help="Tokens of an example. [default: 256]")] = None,
     learning_rate: Annotated[float | None, Flag(help="Peak learning rate. [default: 5e-5]")] = None,
     mask_learning_rate: Annotated[
-        float | None, Flag(help="The mask's. [default: 0.5 / milestone, so that it can polarise in time]")
+        float | None, Flag(help="The mask's. [default: 0.5 / milestone, the paper's way at any length]")
     ] = None,
     lr_scheduler: Annotated[str | None, Flag(help="A transformers scheduler. [default: cosine]")] = None,
     warmup_steps: Annotated[int | None, Flag(help="[default: 100, or a tenth of a short run]")] = None,
@@ -96,7 +96,12 @@ def train(
         finished = resume_run(resume)
     else:
         assert out is not None
-        settings = (TrainRecipe.read(config) if config else {}) | flags
+        settings = TrainRecipe.read(config) if config else {}
+        # A flag also wins over the file's other way to say the same.
+        for one, other in (("ratio", "hidden_size"), ("hidden_size", "ratio"), ("epochs", "max_steps")):
+            if one in flags and other not in flags:
+                settings.pop(other, None)
+        settings |= flags
         finished = start(TrainRecipe.build(settings, "recipe"), out, force=force)
     say(
         f"{finished.run}: {finished.steps} steps, hidden_size {finished.hidden_size}. "

@@ -95,7 +95,7 @@ def train_base(texts: list[str], folder: Path, settings: BaseSettings) -> None:
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
-    with new_folder(folder, force=True) as staging:
+    with new_folder(folder) as staging:
         arguments = TrainingArguments(
             output_dir=str(staging),
             max_steps=settings.steps,

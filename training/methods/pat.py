@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pat_serve.architectures import HIDDEN
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import AxisCut
+from pat_serve.progress import say
 from pat_serve.training.hsm import HybridModule, SharedMask
 from pat_serve.training.losses import count_loss, identity_loss, push_loss
 from pat_serve.training.methods.base import Method
@@ -54,7 +55,13 @@ class Pat(Method):
     def on_step(self, step: int) -> None:
         """Move the gate along its schedule; at the freeze, project it to exactly K channels."""
         super().on_step(step)
+        was_frozen = self.mask.frozen
         self.mask.set_step(step)
+        if self.mask.frozen and not was_frozen:
+            say(
+                f"mask frozen at step {step}: {self.target_width} of {self.hidden_size} channels; the projection moved "
+                f"the gate by {self.mask.freeze_gap:.3f} on average (0: fully polarised, 0.5: undecided)"
+            )
 
     def losses(self) -> dict[str, Tensor]:
         """Mask losses while the mask moves; the identity loss over all HSMs throughout."""

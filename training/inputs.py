@@ -1,0 +1,74 @@
+"""What a run began with: recorded at its first step, compared when it is resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pydantic
+
+from pat_serve.atomic import write_text
+from pat_serve.errors import ChangedInput
+from pat_serve.plan import BaseReference
+from pat_serve.run_folder import INPUTS_FILE
+
+
+class RunInputs(pydantic.BaseModel):
+    """Everything outside the recipe that decides what a run computes.
+
+    Attributes:
+        base: the base model, with the hash of every file.
+        examples_sha256: of the token ids and labels, in order: of the data as the tokenizer made it.
+        total_steps: optimizer steps, which the schedules are stretched over.
+        target_width: K.
+        dtype: of the frozen base weights, which `auto` chose by the machine.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    base: BaseReference
+    examples_sha256: str
+    total_steps: int
+    target_width: int
+    dtype: str
+
+    def save(self, run: Path) -> None:
+        """Write inputs.json, atomically."""
+        write_text(run / INPUTS_FILE, self.model_dump_json(indent=2) + "\n")
+
+    def require_unchanged(self, run: Path) -> None:
+        """Compare with the run's record; a run that stopped before it had one has trained nothing.
+
+        Raises:
+            ChangedInput: something differs.
+        """
+        path = run / INPUTS_FILE
+        if not path.is_file():
+            return
+        before = RunInputs.model_validate_json(path.read_text(encoding="utf-8"))
+        for name in type(self).model_fields:
+            old, new = getattr(before, name), getattr(self, name)
+            if old != new:
+                raise ChangedInput(
+                    f"{run}: {name}",
+                    expected=f"what the run began with ({_short(old)})",
+                    found=_short(new),
+                    fix="Restore it, or start a new run.",
+                )
+
+
+def examples_sha256(examples: Sequence[dict[str, list[int]]]) -> str:
+    """Hash of encoded rows."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example["input_ids"], example["labels"]]).encode())
+    return digest.hexdigest()
+
+
+def _short(value: object) -> str:
+    if isinstance(value, BaseReference):
+        hashes = ", ".join(f"{name} {digest[:12]}" for name, digest in value.sha256.items())
+        return f"{value.source} with {hashes}"
+    return str(value)[:40]
