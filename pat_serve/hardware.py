@@ -86,13 +86,15 @@ def compute_cores() -> tuple[int, ...]:
 
 def available_memory_bytes() -> int:
     """Host memory that new processes can take without swapping, within the container's limit if there is one."""
-    # psutil comes with vLLM and peft; it carries no type hints.
     import psutil
 
     available = int(psutil.virtual_memory().available)
     limit, used = _CGROUP_MEMORY / "memory.max", _CGROUP_MEMORY / "memory.current"
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
+        # Files that were read count as used until somebody needs the room.
+        statistics = dict(line.split() for line in (_CGROUP_MEMORY / "memory.stat").read_text().splitlines())
+        free = int(text) - int(used.read_text()) + int(statistics.get("inactive_file", 0))
+        available = min(available, free)
     return max(available, 0)
 
 

@@ -17,5 +17,9 @@ for folder in ${FIND_LINKS:-${PIP_FIND_LINKS:-}}; do links+=(--find-links "$fold
   --override requirements/overrides.txt \
   --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
   --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet \
-  "${links[@]}" --output-file requirements/cpu.lock >/dev/null
+  "${links[@]}" --output-file "$tools/cpu.lock" >/dev/null
+# A resolver that finds no CPU wheel takes the CUDA build, which no lock of ours may name.
+grep -qE '^torch==[0-9.]+\+cpu' "$tools/cpu.lock" \
+  || { echo "lock: expected torch's CPU wheel, found $(grep '^torch==' "$tools/cpu.lock"). Set FIND_LINKS." >&2; exit 1; }
+mv "$tools/cpu.lock" requirements/cpu.lock
 echo "lock: $(grep -cE '^[a-z0-9].*==' requirements/cpu.lock) packages in requirements/cpu.lock" >&2

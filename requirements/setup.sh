@@ -13,17 +13,19 @@ command -v "$python" >/dev/null || python=python3
 import sys
 sys.exit(sys.version_info[:2] != (3, 11))
 PY
-[[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
+# Without Debian's python3-venv a first try leaves half an environment: make it anew when pip is not in it.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
 
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 quiet=(--quiet --quiet --no-deps --require-hashes)
-torch=$(mktemp)
-trap 'rm -f "$torch"' EXIT
+torch=$(mktemp) first_try=$(mktemp)
+trap 'rm -f "$torch" "$first_try"' EXIT
 # The requirement's own lines: its name and its hashes, to the first line that does not go on.
 awk '/^torch==/ {on=1} on {print} on && !/\\$/ {exit}' "$lock" >"$torch"
 
 echo "setup: torch, then $(grep -cE '^[a-z0-9].*==' "$lock") locked packages (some minutes the first time)" >&2
-"${pip[@]}" install "${quiet[@]}" -r "$torch" 2>/dev/null \
-  || "${pip[@]}" install "${quiet[@]}" --index-url "$torch_index" -r "$torch"
+"${pip[@]}" install "${quiet[@]}" -r "$torch" 2>"$first_try" \
+  || "${pip[@]}" install "${quiet[@]}" --index-url "$torch_index" -r "$torch" \
+  || { echo "setup: the configured index had said:" >&2; cat "$first_try" >&2; exit 1; }
 "${pip[@]}" install "${quiet[@]}" -r "$lock"
 "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .

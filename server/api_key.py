@@ -1,4 +1,8 @@
-"""The API key on our routes: vLLM's `--api-key` guards only paths under /v1, so ours ask for it themselves."""
+"""The API key on every route but the probes.
+
+vLLM's own `--api-key` guards a few path prefixes (/v1 and its like) and leaves others open that generate just as well,
+/invocations for one; this asks for the same key everywhere.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,35 @@ import os
 import secrets
 from collections.abc import Sequence
 
-from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pat_serve.server.http_errors import HttpError
 
+# Probes carry no key and cost at most a token every few seconds.
+OPEN_PATHS = ("/health", "/ready")
 
-def require_api_key(request: Request) -> None:
-    """Let a request through if the server has no keys, or if it bears one of them.
 
-    Raises:
-        HttpError: 401.
+class ApiKeyMiddleware:
+    """Answers 401 to a request without a key, if the server has keys.
+
+    A plain ASGI class: a function middleware would hide a client's disconnect from the routes.
     """
-    # The same two sources and the same precedence as vLLM's own check.
-    keys = request.app.state.args.api_key or [os.environ.get("VLLM_API_KEY")]
-    check_api_key(request.headers.get("Authorization"), [key for key in keys if key])
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer it."""
+        if scope["type"] in ("http", "websocket") and scope["path"] not in OPEN_PATHS:
+            # The same two sources and the same precedence as vLLM's own check.
+            keys = scope["app"].state.args.api_key or [os.environ.get("VLLM_API_KEY")]
+            try:
+                check_api_key(Headers(scope=scope).get("Authorization"), [key for key in keys if key])
+            except HttpError as error:
+                await error.response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 def check_api_key(authorization: str | None, keys: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """vLLM, behind the few things that this project asks of it. The only file that imports vllm.
 
-vLLM's entry points are not a stable API: `tests/test_vllm_signatures.py` checks every one that is used here, and
-pyproject pins the minor version. All imports are inside functions, because importing vllm takes seconds.
+vLLM's entry points are not a stable API: `tests/test_vllm_signatures.py` checks those that the server uses, the tests
+with real engines the rest, and pyproject pins the minor version. All imports are inside functions, because importing
+vllm takes seconds.
 """
 
 from __future__ import annotations
@@ -257,6 +258,8 @@ def offline_llm(
         # On a GPU two engines share the memory; vLLM refuses to start where less than this share is free.
         gpu_memory_utilization=0.45,
         enable_prefix_caching=False,
+        # A step must return its own tokens and leave nothing under way when the other engine's turn comes.
+        async_scheduling=False,
         enforce_eager=enforce_eager,
         seed=seed,
     )

@@ -15,7 +15,7 @@ from typing import NoReturn
 import psutil
 
 from pat_serve.errors import PortInUse, UsageError
-from pat_serve.hardware import serving_dtype
+from pat_serve.hardware import available_memory_bytes, serving_dtype
 from pat_serve.locate import locate
 from pat_serve.server import engine
 
@@ -123,7 +123,7 @@ def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         arguments += ["--kv-cache-memory-bytes", str(int(settings.kv_cache_gib * GIB))]
     elif on_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        available_gib = psutil.virtual_memory().available / GIB
+        available_gib = available_memory_bytes() / GIB
         arguments += ["--kv-cache-memory-bytes", str(int(default_kv_cache_gib(available_gib) * GIB))]
     if on_cpu and not settings.compiled:
         # Measured on 2 busy cores, float32: a first start takes 160 s compiled and 48 s eager (a second one 88 s and
@@ -153,6 +153,9 @@ def adopt_orphans() -> None:
 
 def end_children() -> None:
     """End every process that descends from this one: a broken start and a dead engine leave some."""
+    # A second, impatient signal must not cut this short: it lasts a few seconds at most.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     # Python's resource tracker ignores SIGTERM on purpose: it frees shared memory once this process has ended.
     children = [child for child in psutil.Process().children(recursive=True) if not _is_resource_tracker(child)]
     for child in children:

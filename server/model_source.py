@@ -85,7 +85,9 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
 def cut_layers(config: Mapping[str, Any], layers: int, *, load_format: str, name: str) -> dict[str, Any]:
     """A copy of a config with fewer decoder layers.
 
-    Every matrix that is left has its old size, lm_head too, so a ratio of two equally cut models keeps its ceiling.
+    Every matrix that is left has its old size, lm_head too, so at a small batch and context a ratio of two equally cut
+    models keeps its ceiling. Where the KV cache counts it does not quite, since lm_head has none: 32 x 2048 tokens of
+    Llama-2-7B 1.075 whole, 1.091 with two layers.
 
     Raises:
         UsageError: real weights, or a number of layers that the model does not have.

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 
 from pat_serve.server import benchmark
-from pat_serve.server.api_key import require_api_key
+from pat_serve.server.api_key import ApiKeyMiddleware
 from pat_serve.server.engine import Engine, attach
 from pat_serve.server.generate import generate
 from pat_serve.server.http_errors import ErrorShapeRoute, shape_routing_errors
@@ -57,11 +57,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 router = APIRouter(route_class=ErrorShapeRoute, responses=_ERRORS, tags=["pat-serve"])
-# Probes carry no key; what costs compute asks for one if the server has any.
-_GUARD = [Depends(require_api_key)]
 
 
-@router.post("/generate", response_model=GenerateResponse, dependencies=_GUARD)
+@router.post("/generate", response_model=GenerateResponse)
 async def generate_route(body: GenerateRequest, http: Request, service: ServiceDep) -> Response:
     """Generate text from a prompt or from token ids; `stream: true` answers with server-sent events."""
     return await generate(service.engine, service.readiness, body, http)
@@ -80,13 +78,13 @@ async def ready_route(service: ServiceDep) -> ReadyResponse:
     return ReadyResponse(status="ready", model=service.engine.model_name, last_token_age_s=age_s)
 
 
-@router.post("/benchmark/latency", dependencies=_GUARD)
+@router.post("/benchmark/latency")
 async def latency_route(body: LatencyRequest, http: Request, service: ServiceDep) -> LatencyResponse:
     """Time batches of random prompts, one batch after the other. 409 while another benchmark runs."""
     return await benchmark.latency(service.engine, service.readiness, service.benchmark_lock, body, http)
 
 
-@router.post("/benchmark/throughput", dependencies=_GUARD)
+@router.post("/benchmark/throughput")
 async def throughput_route(body: ThroughputRequest, http: Request, service: ServiceDep) -> ThroughputResponse:
     """Keep a number of requests under way and count what comes out. 409 while another benchmark runs."""
     return await benchmark.throughput(service.engine, service.readiness, service.benchmark_lock, body, http)
@@ -101,6 +99,7 @@ class PatServePlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes to vLLM's app."""
         app.include_router(router)
+        app.add_middleware(ApiKeyMiddleware)
         shape_routing_errors(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:

@@ -46,7 +46,9 @@ class Readiness:
                 self._probe = asyncio.create_task(self._generate_one_token())
             await asyncio.shield(self._probe)
             age_s = self._age_s()
-        assert age_s is not None
+        # An aborted probe (the server is stopping) ends without an error and without a token.
+        if age_s is None or age_s > FRESH_S:
+            raise HttpError(503, "not_ready", "the engine ended a probe without a token")
         return age_s
 
     def _age_s(self) -> float | None:

@@ -79,4 +79,7 @@ def conclude(regimes: Sequence[RegimeResult], rounds: Sequence[Round], claim: fl
     others = percentile([pair.other_cpu_share for pair in rounds], 50)
     if others > _TELLING_SHARE:
         parts.append(f"other processes took {others:.0%} of this machine's CPU time meanwhile")
+    waiting = percentile([pair.waiting_engine_cpu_share for pair in rounds], 50)
+    if waiting > _TELLING_SHARE:
+        parts.append(f"the engine whose turn it was not took {waiting:.0%} of a core")
     return verdict, "; ".join(parts)

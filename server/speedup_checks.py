@@ -33,14 +33,14 @@ def check_settings(settings: SpeedupSettings) -> None:
 
     claim_fine = math.isfinite(settings.claim) and settings.claim > 0
     want("--claim", claim_fine, "a ratio above 0", settings.claim, "Try --claim 1.33.")
-    want("--batch-size", settings.batch_size >= 1, "at least 1", settings.batch_size, "Try --batch-size 1.")
+    batch_fine = 1 <= settings.batch_size < MAX_STEP_TOKENS
+    want("--batch-size", batch_fine, f"1 to {MAX_STEP_TOKENS - 1}", settings.batch_size, "Try --batch-size 1.")
+    want("--seed", 0 <= settings.seed < 2**32, "0 to 4294967295", settings.seed, "Try --seed 0.")
     want("--prompt-tokens", settings.prompt_tokens >= 1, "at least 1", settings.prompt_tokens, "Try 128.")
     want("--rounds", settings.rounds >= MIN_ROUNDS, f"at least {MIN_ROUNDS}", settings.rounds, "Try --rounds 12.")
     want("--regime", bool(settings.regimes), "prefill, decode or both", "none", "Leave --regime out for both.")
     if Regime.DECODE in settings.regimes:
-        # A batch beyond one step's tokens is prefilled in pieces, during which its first requests already decode.
-        pieces = math.ceil(settings.batch_size * settings.prompt_tokens / MAX_STEP_TOKENS)
-        least = pieces + 1
+        least = least_output_tokens(settings.batch_size, settings.prompt_tokens)
         want(
             "--output-tokens",
             settings.output_tokens >= least,
@@ -48,6 +48,18 @@ def check_settings(settings: SpeedupSettings) -> None:
             settings.output_tokens,
             "Ask for more output tokens, or for --regime prefill alone.",
         )
+
+
+def least_output_tokens(batch_size: int, prompt_tokens: int) -> int:
+    """The fewest output tokens with which the whole batch decodes together for a step at least.
+
+    A batch beyond one step's tokens is prefilled in pieces. The requests that already decode take a token each of a
+    step's budget, so a piece brings at least MAX_STEP_TOKENS - batch_size tokens; the first request has a token more
+    after each.
+    """
+    tokens = batch_size * prompt_tokens
+    pieces = 1 if tokens <= MAX_STEP_TOKENS else math.ceil(tokens / (MAX_STEP_TOKENS - batch_size))
+    return pieces + 1
 
 
 def check_pair(baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings) -> None:

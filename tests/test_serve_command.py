@@ -57,13 +57,16 @@ def test_openapi_describes_the_routes(app: FastAPI) -> None:
     assert {"type": "string"} in stop["anyOf"]
 
 
-@pytest.mark.parametrize("path", ["/generate", "/benchmark/latency", "/benchmark/throughput"])
-def test_route_that_costs_compute_wants_the_key(app: FastAPI, path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["/generate", "/benchmark/latency", "/metrics", "/invocations", "/v1/completions", "//health", "/docs"]
+)
+def test_every_route_but_the_probes_wants_the_key(app: FastAPI, path: str) -> None:
     client = TestClient(app)
     answer = client.post(path, json={}, headers={"Authorization": "Bearer wrong"})
     assert answer.status_code == 401
     assert answer.json()["error"]["type"] == "unauthorized"
     assert client.get("/health").status_code == 200
+    assert client.post(path, json={}, headers={"Authorization": "Bearer second"}).status_code != 401
 
 
 def test_any_of_the_keys_opens() -> None:

@@ -8,7 +8,14 @@ import pytest
 from pat_serve import hardware
 from pat_serve.errors import BrokenCheckpoint, EngineError, MissingModel, PatServeError, UsageError
 from pat_serve.server.model_source import ModelSource, resolve, shipped_shapes
-from pat_serve.server.speedup_checks import check_memory, check_pair, check_settings, engine_memory_bytes
+from pat_serve.server.speedup_checks import (
+    MAX_STEP_TOKENS,
+    check_memory,
+    check_pair,
+    check_settings,
+    engine_memory_bytes,
+    least_output_tokens,
+)
 from pat_serve.server.speedup_result import SpeedupSettings
 from pat_serve.server.speedup_rounds import round_prompts
 from tests.tiny_models import tiny_config
@@ -34,12 +41,37 @@ def find(name: object, scratch: Path, *, load_format: str = "dummy", layers: int
         ({"rounds": 4}, "--rounds"),
         ({"regimes": ()}, "--regime"),
         ({"output_tokens": 1}, "--output-tokens"),
+        ({"seed": -1}, "--seed"),
+        ({"seed": 2**32}, "--seed"),
         ({"output_tokens": 4, "batch_size": 32, "prompt_tokens": 2048}, "--output-tokens"),
     ],
 )
 def test_senseless_settings_are_refused(change: dict[str, Any], flag: str) -> None:
     with pytest.raises(UsageError, match=flag):
         check_settings(SpeedupSettings.model_validate(change))
+
+
+@pytest.mark.parametrize(
+    ("batch", "prompt"), [(1, 128), (8, 2048), (16, 2048), (32, 1024), (32, 2048), (256, 512), (128, 2048), (64, 2048)]
+)
+def test_the_least_output_still_has_a_step_in_which_all_decode(batch: int, prompt: int) -> None:
+    """Against a step by step simulation of vLLM's scheduler: running requests first, then waiting prompts, in order."""
+    output = least_output_tokens(batch, prompt)
+    prefilled, produced, steps_together = [0] * batch, [0] * batch, 0
+    while min(produced) < output:
+        budget = MAX_STEP_TOKENS
+        alive = [index for index in range(batch) if produced[index] < output]
+        decoding = [index for index in alive if prefilled[index] == prompt]
+        steps_together += len(decoding) == batch
+        for index in alive:
+            taken = min(1 if prefilled[index] == prompt else prompt - prefilled[index], budget)
+            if not taken:
+                break
+            budget -= taken
+            if prefilled[index] < prompt:
+                prefilled[index] += taken
+            produced[index] += prefilled[index] == prompt
+    assert steps_together >= 1
 
 
 def test_prefill_alone_needs_no_output_tokens() -> None:

@@ -14,6 +14,8 @@ from pat_serve.errors import UsageError
 
 app = new_app()
 
+BOTH = ("prefill", "decode")
+
 
 @app.callback()
 def bench() -> None:
@@ -70,7 +72,7 @@ def speedup(
             "prompt_tokens": prompt_tokens,
             "output_tokens": output_tokens,
             "rounds": rounds,
-            "regimes": _choices("--regime", regime.split(","), ("prefill", "decode")),
+            "regimes": _choices("--regime", regime.split(","), BOTH) if regime != "both" else BOTH,
             "layers": layers,
             "load_format": _choices("--load-format", [load_format], ("auto", "dummy"))[0],
             "dtype": dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -53,15 +54,15 @@ def serve(
             found="a word without a flag",
             fix="Give the model as --model MODEL; flags for vLLM come after --.",
         )
-    try:
-        from pat_serve.server.launch import ServeSettings, run
-    except ModuleNotFoundError as error:
+    if find_spec("vllm") is None:
         raise MissingExtra(
             "pat-serve",
             expected="the packages of the cpu or cuda extra",
-            found=f"no module {error.name}",
+            found="no module vllm",
             fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
-        ) from error
+        )
+    from pat_serve.server.launch import ServeSettings, run
+
     run(
         ServeSettings(
             model=model,

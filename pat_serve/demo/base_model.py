@@ -40,7 +40,7 @@ class BaseSettings:
     kv_heads: int = 4
     context_tokens: int = 128
     batch_size: int = 8
-    steps: int = 400
+    steps: int = 350
     learning_rate: float = 3e-3
     # transformers' 0.02 is made for thousands of channels; here it costs a quarter of a nat after 200 steps (LOG.md).
     initializer_range: float = 0.05

@@ -20,7 +20,7 @@ from pat_serve.progress import say
 QUESTIONS = 6
 # Equal for both methods: optimizer steps, tokens, learning rate, LoRA.
 BUDGET = [
-    *("--max-steps", "120"),
+    *("--max-steps", "100"),
     *("--batch-size", "32"),
     *("--gradient-accumulation-steps", "1"),
     *("--max-length-tokens", "128"),

@@ -1,0 +1,57 @@
+"""Readiness against engines that misbehave; the real engine's answers are in tests/integration."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pat_serve.server import readiness
+from pat_serve.server.http_errors import HttpError
+from pat_serve.server.readiness import Readiness
+
+
+class FakeEngine:
+    """Yields pieces as told; no vLLM engine can be made to misbehave on demand."""
+
+    def __init__(self, *pieces: list[int], dead: bool = False, hangs: bool = False) -> None:
+        self.pieces, self.dead, self.hangs, self.asked = pieces, dead, hangs, 0
+
+    async def generate(self, prompt: list[int], sampling: Any) -> AsyncIterator[SimpleNamespace]:
+        self.asked += 1
+        if self.hangs:
+            await asyncio.sleep(3600)
+        for token_ids in self.pieces:
+            yield SimpleNamespace(token_ids=token_ids)
+
+
+def check(engine: FakeEngine) -> float:
+    return asyncio.run(Readiness(engine).check())  # type: ignore[arg-type]  # the part of Engine that is used
+
+
+def test_a_token_is_ready() -> None:
+    assert check(FakeEngine([7])) < readiness.FRESH_S
+
+
+@pytest.mark.parametrize("engine", [FakeEngine(), FakeEngine([]), FakeEngine([7], dead=True)])
+def test_no_token_is_not_ready(engine: FakeEngine) -> None:
+    with pytest.raises(HttpError) as caught:
+        check(engine)
+    assert (caught.value.status, caught.value.kind) == (503, "not_ready")
+
+
+def test_a_hanging_engine_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "PROBE_TIMEOUT_S", 0.05)
+    with pytest.raises(HttpError, match="no token for"):
+        check(FakeEngine(hangs=True))
+
+
+def test_traffic_counts_as_a_probe() -> None:
+    engine = FakeEngine([7])
+    ready = Readiness(engine)  # type: ignore[arg-type]  # the part of Engine that is used
+    ready.note_token()
+    asyncio.run(ready.check())
+    assert engine.asked == 0
