@@ -201,6 +201,10 @@ def attach(client: Any, args: Namespace) -> Engine:
     def note_and_shut_down(timeout: float | None = None) -> None:
         if not hasattr(args, "engine_died"):
             args.engine_died = bool(client.errored)
+        if not args.engine_died:
+            # vLLM's reader of the engine's output may see the engine go before it is stopped itself, and would log a
+            # traceback of what is an orderly end.
+            logging.getLogger("vllm.v1.engine.async_llm").addFilter(lambda record: record.levelno < logging.ERROR)
         shut_down(timeout=timeout)
 
     client.shutdown = note_and_shut_down
