@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
 from torch import Tensor
 
 from pat_serve.architectures import HIDDEN
-from pat_serve.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.checkpoint import Checkpoint, open_checkpoint, read_tensor, tensor_names
 from pat_serve.errors import BrokenPlan, MissingModel, RunError, UnfinishedRun, UnsupportedModel, first_line
 from pat_serve.plan import PLAN_JSON, PruningPlan, file_sha256
 from pat_serve.run_folder import ADAPTER_FOLDER, RECIPE_FILE, checkpoint_step, list_checkpoints
@@ -179,8 +178,7 @@ def _read_adapter(folder: Path, base: Checkpoint) -> dict[str, LoraUpdate]:
                 fix="Only W + scaling * B A can be merged exactly here.",
             )
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    with safe_open(weights, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    tensors = {name: read_tensor(weights, name) for name in tensor_names(weights)}
     modules = _paired_modules(tensors, weights)
     updates = {
         module: LoraUpdate(
