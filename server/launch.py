@@ -128,8 +128,7 @@ def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
     if on_cpu and not settings.compiled:
         # Measured on 2 busy cores, float32: a first start takes 160 s compiled and 48 s eager (a second one 88 s and
         # 41 s: vLLM compiles again when its cached graph does not load), and needs a C++ compiler. Decoding a model of
-        # 120 M parameters takes 51 ms a token compiled and 58 ms eager, and the gap closes with size, because memory
-        # bandwidth is what counts there.
+        # 120 M parameters takes 51 ms a token compiled and 58 ms eager (LOG.md).
         arguments.append("--enforce-eager")
     return arguments + list(settings.vllm_flags)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -62,17 +64,17 @@ def test_environment_adds_the_plugin_and_keeps_what_is_set() -> None:
     assert environment == {"VLLM_PLUGINS": "mine,pat_serve", "DO_NOT_TRACK": "0", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def settings(**changes: object) -> ServeSettings:
-    given: dict[str, object] = {
-        "model": "m",
-        "host": "127.0.0.1",
-        "port": 8000,
-        "dtype": "float32",
-        "max_model_len": None,
-        "kv_cache_gib": None,
-        "compiled": False,
-    }
-    return ServeSettings(**(given | changes))  # type: ignore[arg-type]  # a test's shorthand
+def settings(**changes: Any) -> ServeSettings:
+    plain = ServeSettings(
+        model="m",
+        host="127.0.0.1",
+        port=8000,
+        dtype="float32",
+        max_model_len=None,
+        kv_cache_gib=None,
+        compiled=False,
+    )
+    return replace(plain, **changes)
 
 
 def value(arguments: list[str], flag: str) -> str:

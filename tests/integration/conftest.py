@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,10 +96,12 @@ def client(server: Server) -> Iterator[httpx.Client]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show the server's log under a failed test."""
     report = yield
     server = getattr(item, "funcargs", {}).get("server")
-    if report.failed and isinstance(server, Server):  # type: ignore[attr-defined]  # pluggy's wrappers are untyped
-        report.sections.append(("pat-serve log", tail(server.log)))  # type: ignore[attr-defined]
+    if report.failed and isinstance(server, Server):
+        report.sections.append(("pat-serve log", tail(server.log)))
     return report
