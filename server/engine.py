@@ -7,10 +7,11 @@ vllm takes seconds.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, NoReturn
 from uuid import uuid4
 
@@ -195,8 +196,13 @@ def attach(client: Any, args: Namespace) -> Engine:
     vLLM's server ends in the same way, and without an error, when its engine dies and when a signal stops it. A
     supervisor must see the difference, so the engine's first shutdown notes on `args`, which vLLM hands through
     from `serve`, whether the engine was dead already.
+
+    vLLM also stops reading the engine's output at once, often before the engine has said that the requests under way
+    are aborted; their streams would then wait for ever, and the HTTP server for them. So they are ended here: before
+    an engine that is not to drain, and after any for what is left.
     """
     shut_down = client.shutdown
+    loop = asyncio.get_running_loop()
 
     def note_and_shut_down(timeout: float | None = None) -> None:
         if not hasattr(args, "engine_died"):
@@ -205,7 +211,18 @@ def attach(client: Any, args: Namespace) -> Engine:
             # vLLM's reader of the engine's output may see the engine go before it is stopped itself, and would log a
             # traceback of what is an orderly end.
             logging.getLogger("vllm.v1.engine.async_llm").addFilter(lambda record: record.levelno < logging.ERROR)
+            if not timeout:
+                end_requests()
         shut_down(timeout=timeout)
+        end_requests()
+
+    def end_requests() -> None:
+        with suppress(RuntimeError):  # the loop has ended: nobody waits
+            loop.call_soon_threadsafe(abort_all)
+
+    def abort_all() -> None:
+        requests = client.output_processor
+        requests.abort_requests(list(requests.request_states), internal=True)
 
     client.shutdown = note_and_shut_down
     names = args.served_model_name or [args.model]

@@ -41,6 +41,13 @@ def test_engine_client() -> None:
     assert isinstance(AsyncLLM.errored, property)
 
 
+def test_requests_of_the_engine_client() -> None:
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    assert parameters(OutputProcessor.abort_requests) == ["self", "request_ids", "internal"]
+    assert "request_states" in inspect.getsource(OutputProcessor.__init__)
+
+
 def test_tokenizer_of_the_renderer() -> None:
     from vllm.renderers import BaseRenderer, TokenizeParams
 
