@@ -28,6 +28,7 @@ class TensorSpec:
         axes: names of the weight's dimensions in order; a linear's are (out, in), an embedding's (vocab, hidden).
         writes_residual: the module's output is added to (or starts) the residual stream, so an HSM sits on it.
         hidden_norm: the tensor is the gain of an RMSNorm over the hidden dimension.
+        norm: for a linear that reads the residual stream, the module (with `{i}`) of the hidden RMSNorm that feeds it.
         lora: a linear that fine-tuning adapts by default.
         bias: the module may carry a bias; it runs along the weight's first axis.
     """
@@ -36,21 +37,33 @@ class TensorSpec:
     axes: tuple[str, ...]
     writes_residual: bool = False
     hidden_norm: bool = False
+    norm: str | None = None
     lora: bool = False
     bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family: its tensors and the rules of its config class."""
+    """A model family: its tensors and the rules of its config class.
+
+    Attributes:
+        model_type: as config.json names it.
+        architecture: the stock class that an export names.
+        tensors: every tensor of a checkpoint.
+        ignored: patterns of buffers that older conversions saved and that every loader recomputes.
+        hidden_multiple_of_heads: the config class refuses hidden_size % num_attention_heads != 0, even when head_dim is
+            given (transformers' LlamaConfig).
+        norm_offset: an RMSNorm multiplies by norm_offset + its stored weight (Gemma: 1).
+        scaled_embedding: the embedding's output is multiplied by sqrt(hidden_size) (Gemma).
+    """
 
     model_type: str
     architecture: str
     tensors: tuple[TensorSpec, ...]
-    # Buffers that older conversions saved and that every loader recomputes.
     ignored: tuple[str, ...] = ()
-    # transformers' LlamaConfig refuses hidden_size % num_attention_heads != 0 even when head_dim is given.
     hidden_multiple_of_heads: bool = False
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
 
     def lora_targets(self) -> list[str]:
         """Names of the linears that LoRA adapts, as peft's `target_modules` wants them."""
@@ -101,7 +114,20 @@ class Family:
         return names
 
 
+def _reader(module: str, axis: str, norm: str) -> TensorSpec:
+    """A linear of a layer that reads the residual stream through a norm."""
+    return TensorSpec(module=module, axes=(axis, HIDDEN), norm=norm, lora=True, bias=True)
+
+
+def _writer(module: str, axis: str) -> TensorSpec:
+    """A linear of a layer whose output is added to the residual stream."""
+    return TensorSpec(module=module, axes=(HIDDEN, axis), writes_residual=True, lora=True, bias=True)
+
+
 _LAYER = "model.layers.{i}"
+_INPUT_NORM = f"{_LAYER}.input_layernorm"
+_POST_NORM = f"{_LAYER}.post_attention_layernorm"
+_FINAL_NORM = "model.norm"
 
 LLAMA = Family(
     model_type="llama",
@@ -110,21 +136,17 @@ LLAMA = Family(
     ignored=(r".*\.rotary_emb\.inv_freq",),
     tensors=(
         TensorSpec(module="model.embed_tokens", axes=("vocab", HIDDEN), writes_residual=True),
-        TensorSpec(module=f"{_LAYER}.input_layernorm", axes=(HIDDEN,), hidden_norm=True),
-        TensorSpec(module=f"{_LAYER}.self_attn.q_proj", axes=("heads.{i}", HIDDEN), lora=True, bias=True),
-        TensorSpec(module=f"{_LAYER}.self_attn.k_proj", axes=("kv_heads.{i}", HIDDEN), lora=True, bias=True),
-        TensorSpec(module=f"{_LAYER}.self_attn.v_proj", axes=("kv_heads.{i}", HIDDEN), lora=True, bias=True),
-        TensorSpec(
-            module=f"{_LAYER}.self_attn.o_proj", axes=(HIDDEN, "heads.{i}"), writes_residual=True, lora=True, bias=True
-        ),
-        TensorSpec(module=f"{_LAYER}.post_attention_layernorm", axes=(HIDDEN,), hidden_norm=True),
-        TensorSpec(module=f"{_LAYER}.mlp.gate_proj", axes=("ffn.{i}", HIDDEN), lora=True, bias=True),
-        TensorSpec(module=f"{_LAYER}.mlp.up_proj", axes=("ffn.{i}", HIDDEN), lora=True, bias=True),
-        TensorSpec(
-            module=f"{_LAYER}.mlp.down_proj", axes=(HIDDEN, "ffn.{i}"), writes_residual=True, lora=True, bias=True
-        ),
-        TensorSpec(module="model.norm", axes=(HIDDEN,), hidden_norm=True),
-        TensorSpec(module="lm_head", axes=("vocab", HIDDEN)),
+        TensorSpec(module=_INPUT_NORM, axes=(HIDDEN,), hidden_norm=True),
+        _reader(f"{_LAYER}.self_attn.q_proj", "heads.{i}", _INPUT_NORM),
+        _reader(f"{_LAYER}.self_attn.k_proj", "kv_heads.{i}", _INPUT_NORM),
+        _reader(f"{_LAYER}.self_attn.v_proj", "kv_heads.{i}", _INPUT_NORM),
+        _writer(f"{_LAYER}.self_attn.o_proj", "heads.{i}"),
+        TensorSpec(module=_POST_NORM, axes=(HIDDEN,), hidden_norm=True),
+        _reader(f"{_LAYER}.mlp.gate_proj", "ffn.{i}", _POST_NORM),
+        _reader(f"{_LAYER}.mlp.up_proj", "ffn.{i}", _POST_NORM),
+        _writer(f"{_LAYER}.mlp.down_proj", "ffn.{i}"),
+        TensorSpec(module=_FINAL_NORM, axes=(HIDDEN,), hidden_norm=True),
+        TensorSpec(module="lm_head", axes=("vocab", HIDDEN), norm=_FINAL_NORM),
     ),
 )
 
