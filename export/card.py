@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pat_serve.architectures import HIDDEN
-from pat_serve.export.narrow import narrow_shapes
+from pat_serve.export.narrow import architecture, narrow_shapes
 from pat_serve.export.parity import Parity
 from pat_serve.export.reader import Run
 from pat_serve.version import __version__
@@ -24,6 +24,7 @@ def provenance(run: Run, dtype: str, parity: Parity | None) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "method": run.plan.method,
         "base": run.plan.base.model_dump() | {"source": _public_name(run.plan.base.source)},
+        "architecture": architecture(run),
         "hidden_size": {"base": cut.width, "exported": len(cut.kept)},
         "kept_channels": cut.kept.tolist(),
         "parameters": {
@@ -51,7 +52,8 @@ def model_card(record: dict[str, Any]) -> str:
             f"largest logit difference {parity['max_abs_over_std']:.2e} of the logits' standard deviation, mean KL "
             f"{parity['mean_kl_nats']:.2e} nats, {parity['top1_agreement']:.2%} equal greedy tokens."
         )
-    source, architecture = record["base"]["source"], record["base"]["architecture"]
+        checked += "".join(f" {note}" for note in parity["notes"])
+    source = record["base"]["source"]
     # The hub links a base by its id; a local folder's name means nothing there.
     base_model = f"base_model: {source}\n" if "/" in source else ""
     return f"""---
@@ -62,7 +64,7 @@ pipeline_tag: text-generation
 
 # {source.rsplit("/", 1)[-1]}, hidden size {widths["exported"]}
 
-A standard `{architecture}` checkpoint: stock transformers and stock vLLM load it.
+A standard `{record["architecture"]}` checkpoint: stock transformers and stock vLLM load it.
 
 | | base | this model |
 |---|---|---|

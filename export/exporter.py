@@ -92,15 +92,15 @@ def _prove(run: Run, staging: Path, target: torch.dtype, out: Path) -> Parity:
     Raises:
         ParityError: they are not.
     """
-    trained = trained_logits(run, torch.float64 if target == torch.float64 else torch.float32)
+    trained = trained_logits(run, torch.float64 if target == torch.float64 else torch.float32, target)
     if target not in (torch.float32, torch.float64):
         exact = staging / ".float32"
         exact.mkdir()
-        _write_model(run, exact, torch.float32, max_shard_bytes=2**62)
-        check_parity(run, exact, torch.float32, trained).require(out)
+        _write_model(run, exact, torch.float32, max_shard_bytes=2**62, runs_in=target)
+        check_parity(run, exact, torch.float32, trained, target).require(out)
         check_rounding(exact, staging, target, out)
         shutil.rmtree(exact)
-    outcome = check_parity(run, staging, target, trained)
+    outcome = check_parity(run, staging, target, trained, target)
     outcome.require(out)
     return outcome
 
@@ -118,14 +118,16 @@ def _check_width(run: Run) -> None:
         )
 
 
-def _write_model(run: Run, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_model(
+    run: Run, folder: Path, dtype: torch.dtype, max_shard_bytes: int, runs_in: torch.dtype | None = None
+) -> None:
     shapes = narrow_shapes(run)
     shards = plan_shards(shapes, dtype, max_shard_bytes)
     files = shard_names(len(shards))
     with progress_bar() as progress:
         task = progress.add_task("write tensors", total=len(shapes))
         for file, names in zip(files, shards, strict=True):
-            tensors = progress.track(narrow_tensors(run, names, dtype), total=len(names), task_id=task)
+            tensors = progress.track(narrow_tensors(run, names, dtype, runs_in), total=len(names), task_id=task)
             write_shard(folder / file, {name: shapes[name] for name in names}, dtype, tensors)
     config = json.dumps(narrow_config(run, dtype), indent=2)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")

@@ -8,21 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pat_serve.architectures import HIDDEN
+from pat_serve.architectures import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, ExportAs
 from pat_serve.export.reader import Run
-from pat_serve.export.rewrite import narrow_eps, rewrite_tensor
+from pat_serve.export.rewrite import embedding_factor, narrow_eps, rewrite_tensor
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+_EMBEDDING_WEIGHT = f"{EMBEDDING}.weight"
+_HEAD_WEIGHT = f"{HEAD}.weight"
 
 
 def narrow_config(run: Run, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of the exported model: a stock config with the new width, eps and an explicit head_dim."""
     cut = run.plan.axes[HIDDEN]
     config = dict(run.base.config)
-    config["architectures"] = [run.base.family.architecture]
+    if other := other_class(run):
+        config = {name: value for name, value in config.items() if name not in other.dropped}
+        config |= {"model_type": other.model_type, **other.settings}
+    config["architectures"] = [architecture(run)]
     config["hidden_size"] = len(cut.kept)
     config["head_dim"] = run.base.head_dim
+    config["num_key_value_heads"] = run.base.num_key_value_heads
     config["rms_norm_eps"] = narrow_eps(float(config["rms_norm_eps"]), cut)
     config["tie_word_embeddings"] = run.base.tied and not unties_head(run)
     config.pop("torch_dtype", None)
@@ -33,9 +37,24 @@ def narrow_config(run: Run, dtype: torch.dtype) -> dict[str, Any]:
     return config
 
 
+def other_class(run: Run) -> ExportAs | None:
+    """The stock class of the export, where a narrower model needs another one than the base's."""
+    return None if run.plan.axes[HIDDEN].is_identity else run.base.family.export_as
+
+
+def architecture(run: Run) -> str:
+    """The stock class that loads the export."""
+    other = other_class(run)
+    return other.architecture if other else run.base.family.architecture
+
+
 def unties_head(run: Run) -> bool:
-    """A tied base whose embedding carries a full operator: head (raw rows) and embedding (moved rows) part ways."""
-    return run.base.tied and EMBEDDING.removesuffix(".weight") in run.plan.folds
+    """A tied base whose embedding carries a full operator: head (raw rows) and embedding (moved rows) part ways.
+
+    Mask and scale alone leave it tied: the final norm divides the scale out again.
+    """
+    fold = run.plan.folds.get(EMBEDDING)
+    return run.base.tied and fold is not None and fold.rank > 0
 
 
 def narrow_shapes(run: Run) -> dict[str, tuple[int, ...]]:
@@ -47,28 +66,44 @@ def narrow_shapes(run: Run) -> dict[str, tuple[int, ...]]:
         axes = spec.axes if kind == "weight" else spec.axes[:1]
         sizes = zip(axes, entry.shape, strict=True)
         shapes[name] = tuple(len(cut.kept) if axis == HIDDEN else size for axis, size in sizes)
+    shapes |= {name: (len(cut.kept),) for name in _zero_biases(run)}
     if unties_head(run):
-        shapes[HEAD] = shapes[EMBEDDING]
+        shapes[_HEAD_WEIGHT] = shapes[_EMBEDDING_WEIGHT]
     elif run.base.tied:
         # Some tied checkpoints carry the head as well; loaders ignore it, so it is not written.
-        shapes.pop(HEAD, None)
+        shapes.pop(_HEAD_WEIGHT, None)
     return shapes
 
 
-def narrow_tensors(run: Run, names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _zero_biases(run: Run) -> list[str]:
+    """Biases that the export's class has and the base's has not."""
+    modules = other.zero_biases if (other := other_class(run)) else ()
+    return [f"{module.format(i=i)}.bias" for i in range(run.base.num_layers) for module in modules]
+
+
+def narrow_tensors(
+    run: Run, names: list[str], dtype: torch.dtype, runs_in: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """The exported tensors, one at a time.
 
     Args:
         run: the run to export.
         names: which, in order; all of `narrow_shapes`.
         dtype: to write. The rewriting itself runs in float32, or in float64 for a float64 base.
+        runs_in: dtype in which the model will run, which rounds the factor of a scaled embedding; `dtype` by default.
     """
     compute = torch.float64 if run.base.dtype == torch.float64 else torch.float32
     cut = run.plan.axes[HIDDEN]
+    family = run.base.family
+    embedding = embedding_factor(cut, runs_in or dtype) if family.scaled_embedding else 1.0
+    zero_biases = set(_zero_biases(run))
     for name in names:
-        raw_head = name == HEAD and unties_head(run)
-        tensor = run.base.read(EMBEDDING if raw_head else name).to(compute)
-        spec, _, kind = run.base.family.match(name)
+        if name in zero_biases:
+            yield name, torch.zeros(len(cut.kept), dtype=dtype)
+            continue
+        raw_head = name == _HEAD_WEIGHT and unties_head(run)
+        tensor = run.base.read(_EMBEDDING_WEIGHT if raw_head else name).to(compute)
+        spec, _, kind = family.match(name)
         module = name.rpartition(".")[0]
         narrow = rewrite_tensor(
             tensor,
@@ -76,5 +111,16 @@ def narrow_tensors(run: Run, names: list[str], dtype: torch.dtype) -> Iterator[t
             cut,
             fold=run.plan.folds.get(module),
             update=run.adapter.get(module) if kind == "weight" else None,
+            norm_offset=family.norm_offset,
+            embedding=embedding,
+            tied_scale_K=_tied_scale(run, compute) if module == FINAL_NORM else None,
         )
         yield name, narrow.to(dtype).contiguous()
+
+
+def _tied_scale(run: Run, dtype: torch.dtype) -> Tensor | None:
+    """s of the kept channels (K,) of an embedding that stays tied to the head."""
+    fold = run.plan.folds.get(EMBEDDING)
+    if not run.base.tied or fold is None or fold.rank:
+        return None
+    return fold.scale_D[run.plan.axes[HIDDEN].kept].to(dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pat_serve.architectures import HIDDEN
 from pat_serve.checkpoint import read_tensor, tensor_names
 from pat_serve.errors import BrokenPlan, ParityError, first_line
 from pat_serve.export.reader import Run
-from pat_serve.masked import load_masked_model
+from pat_serve.masked import load_masked_model, round_normalizer
 from pat_serve.progress import track
 from pat_serve.run_folder import PARITY_PROMPTS_FILE
 
@@ -56,7 +57,10 @@ TOLERANCES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """Outcome of the comparison, over all positions of all prompts; logits are compared in float32."""
+    """Outcome of the comparison, over all positions of all prompts; logits are compared in float32.
+
+    `notes` say what a reader of the figures has to know about the family.
+    """
 
     dtype: str
     prompts: int
@@ -67,6 +71,7 @@ class Parity:
     mean_kl_nats: float
     top1_agreement: float
     tolerance: Tolerance
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -123,13 +128,20 @@ def compare_logits(trained: Tensor, exported: Tensor, dtype: torch.dtype, prompt
     )
 
 
-def trained_logits(run: Run, dtype: torch.dtype) -> Tensor:
-    """Logits of the masked wide model on the run's prompts, (positions, vocab)."""
+def trained_logits(run: Run, dtype: torch.dtype, runs_in: torch.dtype) -> Tensor:
+    """Logits of the masked wide model on the run's prompts, (positions, vocab).
+
+    Args:
+        run: the run.
+        dtype: to compute in.
+        runs_in: dtype of the files that are to be judged, which rounds the factor of a scaled embedding.
+    """
     wide = load_masked_model(run.base.folder, run.folder, run.plan, dtype)
+    round_normalizer(wide, runs_in)
     return _logits(wide, parity_prompts(run), "parity: trained model")
 
 
-def check_parity(run: Run, exported: Path, dtype: torch.dtype, trained: Tensor) -> Parity:
+def check_parity(run: Run, exported: Path, dtype: torch.dtype, trained: Tensor, runs_in: torch.dtype) -> Parity:
     """Measure parity of the files in a folder.
 
     Args:
@@ -138,12 +150,34 @@ def check_parity(run: Run, exported: Path, dtype: torch.dtype, trained: Tensor) 
         dtype: in which they were written. Both models compute in float32 (float64 for float64 files), so that what is
             measured is the rewriting and the rounding of the weights, and not two dtypes' arithmetic.
         trained: from `trained_logits`; the wide model is out of memory again by now.
+        runs_in: as `trained_logits` had it.
     """
     from transformers import AutoModelForCausalLM
 
     prompts = parity_prompts(run)
     narrow = AutoModelForCausalLM.from_pretrained(exported, dtype=trained.dtype, local_files_only=True).eval()
-    return compare_logits(trained, _logits(narrow, prompts, "parity: exported model"), dtype, len(prompts))
+    round_normalizer(narrow, runs_in)
+    parity = compare_logits(trained, _logits(narrow, prompts, "parity: exported model"), dtype, len(prompts))
+    return replace(parity, notes=family_notes(run, runs_in))
+
+
+def family_notes(run: Run, runs_in: torch.dtype) -> tuple[str, ...]:
+    """What is particular about the base's family, in sentences for the parity report."""
+    cut = run.plan.axes[HIDDEN]
+    notes = []
+    if cut.is_identity:
+        return ()
+    if any(spec.head_norm for spec in run.base.family.tensors):
+        notes.append(
+            "The norms over q and k heads see the changed rms_norm_eps; q_proj and k_proj carry "
+            f"sqrt({cut.width}/{len(cut.kept)}), which undoes it exactly."
+        )
+    if run.base.family.scaled_embedding:
+        notes.append(
+            f"The embedding is rescaled for sqrt(hidden_size) as {str(runs_in).removeprefix('torch.')} rounds it; "
+            "both models were compared with that."
+        )
+    return tuple(notes)
 
 
 def check_rounding(exact: Path, rounded: Path, dtype: torch.dtype, out: Path) -> None:

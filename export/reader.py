@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from pat_serve.architectures import HIDDEN
+from pat_serve.architectures import EMBEDDING, HIDDEN
 from pat_serve.checkpoint import Checkpoint, open_checkpoint, read_tensor, tensor_names
 from pat_serve.errors import BrokenPlan, MissingModel, RunError, UnfinishedRun, UnsupportedModel, first_line
+from pat_serve.hybrid import LEAST_SCALE
 from pat_serve.plan import PLAN_JSON, PruningPlan, file_sha256
 from pat_serve.run_folder import ADAPTER_FOLDER, RECIPE_FILE, checkpoint_step, list_checkpoints
 
@@ -127,6 +128,16 @@ def _check_base(plan: PruningPlan, base: Checkpoint) -> None:
             found=f"cuts of {', '.join(sorted(unknown))}",
             fix="This version of pat-export cuts the hidden axis only.",
         )
+    fold = plan.folds.get(EMBEDDING)
+    if base.tied and fold is not None and not fold.rank:
+        smallest = float(fold.scale_D[cut.kept].abs().min())
+        if smallest < LEAST_SCALE - 1e-6:
+            raise BrokenPlan(
+                PLAN_JSON,
+                expected=f"scales of {LEAST_SCALE} or more on an embedding that stays tied: the head divides by them",
+                found=f"{smallest:.3g}",
+                fix="Train again with --tied-embeddings untie, or with a lower --learning-rate.",
+            )
     sites = set(base.family.residual_writers(base.num_layers))
     if not cut.is_identity and set(plan.folds) != sites:
         raise BrokenPlan(

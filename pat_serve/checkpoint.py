@@ -17,10 +17,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pat_serve.architectures import Family, family_of
-from pat_serve.errors import BrokenCheckpoint, UnsupportedModel
-from pat_serve.locate import locate, read_config
+from pat_serve.architectures import EMBEDDING, FAMILIES, Family
+from pat_serve.errors import BrokenCheckpoint, ModelError, UnsupportedModel
+from pat_serve.locate import commit_of, locate, read_config
 from pat_serve.plan import BaseReference, file_sha256
+from pat_serve.recognize import family_of
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -40,7 +41,7 @@ class Checkpoint:
 
     Attributes:
         source: what the user called it: a folder or a hub id.
-        revision: the hub's revision, if one was asked for.
+        revision: the hub's commit, or what was asked for where the folder does not tell it; None for a local folder.
         folder: where it lies on disk.
         config: its config.json.
         family: its line in the architecture table.
@@ -72,17 +73,26 @@ class Checkpoint:
     @property
     def head_dim(self) -> int:
         """Size of one attention head, explicit or by the config class's rule."""
-        return int(self.config.get("head_dim") or self.hidden_size // self.num_attention_heads)
+        return int(self._setting("head_dim") or self.hidden_size // self.num_attention_heads)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Number of key-value heads."""
+        return int(self._setting("num_key_value_heads") or self.num_attention_heads)
 
     @property
     def tied(self) -> bool:
         """The output head is the embedding table."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        return bool(self._setting("tie_word_embeddings"))
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of its weights (the embedding's, when they differ)."""
-        return self.tensors["model.embed_tokens.weight"].dtype
+        return self.tensors[f"{EMBEDDING}.weight"].dtype
+
+    def _setting(self, name: str) -> Any:
+        """A setting of config.json, or what the stock class fills in when the file leaves it out."""
+        return self.config.get(name, self.family.defaults.get(name))
 
     def read(self, name: str) -> Tensor:
         """One tensor, as it is stored."""
@@ -125,9 +135,12 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
         BrokenCheckpoint: a shard is missing, truncated or damaged, or a tensor is missing or of another shape.
         UnknownTensor: it holds a tensor that its family does not have.
     """
+    if not Path(source).is_dir():
+        # A model that is refused by its config alone need not be downloaded.
+        family_of(read_config(locate(source, revision, weights=False)), source)
     folder = locate(source, revision)
     config = read_config(folder)
-    family = family_of(config, source)
+    family = family_of(config, source, [] if config.get("model_type") in FAMILIES else _names(folder, source))
     _check_config(config, folder)
     tensors: dict[str, TensorEntry] = {}
     for shard in _shards(folder, source):
@@ -135,10 +148,23 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
             if not family.ignores(name):
                 tensors[name] = entry
     checkpoint = Checkpoint(
-        source=source, revision=revision, folder=folder, config=config, family=family, tensors=tensors
+        source=source,
+        revision=commit_of(folder) or revision,
+        folder=folder,
+        config=config,
+        family=family,
+        tensors=tensors,
     )
     _check_tensors(checkpoint)
     return checkpoint
+
+
+def _names(folder: Path, source: str) -> list[str]:
+    """Names of all tensors, or of none when the weights cannot be read."""
+    try:
+        return [name for shard in _shards(folder, source) for name, _ in _read_header(shard)]
+    except ModelError:
+        return []
 
 
 def _shards(folder: Path, source: str) -> list[Path]:
@@ -199,14 +225,17 @@ def _check_config(config: dict[str, Any], folder: Path) -> None:
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
     """Every tensor is known and of the shape that the config gives it, and none is missing."""
-    config = checkpoint.config
-    kv_heads = int(config.get("num_key_value_heads") or checkpoint.num_attention_heads)
+    heads, kv_heads = checkpoint.num_attention_heads, checkpoint.num_key_value_heads
+    ffn = int(checkpoint.config["intermediate_size"])
     widths = {
         "hidden": checkpoint.hidden_size,
-        "vocab": int(config["vocab_size"]),
-        "heads": checkpoint.num_attention_heads * checkpoint.head_dim,
+        "vocab": int(checkpoint.config["vocab_size"]),
+        "head": checkpoint.head_dim,
+        "heads": heads * checkpoint.head_dim,
         "kv_heads": kv_heads * checkpoint.head_dim,
-        "ffn": int(config["intermediate_size"]),
+        "qkv": (heads + 2 * kv_heads) * checkpoint.head_dim,
+        "ffn": ffn,
+        "gate_up": 2 * ffn,
     }
     for name, entry in checkpoint.tensors.items():
         spec, layer, kind = checkpoint.family.match(name)

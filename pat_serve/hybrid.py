@@ -11,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The scale of an embedding that stays tied: the final norm's gain takes its inverse.
+LEAST_SCALE = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class HybridFold:
     """The operator T = diag(s) (I + L1 L0) on one residual writer, to be folded into its weight (PAT, section 3.2).
 
     Attributes:
-        l0_RD: the first low-rank factor.
+        l0_RD: the first low-rank factor; of rank 0 where T is to be diagonal, as on an embedding that stays tied.
         l1_DR: the second one.
         scale_D: the trainable scale s.
     """
@@ -30,6 +33,11 @@ class HybridFold:
         rank, hidden = self.l0_RD.shape
         assert self.l1_DR.shape == (hidden, rank)
         assert self.scale_D.shape == (hidden,)
+
+    @property
+    def rank(self) -> int:
+        """R; 0 for a diagonal operator."""
+        return len(self.l0_RD)
 
     def to(self, dtype: torch.dtype) -> HybridFold:
         """The same operator in another dtype."""
@@ -47,9 +55,10 @@ def apply_hybrid(x: Tensor, fold: HybridFold, gate_D: Tensor) -> Tensor:
     Returns:
         activations of shape (..., D) in x's dtype, zero wherever the gate is.
     """
-    low_rank = F.linear(F.linear(x, fold.l0_RD.to(x.dtype)), fold.l1_DR.to(x.dtype))
+    if fold.rank:
+        x = x + F.linear(F.linear(x, fold.l0_RD.to(x.dtype)), fold.l1_DR.to(x.dtype))
     # Rounded to bfloat16, a scale near 1 would move in steps of 0.004: the product is taken in the scale's own dtype.
-    return ((x + low_rank) * (fold.scale_D * gate_D)).to(x.dtype)
+    return (x * (fold.scale_D * gate_D)).to(x.dtype)
 
 
 def fold_rows(weight: Tensor, fold: HybridFold) -> Tensor:

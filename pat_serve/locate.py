@@ -60,6 +60,12 @@ def locate(source: str, revision: str | None = None, *, weights: bool = True) ->
         ) from error
 
 
+def commit_of(folder: Path) -> str | None:
+    """The commit of a hub snapshot, which its folder in the hub's cache is named after; None for any other folder."""
+    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
+    return folder.name if is_snapshot else None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json.
 

@@ -61,3 +61,11 @@ def apply_plan(modules: dict[str, nn.Module], plan: PruningPlan, dtype: torch.dt
 
 def _hook(_module: nn.Module, _inputs: Any, output: Tensor, *, fold: HybridFold, gate_D: Tensor) -> Tensor:
     return apply_hybrid(output, fold, gate_D)
+
+
+def round_normalizer(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give a scaled embedding (Gemma) the factor sqrt(hidden_size) that it has when the model runs in another dtype."""
+    for module in model.modules():
+        scale = getattr(module, "embed_scale", None)
+        if isinstance(scale, Tensor):
+            module.embed_scale = scale.to(dtype).to(scale.dtype)

@@ -2,9 +2,67 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
+from typing import Any
 
-from pat_serve.architectures import FAMILIES, HIDDEN
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from pat_serve.architectures import EMBEDDING, FAMILIES, HEAD, HIDDEN
+from pat_serve.errors import BrokenPlan, UsageError
+from pat_serve.export.exporter import export_run
+from pat_serve.export.reader import open_run
+from pat_serve.hybrid import LEAST_SCALE, HybridFold
+from pat_serve.plan import PruningPlan
+from pat_serve.training.run import start
+from tests.conftest import tiny_recipe
+from tests.test_export_parity import both_logits, random_run
+from tests.tiny_models import save_tiny_family
+
+# A large eps shows a norm that was forgotten; 1e-5 would hide it.
+LARGE_EPS = {"rms_norm_eps": 1e-2}
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama 2": ("llama", {"num_key_value_heads": 4}),
+    "Llama 3.1": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}, "head_dim": 32},
+    ),
+    "Llama 3.2, tied": ("llama", {"tie_word_embeddings": True, **LARGE_EPS}),
+    "Yi": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}),
+    "Mistral": ("mistral", {"sliding_window": 16, "head_dim": 32, **LARGE_EPS}),
+    "Qwen2.5": ("qwen2", LARGE_EPS),
+    "Qwen2.5, tied": ("qwen2", {"tie_word_embeddings": True}),
+    "Qwen3": ("qwen3", {"head_dim": 32, **LARGE_EPS}),
+    "Qwen3, tied": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True, "use_sliding_window": True}),
+    "Gemma": ("gemma", {"head_dim": 32, **LARGE_EPS}),
+    "Phi-3": ("phi3", {"sliding_window": 16, **LARGE_EPS}),
+}
+TIED = [name for name, (model_type, settings) in BASES.items() if settings.get("tie_word_embeddings")] + ["Gemma"]
+
+
+def make_base(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
+    model_type, settings = BASES[name]
+    return save_tiny_family(folder, model_type, dtype=dtype, **settings)
+
+
+@pytest.fixture
+def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' RMSNorms compute in float32 whatever the dtype; here they keep float64, by the same formulas."""
+    import transformers.models as models
+
+    for model_type, prefix in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"),
+                               ("gemma", "Gemma"), ("phi3", "Phi3")):  # fmt: skip
+        modeling = getattr(getattr(models, model_type), f"modeling_{model_type}")
+        offset = FAMILIES[model_type].norm_offset
+
+        def forward(self: Any, x: torch.Tensor, offset: float = offset) -> torch.Tensor:
+            eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
+            return (offset + self.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+        monkeypatch.setattr(getattr(modeling, f"{prefix}RMSNorm"), "forward", forward)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -15,3 +73,129 @@ def test_every_reader_names_the_norm_that_feeds_it(model_type: str):
         reads = len(spec.axes) == 2 and spec.axes[1] == HIDDEN and not spec.writes_residual
         assert (spec.norm in norms) if reads else (spec.norm is None), spec.module
     assert {spec.norm for spec in family.tensors} - {None} == norms
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_defaults_are_the_stock_classes_own(model_type: str):
+    """What config.json leaves out means what transformers takes it to mean."""
+    stock, family = CONFIG_MAPPING[model_type](), FAMILIES[model_type]
+    plain = {"head_dim": stock.hidden_size // stock.num_attention_heads, "tie_word_embeddings": False}
+    for name in ("num_key_value_heads", "head_dim", "tie_word_embeddings"):
+        expected = family.defaults.get(name, plain.get(name, stock.num_attention_heads))
+        assert getattr(stock, name, expected) == expected, name
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_trained_exported_and_equal(name: str, rows: Path, tmp_path: Path):
+    base = make_base(tmp_path / "base", name)
+    start(tiny_recipe(base, rows, max_steps=12, save_steps=100), tmp_path / "run")
+    done = export_run(tmp_path / "run", tmp_path / "out")
+    assert done.parity is not None
+    assert done.parity.logits_std > 0.1
+    assert done.parity.max_abs_over_std < 2e-5
+    wide, narrow = both_logits(tmp_path / "run", done.out, torch.float32)
+    assert (wide - narrow).abs().max() / wide.std() < 2e-5
+
+    before, after = (json.loads((path / "config.json").read_text()) for path in (base, done.out))
+    assert after["hidden_size"] == 48
+    assert after["tie_word_embeddings"] == (name in TIED)
+    for setting in ("rope_parameters", "sliding_window", "use_sliding_window", "layer_types"):
+        if BASES[name][0] != "qwen2":
+            assert after.get(setting) == before.get(setting), setting
+    model, report = AutoModelForCausalLM.from_pretrained(done.out, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model).__name__ == done.record["architecture"] == after["architectures"][0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gemma_in_16_bit_is_rescaled_for_the_factor_that_16_bit_models_use(dtype: str, tmp_path: Path):
+    """sqrt(48) and sqrt(64) are 6.9375 and 8 in bfloat16, 0.14 % from their exact ratio."""
+    base = make_base(tmp_path / "base", "Gemma")
+    run = random_run(tmp_path / "run", base)
+    done = export_run(run, tmp_path / "out", dtype=dtype)
+    plan = PruningPlan.load(run)
+    fold, kept = plan.folds[EMBEDDING], plan.axes[HIDDEN].kept
+    raw = load_file(base / "model.safetensors")[f"{EMBEDDING}.weight"].double()
+    moved = ((raw + raw @ fold.l0_RD.double().T @ fold.l1_DR.double().T) * fold.scale_D)[:, kept]
+    factor = {"bfloat16": 8 / 6.9375, "float32": 8 / 48**0.5}[dtype]
+    written = load_file(done.out / "model.safetensors")[f"{EMBEDDING}.weight"].double()
+    assert float((written * moved).sum() / moved.square().sum()) == pytest.approx(factor, rel=1e-4)
+    assert done.parity is not None
+    assert f"as {dtype} rounds it" in done.parity.notes[0]
+    stock = AutoModelForCausalLM.from_pretrained(done.out, dtype="auto").model.embed_tokens
+    assert stock.embed_scale.to(stock.weight.dtype).item() == torch.tensor(48**0.5).to(getattr(torch, dtype)).item()
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("tied", ["keep", "untie"])
+def test_equal_in_float64(tied: str, name: str, tmp_path: Path, float64_norms: None):
+    """A random plan, far from where training starts."""
+    if tied == "keep" and name not in TIED:
+        pytest.skip("the base's head is its own tensor")
+    base = make_base(tmp_path / "base", name, torch.float64)
+    run = random_run(tmp_path / "run", base)
+    if tied == "keep":
+        make_embedding_diagonal(run, torch.linspace(LEAST_SCALE, 2, 64, dtype=torch.float64))
+    out = export_run(run, tmp_path / "out", parity=False).out
+    assert (f"{HEAD}.weight" in load_file(out / "model.safetensors")) == (tied == "untie")
+    wide, narrow = both_logits(run, out, torch.float64)
+    assert wide.dtype == narrow.dtype == torch.float64
+    assert wide.std() > 0.1
+    assert (wide - narrow).abs().max() < 1e-8
+
+
+def make_embedding_diagonal(run: Path, scale_D: torch.Tensor) -> None:
+    plan = PruningPlan.load(run)
+    nothing = torch.zeros(0, 64, dtype=scale_D.dtype)
+    plan.folds[EMBEDDING] = HybridFold(l0_RD=nothing, l1_DR=nothing.T, scale_D=scale_D)
+    plan.save(run)
+
+
+def test_a_scale_that_the_head_cannot_divide_by_is_refused(tmp_path: Path):
+    run = random_run(tmp_path / "run", make_base(tmp_path / "base", "Gemma"))
+    make_embedding_diagonal(run, torch.full((64,), 1e-3))
+    with pytest.raises(BrokenPlan, match=r"found 0\.001.*--tied-embeddings untie"):
+        open_run(run)
+
+
+def test_training_bounds_the_scale_of_a_tied_embedding(rows: Path, tmp_path: Path):
+    base = make_base(tmp_path / "base", "Llama 3.2, tied")
+    recipe = tiny_recipe(base, rows, max_steps=12, save_steps=100, learning_rate=0.5, tied_embeddings="keep")
+    start(recipe, tmp_path / "run")
+    fold = PruningPlan.load(tmp_path / "run").folds[EMBEDDING]
+    assert fold.rank == 0
+    assert float(fold.scale_D.min()) == pytest.approx(LEAST_SCALE)
+
+
+def test_untied_on_request(rows: Path, tmp_path: Path):
+    base = make_base(tmp_path / "base", "Llama 3.2, tied")
+    start(tiny_recipe(base, rows, max_steps=12, save_steps=100, tied_embeddings="untie"), tmp_path / "run")
+    done = export_run(tmp_path / "run", tmp_path / "out")
+    head = load_file(done.out / "model.safetensors")[f"{HEAD}.weight"]
+    kept = PruningPlan.load(tmp_path / "run").axes[HIDDEN].kept
+    assert torch.equal(head, load_file(base / "model.safetensors")[f"{EMBEDDING}.weight"][:, kept])
+
+
+@pytest.mark.parametrize(("method", "tied"), [("pat", "keep"), ("pat", "untie"), ("lora", "untie")])
+def test_the_tie_is_no_setting_where_there_is_none(method: str, tied: str, tiny_base: Path, rows: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="--tied-embeddings"):
+        start(tiny_recipe(tiny_base, rows, method=method, tied_embeddings=tied), tmp_path / "run")
+
+
+def test_a_dense_export_stays_in_its_own_class(rows: Path, tmp_path: Path):
+    """A Qwen2 that keeps its width stays a Qwen2, with every tensor that was not adapted bit for bit the base's."""
+    base = make_base(tmp_path / "base", "Qwen2.5, tied")
+    start(tiny_recipe(base, rows, method="lora", max_steps=2), tmp_path / "run")
+    out = export_run(tmp_path / "run", tmp_path / "out").out
+    assert json.loads((out / "config.json").read_text())["model_type"] == "qwen2"
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    for tensor in ("model.norm.weight", f"{EMBEDDING}.weight", "model.layers.0.self_attn.q_proj.bias"):
+        assert torch.equal(before[tensor], after[tensor])
+
+
+def test_qwen3_says_what_its_head_norms_see(tmp_path: Path):
+    run = random_run(tmp_path / "run", make_base(tmp_path / "base", "Qwen3"))
+    done = export_run(run, tmp_path / "out")
+    assert "see the changed rms_norm_eps" in done.record["parity"]["notes"][0]
+    assert "see the changed rms_norm_eps" in (done.out / "README.md").read_text()

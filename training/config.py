@@ -48,6 +48,7 @@ class TrainRecipe(pydantic.BaseModel):
     lora_alpha: float = pydantic.Field(default=4.0, gt=0)
     lora_dropout: float = pydantic.Field(default=0.05, ge=0, lt=1)
     hio_rank: int | None = pydantic.Field(default=None, ge=1)
+    tied_embeddings: Literal["auto", "keep", "untie"] = "auto"
     milestone_share: float = pydantic.Field(default=1 / 3, gt=0, le=1)
 
     logging_steps: int = pydantic.Field(default=10, ge=1)

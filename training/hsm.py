@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pat_serve.hybrid import HybridFold, apply_hybrid
+from pat_serve.hybrid import LEAST_SCALE, HybridFold, apply_hybrid
 from pat_serve.training.losses import kept_channels
 from pat_serve.training.schedule import GateSchedule
 
@@ -83,20 +83,30 @@ class HybridModule(nn.Module):
 
     Starts as the identity: L1 is zero, s is one, and the shared gate is one at step 0. L0 is Kaiming-uniform with
     a = sqrt 5, as in the published code. Parameters are float32 whatever the base's dtype.
+
+    With rank 0 it is mask and scale alone, which leaves a tied embedding tied: the scale is then divided out again
+    before the head, so it is kept at `LEAST_SCALE` or above.
     """
 
     def __init__(self, hidden_size: int, rank: int, mask: SharedMask) -> None:
         super().__init__()
-        self.l0_RD = nn.Parameter(torch.empty(rank, hidden_size, dtype=torch.float32))
-        self.l1_DR = nn.Parameter(torch.zeros(hidden_size, rank, dtype=torch.float32))
+        # A parameter without an element would never get a gradient, which distributed training takes for an error.
+        self.l0_RD = nn.Parameter(torch.empty(rank, hidden_size, dtype=torch.float32), requires_grad=rank > 0)
+        self.l1_DR = nn.Parameter(torch.zeros(hidden_size, rank, dtype=torch.float32), requires_grad=rank > 0)
         self.scale_D = nn.Parameter(torch.ones(hidden_size, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.l0_RD, a=math.sqrt(5))
+        if rank:
+            nn.init.kaiming_uniform_(self.l0_RD, a=math.sqrt(5))
         # In a tuple, so that the mask is not registered once more under every HSM.
         self._mask = (mask,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator and the shared gate."""
         return apply_hybrid(x, self.operator(), self._mask[0].gate())
+
+    def bound_scale(self) -> None:
+        """Project the scale to `LEAST_SCALE` and above."""
+        with torch.no_grad():
+            self.scale_D.clamp_(min=LEAST_SCALE)
 
     def operator(self) -> HybridFold:
         """The live parameters as a fold."""

@@ -118,6 +118,7 @@ def _prepare(recipe: TrainRecipe) -> _Prepared:
     if recipe.method not in METHODS:
         raise UsageError("--method", expected=" or ".join(METHODS), found=recipe.method, fix="Choose one of them.")
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    _check_tied_embeddings(recipe, checkpoint)
     target_width = _target_width(recipe, checkpoint)
     tokenizer = load_tokenizer(checkpoint.folder)
     rows = load_rows(recipe.data, recipe.data_split, tokenizer)
@@ -143,6 +144,15 @@ def _prepare(recipe: TrainRecipe) -> _Prepared:
         dtype="float32" if dtype == "float16" else dtype,
     )
     return _Prepared(recipe=recipe, checkpoint=checkpoint, tokenizer=tokenizer, examples=examples, inputs=inputs)
+
+
+def _check_tied_embeddings(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
+    if recipe.tied_embeddings == "auto" or (checkpoint.tied and METHODS[recipe.method].prunes):
+        return
+    why = f"--method {recipe.method} puts no operator there" if checkpoint.tied else "the base's head is its own tensor"
+    raise UsageError(
+        "--tied-embeddings", expected=f"auto, since {why}", found=recipe.tied_embeddings, fix="Leave it out."
+    )
 
 
 def _target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:

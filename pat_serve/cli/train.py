@@ -53,6 +53,12 @@ def train(
     hio_rank: Annotated[
         int | None, Flag(help="Rank of the hybrid operators. [default: 200 of 4096, in proportion]")
     ] = None,
+    tied_embeddings: Annotated[
+        str | None,
+        Flag(
+            help="Of a tied base: keep (mask and scale on the embedding), untie (full operator) or auto, which keeps."
+        ),
+    ] = None,
     milestone_share: Annotated[
         float | None, Flag(help="Share of the run after which the gate would be hard. [default: 1/3]")
     ] = None,

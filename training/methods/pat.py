@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from pat_serve.architectures import HIDDEN
+from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import AxisCut
 from pat_serve.progress import say
@@ -36,9 +36,10 @@ class Pat(Method):
         # a layer takes the layer's HSMs along.
         model.add_module("pat_mask", self.mask)
         rank = self.recipe.resolved_hio_rank(self.hidden_size)
+        kept_tied = {EMBEDDING} if self.recipe.tied_embeddings != "untie" and _tied(model) else set()
         for site in self.family.residual_writers(num_layers):
             writer = model.get_submodule(site)
-            hsm = HybridModule(self.hidden_size, rank, self.mask)
+            hsm = HybridModule(self.hidden_size, 0 if site in kept_tied else rank, self.mask)
             writer.add_module("hsm", hsm)
             writer.register_forward_hook(_run_hsm)
             self.hsms[site] = hsm
@@ -57,6 +58,9 @@ class Pat(Method):
         super().on_step(step)
         was_frozen = self.mask.frozen
         self.mask.set_step(step)
+        for hsm in self.hsms.values():
+            if not hsm.operator().rank:
+                hsm.bound_scale()
         if self.mask.frozen and not was_frozen:
             say(
                 f"mask frozen at step {step}: {self.target_width} of {self.hidden_size} channels; the projection moved "
@@ -65,7 +69,7 @@ class Pat(Method):
 
     def losses(self) -> dict[str, Tensor]:
         """Mask losses while the mask moves; the identity loss over all HSMs throughout."""
-        terms = {"identity_loss": identity_loss(hsm.l0_RD for hsm in self.hsms.values())}
+        terms = {"identity_loss": identity_loss(hsm.l0_RD for hsm in self.hsms.values() if len(hsm.l0_RD))}
         if not self.mask.frozen:
             terms["count_loss"] = count_loss(self.mask.logits_D, self.target_width)
             terms["push_loss"] = push_loss(self.mask.logits_D)
@@ -91,6 +95,11 @@ class Pat(Method):
             )
             for site, hsm in self.hsms.items()
         }
+
+
+def _tied(model: nn.Module) -> bool:
+    """The head's weight is the embedding's."""
+    return model.get_submodule(EMBEDDING).weight is model.get_submodule(HEAD).weight
 
 
 def _run_hsm(writer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
