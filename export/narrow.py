@@ -11,6 +11,7 @@ from torch import Tensor
 from pat_serve.architectures import HIDDEN
 from pat_serve.export.reader import Run
 from pat_serve.export.rewrite import narrow_eps, rewrite_tensor
+from pat_serve.rotation import effective_gain, rotate_tensor
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -34,8 +35,9 @@ def narrow_config(run: Run, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def unties_head(run: Run) -> bool:
-    """A tied base whose embedding carries a full operator: head (raw rows) and embedding (moved rows) part ways."""
-    return run.base.tied and EMBEDDING.removesuffix(".weight") in run.plan.folds
+    """A tied base whose embedding carries a full operator, or whose head takes the last norm's gain: they part ways."""
+    moved = EMBEDDING.removesuffix(".weight") in run.plan.folds or run.plan.rotation is not None
+    return run.base.tied and moved
 
 
 def narrow_shapes(run: Run) -> dict[str, tuple[int, ...]]:
@@ -68,8 +70,12 @@ def narrow_tensors(run: Run, names: list[str], dtype: torch.dtype) -> Iterator[t
     for name in names:
         raw_head = name == HEAD and unties_head(run)
         tensor = run.base.read(EMBEDDING if raw_head else name).to(compute)
-        spec, _, kind = run.base.family.match(name)
+        spec, layer, kind = run.base.family.match(name)
         module = name.rpartition(".")[0]
+        if run.plan.rotation is not None:
+            norm = spec.norm.format(i=layer) if spec.norm is not None and kind == "weight" else None
+            gain_D = effective_gain(run.base.read(f"{norm}.weight").to(compute), run.base.family) if norm else None
+            tensor = rotate_tensor(tensor, spec, run.base.family, run.plan.rotation.to(compute), gain_D)
         narrow = rewrite_tensor(
             tensor,
             spec,
