@@ -11,6 +11,7 @@ from torch import Tensor
 from pat_serve.architectures import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, ExportAs
 from pat_serve.export.reader import Run
 from pat_serve.export.rewrite import embedding_factor, narrow_eps, rewrite_tensor
+from pat_serve.rotation import effective_gain, rotate_tensor
 
 _EMBEDDING_WEIGHT = f"{EMBEDDING}.weight"
 _HEAD_WEIGHT = f"{HEAD}.weight"
@@ -49,12 +50,13 @@ def architecture(run: Run) -> str:
 
 
 def unties_head(run: Run) -> bool:
-    """A tied base whose embedding carries a full operator: head (raw rows) and embedding (moved rows) part ways.
+    """A tied base whose embedding carries a full operator, or whose head takes the last norm's gain: they part ways.
 
     Mask and scale alone leave it tied: the final norm divides the scale out again.
     """
     fold = run.plan.folds.get(EMBEDDING)
-    return run.base.tied and fold is not None and fold.rank > 0
+    moved = (fold is not None and fold.rank > 0) or run.plan.rotation is not None
+    return run.base.tied and moved
 
 
 def narrow_shapes(run: Run) -> dict[str, tuple[int, ...]]:
@@ -103,8 +105,12 @@ def narrow_tensors(
             continue
         raw_head = name == _HEAD_WEIGHT and unties_head(run)
         tensor = run.base.read(_EMBEDDING_WEIGHT if raw_head else name).to(compute)
-        spec, _, kind = family.match(name)
+        spec, layer, kind = family.match(name)
         module = name.rpartition(".")[0]
+        if run.plan.rotation is not None:
+            norm = spec.norm.format(i=layer) if spec.norm is not None and kind == "weight" else None
+            gain_D = effective_gain(run.base.read(f"{norm}.weight").to(compute), run.base.family) if norm else None
+            tensor = rotate_tensor(tensor, spec, run.base.family, run.plan.rotation.to(compute), gain_D)
         narrow = rewrite_tensor(
             tensor,
             spec,
@@ -121,6 +127,6 @@ def narrow_tensors(
 def _tied_scale(run: Run, dtype: torch.dtype) -> Tensor | None:
     """s of the kept channels (K,) of an embedding that stays tied to the head."""
     fold = run.plan.folds.get(EMBEDDING)
-    if not run.base.tied or fold is None or fold.rank:
+    if not run.base.tied or fold is None or unties_head(run):
         return None
     return fold.scale_D[run.plan.axes[HIDDEN].kept].to(dtype)

@@ -10,7 +10,7 @@ are written out so that other methods can cut them. `qkv.{i}` and `gate_up.{i}` 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,6 +133,13 @@ class Family:
             found="a name that its table (pat_serve/architectures.py) does not hold",
             fix="Export a plain checkpoint of this family, or add the tensor to the table.",
         )
+
+    def modules(self, num_layers: int) -> Iterator[tuple[str, TensorSpec, int | None]]:
+        """Every module of a model with its line in the table and its layer's number (None outside the layers)."""
+        for spec in self.tensors:
+            layers: Iterable[int | None] = range(num_layers) if "{i}" in spec.module else [None]
+            for i in layers:
+                yield spec.module.format(i=i), spec, i
 
     def expected_tensors(self, num_layers: int, *, tied: bool) -> set[str]:
         """Names of all weights that a complete checkpoint holds (biases are optional)."""

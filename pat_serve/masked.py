@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from pat_serve.architectures import HIDDEN
 from pat_serve.hybrid import HybridFold, apply_hybrid
 from pat_serve.plan import PruningPlan
+from pat_serve.recognize import family_of
+from pat_serve.rotation import rotate_model
 from pat_serve.run_folder import ADAPTER_FOLDER
 
 
@@ -35,6 +37,10 @@ def load_masked_model(base_folder: Path, run: Path, plan: PruningPlan, dtype: to
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype, local_files_only=True)
+    if plan.rotation is not None:
+        rotate_model(
+            model, family_of(model.config.to_dict(), base_folder), model.config.num_hidden_layers, plan.rotation
+        )
     modules = dict(model.named_modules())
     if plan.adapter:
         model = PeftModel.from_pretrained(model, run / ADAPTER_FOLDER, autocast_adapter_dtype=False)

@@ -69,6 +69,8 @@ class PruningPlan:
         base: the model that the indices refer to.
         axes: kept indices by axis name (`hidden`, `layers`, `ffn.{i}`, `heads.{i}`); an axis without a line is whole.
         folds: operators by the dotted name of the module that they follow.
+        rotation: orthogonal Q (D, D) that the base's residual stream is turned by before anything else is applied;
+            axes, folds and adapter refer to the turned stream. None where it stays as it is.
         adapter: SHA-256 by file name of the LoRA adapter in `adapter/` that is to be merged before folding; empty for
             none. Without it an export and its parity gate would both trust a damaged adapter.
     """
@@ -77,6 +79,7 @@ class PruningPlan:
     base: BaseReference
     axes: dict[str, AxisCut] = field(default_factory=dict)
     folds: dict[str, HybridFold] = field(default_factory=dict)
+    rotation: Tensor | None = None
     adapter: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
@@ -88,6 +91,8 @@ class PruningPlan:
                 f"folds.{site}.l1": fold.l1_DR,
                 f"folds.{site}.scale": fold.scale_D,
             }
+        if self.rotation is not None:
+            arrays["rotation"] = self.rotation
         temporary = folder / f".{PLAN_ARRAYS}.partial"
         save_file({name: array.contiguous() for name, array in arrays.items()}, temporary)
         with temporary.open("rb") as written:
@@ -98,6 +103,7 @@ class PruningPlan:
             base=self.base,
             axes={name: _Axis(width=cut.width, kept=len(cut.kept)) for name, cut in self.axes.items()},
             folds=sorted(self.folds),
+            rotated=self.rotation is not None,
             adapter=self.adapter,
             arrays_sha256=file_sha256(folder / PLAN_ARRAYS),
         )
@@ -134,7 +140,14 @@ class PruningPlan:
             )
             for site in document.folds
         }
-        return PruningPlan(method=document.method, base=document.base, axes=axes, folds=folds, adapter=document.adapter)
+        return PruningPlan(
+            method=document.method,
+            base=document.base,
+            axes=axes,
+            folds=folds,
+            rotation=arrays["rotation"] if document.rotated else None,
+            adapter=document.adapter,
+        )
 
 
 class _Axis(pydantic.BaseModel):
@@ -154,6 +167,7 @@ class _Document(pydantic.BaseModel):
     base: BaseReference
     axes: dict[str, _Axis]
     folds: list[str]
+    rotated: bool = False
     adapter: dict[str, str]
     arrays_sha256: str
 

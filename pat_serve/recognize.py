@@ -73,7 +73,7 @@ def unusual_parts(config: Mapping[str, Any], tensor_names: list[str]) -> list[st
     if layer_norm := [_template(name) for name in biased] or [name for name in _LAYER_NORM_EPS if name in config]:
         parts.append(f"LayerNorms, which subtract a mean over all channels ({layer_norm[0]})")
     if parallel := [name for name in _PARALLEL if config.get(name)] or _only_norm(tensor_names):
-        parts.append(f"a parallel block, in which one norm feeds attention and MLP ({parallel[0]})")
+        parts.append(f"a parallel block, whose attention and MLP read the same stream ({parallel[0]})")
     if post := [found[1] for name in tensor_names if (found := _POST_NORM.fullmatch(name))]:
         parts.append(f"post-norms between a writer and the residual add ({post[0]})")
     if unknown := _unknown_kinds(tensor_names):

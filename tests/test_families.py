@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pat_serve.architectures import EMBEDDING, FAMILIES, HEAD, HIDDEN
+from pat_serve.checkpoint import open_checkpoint
 from pat_serve.errors import BrokenPlan, UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.export.reader import open_run
 from pat_serve.hybrid import LEAST_SCALE, HybridFold
 from pat_serve.plan import PruningPlan
+from pat_serve.rotation import rotate_model
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
-from tests.test_export_parity import both_logits, random_run
+from tests.test_export_parity import PROMPT, both_logits, random_run
 from tests.tiny_models import save_tiny_family
 
 # A large eps shows a norm that was forgotten; 1e-5 would hide it.
@@ -151,6 +154,22 @@ def test_equal_in_float64(name: str, tied: str, tmp_path: Path, float64_norms: N
     assert (wide - narrow).abs().max() < 1e-8
 
 
+@pytest.mark.parametrize("name", ["Qwen2.5", "Qwen3, tied", "Gemma", "Phi-3"])
+def test_a_rotation_keeps_the_function_and_exports(name: str, tmp_path: Path, float64_norms: None):
+    base = make_base(tmp_path / "base", name, torch.float64)
+    checkpoint = open_checkpoint(str(base))
+    rotation_DD = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64)).Q
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval()
+    with torch.no_grad():
+        before = model(input_ids=PROMPT).logits
+        rotate_model(model, checkpoint.family, checkpoint.num_layers, rotation_DD)
+        assert (model(input_ids=PROMPT).logits - before).abs().max() < 1e-8
+    run = random_run(tmp_path / "run", base)
+    dataclasses.replace(PruningPlan.load(run), rotation=rotation_DD).save(run)
+    wide, narrow = both_logits(run, export_run(run, tmp_path / "out", parity=False).out, torch.float64)
+    assert (wide - narrow).abs().max() < 1e-8
+
+
 def make_embedding_diagonal(run: Path, scale_D: torch.Tensor) -> None:
     plan = PruningPlan.load(run)
     nothing = torch.zeros(0, 64, dtype=scale_D.dtype)
@@ -185,8 +204,14 @@ def test_untied_on_request(rows: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(("method", "tied"), [("pat", "keep"), ("pat", "untie"), ("lora", "untie")])
 def test_the_tie_is_no_setting_where_there_is_none(method: str, tied: str, tiny_base: Path, rows: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match="--tied-embeddings"):
+    with pytest.raises(UsageError, match=r"--tied-embeddings.*its own tensor"):
         start(tiny_recipe(tiny_base, rows, method=method, tied_embeddings=tied), tmp_path / "run")
+
+
+def test_a_rotated_model_cannot_stay_tied(rows: Path, tmp_path: Path):
+    base = make_base(tmp_path / "base", "Llama 3.2, tied")
+    with pytest.raises(UsageError, match="--rotate unties"):
+        start(short_recipe(base, rows, rotate=True, tied_embeddings="keep"), tmp_path / "run")
 
 
 def test_a_dense_export_stays_in_its_own_class(rows: Path, tmp_path: Path):

@@ -51,6 +51,10 @@ class TrainRecipe(pydantic.BaseModel):
     tied_embeddings: Literal["auto", "keep", "untie"] = "auto"
     milestone_share: float = pydantic.Field(default=1 / 3, gt=0, le=1)
 
+    rotate: bool = False
+    mask_start: Literal["zero", "energy"] = "zero"
+    distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
+
     logging_steps: int = pydantic.Field(default=10, ge=1)
     save_steps: int = pydantic.Field(default=500, ge=1)
     keep_checkpoints: int = pydantic.Field(default=2, ge=1)

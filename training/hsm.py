@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pat_serve.hybrid import LEAST_SCALE, HybridFold, apply_hybrid
-from pat_serve.training.losses import kept_channels
+from pat_serve.training.losses import TARGET_LOGIT, kept_channels
 from pat_serve.training.schedule import GateSchedule
 
 
@@ -39,6 +39,17 @@ class SharedMask(nn.Module):
     def frozen(self) -> bool:
         """The gate is exactly 0 or 1 and stays so."""
         return self.step >= self.schedule.freeze_step
+
+    def start_from(self, importance_D: Tensor) -> None:
+        """Start with the K most important channels at the logit that the mask losses want, the others at its negative.
+
+        Args:
+            importance_D: (D,), larger is more important; equal ones go to the lower index.
+        """
+        order = torch.sort(importance_D, descending=True, stable=True).indices
+        with torch.no_grad():
+            self.logits_D.fill_(-TARGET_LOGIT)
+            self.logits_D[order[: self.target_width]] = TARGET_LOGIT
 
     def set_step(self, step: int) -> None:
         """Tell the mask which optimizer step comes next (0 for the first)."""
@@ -96,11 +107,14 @@ class HybridModule(nn.Module):
         self.scale_D = nn.Parameter(torch.ones(hidden_size, dtype=torch.float32))
         if rank:
             nn.init.kaiming_uniform_(self.l0_RD, a=math.sqrt(5))
+        self.enabled = True
         # In a tuple, so that the mask is not registered once more under every HSM.
         self._mask = (mask,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator and the shared gate."""
+        if not self.enabled:
+            return x
         return apply_hybrid(x, self.operator(), self._mask[0].gate())
 
     def bound_scale(self) -> None:

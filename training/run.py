@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from pat_serve.atomic import check_vacant, new_folder, retire, write_text
@@ -18,7 +20,7 @@ from pat_serve.errors import Diverged, RunError, UsageError
 from pat_serve.geometry import check_width, snap_ratio
 from pat_serve.hardware import serving_dtype
 from pat_serve.plan import PLAN_JSON, PruningPlan, file_sha256
-from pat_serve.progress import say
+from pat_serve.progress import say, track
 from pat_serve.run_folder import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
@@ -27,6 +29,7 @@ from pat_serve.run_folder import (
     TENSORBOARD_FOLDER,
     list_checkpoints,
 )
+from pat_serve.training.calibration import CALIBRATION_ROWS, Calibration, calibrate
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import PadBatch, encode_rows, load_rows, load_tokenizer
 from pat_serve.training.inputs import RunInputs, examples_sha256
@@ -147,9 +150,16 @@ def _prepare(recipe: TrainRecipe) -> _Prepared:
 
 
 def _check_tied_embeddings(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
-    if recipe.tied_embeddings == "auto" or (checkpoint.tied and METHODS[recipe.method].prunes):
+    if not checkpoint.tied:
+        why = "the base's head is its own tensor"
+    elif not METHODS[recipe.method].prunes:
+        why = f"--method {recipe.method} puts no operator there"
+    elif recipe.rotate and recipe.tied_embeddings == "keep":
+        why = "--rotate unties the head, which takes the last norm's gain"
+    else:
         return
-    why = f"--method {recipe.method} puts no operator there" if checkpoint.tied else "the base's head is its own tensor"
+    if recipe.tied_embeddings == "auto":
+        return
     raise UsageError(
         "--tied-embeddings", expected=f"auto, since {why}", found=recipe.tied_embeddings, fix="Leave it out."
     )
@@ -195,7 +205,8 @@ def _assemble(prepared: _Prepared, run: Path) -> _Job:
     recipe, inputs = prepared.recipe, prepared.inputs
     dtype = getattr(torch, inputs.dtype)
     set_seed(recipe.seed)
-    model, method = build_model(prepared.checkpoint, recipe, dtype, inputs.target_width, inputs.total_steps)
+    measure = partial(_measure, prepared, run)
+    model, method = build_model(prepared.checkpoint, recipe, dtype, inputs.target_width, inputs.total_steps, measure)
     arguments = TrainingArguments(
         output_dir=str(run / CHECKPOINTS_FOLDER),
         max_steps=inputs.total_steps,
@@ -238,6 +249,23 @@ def _assemble(prepared: _Prepared, run: Path) -> _Job:
     return _Job(trainer=trainer, method=method, display=display)
 
 
+def _measure(prepared: _Prepared, run: Path, base: nn.Module) -> Calibration:
+    """The run's calibration: from its folder, or measured on the loaded base and kept there."""
+    checkpoint, examples = prepared.checkpoint, prepared.examples[:CALIBRATION_ROWS]
+    # One process measures, the others read what it has written.
+    with PartialState().main_process_first():
+        calibration = Calibration.load(run)
+        if calibration is None:
+            starts = range(0, len(examples), prepared.recipe.batch_size)
+            batches = (PadBatch()(examples[at : at + prepared.recipe.batch_size]) for at in starts)
+            steps = track(batches, "calibrate", len(starts))
+            calibration = calibrate(
+                base, checkpoint.family, checkpoint.num_layers, steps, rotate=prepared.recipe.rotate
+            )
+            calibration.save(run)
+    return calibration
+
+
 def _train(prepared: _Prepared, job: _Job, run: Path, resume_from: Path | None) -> Finished:
     trainer, inputs = job.trainer, prepared.inputs
     try:
@@ -276,5 +304,6 @@ def _finish(prepared: _Prepared, run: Path, model: nn.Module, method: Method) ->
         base=prepared.inputs.base,
         axes=method.axes(),
         folds=folds,
+        rotation=method.rotation(),
         adapter={path.name: file_sha256(path) for path in sorted((run / ADAPTER_FOLDER).glob("adapter_*"))},
     ).save(run)

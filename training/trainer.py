@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from pat_serve.run_folder import CHECKPOINTS_FOLDER, list_checkpoints
+from pat_serve.training.losses import distillation_loss
 from pat_serve.training.methods import Method
 
 TRAINED_FILE = "trained.safetensors"
@@ -57,11 +58,25 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
             # which is the same in each of them, then has to be shared out. Otherwise the Trainer divides the whole.
             summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             self._record("cross_entropy", cross_entropy, micro_batches if summed else 1)
+            weight = self.method.recipe.distillation_weight
+            if weight:
+                kl = self._distillation(model, inputs, outputs, num_items_in_batch if summed else None)
+                self._record("distillation", kl, micro_batches if summed else 1)
+                loss = (1 - weight) * cross_entropy + weight * kl.to(loss.device)
             for name, term in self.method.losses().items():
                 self._record(name, term, 1)
                 loss = loss + (term / micro_batches if summed else term).to(loss.device)
             self._micro_batches += 1
         return (loss, outputs) if return_outputs else loss
+
+    def _distillation(
+        self, model: nn.Module, inputs: dict[str, Any], outputs: Any, num_tokens: Tensor | int | None
+    ) -> Tensor:
+        """Distance to the dense base: the same model with adapter and method switched off, so no second copy of it."""
+        base = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), base.disable_adapter(), self.method.disabled():
+            teacher = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        return distillation_loss(outputs.logits, teacher.logits, inputs["labels"], num_tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each loss term's mean since the last line, and the method's figures."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from pat_serve.architectures import Family
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import AxisCut
+from pat_serve.training.calibration import Calibration
 from pat_serve.training.config import TrainRecipe
 
 
@@ -36,6 +39,13 @@ class Method(ABC):
         self.target_width = target_width
         self.total_steps = total_steps
         self.step = 0
+        # Set before `attach` when the method wants one.
+        self.calibration: Calibration | None = None
+
+    @classmethod
+    def wants_calibration(cls, recipe: TrainRecipe) -> bool:
+        """The recipe asks for something that is measured on the base before the first step."""
+        return False
 
     @abstractmethod
     def attach(self, model: nn.Module, num_layers: int) -> None:
@@ -53,6 +63,11 @@ class Method(ABC):
         """Called before every optimizer step with its number, from 0, also after a resume."""
         self.step = step
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """While it lasts the model computes as if the method's modules were not there."""
+        yield
+
     def losses(self) -> dict[str, Tensor]:
         """Scalars to be added to the cross-entropy in training, never in evaluation."""
         return {}
@@ -64,6 +79,10 @@ class Method(ABC):
     @abstractmethod
     def axes(self) -> dict[str, AxisCut]:
         """The plan's axes after the last step."""
+
+    def rotation(self) -> Tensor | None:
+        """The rotation (D, D) of the residual stream that the folds and axes refer to."""
+        return None if self.calibration is None else self.calibration.rotation_DD
 
     def folds(self) -> dict[str, HybridFold]:
         """The plan's operators after the last step."""

@@ -6,6 +6,8 @@ stream has the same channels at zero, RMSNorm keeps a zero a zero, and so those 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import AxisCut
 from pat_serve.progress import say
+from pat_serve.training.config import TrainRecipe
 from pat_serve.training.hsm import HybridModule, SharedMask
 from pat_serve.training.losses import count_loss, identity_loss, push_loss
 from pat_serve.training.methods.base import Method
@@ -27,10 +30,18 @@ class Pat(Method):
 
     name: ClassVar[str] = "pat"
 
+    @classmethod
+    def wants_calibration(cls, recipe: TrainRecipe) -> bool:
+        """Rotation and the energy start do."""
+        return recipe.rotate or recipe.mask_start == "energy"
+
     def attach(self, model: nn.Module, num_layers: int) -> None:
         """Put an HSM behind every residual writer."""
         schedule = GateSchedule.for_run(self.total_steps, self.recipe.milestone_share)
         self.mask = SharedMask(self.hidden_size, self.target_width, schedule)
+        if self.recipe.mask_start == "energy":
+            assert self.calibration is not None
+            self.mask.start_from(self.calibration.energy_D)
         self.hsms: dict[str, HybridModule] = {}
         # The mask goes where no layer owns it; each HSM goes under its writer, so that whatever shards or checkpoints
         # a layer takes the layer's HSMs along.
@@ -66,6 +77,17 @@ class Pat(Method):
                 f"mask frozen at step {step}: {self.target_width} of {self.hidden_size} channels; the projection moved "
                 f"the gate by {self.mask.freeze_gap:.3f} on average (0: fully polarised, 0.5: undecided)"
             )
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Every HSM hands its input on."""
+        for hsm in self.hsms.values():
+            hsm.enabled = False
+        try:
+            yield
+        finally:
+            for hsm in self.hsms.values():
+                hsm.enabled = True
 
     def losses(self) -> dict[str, Tensor]:
         """Mask losses while the mask moves; the identity loss over all HSMs throughout."""

@@ -1,0 +1,91 @@
+"""The rotation of the residual stream: the same function, strongest channels first, a plain Llama at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pat_serve.architectures import LLAMA
+from pat_serve.export.exporter import export_run
+from pat_serve.plan import PruningPlan
+from pat_serve.rotation import principal_axes, rotate_model
+from pat_serve.training.calibration import Calibration, stream_covariance
+from pat_serve.training.run import start
+from tests.conftest import tiny_recipe
+from tests.tiny_models import save_tiny_llama, tiny_llama
+
+
+def random_rotation(width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))[0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rotated_model_computes_the_same(tied: bool) -> None:
+    model = tiny_llama(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True).double()
+    ids = torch.randint(384, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(ids).logits
+        rotate_model(model, LLAMA, 2, random_rotation(64))
+        after = model(ids).logits
+    # The stock RMSNorm computes in float32 whatever the model's dtype.
+    assert (after - before).abs().max() < 1e-5 * before.std()
+    assert model.model.embed_tokens.weight is not model.lm_head.weight
+    assert torch.equal(model.model.norm.weight, torch.ones(64, dtype=torch.float64))
+
+
+def test_principal_axes_are_orthogonal_and_ordered() -> None:
+    vectors = torch.randn(400, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    covariance = vectors.T @ (vectors * torch.linspace(0.1, 2, 16))
+    covariance = (covariance + covariance.T) / 2
+    rotation, energy = principal_axes(covariance)
+    assert torch.allclose(rotation.T @ rotation, torch.eye(16, dtype=torch.float64), atol=1e-12)
+    turned = rotation.T @ covariance @ rotation
+    assert torch.allclose(turned.diagonal() / turned.trace(), energy, atol=1e-12)
+    assert (energy[:-1] >= energy[1:]).all()
+
+
+def test_covariance_leaves_padding_out_and_weighs_tokens_alike() -> None:
+    model = tiny_llama()
+    ids = torch.randint(384, (1, 10), generator=torch.Generator().manual_seed(3))
+    plain = stream_covariance(model, LLAMA, 2, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    padded = {
+        "input_ids": torch.cat([ids, torch.zeros(1, 6, dtype=torch.int64)], dim=1),
+        "attention_mask": torch.tensor([[1] * 10 + [0] * 6]),
+    }
+    assert torch.allclose(stream_covariance(model, LLAMA, 2, [padded]), plain, rtol=1e-4, atol=1e-4)
+    # 5 norms and 10 tokens, each of square length D = 64.
+    assert float(plain.trace()) == pytest.approx(5 * 10 * 64, rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_run_on_principal_axes_exports_to_a_plain_llama(tied: bool, rows: Path, tmp_path: Path) -> None:
+    base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=tied)
+    start(tiny_recipe(base, rows, rotate=True, mask_start="energy"), tmp_path / "run")
+    calibration = Calibration.load(tmp_path / "run")
+    assert calibration is not None
+    plan = PruningPlan.load(tmp_path / "run")
+    assert plan.rotation is not None
+    assert calibration.rotation_DD is not None
+    assert torch.equal(plan.rotation, calibration.rotation_DD)
+    exported = export_run(tmp_path / "run", tmp_path / "pruned")
+    assert exported.parity is not None
+    assert exported.parity.max_abs_over_std < 1e-4
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["tie_word_embeddings"] is False
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").config.hidden_size == 48
+
+
+def test_energy_start_keeps_the_strongest_channels_before_a_step_is_taken() -> None:
+    from pat_serve.training.hsm import SharedMask
+    from pat_serve.training.schedule import GateSchedule
+
+    mask = SharedMask(8, 5, GateSchedule(milestone=10))
+    mask.start_from(torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6]))
+    assert mask.kept_indices().tolist() == [1, 3, 5, 6, 7]
+    assert mask.metrics()["gate_kept"] == 5
