@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pat_serve.hybrid import LEAST_SCALE, HybridFold
 from pat_serve.plan import PruningPlan
 from pat_serve.rotation import rotate_model
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.run import start
+from pat_serve.training.run import resume, start
 from tests.conftest import tiny_recipe
 from tests.test_export_parity import PROMPT, both_logits, random_run
 from tests.tiny_models import save_tiny_family
@@ -191,6 +192,20 @@ def test_training_bounds_the_scale_of_a_tied_embedding(rows: Path, tmp_path: Pat
     fold = PruningPlan.load(tmp_path / "run").folds[EMBEDDING]
     assert fold.rank == 0
     assert float(fold.scale_D.min()) == pytest.approx(LEAST_SCALE)
+
+
+def test_a_tied_run_resumes_from_its_checkpoint(rows: Path, tmp_path: Path):
+    """The operator of rank 0 has tensors without an element, which a checkpoint must carry too."""
+    run = tmp_path / "run"
+    start(short_recipe(make_base(tmp_path / "base", "Llama 3.2, tied"), rows, save_steps=6), run)
+    uninterrupted = load_file(run / "plan.safetensors")
+    (run / "plan.json").unlink()
+    shutil.rmtree(run / "checkpoints/step-12")
+    resume(run)
+    resumed = load_file(run / "plan.safetensors")
+    assert resumed.keys() == uninterrupted.keys()
+    for name, tensor in uninterrupted.items():
+        torch.testing.assert_close(resumed[name], tensor)
 
 
 def test_untied_on_request(rows: Path, tmp_path: Path):

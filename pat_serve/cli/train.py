@@ -56,7 +56,8 @@ def train(
     tied_embeddings: Annotated[
         str | None,
         Flag(
-            help="Of a tied base: keep (mask and scale on the embedding), untie (full operator) or auto, which keeps."
+            help="Of a tied base: keep (mask and scale on the embedding), untie (full operator) or auto (keep, except "
+            "with --rotate)."
         ),
     ] = None,
     milestone_share: Annotated[
