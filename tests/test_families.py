@@ -226,7 +226,7 @@ def test_the_tie_is_no_setting_where_there_is_none(method: str, tied: str, tiny_
 def test_a_rotated_model_cannot_stay_tied(rows: Path, tmp_path: Path):
     base = make_base(tmp_path / "base", "Llama 3.2, tied")
     with pytest.raises(UsageError, match="--rotate unties"):
-        start(short_recipe(base, rows, rotate=True, tied_embeddings="keep"), tmp_path / "run")
+        start(short_recipe(base, rows, rotate="energy", tied_embeddings="keep"), tmp_path / "run")
 
 
 def test_a_dense_export_stays_in_its_own_class(rows: Path, tmp_path: Path):

@@ -52,20 +52,26 @@ def test_principal_axes_are_orthogonal_and_ordered() -> None:
 def test_covariance_leaves_padding_out_and_weighs_tokens_alike() -> None:
     model = tiny_llama()
     ids = torch.randint(384, (1, 10), generator=torch.Generator().manual_seed(3))
-    plain = stream_covariance(model, LLAMA, 2, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    plain, _ = stream_covariance(model, LLAMA, 2, [alone])
     padded = {
         "input_ids": torch.cat([ids, torch.zeros(1, 6, dtype=torch.int64)], dim=1),
         "attention_mask": torch.tensor([[1] * 10 + [0] * 6]),
+        "labels": torch.cat([ids, torch.full((1, 6), -100)], dim=1),
     }
-    assert torch.allclose(stream_covariance(model, LLAMA, 2, [padded]), plain, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(stream_covariance(model, LLAMA, 2, [padded])[0], plain, rtol=1e-4, atol=1e-4)
     # 5 norms and 10 tokens, each of square length D = 64.
     assert float(plain.trace()) == pytest.approx(5 * 10 * 64, rel=1e-5)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_run_on_principal_axes_exports_to_a_plain_llama(tied: bool, rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rotate", "gate", "tied"), [("energy", "anneal", False), ("loss", "gradual", False), ("loss", "cut", True)]
+)
+def test_run_on_principal_axes_exports_to_a_plain_llama(
+    rotate: str, gate: str, tied: bool, rows: Path, tmp_path: Path
+) -> None:
     base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=tied)
-    start(tiny_recipe(base, rows, rotate=True, mask_start="energy"), tmp_path / "run")
+    start(tiny_recipe(base, rows, rotate=rotate, mask_start="energy", gate=gate), tmp_path / "run")
     calibration = Calibration.load(tmp_path / "run")
     assert calibration is not None
     plan = PruningPlan.load(tmp_path / "run")

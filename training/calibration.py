@@ -11,14 +11,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from pat_serve.architectures import Family
-from pat_serve.rotation import principal_axes
+from pat_serve.architectures import HIDDEN, Family
+from pat_serve.rotation import effective_gain, principal_axes
 
 CALIBRATION_FILE = "calibration.safetensors"
 # Rows of the training data; the covariance of 4,096 channels wants a few times as many tokens.
@@ -30,16 +32,16 @@ class Calibration:
     """What was measured.
 
     Attributes:
-        energy_D: share of the stream's energy in each channel (of the rotated stream, if it is rotated), float32.
+        importance_D: share of the total in each channel (of the rotated stream, if it is rotated), float32.
         rotation_DD: Q, float32; None when the stream stays as it is.
     """
 
-    energy_D: Tensor
+    importance_D: Tensor
     rotation_DD: Tensor | None
 
     def save(self, folder: Path) -> None:
         """Write calibration.safetensors, complete or not at all."""
-        tensors = {"energy": self.energy_D}
+        tensors = {"importance": self.importance_D}
         if self.rotation_DD is not None:
             tensors["rotation"] = self.rotation_DD
         temporary = folder / f".{CALIBRATION_FILE}.partial"
@@ -55,11 +57,17 @@ class Calibration:
         if not path.is_file():
             return None
         tensors = load_file(path)
-        return Calibration(energy_D=tensors["energy"], rotation_DD=tensors.get("rotation"))
+        return Calibration(importance_D=tensors["importance"], rotation_DD=tensors.get("rotation"))
 
 
 def calibrate(
-    model: nn.Module, family: Family, num_layers: int, batches: Iterable[dict[str, Tensor]], *, rotate: bool
+    model: Any,
+    family: Family,
+    num_layers: int,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    rotate: Literal["none", "energy", "loss"],
+    by_gradient: bool = False,
 ) -> Calibration:
     """Measure the stream where the norms read it.
 
@@ -67,60 +75,128 @@ def calibrate(
         model: the base, as loaded.
         family: its architecture.
         num_layers: of the base.
-        batches: input_ids and attention_mask.
-        rotate: find the principal axes; otherwise the channels stay as they are.
+        batches: input_ids, attention_mask and labels.
+        rotate: "energy" finds the stream's principal axes; "loss" those of its energy and of the loss's gradient
+            together, each with a trace of one; "none" leaves the channels as they are.
+        by_gradient: rank the channels of an unrotated stream as LLM-Pruner does, and not by their energy.
     """
-    covariance_DD = stream_covariance(model, family, num_layers, batches)
-    if not rotate:
-        energy_D = covariance_DD.diagonal()
-        return Calibration(energy_D=(energy_D / energy_D.sum()).float(), rotation_DD=None)
-    rotation_DD, energy_D = principal_axes(covariance_DD)
-    return Calibration(energy_D=energy_D.float(), rotation_DD=rotation_DD.float().contiguous())
+    if rotate == "none":
+        if by_gradient:
+            importance_D = gradient_importance(model, family, num_layers, batches)
+        else:
+            importance_D = stream_covariance(model, family, num_layers, batches)[0].diagonal()
+        return Calibration(importance_D=(importance_D / importance_D.sum()).float(), rotation_DD=None)
+    energy_DD, gradient_DD = stream_covariance(model, family, num_layers, batches, with_gradient=rotate == "loss")
+    metric_DD = energy_DD / energy_DD.trace()
+    if gradient_DD is not None:
+        metric_DD = metric_DD + gradient_DD / gradient_DD.trace()
+    rotation_DD, importance_D = principal_axes(metric_DD)
+    return Calibration(importance_D=importance_D.float(), rotation_DD=rotation_DD.float().contiguous())
 
 
-@torch.no_grad()
 def stream_covariance(
-    model: nn.Module, family: Family, num_layers: int, batches: Iterable[dict[str, Tensor]]
-) -> Tensor:
-    """Sum of x x^T over the inputs of all hidden norms and all real tokens, each x divided by its RMS: float64 (D, D).
+    model: Any,
+    family: Family,
+    num_layers: int,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    with_gradient: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Second moments of what the layers see of the stream, over all hidden norms and all real tokens.
 
-    Divided by its RMS, because that is all that a layer sees of a token: one with large activations counts no more.
+    A layer sees x divided by its RMS, times a gain that belongs to its weights; so a token with large activations
+    counts no more than any other. The gradient is the loss's with respect to the same normalised x.
+
+    Returns:
+        sum of x x^T, and of g g^T if asked for: float64 (D, D).
     """
     norms = [model.get_submodule(name) for name, spec, _ in family.modules(num_layers) if spec.hidden_norm]
-    device = next(model.parameters()).device
-    total: Tensor | None = None
+    moments = _Moments()
+
+    def listen(norm: Any, inputs: tuple[Tensor, ...], output_BTD: Any) -> None:
+        x_BTD, real_BT = inputs[0], moments.real
+        x_ND = x_BTD.detach()[real_BT].float()
+        moments.add("energy", x_ND * x_ND.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt())
+        if with_gradient:
+            gain_D = effective_gain(norm.weight.detach(), family).float()
+            output_BTD.register_hook(lambda g_BTD: moments.add("gradient", g_BTD[real_BT].float() * gain_D))
+
+    handles = [norm.register_forward_hook(listen) for norm in norms]
+    with _evaluating(model, handles), torch.set_grad_enabled(with_gradient):
+        for batch in batches:
+            moments.real = batch["attention_mask"].to(model.device).bool()
+            _loss(model, batch, with_gradient)
+    return moments.sums["energy"].cpu(), moments.sums["gradient"].cpu() if with_gradient else None
+
+
+def gradient_importance(model: Any, family: Family, num_layers: int, batches: Iterable[dict[str, Tensor]]) -> Tensor:
+    """LLM-Pruner's first-order score (arXiv 2305.11627) of each hidden channel: sum of |w * dL/dw| over its weights.
+
+    Summed over every weight that the channel touches, in all layers; float64 (D,). Gradients are used and dropped one
+    tensor at a time.
+    """
+    total_D = torch.zeros(model.config.hidden_size, dtype=torch.float64)
+    handles: list[RemovableHandle] = []
+    touched = []
+
+    def take(weight: Any, dimension: int) -> None:
+        score = (weight.detach() * weight.grad).abs().float()
+        others = [d for d in range(score.dim()) if d != dimension]
+        total_D.add_((score.sum(others) if others else score).double().cpu())
+        weight.grad = None
+
+    for name, spec, _ in family.modules(num_layers):
+        weight: Any = model.get_submodule(name).weight
+        if HIDDEN in spec.axes:
+            weight.requires_grad_(True)
+            touched.append(weight)
+            dimension = spec.axes.index(HIDDEN)
+            handles.append(weight.register_post_accumulate_grad_hook(lambda w, d=dimension: take(w, d)))
+    with _evaluating(model, handles), torch.enable_grad():
+        for batch in batches:
+            _loss(model, batch, backward=True)
+    for weight in touched:
+        weight.requires_grad_(False)
+    return total_D
+
+
+class _Moments:
+    """Running sums of outer products; the mask of real tokens is set before every batch."""
+
     real: Tensor
 
-    def add(x_BTD: Tensor) -> None:
-        nonlocal total
-        x_ND = x_BTD[real].float()
-        x_ND = x_ND * x_ND.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, x_ND: Tensor) -> None:
         product_DD = (x_ND.T @ x_ND).double()
-        total = product_DD if total is None else total + product_DD
-
-    with _evaluating(model), _listening(norms, add):
-        for batch in batches:
-            real = batch["attention_mask"].to(device).bool()
-            model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
-    assert total is not None
-    return total.cpu()
+        self.sums[name] = product_DD if name not in self.sums else self.sums[name] + product_DD
 
 
-@contextmanager
-def _listening(modules: list[nn.Module], listener: Any) -> Iterator[None]:
-    handles = [m.register_forward_pre_hook(lambda _module, inputs: listener(inputs[0])) for m in modules]
+def _loss(model: Any, batch: dict[str, Tensor], backward: bool) -> None:
+    device = model.device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    labels_BT = batch.pop("labels")
+    # Nothing of a frozen base asks for a gradient: the embedding's output is where it begins.
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_() if out.is_leaf else out)
     try:
-        yield
+        logits_BTV = model(**batch).logits if backward else model.get_decoder()(**batch)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+    if backward:
+        # Summed: every token counts the same, whatever its batch.
+        loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), reduction="sum")
+        torch.autograd.backward(loss)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: Any, handles: list[RemovableHandle]) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
         yield
     finally:
         model.train(was_training)
+        for handle in handles:
+            handle.remove()

@@ -47,12 +47,13 @@ class TrainRecipe(pydantic.BaseModel):
     lora_rank: int = pydantic.Field(default=20, ge=1)
     lora_alpha: float = pydantic.Field(default=4.0, gt=0)
     lora_dropout: float = pydantic.Field(default=0.05, ge=0, lt=1)
-    hio_rank: int | None = pydantic.Field(default=None, ge=1)
+    hio_rank: int | None = pydantic.Field(default=None, ge=0)
     tied_embeddings: Literal["auto", "keep", "untie"] = "auto"
     milestone_share: float = pydantic.Field(default=1 / 3, gt=0, le=1)
 
-    rotate: bool = False
-    mask_start: Literal["zero", "energy"] = "zero"
+    rotate: Literal["none", "energy", "loss"] = "none"
+    mask_start: Literal["zero", "energy", "gradient"] = "zero"
+    gate: Literal["anneal", "gradual", "cut"] = "anneal"
     distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
 
     logging_steps: int = pydantic.Field(default=10, ge=1)

@@ -30,7 +30,8 @@ class SharedMask(nn.Module):
         self.schedule = schedule
         self.step = 0
         self.freeze_gap = 0.0
-        self.logits_D = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
+        self._projected = False
+        self.logits_D = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32), requires_grad=schedule.trains_mask)
         self.frozen_gate_D: Tensor
         # Not in the state dict: set_step derives it from the logits, which no longer move once frozen.
         self.register_buffer("frozen_gate_D", torch.ones(hidden_size, dtype=torch.float32), persistent=False)
@@ -41,27 +42,32 @@ class SharedMask(nn.Module):
         return self.step >= self.schedule.freeze_step
 
     def start_from(self, importance_D: Tensor) -> None:
-        """Start with the K most important channels at the logit that the mask losses want, the others at its negative.
+        """Start the K most important channels near the logit that the mask losses want, the others near its negative.
+
+        Logits of the same sign keep the order of importance, a thousandth apart, for `gradual`.
 
         Args:
             importance_D: (D,), larger is more important; equal ones go to the lower index.
         """
         order = torch.sort(importance_D, descending=True, stable=True).indices
+        spread_D = torch.linspace(1e-3, 0, len(order))
         with torch.no_grad():
             self.logits_D.fill_(-TARGET_LOGIT)
             self.logits_D[order[: self.target_width]] = TARGET_LOGIT
+            self.logits_D[order] += spread_D
 
     def set_step(self, step: int) -> None:
         """Tell the mask which optimizer step comes next (0 for the first)."""
         self.step = step
-        if self.frozen and self.logits_D.requires_grad:
+        if self.frozen and not self._projected:
+            self._projected = True
             self._freeze()
 
     def gate(self) -> Tensor:
         """The gate (D,) at the present step, float32."""
         if self.frozen:
             return self.frozen_gate_D
-        return torch.sigmoid(self.schedule.temperature(self.step) * self.logits_D) + self.schedule.offset(self.step)
+        return self.schedule.gate(self.logits_D, self.step, self.target_width)
 
     def kept_indices(self) -> Tensor:
         """int64 (K,): the channels with the K largest logits, ascending; equal logits go to the lower index."""
@@ -82,9 +88,10 @@ class SharedMask(nn.Module):
         with torch.no_grad():
             kept = self.kept_indices().to(self.logits_D.device)
             hard_D = torch.zeros_like(self.frozen_gate_D).index_fill_(0, kept, 1.0)
-            tau = self.schedule.temperature(self.schedule.freeze_step)
             # How much the projection moved the gate: 0 when the mask had polarised to exactly K channels by itself.
-            self.freeze_gap = float((torch.sigmoid(tau * self.logits_D) - hard_D).abs().mean())
+            if self.schedule.trains_mask:
+                soft_D = self.schedule.gate(self.logits_D, self.schedule.freeze_step, self.target_width)
+                self.freeze_gap = float((soft_D - hard_D).abs().mean())
             self.frozen_gate_D.copy_(hard_D)
         self.logits_D.requires_grad_(False)
 

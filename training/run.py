@@ -154,7 +154,7 @@ def _check_tied_embeddings(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
         why = "the base's head is its own tensor"
     elif not METHODS[recipe.method].prunes:
         why = f"--method {recipe.method} puts no operator there"
-    elif recipe.rotate and recipe.tied_embeddings == "keep":
+    elif recipe.rotate != "none" and recipe.tied_embeddings == "keep":
         why = "--rotate unties the head, which takes the last norm's gain"
     else:
         return
@@ -260,7 +260,12 @@ def _measure(prepared: _Prepared, run: Path, base: nn.Module) -> Calibration:
             batches = (PadBatch()(examples[at : at + prepared.recipe.batch_size]) for at in starts)
             steps = track(batches, "calibrate", len(starts))
             calibration = calibrate(
-                base, checkpoint.family, checkpoint.num_layers, steps, rotate=prepared.recipe.rotate
+                base,
+                checkpoint.family,
+                checkpoint.num_layers,
+                steps,
+                rotate=prepared.recipe.rotate,
+                by_gradient=prepared.recipe.mask_start == "gradient",
             )
             calibration.save(run)
     return calibration

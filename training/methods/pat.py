@@ -33,15 +33,15 @@ class Pat(Method):
     @classmethod
     def wants_calibration(cls, recipe: TrainRecipe) -> bool:
         """Rotation and the energy start do."""
-        return recipe.rotate or recipe.mask_start == "energy"
+        return recipe.rotate != "none" or recipe.mask_start != "zero"
 
     def attach(self, model: nn.Module, num_layers: int) -> None:
         """Put an HSM behind every residual writer."""
-        schedule = GateSchedule.for_run(self.total_steps, self.recipe.milestone_share)
+        schedule = GateSchedule.for_run(self.total_steps, self.recipe.milestone_share, self.recipe.gate)
         self.mask = SharedMask(self.hidden_size, self.target_width, schedule)
-        if self.recipe.mask_start == "energy":
+        if self.recipe.mask_start != "zero":
             assert self.calibration is not None
-            self.mask.start_from(self.calibration.energy_D)
+            self.mask.start_from(self.calibration.importance_D)
         self.hsms: dict[str, HybridModule] = {}
         # The mask goes where no layer owns it; each HSM goes under its writer, so that whatever shards or checkpoints
         # a layer takes the layer's HSMs along.
@@ -72,7 +72,7 @@ class Pat(Method):
         for hsm in self.hsms.values():
             if not hsm.operator().rank:
                 hsm.bound_scale()
-        if self.mask.frozen and not was_frozen:
+        if self.mask.frozen and not was_frozen and self.mask.schedule.trains_mask:
             say(
                 f"mask frozen at step {step}: {self.target_width} of {self.hidden_size} channels; the projection moved "
                 f"the gate by {self.mask.freeze_gap:.3f} on average (0: fully polarised, 0.5: undecided)"
@@ -91,8 +91,9 @@ class Pat(Method):
 
     def losses(self) -> dict[str, Tensor]:
         """Mask losses while the mask moves; the identity loss over all HSMs throughout."""
-        terms = {"identity_loss": identity_loss(hsm.l0_RD for hsm in self.hsms.values() if len(hsm.l0_RD))}
-        if not self.mask.frozen:
+        factors = [hsm.l0_RD for hsm in self.hsms.values() if len(hsm.l0_RD)]
+        terms = {"identity_loss": identity_loss(factors)} if factors else {}
+        if not self.mask.frozen and self.mask.schedule.trains_mask:
             terms["count_loss"] = count_loss(self.mask.logits_D, self.target_width)
             terms["push_loss"] = push_loss(self.mask.logits_D)
         return terms
@@ -100,7 +101,7 @@ class Pat(Method):
     def metrics(self) -> dict[str, float]:
         """The gate's."""
         figures = self.mask.metrics()
-        if self.mask.frozen:
+        if self.mask.frozen and self.mask.schedule.trains_mask:
             figures["gate_freeze_gap"] = self.mask.freeze_gap
         return figures
 
