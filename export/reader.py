@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, HIDDEN
+from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN
 from pat_serve.checkpoint import Checkpoint, open_checkpoint, read_tensor, tensor_names
 from pat_serve.errors import BrokenPlan, MissingModel, RunError, UnfinishedRun, UnsupportedModel, first_line
 from pat_serve.hybrid import LEAST_SCALE
@@ -200,7 +200,8 @@ def _read_adapter(folder: Path, base: Checkpoint) -> dict[str, LoraUpdate]:
         for module in modules
     }
     for module, update in updates.items():
-        entry = base.tensors.get(f"{module}.weight")
+        # A tied head that the export unties begins as the embedding.
+        entry = base.tensors.get(f"{EMBEDDING if base.tied and module == HEAD else module}.weight")
         shape = (update.b_OR.shape[0], update.a_RI.shape[1])
         if entry is None or entry.shape != shape:
             found = "no such module" if entry is None else f"{shape}"

@@ -54,6 +54,8 @@ class TrainRecipe(pydantic.BaseModel):
     rotate: Literal["none", "energy", "loss"] = "none"
     mask_start: Literal["zero", "energy", "gradient"] = "zero"
     gate: Literal["anneal", "gradual", "cut"] = "anneal"
+    compensate: bool = False
+    lora_head: bool = False
     distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
 
     logging_steps: int = pydantic.Field(default=10, ge=1)
@@ -64,6 +66,16 @@ class TrainRecipe(pydantic.BaseModel):
     def _one_width(self) -> TrainRecipe:
         if self.ratio is not None and self.hidden_size is not None:
             raise ValueError("give ratio or hidden_size, not both")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _options_agree(self) -> TrainRecipe:
+        if self.gate != "anneal" and self.mask_start == "zero":
+            raise ValueError(f"gate {self.gate} needs mask_start energy or gradient, which says what to cut")
+        if self.mask_start == "gradient" and self.rotate != "none":
+            raise ValueError("mask_start gradient ranks the base's own channels: rotate none")
+        if self.compensate and self.gate != "cut":
+            raise ValueError("compensate makes up for a cut that is there from the start: gate cut")
         return self
 
     @pydantic.field_validator("lr_scheduler")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from pat_serve.architectures import HEAD
 from pat_serve.checkpoint import Checkpoint
 from pat_serve.rotation import rotate_model
 from pat_serve.training.calibration import Calibration
@@ -48,7 +49,7 @@ def build_model(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=checkpoint.family.lora_targets(),
+        target_modules=checkpoint.family.lora_targets() + ([HEAD] if recipe.lora_head else []),
     )
     model = get_peft_model(base, lora)
     method = METHODS[recipe.method](recipe, checkpoint.family, checkpoint.hidden_size, target_width, total_steps)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 
 from pat_serve.atomic import check_vacant, new_folder, retire, write_text
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
@@ -150,6 +150,14 @@ def _prepare(recipe: TrainRecipe) -> _Prepared:
 
 
 def _check_tied_embeddings(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
+    stays_tied = recipe.rotate == "none" and (recipe.tied_embeddings != "untie" or not METHODS[recipe.method].prunes)
+    if recipe.lora_head and checkpoint.tied and stays_tied:
+        raise UsageError(
+            "--lora-head",
+            expected="a head of its own",
+            found="one that stays tied to the embedding",
+            fix="Leave it out, or choose --rotate or --tied-embeddings untie.",
+        )
     if not checkpoint.tied:
         why = "the base's head is its own tensor"
     elif not METHODS[recipe.method].prunes:
@@ -207,6 +215,12 @@ def _assemble(prepared: _Prepared, run: Path) -> _Job:
     set_seed(recipe.seed)
     measure = partial(_measure, prepared, run)
     model, method = build_model(prepared.checkpoint, recipe, dtype, inputs.target_width, inputs.total_steps, measure)
+    if recipe.compensate and not list_checkpoints(run):
+        from pat_serve.training.compensation import compensate
+
+        method.on_step(0)
+        batches = _calibration_batches(prepared)
+        compensate(model, method, prepared.checkpoint.family, prepared.checkpoint.num_layers, batches)
     arguments = TrainingArguments(
         output_dir=str(run / CHECKPOINTS_FOLDER),
         max_steps=inputs.total_steps,
@@ -249,16 +263,20 @@ def _assemble(prepared: _Prepared, run: Path) -> _Job:
     return _Job(trainer=trainer, method=method, display=display)
 
 
+def _calibration_batches(prepared: _Prepared) -> list[dict[str, Tensor]]:
+    rows, size = prepared.examples[:CALIBRATION_ROWS], prepared.recipe.batch_size
+    return [PadBatch()(rows[at : at + size]) for at in range(0, len(rows), size)]
+
+
 def _measure(prepared: _Prepared, run: Path, base: nn.Module) -> Calibration:
     """The run's calibration: from its folder, or measured on the loaded base and kept there."""
-    checkpoint, examples = prepared.checkpoint, prepared.examples[:CALIBRATION_ROWS]
+    checkpoint = prepared.checkpoint
     # One process measures, the others read what it has written.
     with PartialState().main_process_first():
         calibration = Calibration.load(run)
         if calibration is None:
-            starts = range(0, len(examples), prepared.recipe.batch_size)
-            batches = (PadBatch()(examples[at : at + prepared.recipe.batch_size]) for at in starts)
-            steps = track(batches, "calibrate", len(starts))
+            batches = _calibration_batches(prepared)
+            steps = track(batches, "calibrate", len(batches))
             calibration = calibrate(
                 base,
                 checkpoint.family,

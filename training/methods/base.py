@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from pat_serve.architectures import Family
@@ -75,6 +76,10 @@ class Method(ABC):
     def metrics(self) -> dict[str, float]:
         """Figures for metrics.jsonl."""
         return {}
+
+    def kept_channels(self) -> Tensor:
+        """int64 (K,): the channels that stay, ascending, as far as is known at present."""
+        return torch.arange(self.hidden_size)
 
     @abstractmethod
     def axes(self) -> dict[str, AxisCut]:

@@ -105,6 +105,10 @@ class Pat(Method):
             figures["gate_freeze_gap"] = self.mask.freeze_gap
         return figures
 
+    def kept_channels(self) -> Tensor:
+        """The K channels with the largest logits."""
+        return self.mask.kept_indices()
+
     def axes(self) -> dict[str, AxisCut]:
         """The K channels that the mask keeps."""
         assert self.mask.frozen

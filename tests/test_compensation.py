@@ -1,0 +1,103 @@
+"""Starting the adapter where it makes up for the cut: nearer to the dense model before a step is taken, exact after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pat_serve.checkpoint import open_checkpoint
+from pat_serve.errors import UsageError
+from pat_serve.export.exporter import export_run
+from pat_serve.training.calibration import calibrate
+from pat_serve.training.compensation import compensate, low_rank_update
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.insert import build_model
+from pat_serve.training.run import start
+from tests.conftest import tiny_recipe
+from tests.tiny_models import save_tiny_llama
+
+CUT = {"rotate": "energy", "mask_start": "energy", "gate": "cut"}
+
+
+def batches() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(384, (4, 8, 32), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[:, 3, 20:] = 0
+    return [{"input_ids": i, "attention_mask": m, "labels": i} for i, m in zip(ids, mask, strict=True)]
+
+
+def test_update_is_the_best_of_its_rank() -> None:
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(24, 16, dtype=torch.float64, generator=generator)
+    inputs = torch.randn(200, 16, dtype=torch.float64, generator=generator) * torch.linspace(0.1, 3, 16)
+    b, a = low_rank_update(change, inputs.T @ inputs, rank=4)
+    error = float((inputs @ (change - b.double() @ a.double()).T).square().sum())
+    # Eckart-Young: what the four largest singular values of the outputs' matrix leave.
+    best = float(torch.linalg.svdvals(inputs @ change.T)[4:].square().sum())
+    assert error == pytest.approx(best, rel=1e-3)
+    assert float(b.norm()) == pytest.approx(float(a.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_cut_model_is_nearer_to_the_dense_one(tiny_base: Path, rows: Path, head: bool) -> None:
+    checkpoint = open_checkpoint(str(tiny_base))
+    recipe = tiny_recipe(tiny_base, rows, lora_head=head, **CUT)
+    torch.manual_seed(0)
+    model, method = build_model(
+        checkpoint,
+        recipe,
+        torch.float32,
+        48,
+        24,
+        lambda base: calibrate(base, checkpoint.family, 2, batches(), rotate="energy"),
+    )
+    method.on_step(0)
+    model.eval()
+
+    @torch.no_grad()
+    def distance() -> float:
+        """Of the cut model's predictions from the dense model's: mean KL in nats."""
+        total = 0.0
+        for batch in batches():
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            with model.disable_adapter(), method.disabled():
+                dense = model(**inputs).logits.log_softmax(-1)
+            cut = model(**inputs).logits.log_softmax(-1)
+            total += float((dense.exp() * (dense - cut)).sum(-1)[batch["attention_mask"].bool()].mean())
+        return total
+
+    before = distance()
+    compensate(model, method, checkpoint.family, 2, batches())
+    after = distance()
+    assert after < (0.8 if head else 0.95) * before
+
+
+def test_run_with_a_trained_head_exports_exactly(rows: Path, tmp_path: Path) -> None:
+    base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=True)
+    start(tiny_recipe(base, rows, compensate=True, lora_head=True, hio_rank=0, **CUT), tmp_path / "run")
+    exported = export_run(tmp_path / "run", tmp_path / "pruned")
+    assert exported.parity is not None
+    assert exported.parity.max_abs_over_std < 1e-4
+
+
+def test_head_that_stays_tied_takes_no_adapter(rows: Path, tmp_path: Path) -> None:
+    base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=True)
+    with pytest.raises(UsageError, match="stays tied"):
+        start(tiny_recipe(base, rows, lora_head=True), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gate": "cut"}, "needs mask_start"),
+        ({"compensate": True}, "gate cut"),
+        ({"mask_start": "gradient", "rotate": "loss"}, "rotate none"),
+    ],
+)
+def test_options_that_contradict_each_other(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainRecipe.build({"model": "m", "data": "d", **settings}, "flags")
