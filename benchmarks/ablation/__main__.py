@@ -1,0 +1,119 @@
+"""Train, export and measure every variant; print one line each, keep all in results.jsonl, and a table with spreads.
+
+Example: `python -m benchmarks.ablation --data TEXTS --out ablation/ --seeds 3 --steps 150`
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.ablation.corpus import build_corpus
+from benchmarks.ablation.variants import SHARED, VARIANTS
+from pat_serve.demo.base_model import BaseSettings, train_base
+from pat_serve.hardware import describe
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with wikitext2.{valid,test}.txt and eval/*.json.")],
+    out: Annotated[Path, typer.Option(help="Base, rows and results; finished results are not repeated.")],
+    seeds: Annotated[int, typer.Option(help="Runs of each variant.")] = 3,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 150,
+    base_steps: Annotated[int, typer.Option(help="Optimizer steps of the base.")] = 900,
+    only: Annotated[list[str] | None, typer.Option(help="Variants whose name contains this.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Only print the table of what is there.")] = False,
+) -> None:
+    """Compare PAT's options on a small base over real text, at equal steps and tokens."""
+    results = out / "results.jsonl"
+    if not table:
+        _prepare(data, out, base_steps)
+        done = {(line["variant"], line["seed"], line["steps"]) for line in _lines(results)}
+        for seed in range(seeds):
+            for name, settings in VARIANTS.items():
+                if (only and not any(part in name for part in only)) or (name, seed, steps) in done:
+                    continue
+                line = _measure(name, settings, out, seed, steps)
+                print(json.dumps(line), flush=True)
+                with results.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    _print_table([line for line in _lines(results) if line["steps"] == steps])
+
+
+def _prepare(data: Path, out: Path, base_steps: int) -> None:
+    corpus = build_corpus(data)
+    corpus.save(out / "data")
+    if not (out / "base").exists():
+        train_base(corpus.base_texts, out / "base", BaseSettings(steps=base_steps, batch_size=16))
+
+
+def _measure(name: str, settings: dict[str, Any], out: Path, seed: int, steps: int) -> dict[str, Any]:
+    import torch
+
+    from pat_serve.export.exporter import export_run
+    from pat_serve.perplexity import measure_perplexity
+    from pat_serve.training.config import TrainRecipe
+    from pat_serve.training.data import encode_rows, load_rows, load_tokenizer
+    from pat_serve.training.run import start
+
+    recipe = TrainRecipe.build(
+        SHARED
+        | settings
+        | {"model": str(out / "base"), "data": str(out / "data" / "tune_rows.jsonl"), "max_steps": steps, "seed": seed},
+        name,
+    )
+    began = time.monotonic()
+    start(recipe, out / "run", force=True)
+    trained_s = time.monotonic() - began
+    exported = export_run(out / "run", out / "pruned", force=True)
+    assert exported.parity is not None
+    tokenizer = load_tokenizer(out / "base")
+    figures = {}
+    for rows in ("heldout_items", "heldout_articles"):
+        encoded, _ = encode_rows(load_rows(str(out / "data" / f"{rows}.jsonl"), "train", tokenizer), tokenizer, 128)
+        figures[rows] = measure_perplexity(out / "pruned", encoded, dtype=torch.float32).perplexity
+    return {
+        "variant": name,
+        "seed": seed,
+        "steps": steps,
+        "items_ppl": figures["heldout_items"],
+        "articles_ppl": figures["heldout_articles"],
+        "hidden_size": exported.record["hidden_size"]["exported"],
+        "train_s": round(trained_s, 1),
+        "parity_max_abs_over_std": exported.parity.max_abs_over_std,
+        "machine": describe(),
+    }
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _print_table(lines: list[dict[str, Any]]) -> None:
+    """Means over seeds and their standard deviations; the distance to dense LoRA is paired by seed."""
+    dense = {line["seed"]: line for line in lines if line["variant"] == "dense LoRA"}
+    print("| variant | seeds | items: perplexity | to dense LoRA | articles: perplexity | to dense LoRA |")
+    print("|---|---|---|---|---|---|")
+    for name in VARIANTS:
+        own = [line for line in lines if line["variant"] == name]
+        if not own:
+            continue
+        cells = [name, str(len(own))]
+        for figure in ("items_ppl", "articles_ppl"):
+            cells.append(_spread([line[figure] for line in own], "{:.2f}"))
+            pairs = [line[figure] / dense[line["seed"]][figure] - 1 for line in own if line["seed"] in dense]
+            cells.append(_spread([100 * ratio for ratio in pairs], "{:+.2f}") + " %" if pairs else "")
+        print("| " + " | ".join(cells) + " |")
+
+
+def _spread(values: list[float], form: str) -> str:
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    typer.run(main)

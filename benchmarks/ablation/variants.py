@@ -1,0 +1,45 @@
+"""What is compared: the paper's recipe, each option alone, their combinations, and prune-then-tune baselines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The budget and the widths that all share: equal steps, equal tokens, the same data order for the same seed.
+SHARED: dict[str, Any] = {
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "max_length_tokens": 128,
+    "learning_rate": 1e-3,
+    "warmup_steps": 12,
+    "max_grad_norm": 1.0,
+    "lora_rank": 20,
+    "lora_alpha": 20,
+    "lora_dropout": 0.0,
+    "dtype": "float32",
+    "save_steps": 100_000,
+    "logging_steps": 10,
+}
+
+_PAPER: dict[str, Any] = {"hio_rank": 32}
+_CUT: dict[str, Any] = {"gate": "cut", "hio_rank": 0}
+_AXES: dict[str, Any] = {"rotate": "energy", "mask_start": "energy"}
+_LOSS_AXES: dict[str, Any] = {"rotate": "loss", "mask_start": "energy"}
+_BEST: dict[str, Any] = {**_LOSS_AXES, "gate": "cut", "compensate": True, "lora_head": True, "hio_rank": 0}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dense LoRA": {"method": "lora"},
+    "PAT as published": _PAPER,
+    "baseline: activation magnitude, cut, LoRA": {**_CUT, "mask_start": "energy"},
+    "baseline: LLM-Pruner score, cut, LoRA": {**_CUT, "mask_start": "gradient"},
+    "baseline: PCA slice, cut, LoRA": {**_CUT, **_AXES},
+    "PAT + energy start": {**_PAPER, "mask_start": "energy"},
+    "PAT + principal axes": {**_PAPER, "rotate": "energy"},
+    "PAT + principal axes + energy start": {**_PAPER, **_AXES},
+    "PAT + loss axes + energy start": {**_PAPER, **_LOSS_AXES},
+    "PAT + loss axes, gradual": {**_PAPER, **_LOSS_AXES, "gate": "gradual"},
+    "loss axes, cut": {**_PAPER, **_LOSS_AXES, "gate": "cut"},
+    "loss axes, cut, compensated": {**_PAPER, **_LOSS_AXES, "gate": "cut", "compensate": True},
+    "loss axes, cut, compensated, head": _BEST,
+    "loss axes, cut, compensated, head, HIO 32": {**_BEST, "hio_rank": 32},
+    "loss axes, cut, compensated, head, distilled": {**_BEST, "distillation_weight": 0.5},
+}
