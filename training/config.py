@@ -12,6 +12,28 @@ from pat_serve.atomic import write_text
 from pat_serve.errors import UsageError, first_line
 from pat_serve.run_folder import RECIPE_FILE
 
+# PAT as published, where the defaults are what measured best (docs/ablation.md).
+PAPER: dict[str, Any] = {
+    "rotate": "none",
+    "mask_start": "zero",
+    "gate": "anneal",
+    "compensate": False,
+    "lora_head": False,
+    "distillation_weight": 0.0,
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Settings that `--recipe` stands for; a recipe file and flags win over them.
+
+    Raises:
+        UsageError: no such name.
+    """
+    presets: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
+    if name not in presets:
+        raise UsageError("--recipe", expected="default or paper", found=name, fix="A file goes to --config.")
+    return presets[name]
+
 
 class TrainRecipe(pydantic.BaseModel):
     """Settings of a run; the defaults are the paper's (method PAT) where it names them.

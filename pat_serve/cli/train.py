@@ -50,6 +50,37 @@ def train(
     lora_rank: Annotated[int | None, Flag(help="[default: 20]")] = None,
     lora_alpha: Annotated[float | None, Flag(help="[default: 4]")] = None,
     lora_dropout: Annotated[float | None, Flag(help="[default: 0.05]")] = None,
+    lora_head: Annotated[
+        bool | None,
+        Flag("--lora-head/--no-lora-head", help="Adapt the output head too. [default: with --rotate, when pruning]"),
+    ] = None,
+    recipe: Annotated[
+        str, Flag(help="Method settings to begin with: default, or paper (PAT as published, arXiv 2408.14721).")
+    ] = "default",
+    rotate: Annotated[
+        str | None,
+        Flag(
+            help="Turn the residual stream to its principal axes first: none, energy (of its activations) or loss (and "
+            "of the loss's gradient). [default: loss]"
+        ),
+    ] = None,
+    mask_start: Annotated[
+        str | None,
+        Flag(
+            help="Channels to start with: zero (undecided), energy, or gradient (LLM-Pruner's score). [default: energy]"
+        ),
+    ] = None,
+    gate: Annotated[
+        str | None,
+        Flag(help="anneal (the mask is trained), gradual (one channel after the other) or cut. [default: cut]"),
+    ] = None,
+    compensate: Annotated[
+        bool | None,
+        Flag("--compensate/--no-compensate", help="Start LoRA where it makes up for the cut. [default: yes]"),
+    ] = None,
+    distillation_weight: Annotated[
+        float | None, Flag(help="Share of the loss that is KL to the dense base, in [0, 1). [default: 0]")
+    ] = None,
     hio_rank: Annotated[
         int | None, Flag(help="Rank of the hybrid operators. [default: 200 of 4096, in proportion]")
     ] = None,
@@ -75,7 +106,7 @@ def train(
 
     then `pat-export --ckpt run/ --out pruned/`.
     """
-    own = {"context", "out", "resume", "config", "force", "debug"}
+    own = {"context", "out", "resume", "config", "recipe", "force", "debug"}
     flags: dict[str, Any] = {
         name: value for name, value in context.params.items() if name not in own and value is not None
     }
@@ -94,7 +125,7 @@ def train(
             fix="Leave them out, or start a new run.",
         )
     from pat_serve.progress import say
-    from pat_serve.training.config import TrainRecipe
+    from pat_serve.training.config import TrainRecipe, preset
     from pat_serve.training.run import Finished, start
     from pat_serve.training.run import resume as resume_run
 
@@ -103,7 +134,7 @@ def train(
         finished = resume_run(resume)
     else:
         assert out is not None
-        settings = TrainRecipe.read(config) if config else {}
+        settings = preset(recipe) | (TrainRecipe.read(config) if config else {})
         # A flag also wins over the file's other way to say the same.
         for one, other in (("ratio", "hidden_size"), ("hidden_size", "ratio"), ("epochs", "max_steps")):
             if one in flags and other not in flags:
