@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pat_serve.hybrid import HybridFold, apply_hybrid
 from pat_serve.training.losses import kept_channels
+from pat_serve.training.ranks import same_on_all, whole
 from pat_serve.training.schedule import GateSchedule
 
 
@@ -46,21 +47,26 @@ class SharedMask(nn.Module):
         if self.frozen and self.logits_D.requires_grad:
             self._freeze()
 
+    def forward(self) -> Tensor:
+        """The gate, for the HSMs: a call, so that what shards parameters by module can gather the logits."""
+        return self.gate()
+
     def gate(self) -> Tensor:
         """The gate (D,) at the present step, float32."""
         if self.frozen:
             return self.frozen_gate_D
-        return torch.sigmoid(self.schedule.temperature(self.step) * self.logits_D) + self.schedule.offset(self.step)
+        logits_D = whole(self.logits_D)
+        return torch.sigmoid(self.schedule.temperature(self.step) * logits_D) + self.schedule.offset(self.step)
 
     def kept_indices(self) -> Tensor:
         """int64 (K,): the channels with the K largest logits, ascending; equal logits go to the lower index."""
-        order = torch.sort(self.logits_D.detach().cpu(), descending=True, stable=True).indices
+        order = torch.sort(whole(self.logits_D.detach()).cpu(), descending=True, stable=True).indices
         return order[: self.target_width].sort().values
 
     def metrics(self) -> dict[str, float]:
         """What a person wants to see: kept channels, and how far the gate is from 0/1."""
         gate_D = self.gate().detach()
-        hard_D = gate_D if self.frozen else kept_channels(self.logits_D).float()
+        hard_D = gate_D if self.frozen else kept_channels(whole(self.logits_D)).float()
         return {
             "gate_kept": float(hard_D.sum()),
             "gate_mean": float(gate_D.mean()),
@@ -69,11 +75,12 @@ class SharedMask(nn.Module):
 
     def _freeze(self) -> None:
         with torch.no_grad():
-            kept = self.kept_indices().to(self.logits_D.device)
+            logits_D = whole(self.logits_D)
+            kept = same_on_all(self.kept_indices().to(logits_D.device), "the mask")
             hard_D = torch.zeros_like(self.frozen_gate_D).index_fill_(0, kept, 1.0)
             tau = self.schedule.temperature(self.schedule.freeze_step)
             # How much the projection moved the gate: 0 when the mask had polarised to exactly K channels by itself.
-            self.freeze_gap = float((torch.sigmoid(tau * self.logits_D) - hard_D).abs().mean())
+            self.freeze_gap = float((torch.sigmoid(tau * logits_D) - hard_D).abs().mean())
             self.frozen_gate_D.copy_(hard_D)
         self.logits_D.requires_grad_(False)
 
@@ -96,7 +103,7 @@ class HybridModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator and the shared gate."""
-        return apply_hybrid(x, self.operator(), self._mask[0].gate())
+        return apply_hybrid(x, self.operator(), self._mask[0]())
 
     def operator(self) -> HybridFold:
         """The live parameters as a fold."""
