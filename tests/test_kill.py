@@ -6,15 +6,11 @@ Real processes, since an exception still runs `finally` blocks, closes files and
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.trainings import Trainings
 
 # 18 steps of 8 to an epoch, so that the end lies within an epoch; checkpoints lie between lines of metrics.jsonl.
 SETTINGS = {
@@ -22,72 +18,6 @@ SETTINGS = {
     "hio-rank": 8, "dtype": "float32", "logging-steps": 2, "save-steps": 3, "keep-checkpoints": 2,
 }  # fmt: skip
 WALL_TIME = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
-
-
-# Forks itself for every line of arguments: ten seconds of imports are paid once, and each training is a process.
-FORK_SERVER = """
-import json, os, sys
-import accelerate, datasets, peft, torch, torch.utils.tensorboard, transformers
-import pat_serve.training.run, pat_serve.training.callbacks, pat_serve.training.insert, pat_serve.training.trainer
-from pat_serve.cli.train import main
-print("ready", flush=True)
-for line in sys.stdin:
-    arguments, log = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        sys.argv = ["pat-train", *arguments]
-        try:
-            main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        sys.stderr.flush()
-        os._exit(status)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Trainings:
-    """Starts pat-train as a process of its own, again and again."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", FORK_SERVER],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert self._answer() == "ready"
-
-    def _answer(self) -> str:
-        assert self.server.stdout is not None
-        return self.server.stdout.readline().strip()
-
-    def _start(self, arguments: list[str]) -> int:
-        assert self.server.stdin is not None
-        self.server.stdin.write(json.dumps([arguments, str(self.log)]) + "\n")
-        self.server.stdin.flush()
-        return int(self._answer())
-
-    def run(self, arguments: list[str]) -> int:
-        """Train to the end; the exit code."""
-        self._start(arguments)
-        return int(self._answer())
-
-    def kill_when(self, moment: Callable[[], bool], arguments: list[str]) -> None:
-        """Train until a moment comes, then SIGKILL; it must not have ended by itself before."""
-        pid = self._start(arguments)
-        deadline = time.monotonic() + 120
-        while not moment():
-            assert Path(f"/proc/{pid}").exists(), self.log.read_text()
-            assert time.monotonic() < deadline
-        os.kill(pid, signal.SIGKILL)
-        assert int(self._answer()) == -signal.SIGKILL
-
-    def close(self) -> None:
-        """End the server."""
-        self.server.communicate()
 
 
 def arguments(base: Path, rows: Path, run: Path) -> list[str]:
@@ -106,13 +36,6 @@ def steps(run: Path) -> list[int]:
 
 def logged(run: Path, step: int) -> bool:
     return (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in lines(run))
-
-
-@pytest.fixture(scope="module")
-def trainings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
-    server = Trainings(tmp_path_factory.mktemp("log") / "stderr")
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
