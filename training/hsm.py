@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pat_serve.hybrid import HybridFold, apply_hybrid
+from pat_serve.hybrid import HybridFold
 from pat_serve.training.losses import kept_channels
 from pat_serve.training.ranks import same_on_all, whole
 from pat_serve.training.schedule import GateSchedule
@@ -102,9 +104,37 @@ class HybridModule(nn.Module):
         self._mask = (mask,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the operator and the shared gate."""
-        return apply_hybrid(x, self.operator(), self._mask[0]())
+        """Apply the operator and the shared gate: `apply_hybrid` with less kept for the backward pass."""
+        gain_D = self.scale_D * self._mask[0]()
+        y: Tensor = _Hybrid.apply(x, self.l0_RD, self.l1_DR, gain_D)  # type: ignore[no-untyped-call]
+        return y
 
     def operator(self) -> HybridFold:
         """The live parameters as a fold."""
         return HybridFold(l0_RD=self.l0_RD, l1_DR=self.l1_DR, scale_D=self.scale_D)
+
+
+class _Hybrid(torch.autograd.Function):
+    """gain * (x + L1 L0 x), gain = s * g.
+
+    Left to itself, autograd keeps x for L0's gradient and x + L1 L0 x for the gain's. The second is as large as the
+    first, for every HSM of the model, and one thin product away from it: it is computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, l0_RD: Tensor, l1_DR: Tensor, gain_D: Tensor) -> Tensor:
+        low_R = F.linear(x, l0_RD.to(x.dtype)).to(x.dtype)
+        ctx.save_for_backward(x, low_R, l0_RD, l1_DR, gain_D)
+        return ((x + F.linear(low_R, l1_DR.to(x.dtype))) * gain_D).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        x, low_R, l0_RD, l1_DR, gain_D = ctx.saved_tensors
+        l0, l1 = l0_RD.to(x.dtype), l1_DR.to(x.dtype)
+        x_TD, low_TR, y_TD = x.flatten(0, -2), low_R.flatten(0, -2), gradients[0].flatten(0, -2)
+        gain_gradient_D = ((x_TD + low_TR @ l1.T) * y_TD.to(gain_D.dtype)).sum(0)
+        moved_TD = (y_TD * gain_D).to(x.dtype)
+        hidden_TR = moved_TD @ l1
+        x_gradient = (moved_TD + hidden_TR @ l0).view_as(x) if ctx.needs_input_grad[0] else None
+        l0_gradient, l1_gradient = hidden_TR.T @ x_TD, moved_TD.T @ low_TR
+        return x_gradient, l0_gradient.to(l0_RD.dtype), l1_gradient.to(l1_DR.dtype), gain_gradient_D

@@ -50,6 +50,9 @@ def train(
     gradient_checkpointing: Annotated[
         bool | None, Flag("--gradient-checkpointing", help="Trade time for memory.")
     ] = None,
+    quantize_base: Annotated[
+        str | None, Flag(help="nf4: train on a 4-bit base (QLoRA); needs a GPU and bitsandbytes. [default: none]")
+    ] = None,
     lora_rank: Annotated[int | None, Flag(help="[default: 20]")] = None,
     lora_alpha: Annotated[float | None, Flag(help="[default: 4]")] = None,
     lora_dropout: Annotated[float | None, Flag(help="[default: 0.05]")] = None,
