@@ -27,7 +27,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        rename_durably(Path(temporary), path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -94,17 +94,18 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o755)
+        sync_tree(staging)
         if target.exists():
             # Two renames instead of a delete: a crash between them leaves the old content beside the new.
             retired = retire(target)
             try:
-                os.replace(staging, target)
+                rename_durably(staging, target)
             except BaseException:
                 os.replace(retired, target)
                 raise
             shutil.rmtree(retired)
         else:
-            os.replace(staging, target)
+            rename_durably(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -115,3 +116,25 @@ def retire(folder: Path) -> Path:
     retired = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old-"))
     os.replace(folder, retired)  # onto an empty folder, which rename(2) allows
     return retired
+
+
+def sync_tree(folder: Path) -> None:
+    """Force a folder's files, and the folders that name them, to the disk: before the rename that makes them count."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Rename, and force the new name to the disk too: without it a power cut can undo the rename."""
+    os.replace(source, target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

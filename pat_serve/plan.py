@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pat_serve.atomic import write_text
+from pat_serve.atomic import rename_durably, write_text
 from pat_serve.errors import BrokenPlan, first_line
 from pat_serve.hybrid import HybridFold
 
@@ -97,7 +97,7 @@ class PruningPlan:
         save_file({name: array.contiguous() for name, array in arrays.items()}, temporary)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.replace(folder / PLAN_ARRAYS)
+        rename_durably(temporary, folder / PLAN_ARRAYS)
         document = _Document(
             method=self.method,
             base=self.base,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -19,7 +20,8 @@ from rich.progress import (
 
 T = TypeVar("T")
 
-console = Console(stderr=True)
+# Of several processes that train one model the first speaks for all.
+console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tests.tiny_models import save_tiny_llama
+from tests.trainings import Trainings
 
 # Matrices of 64 x 64 gain nothing from a second thread, and spinning threads of several processes stall each other.
 torch.set_num_threads(1)
@@ -48,6 +50,14 @@ def finished_run(tiny_base: Path, rows: Path, tmp_path_factory: pytest.TempPathF
     run = tmp_path_factory.mktemp("runs") / "pat"
     start(tiny_recipe(tiny_base, rows), run)
     return run
+
+
+@pytest.fixture(scope="session")
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
+    """Starts real pat-train processes."""
+    server = Trainings(tmp_path_factory.mktemp("trainings") / "stderr")
+    yield server
+    server.close()
 
 
 def tiny_recipe(base: Path, rows: Path, **overrides: object):

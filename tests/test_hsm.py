@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pat_serve.hybrid import apply_hybrid
 from pat_serve.training.hsm import HybridModule, SharedMask
 from pat_serve.training.schedule import GateSchedule
 
@@ -86,3 +87,43 @@ def test_freeze_gap_tells_how_soft_the_gate_was():
         shared.set_step(shared.schedule.freeze_step)
     assert polarised.freeze_gap < 1e-6
     assert undecided.freeze_gap == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_and_gradients_are_those_of_the_plain_formula(dtype: torch.dtype):
+    torch.manual_seed(0)
+    shared = mask()
+    hsm = HybridModule(D, R, shared)
+    torch.nn.init.normal_(hsm.l1_DR)
+    torch.nn.init.normal_(shared.logits_D)
+    shared.set_step(4)
+    x = torch.randn(2, 3, D, dtype=dtype, requires_grad=True)
+    weights = torch.randn(2, 3, D)
+    inputs = (x, hsm.l0_RD, hsm.l1_DR, hsm.scale_D, shared.logits_D)
+    ours, plain = hsm(x), apply_hybrid(x, hsm.operator(), shared.gate())
+    assert ours.dtype == dtype
+    assert torch.equal(ours, plain)
+    for mine, reference in zip(
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((plain * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert mine.dtype == reference.dtype
+        torch.testing.assert_close(mine, reference, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
+
+
+def test_gradients_agree_with_finite_differences():
+    torch.manual_seed(0)
+    hsm = HybridModule(D, R, mask()).double()
+    torch.nn.init.normal_(hsm.l1_DR)
+    x = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: hsm(x), (x, hsm.l0_RD, hsm.l1_DR, hsm.scale_D))
+
+
+def test_one_activation_and_the_thin_one_are_kept():
+    kept: list[int] = []
+    hsm = HybridModule(D, R, mask())
+    x = torch.randn(50, D, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        hsm(x)
+    assert sorted(size for size in kept if size > D * R) == [50 * R, 50 * D]

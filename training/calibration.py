@@ -7,7 +7,7 @@ must turn the model by the same matrix, to the bit.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pat_serve.architectures import HIDDEN, Family
 from pat_serve.rotation import effective_gain, principal_axes
+from pat_serve.training.data import PadBatch
 
 CALIBRATION_FILE = "calibration.safetensors"
 # Rows of the training data; the covariance of 4,096 channels wants a few times as many tokens.
@@ -58,6 +59,12 @@ class Calibration:
             return None
         tensors = load_file(path)
         return Calibration(importance_D=tensors["importance"], rotation_DD=tensors.get("rotation"))
+
+
+def calibration_batches(examples: Sequence[dict[str, list[int]]], batch_size: int) -> list[dict[str, Tensor]]:
+    """The first examples of a run, padded."""
+    rows = examples[:CALIBRATION_ROWS]
+    return [PadBatch()(rows[at : at + batch_size]) for at in range(0, len(rows), batch_size)]
 
 
 def calibrate(

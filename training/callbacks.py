@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,8 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers is not
         if not state.is_world_process_zero or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _step(line) <= state.global_step]
+        # A run that stopped after its last step has its totals already, and writes them again.
+        kept = [line for line in lines if _step(line) <= state.global_step and '"train_runtime"' not in line]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(
@@ -56,6 +59,27 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers is not
         if state.is_world_process_zero and logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # or a checkpoint could outlive the lines before it
+
+
+class LossesSoFar(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy
+    """Restores the means of a resumed run once the Trainer has reset them.
+
+    Args:
+        restore: the trainer's `restore_losses`.
+        checkpoint: what the run is resumed from.
+    """
+
+    def __init__(self, restore: Callable[[Path], None], checkpoint: Path) -> None:
+        self.restore = restore
+        self.checkpoint = checkpoint
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called after the reset and before the first step."""
+        self.restore(self.checkpoint)
 
 
 class Display(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pat_serve.hybrid import LEAST_SCALE, HybridFold, apply_hybrid
+from pat_serve.hybrid import LEAST_SCALE, HybridFold
 from pat_serve.training.losses import TARGET_LOGIT, kept_channels
+from pat_serve.training.ranks import same_on_all, whole
 from pat_serve.training.schedule import GateSchedule
 
 
@@ -63,21 +66,25 @@ class SharedMask(nn.Module):
             self._projected = True
             self._freeze()
 
+    def forward(self) -> Tensor:
+        """The gate, for the HSMs: a call, so that what shards parameters by module can gather the logits."""
+        return self.gate()
+
     def gate(self) -> Tensor:
         """The gate (D,) at the present step, float32."""
         if self.frozen:
             return self.frozen_gate_D
-        return self.schedule.gate(self.logits_D, self.step, self.target_width)
+        return self.schedule.gate(whole(self.logits_D), self.step, self.target_width)
 
     def kept_indices(self) -> Tensor:
         """int64 (K,): the channels with the K largest logits, ascending; equal logits go to the lower index."""
-        order = torch.sort(self.logits_D.detach().cpu(), descending=True, stable=True).indices
+        order = torch.sort(whole(self.logits_D.detach()).cpu(), descending=True, stable=True).indices
         return order[: self.target_width].sort().values
 
     def metrics(self) -> dict[str, float]:
         """What a person wants to see: kept channels, and how far the gate is from 0/1."""
         gate_D = self.gate().detach()
-        hard_D = gate_D if self.frozen else kept_channels(self.logits_D).float()
+        hard_D = gate_D if self.frozen else kept_channels(whole(self.logits_D)).float()
         return {
             "gate_kept": float(hard_D.sum()),
             "gate_mean": float(gate_D.mean()),
@@ -86,11 +93,12 @@ class SharedMask(nn.Module):
 
     def _freeze(self) -> None:
         with torch.no_grad():
-            kept = self.kept_indices().to(self.logits_D.device)
+            logits_D = whole(self.logits_D)
+            kept = same_on_all(self.kept_indices().to(logits_D.device), "the mask")
             hard_D = torch.zeros_like(self.frozen_gate_D).index_fill_(0, kept, 1.0)
             # How much the projection moved the gate: 0 when the mask had polarised to exactly K channels by itself.
             if self.schedule.trains_mask:
-                soft_D = self.schedule.gate(self.logits_D, self.schedule.freeze_step, self.target_width)
+                soft_D = self.schedule.gate(logits_D, self.schedule.freeze_step, self.target_width)
                 self.freeze_gap = float((soft_D - hard_D).abs().mean())
             self.frozen_gate_D.copy_(hard_D)
         self.logits_D.requires_grad_(False)
@@ -119,10 +127,12 @@ class HybridModule(nn.Module):
         self._mask = (mask,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the operator and the shared gate."""
+        """Apply the operator and the shared gate: `apply_hybrid` with less kept for the backward pass."""
         if not self.enabled:
             return x
-        return apply_hybrid(x, self.operator(), self._mask[0].gate())
+        gain_D = self.scale_D * self._mask[0]()
+        y: Tensor = _Hybrid.apply(x, self.l0_RD, self.l1_DR, gain_D)  # type: ignore[no-untyped-call]
+        return y
 
     def bound_scale(self) -> None:
         """Project the scale to `LEAST_SCALE` and above."""
@@ -132,3 +142,29 @@ class HybridModule(nn.Module):
     def operator(self) -> HybridFold:
         """The live parameters as a fold."""
         return HybridFold(l0_RD=self.l0_RD, l1_DR=self.l1_DR, scale_D=self.scale_D)
+
+
+class _Hybrid(torch.autograd.Function):
+    """gain * (x + L1 L0 x), gain = s * g.
+
+    Left to itself, autograd keeps x for L0's gradient and x + L1 L0 x for the gain's. The second is as large as the
+    first, for every HSM of the model, and one thin product away from it: it is computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, l0_RD: Tensor, l1_DR: Tensor, gain_D: Tensor) -> Tensor:
+        low_R = F.linear(x, l0_RD.to(x.dtype)).to(x.dtype)
+        ctx.save_for_backward(x, low_R, l0_RD, l1_DR, gain_D)
+        return ((x + F.linear(low_R, l1_DR.to(x.dtype))) * gain_D).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        x, low_R, l0_RD, l1_DR, gain_D = ctx.saved_tensors
+        l0, l1 = l0_RD.to(x.dtype), l1_DR.to(x.dtype)
+        x_TD, low_TR, y_TD = x.flatten(0, -2), low_R.flatten(0, -2), gradients[0].flatten(0, -2)
+        gain_gradient_D = ((x_TD + low_TR @ l1.T) * y_TD.to(gain_D.dtype)).sum(0)
+        moved_TD = (y_TD * gain_D).to(x.dtype)
+        hidden_TR = moved_TD @ l1
+        x_gradient = (moved_TD + hidden_TR @ l0).view_as(x) if ctx.needs_input_grad[0] else None
+        l0_gradient, l1_gradient = hidden_TR.T @ x_TD, moved_TD.T @ low_TR
+        return x_gradient, l0_gradient.to(l0_RD.dtype), l1_gradient.to(l1_DR.dtype), gain_gradient_D

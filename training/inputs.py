@@ -24,6 +24,7 @@ class RunInputs(pydantic.BaseModel):
         total_steps: optimizer steps, which the schedules are stretched over.
         target_width: K.
         dtype: of the frozen base weights, which `auto` chose by the machine.
+        processes: that train together; with the recipe's batch size they make the batch of an optimizer step.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +34,7 @@ class RunInputs(pydantic.BaseModel):
     total_steps: int
     target_width: int
     dtype: str
+    processes: int = 1
 
     def save(self, run: Path) -> None:
         """Write inputs.json, atomically."""

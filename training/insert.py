@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from pat_serve.architectures import HEAD
+from pat_serve.architectures import HEAD, Family
 from pat_serve.checkpoint import Checkpoint
+from pat_serve.errors import MissingExtra
 from pat_serve.rotation import rotate_model
 from pat_serve.training.calibration import Calibration
 from pat_serve.training.config import TrainRecipe
@@ -36,27 +38,77 @@ def build_model(
     Returns:
         the PEFT model and its method.
     """
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, local_files_only=True)
-    base.config.use_cache = False
+    quantized = {"quantization_config": _nf4(dtype)} if recipe.quantize_base else {}
+    base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, local_files_only=True, **quantized)
     calibration = measure(base) if METHODS[recipe.method].wants_calibration(recipe) else None
+    return adapt(base, checkpoint.family, recipe, target_width, total_steps, calibration)
+
+
+def adapt(
+    base: Any,
+    family: Family,
+    recipe: TrainRecipe,
+    target_width: int,
+    total_steps: int,
+    calibration: Calibration | None = None,
+) -> tuple[nn.Module, Method]:
+    """Put LoRA and the method's modules into a base model and freeze the rest.
+
+    Args:
+        base: a causal language model of transformers.
+        family: its architecture.
+        recipe: the run's settings.
+        target_width: K.
+        total_steps: optimizer steps of the whole run.
+        calibration: of the base, for a method that wants one; its rotation is applied here.
+
+    Returns:
+        the PEFT model and its method.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    base.config.use_cache = False
     if calibration is not None and calibration.rotation_DD is not None:
-        rotate_model(base, checkpoint.family, checkpoint.num_layers, calibration.rotation_DD)
+        rotate_model(base, family, base.config.num_hidden_layers, calibration.rotation_DD)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=checkpoint.family.lora_targets() + ([HEAD] if recipe.lora_head else []),
+        target_modules=family.lora_targets() + ([HEAD] if recipe.lora_head else []),
     )
     model = get_peft_model(base, lora)
-    method = METHODS[recipe.method](recipe, checkpoint.family, checkpoint.hidden_size, target_width, total_steps)
+    method = METHODS[recipe.method](recipe, family, base.config.hidden_size, target_width, total_steps)
     method.calibration = calibration
-    method.attach(model.get_base_model(), checkpoint.num_layers)
+    method.attach(model.get_base_model(), base.config.num_hidden_layers)
     if recipe.gradient_checkpointing and not method.modules():
         # The embedding's output needs a gradient for the recomputation to reach the adapters; an HSM gives it one.
         model.enable_input_require_grads()
     assert isinstance(model, nn.Module)
     return model, method
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    """QLoRA's settings (arXiv 2305.14314): 4-bit NormalFloat, scales quantized too.
+
+    Stored as `dtype`, which lets FSDP shard the packed weights.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available() or not torch.cuda.is_available():
+        raise MissingExtra(
+            "--quantize-base nf4",
+            expected="bitsandbytes and a GPU that it supports",
+            found="no bitsandbytes" if not is_bitsandbytes_available() else "no GPU",
+            fix="pip install bitsandbytes on a machine with a GPU, or leave the flag out.",
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 
-from pat_serve.atomic import check_vacant, new_folder, retire, write_text
+from pat_serve.atomic import check_vacant, new_folder
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
-from pat_serve.errors import Diverged, RunError, UsageError
+from pat_serve.errors import UsageError
 from pat_serve.geometry import check_width, snap_ratio
 from pat_serve.hardware import serving_dtype
-from pat_serve.plan import PLAN_JSON, PruningPlan, file_sha256
+from pat_serve.plan import PruningPlan
 from pat_serve.progress import say, track
 from pat_serve.run_folder import (
-    ADAPTER_FOLDER,
-    CHECKPOINTS_FOLDER,
-    PARITY_PROMPTS_FILE,
-    RECIPE_FILE,
     TENSORBOARD_FOLDER,
     list_checkpoints,
 )
-from pat_serve.training.calibration import CALIBRATION_ROWS, Calibration, calibrate
+from pat_serve.training.calibration import Calibration, calibrate, calibration_batches
 from pat_serve.training.config import TrainRecipe
+from pat_serve.training.continuation import (
+    RunState,
+    clear_leftovers,
+    require_same_recipe,
+    require_unfinished,
+    saved_recipe,
+    state_of,
+)
 from pat_serve.training.data import PadBatch, encode_rows, load_rows, load_tokenizer
 from pat_serve.training.inputs import RunInputs, examples_sha256
 from pat_serve.training.methods import METHODS, Method
+from pat_serve.training.ranks import Ranks, snapshot, use_one_device
+from pat_serve.training.result import write_result
 
 if TYPE_CHECKING:
     from pat_serve.training.callbacks import Display
@@ -61,25 +62,13 @@ def start(recipe: TrainRecipe, run: Path, *, force: bool = False) -> Finished:
         OutputExists: `run` is there already, or is no run of ours.
         PatServeError: the model, the data or a setting is unusable. What stood at `run` stands there still.
     """
+    ranks = Ranks.join()
     recipe = recipe.with_absolute_paths()
-    check_vacant(run, force=force, inputs=[Path(recipe.model), Path(recipe.data)])
-    prepared = _prepare(recipe)
-    run.parent.mkdir(parents=True, exist_ok=True)
-    retired = retire(run) if run.exists() else None
-    try:
-        run.mkdir()
-        job = _assemble(prepared, run)
-        prepared.inputs.save(run)
-        recipe.save(run)
-    except BaseException:
-        shutil.rmtree(run, ignore_errors=True)
-        if retired is not None:
-            os.replace(retired, run)
-        raise
-    # From here on an interruption leaves a run that can be resumed.
-    if retired is not None:
-        shutil.rmtree(retired)
-    return _train(prepared, job, run, resume_from=None)
+    ranks.agree(lambda: check_vacant(run, force=force, inputs=[Path(recipe.model), Path(recipe.data)]))
+    prepared = _prepare(recipe, ranks)
+    job = _assemble(prepared, run, ranks, resumes=False)
+    ranks.agree(lambda: _lay_out(prepared, job, run))
+    return _train(prepared, job, run, ranks, resume_from=None)
 
 
 def resume(run: Path) -> Finished:
@@ -89,15 +78,38 @@ def resume(run: Path) -> Finished:
         RunError: not a run, or a finished one.
         ChangedInput: the base, the data or what follows from them is not what the run began with.
     """
-    if not (run / RECIPE_FILE).is_file():
-        raise RunError(run, expected="a run with recipe.yaml", found="none", fix="Start one with pat-train --out.")
-    if (run / PLAN_JSON).is_file():
-        raise RunError(run, expected="an unfinished run", found="a finished one", fix="Export it with pat-export.")
-    recipe = TrainRecipe.build(TrainRecipe.read(run / RECIPE_FILE), str(run / RECIPE_FILE))
-    prepared = _prepare(recipe)
+    ranks = Ranks.join()
+    ranks.agree(lambda: require_unfinished(run))
+    prepared = _prepare(saved_recipe(run), ranks)
     prepared.inputs.require_unchanged(run)
-    checkpoints = list_checkpoints(run)
-    return _train(prepared, _assemble(prepared, run), run, resume_from=checkpoints[-1] if checkpoints else None)
+    job = _assemble(prepared, run, ranks, resumes=True)
+    ranks.agree(lambda: clear_leftovers(run))
+    checkpoints = ranks.agree(lambda: list_checkpoints(run))
+    return _train(prepared, job, run, ranks, resume_from=checkpoints[-1] if checkpoints else None)
+
+
+def start_or_resume(recipe: TrainRecipe, run: Path) -> Finished | None:
+    """Start a run that is not there, go on with an unfinished one of the same recipe, leave a finished one alone.
+
+    Returns:
+        what the run came to; None when it had finished before.
+
+    Raises:
+        OutputExists: `run` is something else.
+        UsageError: the run began with other settings.
+    """
+    recipe = recipe.with_absolute_paths()
+
+    def look() -> RunState:
+        state = state_of(run)
+        if state is not RunState.ABSENT:
+            require_same_recipe(run, recipe)
+        return state
+
+    state = Ranks.join().agree(look)
+    if state is RunState.FINISHED:
+        return None
+    return resume(run) if state is RunState.UNFINISHED else start(recipe, run, force=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +128,16 @@ class _Job:
     display: Display
 
 
-def _prepare(recipe: TrainRecipe) -> _Prepared:
+def _lay_out(prepared: _Prepared, job: _Job, run: Path) -> None:
+    """Make the run's folder; it appears with recipe and inputs in it, so from then on the run can be resumed."""
+    with new_folder(run) as staging:
+        prepared.inputs.save(staging)
+        prepared.recipe.save(staging)
+        if job.method.calibration is not None:
+            job.method.calibration.save(staging)
+
+
+def _prepare(recipe: TrainRecipe, ranks: Ranks) -> _Prepared:
     """Check everything that can be checked before the model is loaded."""
     if recipe.method not in METHODS:
         raise UsageError("--method", expected=" or ".join(METHODS), found=recipe.method, fix="Choose one of them.")
@@ -128,7 +149,7 @@ def _prepare(recipe: TrainRecipe) -> _Prepared:
     examples, dropped = encode_rows(rows, tokenizer, recipe.max_length_tokens)
     if dropped:
         say(f"{dropped} of {len(rows)} rows left out: their prompt alone fills {recipe.max_length_tokens} tokens")
-    batch = recipe.batch_size * recipe.gradient_accumulation_steps
+    batch = recipe.batch_size * recipe.gradient_accumulation_steps * ranks.count
     total_steps = recipe.max_steps or max(1, round(recipe.epochs * len(examples) / batch))
     if METHODS[recipe.method].prunes and total_steps < LEAST_STEPS:
         raise UsageError(
@@ -143,6 +164,7 @@ def _prepare(recipe: TrainRecipe) -> _Prepared:
         examples_sha256=examples_sha256(examples),
         total_steps=total_steps,
         target_width=target_width,
+        processes=ranks.count,
         # An older GPU serves in float16, which cannot be trained in without scaling the loss.
         dtype="float32" if dtype == "float16" else dtype,
     )
@@ -199,30 +221,45 @@ def _target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
     return width
 
 
-def _assemble(prepared: _Prepared, run: Path) -> _Job:
-    """Model, method and trainer, ready for the first step."""
-    from torch.utils.tensorboard import SummaryWriter
+def _assemble(prepared: _Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> _Job:
+    """Model, method and trainer, ready for the first step (or for a checkpoint to be loaded into them)."""
     from transformers import TrainingArguments, set_seed
-    from transformers.integrations import TensorBoardCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from pat_serve.training.callbacks import Display, MethodClock, MetricsFile
+    from pat_serve.training.compensation import compensate
     from pat_serve.training.insert import build_model
     from pat_serve.training.trainer import PruningTrainer
 
     recipe, inputs = prepared.recipe, prepared.inputs
     dtype = getattr(torch, inputs.dtype)
     set_seed(recipe.seed)
-    measure = partial(_measure, prepared, run)
-    model, method = build_model(prepared.checkpoint, recipe, dtype, inputs.target_width, inputs.total_steps, measure)
-    if recipe.compensate and not list_checkpoints(run):
-        from pat_serve.training.compensation import compensate
+    checkpoint = prepared.checkpoint
+    batches = calibration_batches(prepared.examples, recipe.batch_size)
 
+    def measure(base: nn.Module) -> Calibration:
+        # One process measures: all others, and a resumed run, must turn the model by the same matrix, to the bit.
+        return ranks.agree(
+            lambda: (
+                (Calibration.load(run) if resumes else None)
+                or calibrate(
+                    base,
+                    checkpoint.family,
+                    checkpoint.num_layers,
+                    track(batches, "calibrate", len(batches)),
+                    rotate=recipe.rotate,
+                    by_gradient=recipe.mask_start == "gradient",
+                )
+            )
+        )
+
+    model, method = build_model(checkpoint, recipe, dtype, inputs.target_width, inputs.total_steps, measure)
+    if method.prunes and recipe.compensate and not (resumes and list_checkpoints(run)):
+        # A checkpoint holds the adapter as it has become since.
         method.on_step(0)
-        batches = _calibration_batches(prepared)
-        compensate(model, method, prepared.checkpoint.family, prepared.checkpoint.num_layers, batches)
+        compensate(model, method, checkpoint.family, checkpoint.num_layers, batches)
     arguments = TrainingArguments(
-        output_dir=str(run / CHECKPOINTS_FOLDER),
+        output_dir=str(run.parent),  # made at once, while checkpoints go where the trainer says
         max_steps=inputs.total_steps,
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
@@ -241,7 +278,11 @@ def _assemble(prepared: _Prepared, run: Path) -> _Job:
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
+        # The mask's parameter gets no gradient any more once it is frozen.
+        ddp_find_unused_parameters=method.prunes,
     )
+    if unused := use_one_device(arguments):
+        say(f"{unused + 1} GPUs are visible and one is used; `accelerate launch` uses all (docs/scaling.md)")
     display = Display(f"{recipe.method} to hidden_size {inputs.target_width}")
     trainer = PruningTrainer(
         method=method,
@@ -254,7 +295,6 @@ def _assemble(prepared: _Prepared, run: Path) -> _Job:
         callbacks=[
             MethodClock(method),
             MetricsFile(run),
-            TensorBoardCallback(SummaryWriter(run / TENSORBOARD_FOLDER)),
             display,
         ],
     )
@@ -263,70 +303,42 @@ def _assemble(prepared: _Prepared, run: Path) -> _Job:
     return _Job(trainer=trainer, method=method, display=display)
 
 
-def _calibration_batches(prepared: _Prepared) -> list[dict[str, Tensor]]:
-    rows, size = prepared.examples[:CALIBRATION_ROWS], prepared.recipe.batch_size
-    return [PadBatch()(rows[at : at + size]) for at in range(0, len(rows), size)]
+def _train(prepared: _Prepared, job: _Job, run: Path, ranks: Ranks, resume_from: Path | None) -> Finished:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
 
+    from pat_serve.training.callbacks import LossesSoFar
 
-def _measure(prepared: _Prepared, run: Path, base: nn.Module) -> Calibration:
-    """The run's calibration: from its folder, or measured on the loaded base and kept there."""
-    checkpoint = prepared.checkpoint
-    # One process measures, the others read what it has written.
-    with PartialState().main_process_first():
-        calibration = Calibration.load(run)
-        if calibration is None:
-            batches = _calibration_batches(prepared)
-            steps = track(batches, "calibrate", len(batches))
-            calibration = calibrate(
-                base,
-                checkpoint.family,
-                checkpoint.num_layers,
-                steps,
-                rotate=prepared.recipe.rotate,
-                by_gradient=prepared.recipe.mask_start == "gradient",
-            )
-            calibration.save(run)
-    return calibration
-
-
-def _train(prepared: _Prepared, job: _Job, run: Path, resume_from: Path | None) -> Finished:
     trainer, inputs = job.trainer, prepared.inputs
+    if ranks.index == 0:
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(run / TENSORBOARD_FOLDER)))
+    if resume_from is not None:
+        trainer.add_callback(LossesSoFar(trainer.restore_losses, resume_from))
     try:
-        outcome = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         job.display.close()
     # A run that is resumed after its last step takes no further one, and its mask must be frozen all the same.
     job.method.on_step(inputs.total_steps)
-    if trainer.is_world_process_zero():
-        _finish(prepared, run, trainer.accelerator.unwrap_model(trainer.model), job.method)
-    return Finished(
-        run=run, hidden_size=inputs.target_width, steps=inputs.total_steps, train_loss=outcome.training_loss
-    )
+    _finish(prepared, run, job, ranks)
+    return Finished(run=run, hidden_size=inputs.target_width, steps=inputs.total_steps, train_loss=trainer.mean_loss)
 
 
-def _finish(prepared: _Prepared, run: Path, model: nn.Module, method: Method) -> None:
+def _finish(prepared: _Prepared, run: Path, job: _Job, ranks: Ranks) -> None:
     """Write what an export needs; the plan comes last, so that a run with a plan is a finished run."""
-    # Left to itself, peft also writes the HSMs that sit under the adapted modules.
-    lora = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
-    folds = method.folds()
-    trained = [*lora.values(), *(tensor for fold in folds.values() for tensor in vars(fold).values())]
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in trained):
-        raise Diverged(
+    method, model = job.method, job.trainer.accelerator.unwrap_model(job.trainer.model)
+    # Left to itself, peft also writes the HSMs that sit under the adapted modules. Every rank gathers, rank 0 writes.
+    lora = {name: snapshot(tensor) for name, tensor in job.trainer.trained() if ".lora_" in name}
+    folds, axes = method.folds(), method.axes()
+    ranks.agree(
+        lambda: write_result(
             run,
-            expected="finite weights after the last step",
-            found="NaN or infinity",
-            fix="Train again with a lower --learning-rate; metrics.jsonl shows where the loss went.",
+            model=model,
+            lora=lora,
+            tokenizer=prepared.tokenizer,
+            prompts=[example["input_ids"] for example in prepared.examples[:PARITY_ROWS]],
+            plan=PruningPlan(
+                method=method.name, base=prepared.inputs.base, axes=axes, folds=folds, rotation=method.rotation()
+            ),
         )
-    with new_folder(run / ADAPTER_FOLDER) as staging:
-        model.save_pretrained(staging, state_dict=lora, save_embedding_layers=False)  # type: ignore[operator]  # PEFT's
-    prepared.tokenizer.save_pretrained(run)
-    prompts = [{"token_ids": example["input_ids"]} for example in prepared.examples[:PARITY_ROWS]]
-    write_text(run / PARITY_PROMPTS_FILE, "".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    PruningPlan(
-        method=method.name,
-        base=prepared.inputs.base,
-        axes=method.axes(),
-        folds=folds,
-        rotation=method.rotation(),
-        adapter={path.name: file_sha256(path) for path in sorted((run / ADAPTER_FOLDER).glob("adapter_*"))},
-    ).save(run)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
+from pat_serve.atomic import rename_durably, retire, sync_tree, write_json
 from pat_serve.run_folder import CHECKPOINTS_FOLDER, list_checkpoints
 from pat_serve.training.losses import distillation_loss
 from pat_serve.training.methods import Method
+from pat_serve.training.ranks import overwrite, snapshot
 
 TRAINED_FILE = "trained.safetensors"
+LOSSES_FILE = "losses.json"
 
 
 class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed by mypy
@@ -37,7 +41,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         self.checkpoints = run / CHECKPOINTS_FOLDER
         self.keep_checkpoints = keep_checkpoints
         self.optimizer: torch.optim.Optimizer | None
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
         self._micro_batches = 0
 
     def compute_loss(
@@ -54,8 +58,8 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         loss = cross_entropy
         if model.training:
             micro_batches = self.current_gradient_accumulation_steps
-            # transformers gives a sum over all micro-batches' tokens where the model takes the count; a regulariser,
-            # which is the same in each of them, then has to be shared out. Otherwise the Trainer divides the whole.
+            # Where the model takes the count of tokens, transformers gives this micro-batch's share of the mean over
+            # all micro-batches and ranks. Otherwise it gives the micro-batch's own mean and divides it afterwards.
             summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             self._record("cross_entropy", cross_entropy, micro_batches if summed else 1)
             weight = self.method.recipe.distillation_weight
@@ -63,9 +67,12 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
                 kl = self._distillation(model, inputs, outputs, num_items_in_batch if summed else None)
                 self._record("distillation", kl, micro_batches if summed else 1)
                 loss = (1 - weight) * cross_entropy + weight * kl.to(loss.device)
-            for name, term in self.method.losses().items():
-                self._record(name, term, 1)
-                loss = loss + (term / micro_batches if summed else term).to(loss.device)
+            if self.accelerator.sync_gradients:
+                # The regularisers depend on parameters alone, which are the same in all micro-batches of a step and on
+                # all ranks: once a step, in full, is the same as a share in each. Ranks average, so no factor for them.
+                for name, term in self.method.losses().items():
+                    self._record(name, term, micro_batches)
+                    loss = loss + (term if summed else term * micro_batches).to(loss.device)
             self._micro_batches += 1
         return (loss, outputs) if return_outputs else loss
 
@@ -79,12 +86,30 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         return distillation_loss(outputs.logits, teacher.logits, inputs["labels"], num_tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each loss term's mean since the last line, and the method's figures."""
+        """Add each loss term's mean since the last line, over all ranks, and the method's figures."""
         if self._micro_batches:
-            logs |= {name: total / self._micro_batches for name, total in self._sums.items()}
+            names = list(self._sums)
+            sums = torch.stack([self._sums[name] for name in names]).to(self.args.device)
+            means = self.accelerator.reduce(sums, reduction="mean") / self._micro_batches
+            logs |= dict(zip(names, means.tolist(), strict=True))
             logs |= self.method.metrics()
             self._sums, self._micro_batches = {}, 0
+        if "train_loss" in logs:
+            logs["train_loss"] = self.mean_loss
         super().log(logs, start_time)
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean of the loss over all steps, those before a resume too (transformers' own forgets them)."""
+        steps: int = self.state.global_step
+        return float(self._total_loss_scalar) / max(1, steps)
+
+    def _run_epoch(self, **settings: Any) -> None:
+        # transformers starts the epoch that a checkpoint lies in, and notices the end only after one step too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**settings)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group for each learning rate."""
@@ -122,7 +147,9 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         return scheduler
 
     def _record(self, name: str, value: Tensor, factor: float) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + float(value.detach()) * factor
+        # Kept on the device: reading a number there makes the host wait for it.
+        value = value.detach().double() * factor
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     # Checkpoints. The Trainer writes the optimizer, the scheduler, the random state and its own; what is trained goes
     # into one safetensors file instead of its pickle and PEFT's adapter (which does not know the HSMs).
@@ -136,40 +163,69 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             shutil.rmtree(self._staging(), ignore_errors=True)
+        # Other ranks write their random state into the folder: not before it was emptied, nor after it was renamed.
+        self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
+        losses = self._losses_so_far()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             step = self.state.global_step
-            target = self.checkpoints / f"step-{step}"
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(self._staging() / f"checkpoint-{step}", target)
+            written, target = self._staging() / f"checkpoint-{step}", self.checkpoints / f"step-{step}"
+            write_json(written / LOSSES_FILE, losses)
+            sync_tree(written)
+            if target.exists():
+                shutil.rmtree(retire(target))
+            rename_durably(written, target)
             shutil.rmtree(self._staging())
             for old in list_checkpoints(self.checkpoints.parent)[: -self.keep_checkpoints]:
                 # Renamed first: a crash half-way through must not leave half a checkpoint under a complete one's name.
                 os.replace(old, self._staging())
                 shutil.rmtree(self._staging())
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained; all ranks take part, since each may hold a shard."""
         assert output_dir is not None
+        tensors = {name: snapshot(parameter) for name, parameter in self.trained()}
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._trained()}
             save_file(tensors, Path(output_dir) / TRAINED_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
-        trained = dict(self._trained())
+        trained = dict(self.trained())
         assert saved.keys() == trained.keys(), "the checkpoint belongs to another recipe"
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
+        for name, parameter in trained.items():
+            overwrite(parameter, saved[name])
 
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All parameters that the run trains, the frozen mask's among them."""
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters that the run trains, by name, the frozen mask's among them."""
         own = {id(p) for module in self.method.modules().values() for p in module.parameters()}
         for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
             if parameter.requires_grad or id(parameter) in own:
                 yield name, parameter
+
+    # The means that are being taken when a checkpoint is written between two lines of metrics.jsonl.
+
+    def _losses_so_far(self) -> dict[str, Any]:
+        return {
+            "since_last_line": float(self.accelerator.reduce(self._tr_loss.clone(), reduction="mean")),
+            "before_last_line": float(self._total_loss_scalar),
+            "last_line_step": self._globalstep_last_logged,
+            "micro_batches": self._micro_batches,
+            "sums": {name: float(value) for name, value in self._sums.items()},
+        }
+
+    def restore_losses(self, checkpoint: Path) -> None:
+        """Go on with the means where the checkpoint left them; after the Trainer has reset its own."""
+        saved = json.loads((checkpoint / LOSSES_FILE).read_text(encoding="utf-8"))
+        self._tr_loss.fill_(saved["since_last_line"])
+        self._total_loss_scalar = saved["before_last_line"]
+        self._globalstep_last_logged = saved["last_line_step"]
+        self._micro_batches = saved["micro_batches"]
+        self._sums = {
+            name: torch.tensor(value, dtype=torch.float64, device=self.args.device)
+            for name, value in saved["sums"].items()
+        }
 
 
 def _constant(_step: int) -> float:

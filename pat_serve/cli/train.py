@@ -16,7 +16,10 @@ Flag = typer.Option
 def train(
     context: typer.Context,
     out: Annotated[Path | None, Flag("--out", help="Folder for the run; must not exist.")] = None,
-    resume: Annotated[Path | None, Flag("--resume", help="Go on with an interrupted run's folder.")] = None,
+    resume: Annotated[
+        str | None,
+        Flag("--resume", help="Go on with an interrupted run's folder; `auto`: with what is at --out, if anything is."),
+    ] = None,
     config: Annotated[Path | None, Flag("--config", help="A recipe in YAML; flags win over it.")] = None,
     model: Annotated[str | None, Flag(help="Base model: a folder or a hub id.")] = None,
     revision: Annotated[str | None, Flag(help="The base's revision on the hub.")] = None,
@@ -46,6 +49,9 @@ def train(
     dtype: Annotated[str | None, Flag(help="auto, float32 or bfloat16, of the frozen base. [default: auto]")] = None,
     gradient_checkpointing: Annotated[
         bool | None, Flag("--gradient-checkpointing", help="Trade time for memory.")
+    ] = None,
+    quantize_base: Annotated[
+        str | None, Flag(help="nf4: train on a 4-bit base (QLoRA); needs a GPU and bitsandbytes. [default: none]")
     ] = None,
     lora_rank: Annotated[int | None, Flag(help="[default: 20]")] = None,
     lora_alpha: Annotated[float | None, Flag(help="[default: 4]")] = None,
@@ -110,14 +116,22 @@ def train(
     flags: dict[str, Any] = {
         name: value for name, value in context.params.items() if name not in own and value is not None
     }
-    if (out is None) == (resume is None):
+    auto = resume == "auto"
+    if auto and (out is None or force):
+        raise UsageError(
+            "--resume auto",
+            expected="--out, the run to start or to go on with, without --force",
+            found="no --out" if out is None else "--force, which starts anew",
+            fix="Give --out alone; a folder that is called auto is ./auto.",
+        )
+    if not auto and (out is None) == (resume is None):
         raise UsageError(
             "pat-train",
             expected="--out for a new run or --resume for an old one",
             found="neither" if out is None else "both",
             fix="Give one of them.",
         )
-    if resume is not None and (flags or config):
+    if resume is not None and not auto and (flags or config):
         raise UsageError(
             "--resume",
             expected="no other setting, since the run's recipe.yaml has them",
@@ -126,12 +140,12 @@ def train(
         )
     from pat_serve.progress import say
     from pat_serve.training.config import TrainRecipe, preset
-    from pat_serve.training.run import Finished, start
+    from pat_serve.training.run import Finished, start, start_or_resume
     from pat_serve.training.run import resume as resume_run
 
-    finished: Finished
-    if resume is not None:
-        finished = resume_run(resume)
+    finished: Finished | None
+    if resume is not None and not auto:
+        finished = resume_run(Path(resume))
     else:
         assert out is not None
         settings = preset(recipe) | (TrainRecipe.read(config) if config else {})
@@ -140,7 +154,11 @@ def train(
             if one in flags and other not in flags:
                 settings.pop(other, None)
         settings |= flags
-        finished = start(TrainRecipe.build(settings, "recipe"), out, force=force)
+        checked = TrainRecipe.build(settings, "recipe")
+        finished = start_or_resume(checked, out) if auto else start(checked, out, force=force)
+    if finished is None:
+        say(f"{out}: finished already. Next: pat-export --ckpt {out} --out pruned/")
+        return
     say(
         f"{finished.run}: {finished.steps} steps, hidden_size {finished.hidden_size}. "
         f"Next: pat-export --ckpt {finished.run} --out pruned/"

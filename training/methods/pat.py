@@ -20,6 +20,7 @@ from pat_serve.training.config import TrainRecipe
 from pat_serve.training.hsm import HybridModule, SharedMask
 from pat_serve.training.losses import count_loss, identity_loss, push_loss
 from pat_serve.training.methods.base import Method
+from pat_serve.training.ranks import snapshot, whole
 from pat_serve.training.schedule import GateSchedule
 
 MASK = "mask"
@@ -91,11 +92,12 @@ class Pat(Method):
 
     def losses(self) -> dict[str, Tensor]:
         """Mask losses while the mask moves; the identity loss over all HSMs throughout."""
-        factors = [hsm.l0_RD for hsm in self.hsms.values() if len(hsm.l0_RD)]
+        factors = [whole(hsm.l0_RD) for hsm in self.hsms.values() if len(hsm.l0_RD)]
         terms = {"identity_loss": identity_loss(factors)} if factors else {}
         if not self.mask.frozen and self.mask.schedule.trains_mask:
-            terms["count_loss"] = count_loss(self.mask.logits_D, self.target_width)
-            terms["push_loss"] = push_loss(self.mask.logits_D)
+            logits_D = whole(self.mask.logits_D)
+            terms["count_loss"] = count_loss(logits_D, self.target_width)
+            terms["push_loss"] = push_loss(logits_D)
         return terms
 
     def metrics(self) -> dict[str, float]:
@@ -115,11 +117,9 @@ class Pat(Method):
         return {HIDDEN: AxisCut(width=self.hidden_size, kept=self.mask.kept_indices())}
 
     def folds(self) -> dict[str, HybridFold]:
-        """Every HSM's operator."""
+        """Every HSM's operator; all ranks must ask, since each may hold a shard."""
         return {
-            site: HybridFold(
-                l0_RD=hsm.l0_RD.detach().cpu(), l1_DR=hsm.l1_DR.detach().cpu(), scale_D=hsm.scale_D.detach().cpu()
-            )
+            site: HybridFold(l0_RD=snapshot(hsm.l0_RD), l1_DR=snapshot(hsm.l1_DR), scale_D=snapshot(hsm.scale_D))
             for site, hsm in self.hsms.items()
         }
 

@@ -1,0 +1,179 @@
+"""What PAT costs in training: time of an optimizer step and peak memory against LoRA, at Llama-2-7B's layer shapes.
+
+Example: python benchmarks/training_cost.py --layers 2 --vocab 4096 --batch 1 --length 128 --rounds 6
+
+All methods share one frozen base of random weights and take turns (A B C C B A ...), so that what slows the machine
+slows all of them. Memory is the peak of a process of its own for each. The bar: 1.15 of LoRA's time and 1.10 of its
+memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pat_serve.architectures import FAMILIES
+from pat_serve.server.statistics import PairedRatio, paired_ratio, percentile
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.insert import adapt
+
+# The paper matches PAT (LoRA 20 and HIO 200) with LoRA 64 in parameters; LoRA 20 is the same adapter without PAT.
+METHODS: dict[str, dict[str, Any]] = {
+    "pat": {"method": "pat", "lora_rank": 20, "hio_rank": 200},
+    "lora-20": {"method": "lora", "lora_rank": 20},
+    "lora-64": {"method": "lora", "lora_rank": 64},
+}
+TIME_BAR, MEMORY_BAR = 1.15, 1.10
+TOTAL_STEPS = 10_000
+
+
+def make_base(options: argparse.Namespace) -> Any:
+    """A random Llama of 7B's layer shapes, cut in depth and vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=options.hidden,
+        intermediate_size=options.ffn,
+        num_attention_heads=options.heads,
+        num_hidden_layers=options.layers,
+        vocab_size=options.vocab,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, options.dtype))
+    try:
+        with torch.device(options.device):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def make_step(base: Any, name: str, options: argparse.Namespace) -> Callable[[], None]:
+    """A function that takes one optimizer step of a method, as pat-train takes it."""
+    recipe = TrainRecipe(model="random", data="random", **METHODS[name])
+    width = options.hidden * 3 // 4 if name == "pat" else options.hidden
+    # In float32 whatever the base: the default dtype would make LoRA's factors.
+    model, method = adapt(base, FAMILIES["llama"], recipe, width, TOTAL_STEPS)
+    model.to(options.device).train()
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]  # peft's
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0)
+    ids = torch.randint(options.vocab, (options.batch, options.length), device=options.device)
+
+    def step() -> None:
+        method.on_step(1)
+        for micro in range(options.accumulation):
+            with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+                loss = model(input_ids=ids, labels=ids).loss / options.accumulation
+                if micro == options.accumulation - 1:
+                    loss = sum(method.losses().values(), loss)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def measure_times(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of every step by method, in turns; the i-th of each belong together."""
+    base = make_base(options)
+    shared = {id(parameter): parameter for parameter in base.parameters()}
+    steps = {name: make_step(copy.deepcopy(base, dict(shared)), name, options) for name in METHODS}
+    for step in steps.values():  # the first one makes the optimizer's state
+        step()
+    times: dict[str, list[float]] = {name: [] for name in METHODS}
+    for number in range(options.rounds):
+        for name in list(METHODS) if number % 2 == 0 else reversed(METHODS):
+            began = time.perf_counter()
+            steps[name]()
+            times[name].append(time.perf_counter() - began)
+    return times
+
+
+def measure_memory(name: str, options: argparse.Namespace) -> int:
+    """Peak bytes of this process over three steps of one method: allocated on the GPU, or resident."""
+    step = make_step(make_base(options), name, options)
+    for _ in range(3):
+        step()
+    if options.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def summary(times: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:
+    """Medians, ratios of PAT to each LoRA with their intervals, and whether they meet the bar."""
+    against = {}
+    for name in ("lora-20", "lora-64"):
+        ratio: PairedRatio = paired_ratio(times["pat"], times[name])
+        memory = peaks["pat"] / peaks[name]
+        against[name] = {
+            "time_ratio": ratio.median,
+            "time_ratio_low": ratio.low,
+            "time_ratio_high": ratio.high,
+            "memory_ratio": memory,
+            "met": ratio.median <= TIME_BAR and memory <= MEMORY_BAR,
+        }
+    return {
+        "step_s": {name: percentile(samples, 50) for name, samples in times.items()},
+        "peak_bytes": peaks,
+        "pat_against": against,
+        "samples_s": times,
+    }
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {
+        "layers": 2, "hidden": 4096, "ffn": 11008, "heads": 32, "vocab": 32000,
+        "batch": 1, "length": 128, "accumulation": 1, "rounds": 6,
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"[default: {value}]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--memory-of", choices=tuple(METHODS), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and report; exit 1 when the bar is not met against both."""
+    options = parse()
+    if options.memory_of:
+        print(measure_memory(options.memory_of, options))
+        return
+    peaks = {}
+    for name in METHODS:
+        command = [sys.executable, *sys.argv, "--memory-of", name]
+        peaks[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    result = {"settings": vars(options), **summary(measure_times(options), peaks)}
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(f"{'method':10}{'step, s':>10}{'peak, GiB':>12}{'PAT / it, time (95 %)':>28}{'memory':>9}")
+        for name, seconds in result["step_s"].items():
+            line = f"{name:10}{seconds:10.3f}{peaks[name] / 2**30:12.2f}"
+            if name in result["pat_against"]:
+                it = result["pat_against"][name]
+                interval = f"{it['time_ratio']:.3f} ({it['time_ratio_low']:.3f}-{it['time_ratio_high']:.3f})"
+                line += f"{interval:>28}{it['memory_ratio']:9.3f}"
+            print(line)
+    sys.exit(0 if all(it["met"] for it in result["pat_against"].values()) else 1)
+
+
+if __name__ == "__main__":
+    main()

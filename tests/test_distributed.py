@@ -1,0 +1,113 @@
+"""Two processes train what one does: data parallel and fully sharded, over gloo on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from pat_serve.export.exporter import export_run
+from pat_serve.plan import PruningPlan
+from pat_serve.training.ranks import use_one_device
+from tests.trainings import Trainings
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+# No dropout, whose draws belong to a rank; rows of unequal lengths, so that a mean of means would show.
+SETTINGS = {
+    "max-steps": 13, "learning-rate": 1e-3, "hio-rank": 8, "lora-dropout": 0, "dtype": "float32", "logging-steps": 1,
+    "save-steps": 5, "gradient-accumulation-steps": 2,
+}  # fmt: skip
+
+
+def arguments(base: Path, rows: Path, run: Path, batch_size: int) -> list[str]:
+    flags = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value))]
+    where = ["--model", str(base), "--data", str(rows), "--out", str(run)]
+    return ["--resume", "auto", *where, *flags, "--batch-size", str(batch_size)]
+
+
+def launched(config: str) -> dict[str, str]:
+    """The environment that `accelerate launch` makes of a shipped file."""
+    given = ["--config_file", str(CONFIGS / config), "--num_processes", "2", "pat-train"]
+    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(given))
+    environment = prepare_multi_gpu_env(parsed)
+    return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: line[name] for name in ("loss", "cross_entropy", "identity_loss", "grad_norm")}
+        for line in lines
+        if "loss" in line
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(trainings: Trainings, tiny_base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert trainings.run(arguments(tiny_base, rows, run, batch_size=4)) == 0, trainings.log.read_text()
+    return run
+
+
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_two_ranks_train_what_one_does(
+    config: str, alone: Path, trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path
+):
+    run = tmp_path / "run"
+    command = arguments(tiny_base, rows, run, batch_size=2)
+    assert trainings.run_ranks(command, launched(config)) == [0, 0], trainings.log.read_text()
+    expected = curve(alone)
+    assert len(expected) == 13
+    assert curve(run) == [pytest.approx(line, rel=1e-4) for line in expected]
+    # At the freeze every rank holds its mask against rank 0's (same_on_all), so one file speaks for both.
+    ours, reference = PruningPlan.load(run), PruningPlan.load(alone)
+    assert ours.axes["hidden"].kept.tolist() == reference.axes["hidden"].kept.tolist()
+    sharded = (run / "checkpoints/step-13/optimizer_0").is_dir()
+    assert sharded == (config == "fsdp2.yaml"), "FSDP alone shards the optimizer's state"
+    outcome = export_run(run, tmp_path / "pruned")
+    assert outcome.parity is not None
+
+    # Back to the second checkpoint, as if the machine had died after it, and on.
+    before = load_file(run / "plan.safetensors")
+    for name in ("plan.json", "plan.safetensors", "checkpoints/step-13"):
+        (run / name).rename(tmp_path / Path(name).name)
+    assert trainings.run_ranks(command, launched(config)) == [0, 0], trainings.log.read_text()
+    after = load_file(run / "plan.safetensors")
+    for name, tensor in before.items():
+        assert (tensor - after[name]).abs().max() <= 1e-6, name
+    assert curve(run) == [pytest.approx(line, rel=1e-4) for line in expected]
+    # The batch of a step would be another one.
+    (run / "plan.json").unlink()
+    assert trainings.run(command) == 1
+    assert "processes" in trainings.log.read_text()
+
+
+def test_one_mistake_is_one_message(trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine.txt").touch()
+    command = arguments(tiny_base, rows, tmp_path / "run", batch_size=2)
+    assert trainings.run_ranks(command, launched("ddp.yaml")) == [2, 2]
+    assert trainings.log.read_text().count("a folder with something else") == 1
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_the_shipped_files_are_accelerates(config: str):
+    loaded = load_config_from_file(str(CONFIGS / config))
+    assert loaded.mixed_precision == "no"
+    if config == "zero2.yaml":
+        assert loaded.deepspeed_config["zero_stage"] == 2
+
+
+def test_several_gpus_without_a_launcher_are_no_data_parallel(tmp_path: Path):
+    settings = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=4, report_to=[])
+    assert settings.n_gpu == 0
+    settings._n_gpu = 4  # what transformers sets where four are visible
+    assert settings.train_batch_size == 16
+    assert use_one_device(settings) == 3
+    assert settings.train_batch_size == 4

@@ -1,0 +1,103 @@
+"""A training that is killed with SIGKILL, at whatever moment, and resumed equals one that was not, bit for bit.
+
+Real processes, since an exception still runs `finally` blocks, closes files and flushes buffers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.trainings import Trainings
+
+# 18 steps of 8 to an epoch, so that the end lies within an epoch; checkpoints lie between lines of metrics.jsonl.
+SETTINGS = {
+    "max-steps": 18, "batch-size": 4, "gradient-accumulation-steps": 2, "learning-rate": 2e-2, "max-grad-norm": 1.0,
+    "hio-rank": 8, "dtype": "float32", "logging-steps": 2, "save-steps": 3, "keep-checkpoints": 2,
+}  # fmt: skip
+WALL_TIME = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
+
+def arguments(base: Path, rows: Path, run: Path) -> list[str]:
+    flags = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value))]
+    return ["--resume", "auto", "--model", str(base), "--data", str(rows), "--out", str(run), *flags]
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+def logged(run: Path, step: int) -> bool:
+    return (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in lines(run))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(trainings: Trainings, tiny_base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("kill") / "run"
+    assert trainings.run(arguments(tiny_base, rows, run)) == 0, trainings.log.read_text()
+    return run
+
+
+def test_killed_again_and_again(trainings: Trainings, uninterrupted: Path, tiny_base: Path, rows: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    auto = arguments(tiny_base, rows, run)
+    staging = run / "checkpoints/.partial"
+
+    trainings.kill_when(lambda: logged(run, 1), auto)
+    assert not steps(run), "the first kill should come before the first checkpoint"
+
+    trainings.kill_when(lambda: steps(run) == [3] and staging.exists() and any(staging.iterdir()), auto)
+    assert staging.exists(), "the second kill should come during a save"
+    assert all(complete(run / f"checkpoints/step-{step}") for step in steps(run))
+
+    trainings.kill_when(lambda: logged(run, 10), auto)
+    assert not (run / "plan.json").exists()
+
+    trainings.kill_when(lambda: (run / "adapter").exists(), auto)
+    assert not (run / "plan.json").exists(), "the last kill should come between the adapter and the plan"
+    assert logged(run, 18)
+
+    assert trainings.run(auto) == 0, trainings.log.read_text()
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
+    assert curve(run) == curve(uninterrupted)
+    assert steps(run) == steps(uninterrupted) == [15, 18]
+    for name in (
+        "plan.json", "plan.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json",
+        "checkpoints/step-18/trained.safetensors", "checkpoints/step-18/losses.json",
+    ):  # fmt: skip
+        assert (run / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+
+
+def test_auto_leaves_a_finished_run_alone(trainings: Trainings, uninterrupted: Path, tiny_base: Path, rows: Path):
+    before = (uninterrupted / "plan.json").stat().st_mtime_ns
+    assert trainings.run(arguments(tiny_base, rows, uninterrupted)) == 0
+    assert "finished already" in trainings.log.read_text()
+    assert (uninterrupted / "plan.json").stat().st_mtime_ns == before
+
+
+def test_auto_refuses_other_settings(trainings: Trainings, uninterrupted: Path, tiny_base: Path, rows: Path):
+    other = [*arguments(tiny_base, rows, uninterrupted), "--seed", "7"]
+    assert trainings.run(other) == 2
+    assert "seed 0" in trainings.log.read_text()
+
+
+@pytest.mark.parametrize("flags", [["--force", "--out", "x"], []])
+def test_auto_needs_out_alone(trainings: Trainings, flags: list[str]):
+    assert trainings.run(["--resume", "auto", *flags]) == 2
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    """Every line, without what a clock says."""
+    return [{name: value for name, value in line.items() if name not in WALL_TIME} for line in lines(run)]
+
+
+def complete(checkpoint: Path) -> bool:
+    wanted = ("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    return all((checkpoint / name).is_file() for name in (*wanted, "losses.json"))

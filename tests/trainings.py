@@ -1,0 +1,114 @@
+"""pat-train as real processes, one or several ranks, without ten seconds of imports for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# Forks itself for every line that it reads, once a rank. accelerate shards on accelerators alone and would train with
+# DDP here without a word, so under FSDP its state is told that the CPU is one.
+FORK_SERVER = """
+import json, os, sys
+import accelerate.state, datasets, peft, torch, torch.utils.tensorboard, transformers
+import pat_serve.training.run, pat_serve.training.callbacks, pat_serve.training.insert, pat_serve.training.trainer
+from pat_serve.cli.train import main
+
+def shard_on_cpu():
+    state, fsdp = accelerate.state.AcceleratorState, accelerate.state.DistributedType.FSDP
+    begin = state.__init__
+    def begin_sharded(self, *arguments, **settings):
+        begin(self, *arguments, **settings)
+        if settings.get("fsdp_plugin") is not None:
+            self.distributed_type, self.fsdp_plugin = fsdp, settings["fsdp_plugin"]
+            accelerate.state.PartialState._shared_state["distributed_type"] = fsdp
+    state.__init__ = begin_sharded
+
+print("ready", flush=True)
+for line in sys.stdin:
+    arguments, log, environments = json.loads(line)
+    pids = []
+    for environment in environments:
+        pid = os.fork()
+        if pid:
+            pids.append(pid)
+            continue
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        os.environ.update(environment)
+        if "ACCELERATE_USE_FSDP" in environment:
+            shard_on_cpu()
+        sys.argv = ["pat-train", *arguments]
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        sys.stderr.flush()
+        os._exit(status)
+    print(pids[0], flush=True)
+    print(*[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids], flush=True)
+"""
+
+
+class Trainings:
+    """Starts pat-train again and again, each time as processes of its own."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", FORK_SERVER],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert self._answer() == "ready"
+
+    def _answer(self) -> str:
+        assert self.server.stdout is not None
+        return self.server.stdout.readline().strip()
+
+    def _start(self, arguments: list[str], environments: list[dict[str, str]]) -> int:
+        assert self.server.stdin is not None
+        self.log.write_text("")
+        self.server.stdin.write(json.dumps([arguments, str(self.log), environments]) + "\n")
+        self.server.stdin.flush()
+        return int(self._answer())
+
+    def run(self, arguments: list[str]) -> int:
+        """Train to the end; the exit code."""
+        self._start(arguments, [{}])
+        return int(self._answer())
+
+    def run_ranks(self, arguments: list[str], settings: dict[str, str], count: int = 2) -> list[int]:
+        """Train to the end with several processes; their exit codes.
+
+        Args:
+            arguments: of pat-train.
+            settings: environment that `accelerate launch` would give every rank.
+            count: of processes.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+        ranks = [settings | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        self._start(arguments, ranks)
+        return [int(code) for code in self._answer().split()]
+
+    def kill_when(self, moment: Callable[[], bool], arguments: list[str]) -> None:
+        """Train until a moment comes, then SIGKILL; it must not have ended by itself before."""
+        pid = self._start(arguments, [{}])
+        deadline = time.monotonic() + 120
+        while not moment():
+            assert Path(f"/proc/{pid}").exists(), self.log.read_text()
+            assert time.monotonic() < deadline
+        os.kill(pid, signal.SIGKILL)
+        assert int(self._answer()) == -signal.SIGKILL
+
+    def close(self) -> None:
+        """End the server."""
+        self.server.communicate()

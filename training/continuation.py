@@ -1,0 +1,89 @@
+"""What an interrupted run left behind, and whether it is the run that is asked for now."""
+
+from __future__ import annotations
+
+import shutil
+from enum import Enum
+from pathlib import Path
+
+from pat_serve.errors import OutputExists, RunError, UsageError
+from pat_serve.plan import PLAN_ARRAYS, PLAN_JSON
+from pat_serve.run_folder import (
+    ADAPTER_FOLDER,
+    INPUTS_FILE,
+    METRICS_FILE,
+    PARITY_PROMPTS_FILE,
+    RECIPE_FILE,
+)
+from pat_serve.training.config import TrainRecipe
+
+
+class RunState(Enum):
+    """How far a run has come."""
+
+    ABSENT = "absent"
+    UNFINISHED = "unfinished"
+    FINISHED = "finished"
+
+
+def state_of(run: Path) -> RunState:
+    """Look at a run's folder.
+
+    Raises:
+        OutputExists: there is something else.
+    """
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return RunState.ABSENT
+    if not (run / RECIPE_FILE).is_file():
+        raise OutputExists(
+            f"--out {run}",
+            expected=f"no such path, or a run with {RECIPE_FILE}",
+            found="a folder with something else" if run.is_dir() else "a file",
+            fix="Choose another path.",
+        )
+    return RunState.FINISHED if (run / PLAN_JSON).is_file() else RunState.UNFINISHED
+
+
+def require_unfinished(run: Path) -> None:
+    """Refuse to resume what cannot be.
+
+    Raises:
+        RunError: not a run, or a finished one.
+    """
+    if not (run / RECIPE_FILE).is_file():
+        raise RunError(run, expected="a run with recipe.yaml", found="none", fix="Start one with pat-train --out.")
+    if (run / PLAN_JSON).is_file():
+        raise RunError(run, expected="an unfinished run", found="a finished one", fix="Export it with pat-export.")
+
+
+def saved_recipe(run: Path) -> TrainRecipe:
+    """The recipe that a run began with."""
+    return TrainRecipe.build(TrainRecipe.read(run / RECIPE_FILE), str(run / RECIPE_FILE))
+
+
+def require_same_recipe(run: Path, recipe: TrainRecipe) -> None:
+    """Compare the settings of now with those of the run.
+
+    Raises:
+        UsageError: some differ; the message names them all.
+    """
+    old, new = saved_recipe(run).model_dump(), recipe.model_dump()
+    changed = [name for name in new if old[name] != new[name]]
+    if changed:
+        raise UsageError(
+            f"--resume auto --out {run}",
+            expected="the settings that the run began with: " + ", ".join(f"{name} {old[name]}" for name in changed),
+            found=", ".join(str(new[name]) for name in changed),
+            fix="Give the same settings, or another --out.",
+        )
+
+
+def clear_leftovers(run: Path) -> None:
+    """Delete what writes that a crash cut short left beside their targets."""
+    names = (RECIPE_FILE, INPUTS_FILE, METRICS_FILE, PARITY_PROMPTS_FILE, ADAPTER_FOLDER, PLAN_JSON, PLAN_ARRAYS)
+    for name in names:
+        for leftover in run.glob(f".{name}.*"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()

@@ -1,0 +1,64 @@
+"""What a finished run leaves for an export: the adapter, the tokenizer, prompts for the parity gate, and the plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pat_serve.atomic import new_folder, write_text
+from pat_serve.errors import Diverged
+from pat_serve.plan import PruningPlan, file_sha256
+from pat_serve.run_folder import ADAPTER_FOLDER, PARITY_PROMPTS_FILE
+
+
+def write_result(
+    run: Path,
+    *,
+    model: nn.Module,
+    lora: dict[str, Tensor],
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    plan: PruningPlan,
+) -> None:
+    """Write what an export needs; the plan comes last, so that a run with a plan is a finished run.
+
+    Args:
+        run: the run's folder.
+        model: the PEFT model, for the adapter's configuration.
+        lora: the adapter's tensors, whole and in main memory.
+        tokenizer: of the base.
+        prompts: token ids that the parity gate compares logits on.
+        plan: all but the adapter's hashes.
+
+    Raises:
+        Diverged: a trained number is not finite; nothing is written.
+    """
+    trained = [*lora.values(), *(tensor for fold in plan.folds.values() for tensor in vars(fold).values())]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in trained):
+        raise Diverged(
+            run,
+            expected="finite weights after the last step",
+            found="NaN or infinity",
+            fix="Train again with a lower --learning-rate; metrics.jsonl shows where the loss went.",
+        )
+    with new_folder(run / ADAPTER_FOLDER) as staging:
+        model.save_pretrained(staging, state_dict=lora, save_embedding_layers=False)  # type: ignore[operator]  # PEFT's
+        _sort_targets(staging / "adapter_config.json")
+    tokenizer.save_pretrained(run)
+    lines = (json.dumps({"token_ids": prompt}) + "\n" for prompt in prompts)
+    write_text(run / PARITY_PROMPTS_FILE, "".join(lines))
+    adapter = {path.name: file_sha256(path) for path in sorted((run / ADAPTER_FOLDER).glob("adapter_*"))}
+    replace(plan, adapter=adapter).save(run)
+
+
+def _sort_targets(path: Path) -> None:
+    """Peft lists a set, in another order in every process: sorted, a run that is repeated has the same bytes."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
