@@ -25,6 +25,13 @@ class TrainRecipe(pydantic.BaseModel):
     revision: str | None = None
     data: str
     data_split: str = "train"
+    streaming: bool = False
+    packing: bool = False
+    skip_bad_rows: bool = False
+    eval_data: str | None = None
+    eval_split: str = "validation"
+    eval_share: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    eval_steps: int = pydantic.Field(default=100, ge=1)
     method: str = "pat"
     ratio: float | None = None
     hidden_size: int | None = None
@@ -60,6 +67,16 @@ class TrainRecipe(pydantic.BaseModel):
             raise ValueError("give ratio or hidden_size, not both")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _one_evaluation(self) -> TrainRecipe:
+        if self.eval_data is not None and self.eval_share is not None:
+            raise ValueError("give eval_data or eval_share, not both")
+        if self.streaming and self.max_steps is None:
+            raise ValueError("max_steps beside streaming, since a stream has no epochs")
+        if self.streaming and self.eval_share is not None:
+            raise ValueError("eval_data beside streaming, since a stream cannot be split")
+        return self
+
     @pydantic.field_validator("lr_scheduler")
     @classmethod
     def _known_scheduler(cls, name: str) -> str:
@@ -72,7 +89,8 @@ class TrainRecipe(pydantic.BaseModel):
 
     def with_absolute_paths(self) -> TrainRecipe:
         """The same recipe with local paths made absolute, so that a run can be resumed from any folder."""
-        local = {name: Path(getattr(self, name)) for name in ("model", "data")}
+        named = {name: getattr(self, name) for name in ("model", "data", "eval_data")}
+        local = {name: Path(value) for name, value in named.items() if value is not None}
         return self.model_copy(update={name: str(path.resolve()) for name, path in local.items() if path.exists()})
 
     def resolved_hio_rank(self, hidden_size: int) -> int:

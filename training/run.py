@@ -28,15 +28,14 @@ from pat_serve.run_folder import (
     list_checkpoints,
 )
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.data import PadBatch, encode_rows, load_rows, load_tokenizer
-from pat_serve.training.inputs import RunInputs, examples_sha256
+from pat_serve.training.data import PadBatch, TrainingData, load_tokenizer, read_training_data
+from pat_serve.training.inputs import RunInputs
 from pat_serve.training.methods import METHODS, Method
 
 if TYPE_CHECKING:
     from pat_serve.training.callbacks import Display
     from pat_serve.training.trainer import PruningTrainer
 
-PARITY_ROWS = 8
 # The schedule's soft phase needs a few steps, and the model some more after the freeze.
 LEAST_STEPS = 12
 
@@ -59,7 +58,9 @@ def start(recipe: TrainRecipe, run: Path, *, force: bool = False) -> Finished:
         PatServeError: the model, the data or a setting is unusable. What stood at `run` stands there still.
     """
     recipe = recipe.with_absolute_paths()
-    check_vacant(run, force=force, inputs=[Path(recipe.model), Path(recipe.data)])
+    check_vacant(
+        run, force=force, inputs=[Path(recipe.model), *map(Path, filter(None, (recipe.data, recipe.eval_data)))]
+    )
     prepared = _prepare(recipe)
     run.parent.mkdir(parents=True, exist_ok=True)
     retired = retire(run) if run.exists() else None
@@ -102,7 +103,7 @@ class _Prepared:
     recipe: TrainRecipe
     checkpoint: Checkpoint
     tokenizer: Any
-    examples: list[dict[str, list[int]]]
+    data: TrainingData
     inputs: RunInputs
 
 
@@ -120,29 +121,28 @@ def _prepare(recipe: TrainRecipe) -> _Prepared:
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     target_width = _target_width(recipe, checkpoint)
     tokenizer = load_tokenizer(checkpoint.folder)
-    rows = load_rows(recipe.data, recipe.data_split, tokenizer)
-    examples, dropped = encode_rows(rows, tokenizer, recipe.max_length_tokens)
-    if dropped:
-        say(f"{dropped} of {len(rows)} rows left out: their prompt alone fills {recipe.max_length_tokens} tokens")
+    data = read_training_data(recipe, tokenizer)
     batch = recipe.batch_size * recipe.gradient_accumulation_steps
-    total_steps = recipe.max_steps or max(1, round(recipe.epochs * len(examples) / batch))
+    rows = data.rows()
+    total_steps = recipe.max_steps or max(1, round(recipe.epochs * (rows or 0) / batch))
     if METHODS[recipe.method].prunes and total_steps < LEAST_STEPS:
         raise UsageError(
             "--max-steps" if recipe.max_steps else "--epochs",
             expected=f"at least {LEAST_STEPS} optimizer steps, for the gate's schedule",
-            found=f"{total_steps} ({len(examples)} examples in batches of {batch})",
+            found=f"{total_steps} ({rows or 'a stream of'} rows in batches of {batch})",
             fix="Train longer, or use smaller batches.",
         )
     dtype = serving_dtype(recipe.dtype)
     inputs = RunInputs(
         base=checkpoint.reference(),
-        examples_sha256=examples_sha256(examples),
+        examples_sha256=data.train_sha256,
+        held_out_sha256=data.held_out_sha256,
         total_steps=total_steps,
         target_width=target_width,
         # An older GPU serves in float16, which cannot be trained in without scaling the loss.
         dtype="float32" if dtype == "float16" else dtype,
     )
-    return _Prepared(recipe=recipe, checkpoint=checkpoint, tokenizer=tokenizer, examples=examples, inputs=inputs)
+    return _Prepared(recipe=recipe, checkpoint=checkpoint, tokenizer=tokenizer, data=data, inputs=inputs)
 
 
 def _target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
@@ -202,6 +202,11 @@ def _assemble(prepared: _Prepared, run: Path) -> _Job:
         logging_steps=recipe.logging_steps,
         logging_first_step=True,
         save_steps=recipe.save_steps,
+        eval_strategy="steps" if prepared.data.held_out is not None else "no",
+        eval_steps=recipe.eval_steps,
+        per_device_eval_batch_size=recipe.batch_size,
+        # Every process reads a stream by itself.
+        accelerator_config={"dispatch_batches": False} if recipe.streaming else None,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
@@ -214,7 +219,8 @@ def _assemble(prepared: _Prepared, run: Path) -> _Job:
         keep_checkpoints=recipe.keep_checkpoints,
         model=model,
         args=arguments,
-        train_dataset=prepared.examples,
+        train_dataset=prepared.data.train,
+        eval_dataset=prepared.data.held_out,
         data_collator=PadBatch(),
         callbacks=[
             MethodClock(method),
@@ -259,7 +265,7 @@ def _finish(prepared: _Prepared, run: Path, model: nn.Module, method: Method) ->
     with new_folder(run / ADAPTER_FOLDER) as staging:
         model.save_pretrained(staging, state_dict=lora, save_embedding_layers=False)  # type: ignore[operator]  # PEFT's
     prepared.tokenizer.save_pretrained(run)
-    prompts = [{"token_ids": example["input_ids"]} for example in prepared.examples[:PARITY_ROWS]]
+    prompts = [{"token_ids": example["input_ids"]} for example in prepared.data.samples]
     write_text(run / PARITY_PROMPTS_FILE, "".join(json.dumps(prompt) + "\n" for prompt in prompts))
     PruningPlan(
         method=method.name,

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from pat_serve.run_folder import CHECKPOINTS_FOLDER, list_checkpoints
+from pat_serve.training.evaluation import response_nll, response_perplexity
 from pat_serve.training.methods import Method
 
 TRAINED_FILE = "trained.safetensors"
@@ -31,6 +32,11 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
     """
 
     def __init__(self, *, method: Method, run: Path, keep_checkpoints: int, **settings: Any) -> None:
+        if settings.get("eval_dataset") is not None:
+            settings |= {
+                "compute_metrics": response_perplexity,
+                "preprocess_logits_for_metrics": response_nll,
+            }
         super().__init__(**settings)
         self.method = method
         self.checkpoints = run / CHECKPOINTS_FOLDER
@@ -70,6 +76,13 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
             logs |= self.method.metrics()
             self._sums, self._micro_batches = {}, 0
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with `eval_loss` weighted by tokens: its own is a mean of the batches' means."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if "eval_nll" in output.metrics:
+            output.metrics["eval_loss"] = output.metrics.pop("eval_nll")
+        return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group for each learning rate."""
