@@ -12,6 +12,8 @@ from pat_serve.atomic import write_text
 from pat_serve.errors import UsageError, first_line
 from pat_serve.run_folder import RECIPE_FILE
 
+TENSORBOARD: Literal["tensorboard"] = "tensorboard"
+
 
 class TrainRecipe(pydantic.BaseModel):
     """Settings of a run; the defaults are the paper's (method PAT) where it names them.
@@ -57,6 +59,7 @@ class TrainRecipe(pydantic.BaseModel):
     hio_rank: int | None = pydantic.Field(default=None, ge=1)
     milestone_share: float = pydantic.Field(default=1 / 3, gt=0, le=1)
 
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = (TENSORBOARD,)
     logging_steps: int = pydantic.Field(default=10, ge=1)
     save_steps: int = pydantic.Field(default=500, ge=1)
     keep_checkpoints: int = pydantic.Field(default=2, ge=1)
@@ -76,6 +79,14 @@ class TrainRecipe(pydantic.BaseModel):
         if self.streaming and self.eval_share is not None:
             raise ValueError("eval_data beside streaming, since a stream cannot be split")
         return self
+
+    @pydantic.field_validator("report_to", mode="before")
+    @classmethod
+    def _split_names(cls, names: object) -> object:
+        """As a flag they are one text; `none` is nobody."""
+        if not isinstance(names, str):
+            return names
+        return tuple(name.strip() for name in names.split(",") if name.strip() not in ("", "none"))
 
     @pydantic.field_validator("lr_scheduler")
     @classmethod
@@ -103,7 +114,7 @@ class TrainRecipe(pydantic.BaseModel):
 
     def save(self, run: Path) -> None:
         """Write recipe.yaml, atomically."""
-        write_text(run / RECIPE_FILE, yaml.safe_dump(self.model_dump(), sort_keys=False))
+        write_text(run / RECIPE_FILE, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
     @staticmethod
     def build(settings: dict[str, Any], source: str) -> TrainRecipe:

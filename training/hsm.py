@@ -7,9 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pat_serve.errors import EmptyMask
 from pat_serve.hybrid import HybridFold, apply_hybrid
 from pat_serve.training.losses import kept_channels
 from pat_serve.training.schedule import GateSchedule
+
+LEAST_GATE = 0.01
 
 
 class SharedMask(nn.Module):
@@ -51,6 +54,24 @@ class SharedMask(nn.Module):
         if self.frozen:
             return self.frozen_gate_D
         return torch.sigmoid(self.schedule.temperature(self.step) * self.logits_D) + self.schedule.offset(self.step)
+
+    def require_open(self) -> None:
+        """Check that something passes the gate.
+
+        All logits may well be negative for a few steps, the count loss turns them back; a gate that is closed on every
+        channel switches the model off, and no gradient brings it back.
+
+        Raises:
+            EmptyMask: every gate is below 0.01.
+        """
+        widest = float(self.gate().detach().max())
+        if widest < LEAST_GATE:
+            raise EmptyMask(
+                f"the mask before step {self.step + 1}",
+                expected=f"at least one channel with a gate above {LEAST_GATE}",
+                found=f"none, the widest is {widest:.2g}",
+                fix="Train again with a lower --mask-learning-rate.",
+            )
 
     def kept_indices(self) -> Tensor:
         """int64 (K,): the channels with the K largest logits, ascending; equal logits go to the lower index."""

@@ -27,7 +27,7 @@ from pat_serve.run_folder import (
     TENSORBOARD_FOLDER,
     list_checkpoints,
 )
-from pat_serve.training.config import TrainRecipe
+from pat_serve.training.config import TENSORBOARD, TrainRecipe
 from pat_serve.training.data import PadBatch, TrainingData, load_tokenizer, read_training_data
 from pat_serve.training.inputs import RunInputs
 from pat_serve.training.methods import METHODS, Method
@@ -118,6 +118,9 @@ def _prepare(recipe: TrainRecipe) -> _Prepared:
     """Check everything that can be checked before the model is loaded."""
     if recipe.method not in METHODS:
         raise UsageError("--method", expected=" or ".join(METHODS), found=recipe.method, fix="Choose one of them.")
+    from pat_serve.training.reporting import check_reporters
+
+    check_reporters(recipe.report_to)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     target_width = _target_width(recipe, checkpoint)
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -173,13 +176,12 @@ def _target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
 
 def _assemble(prepared: _Prepared, run: Path) -> _Job:
     """Model, method and trainer, ready for the first step."""
-    from torch.utils.tensorboard import SummaryWriter
     from transformers import TrainingArguments, set_seed
-    from transformers.integrations import TensorBoardCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from pat_serve.training.callbacks import Display, MethodClock, MetricsFile
     from pat_serve.training.insert import build_model
+    from pat_serve.training.reporting import tensorboard_callbacks
     from pat_serve.training.trainer import PruningTrainer
 
     recipe, inputs = prepared.recipe, prepared.inputs
@@ -207,7 +209,8 @@ def _assemble(prepared: _Prepared, run: Path) -> _Job:
         per_device_eval_batch_size=recipe.batch_size,
         # Every process reads a stream by itself.
         accelerator_config={"dispatch_batches": False} if recipe.streaming else None,
-        report_to=[],
+        report_to=[name for name in recipe.report_to if name != TENSORBOARD],
+        run_name=run.name,
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
@@ -225,7 +228,7 @@ def _assemble(prepared: _Prepared, run: Path) -> _Job:
         callbacks=[
             MethodClock(method),
             MetricsFile(run),
-            TensorBoardCallback(SummaryWriter(run / TENSORBOARD_FOLDER)),
+            *(tensorboard_callbacks(run / TENSORBOARD_FOLDER, method) if TENSORBOARD in recipe.report_to else ()),
             display,
         ],
     )

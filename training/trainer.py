@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
+from pat_serve.errors import Diverged
 from pat_serve.run_folder import CHECKPOINTS_FOLDER, list_checkpoints
+from pat_serve.training.callbacks import StepTimer
 from pat_serve.training.evaluation import response_nll, response_perplexity
 from pat_serve.training.methods import Method
 
@@ -39,11 +42,16 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
             }
         super().__init__(**settings)
         self.method = method
+        self.run = run
         self.checkpoints = run / CHECKPOINTS_FOLDER
         self.keep_checkpoints = keep_checkpoints
         self.optimizer: torch.optim.Optimizer | None
         self._sums: dict[str, float] = {}
         self._micro_batches = 0
+        self._tokens = 0
+        self._last_finite = "none before it"
+        self._timer = StepTimer()
+        self.add_callback(self._timer)
 
     def compute_loss(
         self,
@@ -52,7 +60,11 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy, plus the method's losses while training (never in evaluation)."""
+        """Cross-entropy, plus the method's losses while training (never in evaluation).
+
+        Raises:
+            Diverged: a term of the training loss is not finite.
+        """
         cross_entropy, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
@@ -67,6 +79,8 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
                 self._record(name, term, 1)
                 loss = loss + (term / micro_batches if summed else term).to(loss.device)
             self._micro_batches += 1
+            # A packed row's padding counts as tokens: little, and no mask tells it.
+            self._tokens += int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -74,7 +88,11 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         if self._micro_batches:
             logs |= {name: total / self._micro_batches for name, total in self._sums.items()}
             logs |= self.method.metrics()
-            self._sums, self._micro_batches = {}, 0
+            seconds = self._timer.take_s()
+            if seconds > 0:
+                # Of all processes, which see the same number each.
+                logs["tokens_per_second"] = self._tokens * self.args.world_size / seconds
+            self._sums, self._micro_batches, self._tokens = {}, 0, 0
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +138,17 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         return scheduler
 
     def _record(self, name: str, value: Tensor, factor: float) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + float(value.detach()) * factor
+        number = float(value.detach()) * factor
+        if not math.isfinite(number):
+            raise Diverged(
+                f"{self.run}, step {self.state.global_step + 1}",
+                expected="a finite loss",
+                found=f"{name} {number}; the last finite loss was {self._last_finite}",
+                fix="Train again with a lower --learning-rate; the last checkpoint is in its checkpoints folder.",
+            )
+        if name == "cross_entropy":
+            self._last_finite = f"{number:.4g} in step {self.state.global_step + 1}"
+        self._sums[name] = self._sums.get(name, 0.0) + number
 
     # Checkpoints. The Trainer writes the optimizer, the scheduler, the random state and its own; what is trained goes
     # into one safetensors file instead of its pickle and PEFT's adapter (which does not know the HSMs).
@@ -152,6 +180,14 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._trained()}
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+                # Written, it would take the place of one that a run can go on from.
+                raise Diverged(
+                    f"{self.run}, step {self.state.global_step}",
+                    expected="finite weights in a checkpoint",
+                    found=f"NaN or infinity; the last finite loss was {self._last_finite}",
+                    fix="Train again with a lower --learning-rate; the checkpoints before it are kept.",
+                )
             save_file(tensors, Path(output_dir) / TRAINED_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -72,6 +72,10 @@ def train(
     milestone_share: Annotated[
         float | None, Flag(help="Share of the run after which the gate would be hard. [default: 1/3]")
     ] = None,
+    report_to: Annotated[
+        str | None,
+        Flag(help="Of tensorboard, wandb, trackio: those to report to, with commas, or none. [default: tensorboard]"),
+    ] = None,
     logging_steps: Annotated[int | None, Flag(help="[default: 10]")] = None,
     save_steps: Annotated[int | None, Flag(help="Steps between checkpoints. [default: 500]")] = None,
     keep_checkpoints: Annotated[int | None, Flag(help="Checkpoints to keep. [default: 2]")] = None,

@@ -61,6 +61,10 @@ class Method(ABC):
         """Figures for metrics.jsonl."""
         return {}
 
+    def histograms(self) -> dict[str, Tensor]:
+        """Distributions for TensorBoard, by name."""
+        return {}
+
     @abstractmethod
     def axes(self) -> dict[str, AxisCut]:
         """The plan's axes after the last step."""

@@ -20,6 +20,8 @@ from pat_serve.training.methods.base import Method
 from pat_serve.training.schedule import GateSchedule
 
 MASK = "mask"
+# Above this the projection at the freeze changes what the model computes noticeably.
+UNDECIDED_GAP = 0.1
 
 
 class Pat(Method):
@@ -62,6 +64,13 @@ class Pat(Method):
                 f"mask frozen at step {step}: {self.target_width} of {self.hidden_size} channels; the projection moved "
                 f"the gate by {self.mask.freeze_gap:.3f} on average (0: fully polarised, 0.5: undecided)"
             )
+            if self.mask.freeze_gap > UNDECIDED_GAP:
+                say(
+                    f"warning: the mask had not decided before its freeze ({self.mask.freeze_gap:.3f} > "
+                    f"{UNDECIDED_GAP}), and the model feels the cut as a jump: train longer (--max-steps, --epochs) or "
+                    "raise --mask-learning-rate"
+                )
+        self.mask.require_open()
 
     def losses(self) -> dict[str, Tensor]:
         """Mask losses while the mask moves; the identity loss over all HSMs throughout."""
@@ -77,6 +86,10 @@ class Pat(Method):
         if self.mask.frozen:
             figures["gate_freeze_gap"] = self.mask.freeze_gap
         return figures
+
+    def histograms(self) -> dict[str, Tensor]:
+        """The gate and the logits behind it."""
+        return {"gate": self.mask.gate().detach().cpu(), "mask_logits": self.mask.logits_D.detach().cpu()}
 
     def axes(self) -> dict[str, AxisCut]:
         """The K channels that the mask keeps."""
