@@ -52,6 +52,7 @@ class TrainRecipe(pydantic.BaseModel):
     seed: int = pydantic.Field(default=0, ge=0, lt=2**32)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
+    skip_preflight: bool = False
 
     lora_rank: int = pydantic.Field(default=20, ge=1)
     lora_alpha: float = pydantic.Field(default=4.0, gt=0)

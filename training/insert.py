@@ -25,10 +25,22 @@ def build_model(
     Returns:
         the PEFT model and its method.
     """
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, local_files_only=True)
+    return adapt(base, checkpoint, recipe, target_width, total_steps)
+
+
+def adapt(
+    base: nn.Module, checkpoint: Checkpoint, recipe: TrainRecipe, target_width: int, total_steps: int
+) -> tuple[nn.Module, Method]:
+    """Give a loaded base (on any device, meta too) LoRA and the method's modules.
+
+    Returns:
+        the PEFT model around `base`, and its method.
+    """
+    from peft import LoraConfig, get_peft_model
+
     base.config.use_cache = False
     lora = LoraConfig(
         task_type="CAUSAL_LM",

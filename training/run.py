@@ -118,6 +118,7 @@ def _prepare(recipe: TrainRecipe) -> _Prepared:
     """Check everything that can be checked before the model is loaded."""
     if recipe.method not in METHODS:
         raise UsageError("--method", expected=" or ".join(METHODS), found=recipe.method, fix="Choose one of them.")
+    from pat_serve.training.preflight import check_memory
     from pat_serve.training.reporting import check_reporters
 
     check_reporters(recipe.report_to)
@@ -136,14 +137,17 @@ def _prepare(recipe: TrainRecipe) -> _Prepared:
             fix="Train longer, or use smaller batches.",
         )
     dtype = serving_dtype(recipe.dtype)
+    # An older GPU serves in float16, which cannot be trained in without scaling the loss.
+    dtype = "float32" if dtype == "float16" else dtype
+    # Before the base is hashed, which reads all of it.
+    check_memory(checkpoint, recipe, dtype, target_width, total_steps, data.longest_tokens)
     inputs = RunInputs(
         base=checkpoint.reference(),
         examples_sha256=data.train_sha256,
         held_out_sha256=data.held_out_sha256,
         total_steps=total_steps,
         target_width=target_width,
-        # An older GPU serves in float16, which cannot be trained in without scaling the loss.
-        dtype="float32" if dtype == "float16" else dtype,
+        dtype=dtype,
     )
     return _Prepared(recipe=recipe, checkpoint=checkpoint, tokenizer=tokenizer, data=data, inputs=inputs)
 

@@ -63,6 +63,9 @@ def train(
     gradient_checkpointing: Annotated[
         bool | None, Flag("--gradient-checkpointing", help="Trade time for memory.")
     ] = None,
+    skip_preflight: Annotated[
+        bool | None, Flag("--skip-preflight", help="Begin although the memory is expected not to suffice.")
+    ] = None,
     lora_rank: Annotated[int | None, Flag(help="[default: 20]")] = None,
     lora_alpha: Annotated[float | None, Flag(help="[default: 4]")] = None,
     lora_dropout: Annotated[float | None, Flag(help="[default: 0.05]")] = None,

@@ -31,6 +31,7 @@ class TrainingData:
         train: rows for the Trainer, packed if the recipe says so.
         held_out: rows for the evaluation, never packed; None without one.
         samples: a few unpacked training examples.
+        longest_tokens: of a training row; of a stream, the most that one may have.
         train_sha256: of the training rows; of a stream, its name and the hash of its first 1,000 examples.
         held_out_sha256: likewise, None without an evaluation.
     """
@@ -38,6 +39,7 @@ class TrainingData:
     train: list[Example] | ExampleStream
     held_out: list[Example] | None
     samples: list[Example]
+    longest_tokens: int
     train_sha256: str
     held_out_sha256: str | None
 
@@ -75,6 +77,7 @@ def read_training_data(recipe: TrainRecipe, tokenizer: Tokenizer) -> TrainingDat
         train=train,
         held_out=held_out,
         samples=examples[:SAMPLES],
+        longest_tokens=max(len(example["input_ids"]) for example in train),
         train_sha256=examples_sha256(train),
         held_out_sha256=examples_sha256(held_out) if held_out is not None else None,
     )
@@ -131,6 +134,7 @@ def _stream(recipe: TrainRecipe, tokenizer: Tokenizer, held_out: list[Example] |
         train=stream,
         held_out=held_out,
         samples=head[:SAMPLES],
+        longest_tokens=recipe.max_length_tokens,
         train_sha256=identity,
         held_out_sha256=examples_sha256(held_out) if held_out is not None else None,
     )
