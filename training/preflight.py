@@ -63,9 +63,8 @@ class Preflight:
             f"{_count(self.lora_parameters)}, method {_count(self.method_parameters)}); at most "
             f"{self.tokens_per_step:,} tokens a step"
         )
-        say(
-            f"preflight: expects {_gb(self.total_bytes)} of {_gb(available_bytes)} available on {device}: {self.parts()}"
-        )
+        room = f"{_gb(self.total_bytes)} of {_gb(available_bytes)} available on {device}"
+        say(f"preflight: expects {room}: {self.parts()}")
 
     def parts(self) -> str:
         """The memory's shares."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,27 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from pat_serve.atomic import check_vacant, new_folder, retire, write_text
+from pat_serve.atomic import check_vacant, retire
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
-from pat_serve.errors import Diverged, RunError, UsageError
-from pat_serve.geometry import check_width, snap_ratio
+from pat_serve.errors import RunError, UsageError
 from pat_serve.hardware import serving_dtype
-from pat_serve.plan import PLAN_JSON, PruningPlan, file_sha256
-from pat_serve.progress import say
+from pat_serve.plan import PLAN_JSON
 from pat_serve.run_folder import (
-    ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
-    PARITY_PROMPTS_FILE,
     RECIPE_FILE,
     TENSORBOARD_FOLDER,
     list_checkpoints,
 )
 from pat_serve.training.config import TENSORBOARD, TrainRecipe
 from pat_serve.training.data import PadBatch, TrainingData, load_tokenizer, read_training_data
+from pat_serve.training.finish import write_result
 from pat_serve.training.inputs import RunInputs
 from pat_serve.training.methods import METHODS, Method
+from pat_serve.training.width import target_width
 
 if TYPE_CHECKING:
     from pat_serve.training.callbacks import Display
@@ -123,7 +119,7 @@ def _prepare(recipe: TrainRecipe) -> _Prepared:
 
     check_reporters(recipe.report_to)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
-    target_width = _target_width(recipe, checkpoint)
+    width = target_width(recipe, checkpoint)
     tokenizer = load_tokenizer(checkpoint.folder)
     data = read_training_data(recipe, tokenizer)
     batch = recipe.batch_size * recipe.gradient_accumulation_steps
@@ -140,42 +136,16 @@ def _prepare(recipe: TrainRecipe) -> _Prepared:
     # An older GPU serves in float16, which cannot be trained in without scaling the loss.
     dtype = "float32" if dtype == "float16" else dtype
     # Before the base is hashed, which reads all of it.
-    check_memory(checkpoint, recipe, dtype, target_width, total_steps, data.longest_tokens)
+    check_memory(checkpoint, recipe, dtype, width, total_steps, data.longest_tokens)
     inputs = RunInputs(
         base=checkpoint.reference(),
         examples_sha256=data.train_sha256,
         held_out_sha256=data.held_out_sha256,
         total_steps=total_steps,
-        target_width=target_width,
+        target_width=width,
         dtype=dtype,
     )
     return _Prepared(recipe=recipe, checkpoint=checkpoint, tokenizer=tokenizer, data=data, inputs=inputs)
-
-
-def _target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
-    if not METHODS[recipe.method].prunes:
-        if recipe.ratio is not None or recipe.hidden_size is not None:
-            raise UsageError(
-                "--ratio" if recipe.ratio is not None else "--hidden-size",
-                expected=f"none, since --method {recipe.method} keeps the base's width",
-                found=str(recipe.ratio or recipe.hidden_size),
-                fix="Leave it out, or choose a method that prunes.",
-            )
-        return checkpoint.hidden_size
-    shape = (checkpoint.hidden_size, checkpoint.num_attention_heads)
-    rule = checkpoint.family.hidden_multiple_of_heads
-    if recipe.hidden_size is not None:
-        return check_width(recipe.hidden_size, *shape, hidden_multiple_of_heads=rule)
-    ratio = 0.25 if recipe.ratio is None else recipe.ratio
-    width, snapped = snap_ratio(ratio, *shape, hidden_multiple_of_heads=rule)
-    if snapped:
-        exact = (1 - ratio) * checkpoint.hidden_size
-        cut = 1 - width / checkpoint.hidden_size
-        say(
-            f"--ratio {ratio} asks for a hidden_size of {exact:g}; {width} is the nearest legal and fast one, "
-            f"a cut of {cut:.1%} (--hidden-size takes any legal one)"
-        )
-    return width
 
 
 def _assemble(prepared: _Prepared, run: Path) -> _Job:
@@ -250,34 +220,9 @@ def _train(prepared: _Prepared, job: _Job, run: Path, resume_from: Path | None) 
     # A run that is resumed after its last step takes no further one, and its mask must be frozen all the same.
     job.method.on_step(inputs.total_steps)
     if trainer.is_world_process_zero():
-        _finish(prepared, run, trainer.accelerator.unwrap_model(trainer.model), job.method)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        prompts = [example["input_ids"] for example in prepared.data.samples]
+        write_result(run, model, job.method, inputs.base, prepared.tokenizer, prompts)
     return Finished(
         run=run, hidden_size=inputs.target_width, steps=inputs.total_steps, train_loss=outcome.training_loss
     )
-
-
-def _finish(prepared: _Prepared, run: Path, model: nn.Module, method: Method) -> None:
-    """Write what an export needs; the plan comes last, so that a run with a plan is a finished run."""
-    # Left to itself, peft also writes the HSMs that sit under the adapted modules.
-    lora = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
-    folds = method.folds()
-    trained = [*lora.values(), *(tensor for fold in folds.values() for tensor in vars(fold).values())]
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in trained):
-        raise Diverged(
-            run,
-            expected="finite weights after the last step",
-            found="NaN or infinity",
-            fix="Train again with a lower --learning-rate; metrics.jsonl shows where the loss went.",
-        )
-    with new_folder(run / ADAPTER_FOLDER) as staging:
-        model.save_pretrained(staging, state_dict=lora, save_embedding_layers=False)  # type: ignore[operator]  # PEFT's
-    prepared.tokenizer.save_pretrained(run)
-    prompts = [{"token_ids": example["input_ids"]} for example in prepared.data.samples]
-    write_text(run / PARITY_PROMPTS_FILE, "".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    PruningPlan(
-        method=method.name,
-        base=prepared.inputs.base,
-        axes=method.axes(),
-        folds=folds,
-        adapter={path.name: file_sha256(path) for path in sorted((run / ADAPTER_FOLDER).glob("adapter_*"))},
-    ).save(run)

@@ -49,6 +49,10 @@ class Method(ABC):
         """Learning rates that differ from the recipe's, by a module's name."""
         return {}
 
+    def set_total_steps(self, total_steps: int) -> None:
+        """Stretch the schedules over another number of steps; before the first, for loops that learn it late."""
+        self.total_steps = total_steps
+
     def on_step(self, step: int) -> None:
         """Called before every optimizer step with its number, from 0, also after a resume."""
         self.step = step

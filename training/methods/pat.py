@@ -54,6 +54,11 @@ class Pat(Method):
         rate = self.recipe.mask_learning_rate
         return {MASK: self.mask.schedule.mask_learning_rate() if rate is None else rate}
 
+    def set_total_steps(self, total_steps: int) -> None:
+        """The gate's schedule follows."""
+        super().set_total_steps(total_steps)
+        self.mask.schedule = GateSchedule.for_run(total_steps, self.recipe.milestone_share)
+
     def on_step(self, step: int) -> None:
         """Move the gate along its schedule; at the freeze, project it to exactly K channels."""
         super().on_step(step)
