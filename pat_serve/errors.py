@@ -16,10 +16,12 @@
     │   ├── UnfinishedRun                  the training has not reached its last step
     │   ├── BrokenPlan                     plan.json or what it names is damaged or does not fit the base
     │   ├── ChangedInput                   base, data or length differ from what the run began with
-    │   └── Diverged                       training ended with numbers that are not finite
+    │   ├── Diverged                       training came to numbers that are not finite
+    │   └── EmptyMask                      the gate closed on every channel
     ├── ParityError               exit 1   the exported model is not the trained one
     ├── EngineError               exit 1   a vLLM engine did not start, or died
-    └── MissingExtra              exit 1   an optional dependency is not installed
+    ├── MissingExtra              exit 1   an optional dependency is not installed
+    └── TooLarge                  exit 1   a training that cannot fit into the memory that is there
 
 A message always names the object, what was expected, what was found and the way out.
 """
@@ -101,6 +103,9 @@ class ChangedInput(RunError): ...
 class Diverged(RunError): ...
 
 
+class EmptyMask(RunError): ...
+
+
 class ParityError(PatServeError): ...
 
 
@@ -108,3 +113,6 @@ class EngineError(PatServeError): ...
 
 
 class MissingExtra(PatServeError): ...
+
+
+class TooLarge(PatServeError): ...

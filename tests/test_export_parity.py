@@ -183,10 +183,10 @@ def test_the_trained_model_is_the_masked_one(tiny_base: Path, rows: Path, tmp_pa
     trained = {}
     finish = training_run._finish
 
-    def keep_model(prepared, run, model, method) -> None:
+    def keep_model(prepared, run, job, ranks) -> None:
         with torch.no_grad():
-            trained["logits"] = model.eval()(input_ids=PROMPT).logits
-        finish(prepared, run, model, method)
+            trained["logits"] = job.trainer.model.eval()(input_ids=PROMPT).logits
+        finish(prepared, run, job, ranks)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_run, "_finish", keep_model)

@@ -24,8 +24,6 @@ from pat_serve.rotation import effective_gain, principal_axes
 from pat_serve.training.data import PadBatch
 
 CALIBRATION_FILE = "calibration.safetensors"
-# Rows of the training data; the covariance of 4,096 channels wants a few times as many tokens.
-CALIBRATION_ROWS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +60,8 @@ class Calibration:
 
 
 def calibration_batches(examples: Sequence[dict[str, list[int]]], batch_size: int) -> list[dict[str, Tensor]]:
-    """The first examples of a run, padded."""
-    rows = examples[:CALIBRATION_ROWS]
-    return [PadBatch()(rows[at : at + batch_size]) for at in range(0, len(rows), batch_size)]
+    """Examples, padded."""
+    return [PadBatch()(examples[at : at + batch_size]) for at in range(0, len(examples), batch_size)]
 
 
 def calibrate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,29 @@ class MethodClock(TrainerCallback):  # type: ignore[misc]  # transformers is not
     ) -> None:
         """Called once an optimizer step, before its first micro-batch."""
         self.method.on_step(state.global_step)
+
+
+class StepTimer(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy
+    """Adds up the seconds spent in optimizer steps: not those of an evaluation or of a checkpoint."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.began_s = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first micro-batch."""
+        self.began_s = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After the optimizer."""
+        self.seconds += time.perf_counter() - self.began_s
+
+    def take_s(self) -> float:
+        """Seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy
@@ -83,7 +107,7 @@ class LossesSoFar(TrainerCallback):  # type: ignore[misc]  # transformers is not
 
 
 class Display(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy
-    """A progress bar with the loss and the gate; silent when stderr is no terminal."""
+    """A progress bar with loss, gate, speed and time left; silent when stderr is no terminal."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -115,8 +139,7 @@ class Display(TrainerCallback):  # type: ignore[misc]  # transformers is not fol
     ) -> None:
         """Show the figures."""
         if self.progress is not None and logs and "cross_entropy" in logs:
-            gate = f", {logs['gate_kept']:.0f} channels kept" if "gate_kept" in logs else ""
-            self.progress.update(self.task, description=f"{self.title}: loss {logs['cross_entropy']:.3f}{gate}")
+            self.progress.update(self.task, description=progress_line(self.title, logs))
 
     def close(self) -> None:
         """Take the bar away, also after an error."""
@@ -124,6 +147,16 @@ class Display(TrainerCallback):  # type: ignore[misc]  # transformers is not fol
             self.context.__exit__(None, None, None)
             self.context = None
             self.progress = None
+
+
+def progress_line(title: str, logs: dict[str, float]) -> str:
+    """What stands before the bar, from a line of metrics."""
+    figures = [f"loss {logs['cross_entropy']:.3f}"]
+    if "gate_kept" in logs:
+        figures.append(f"{logs['gate_kept']:.0f} channels kept")
+    if "tokens_per_second" in logs:
+        figures.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    return f"{title}: {', '.join(figures)}"
 
 
 def _step(line: str) -> float:

@@ -12,6 +12,8 @@ from pat_serve.atomic import write_text
 from pat_serve.errors import UsageError, first_line
 from pat_serve.run_folder import RECIPE_FILE
 
+TENSORBOARD: Literal["tensorboard"] = "tensorboard"
+
 # PAT as published, where the defaults are what measured best (docs/ablation.md).
 PAPER: dict[str, Any] = {
     "rotate": "none",
@@ -47,6 +49,13 @@ class TrainRecipe(pydantic.BaseModel):
     revision: str | None = None
     data: str
     data_split: str = "train"
+    streaming: bool = False
+    packing: bool = False
+    skip_bad_rows: bool = False
+    eval_data: str | None = None
+    eval_split: str = "validation"
+    eval_share: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    eval_steps: int = pydantic.Field(default=100, ge=1)
     method: str = "pat"
     ratio: float | None = None
     hidden_size: int | None = None
@@ -66,6 +75,7 @@ class TrainRecipe(pydantic.BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
     quantize_base: Literal["nf4"] | None = None
+    skip_preflight: bool = False
 
     lora_rank: int = pydantic.Field(default=20, ge=1)
     lora_alpha: float = pydantic.Field(default=4.0, gt=0)
@@ -81,6 +91,7 @@ class TrainRecipe(pydantic.BaseModel):
     lora_head: bool = False
     distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
 
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = (TENSORBOARD,)
     logging_steps: int = pydantic.Field(default=10, ge=1)
     save_steps: int = pydantic.Field(default=500, ge=1)
     keep_checkpoints: int = pydantic.Field(default=2, ge=1)
@@ -101,6 +112,24 @@ class TrainRecipe(pydantic.BaseModel):
             raise ValueError("compensate makes up for a cut that is there from the start: gate cut")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _one_evaluation(self) -> TrainRecipe:
+        if self.eval_data is not None and self.eval_share is not None:
+            raise ValueError("give eval_data or eval_share, not both")
+        if self.streaming and self.max_steps is None:
+            raise ValueError("max_steps beside streaming, since a stream has no epochs")
+        if self.streaming and self.eval_share is not None:
+            raise ValueError("eval_data beside streaming, since a stream cannot be split")
+        return self
+
+    @pydantic.field_validator("report_to", mode="before")
+    @classmethod
+    def _split_names(cls, names: object) -> object:
+        """As a flag they are one text; `none` is nobody."""
+        if not isinstance(names, str):
+            return names
+        return tuple(name.strip() for name in names.split(",") if name.strip() not in ("", "none"))
+
     @pydantic.field_validator("lr_scheduler")
     @classmethod
     def _known_scheduler(cls, name: str) -> str:
@@ -113,7 +142,8 @@ class TrainRecipe(pydantic.BaseModel):
 
     def with_absolute_paths(self) -> TrainRecipe:
         """The same recipe with local paths made absolute, so that a run can be resumed from any folder."""
-        local = {name: Path(getattr(self, name)) for name in ("model", "data")}
+        named = {name: getattr(self, name) for name in ("model", "data", "eval_data")}
+        local = {name: Path(value) for name, value in named.items() if value is not None}
         return self.model_copy(update={name: str(path.resolve()) for name, path in local.items() if path.exists()})
 
     def resolved_hio_rank(self, hidden_size: int) -> int:
@@ -126,7 +156,7 @@ class TrainRecipe(pydantic.BaseModel):
 
     def save(self, run: Path) -> None:
         """Write recipe.yaml, atomically."""
-        write_text(run / RECIPE_FILE, yaml.safe_dump(self.model_dump(), sort_keys=False))
+        write_text(run / RECIPE_FILE, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
     @staticmethod
     def build(settings: dict[str, Any], source: str) -> TrainRecipe:

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pat_serve.errors import EmptyMask
 from pat_serve.hybrid import LEAST_SCALE, HybridFold
 from pat_serve.training.losses import TARGET_LOGIT, kept_channels
 from pat_serve.training.ranks import same_on_all, whole
 from pat_serve.training.schedule import GateSchedule
+
+LEAST_GATE = 0.01
 
 
 class SharedMask(nn.Module):
@@ -75,6 +78,24 @@ class SharedMask(nn.Module):
         if self.frozen:
             return self.frozen_gate_D
         return self.schedule.gate(whole(self.logits_D), self.step, self.target_width)
+
+    def require_open(self) -> None:
+        """Check that something passes the gate.
+
+        All logits may well be negative for a few steps, the count loss turns them back; a gate that is closed on every
+        channel switches the model off, and no gradient brings it back.
+
+        Raises:
+            EmptyMask: every gate is below 0.01.
+        """
+        widest = float(self.gate().detach().max())
+        if widest < LEAST_GATE:
+            raise EmptyMask(
+                f"the mask before step {self.step + 1}",
+                expected=f"at least one channel with a gate above {LEAST_GATE}",
+                found=f"none, the widest is {widest:.2g}",
+                fix="Train again with a lower --mask-learning-rate.",
+            )
 
     def kept_indices(self) -> Tensor:
         """int64 (K,): the channels with the K largest logits, ascending; equal logits go to the lower index."""

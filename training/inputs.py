@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pydantic
@@ -20,7 +17,9 @@ class RunInputs(pydantic.BaseModel):
 
     Attributes:
         base: the base model, with the hash of every file.
-        examples_sha256: of the token ids and labels, in order: of the data as the tokenizer made it.
+        examples_sha256: of the token ids and labels, in order: of the data as the tokenizer made it. Of a stream, its
+            name and the hash of its first 1,000 examples.
+        held_out_sha256: likewise of the rows that it is evaluated on.
         total_steps: optimizer steps, which the schedules are stretched over.
         target_width: K.
         dtype: of the frozen base weights, which `auto` chose by the machine.
@@ -31,6 +30,7 @@ class RunInputs(pydantic.BaseModel):
 
     base: BaseReference
     examples_sha256: str
+    held_out_sha256: str | None = None
     total_steps: int
     target_width: int
     dtype: str
@@ -59,14 +59,6 @@ class RunInputs(pydantic.BaseModel):
                     found=_short(new),
                     fix="Restore it, or start a new run.",
                 )
-
-
-def examples_sha256(examples: Sequence[dict[str, list[int]]]) -> str:
-    """Hash of encoded rows."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example["input_ids"], example["labels"]]).encode())
-    return digest.hexdigest()
 
 
 def _short(value: object) -> str:

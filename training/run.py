@@ -4,24 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
 
 from pat_serve.atomic import check_vacant, new_folder
-from pat_serve.checkpoint import Checkpoint, open_checkpoint
-from pat_serve.errors import UsageError
-from pat_serve.geometry import check_width, snap_ratio
-from pat_serve.hardware import serving_dtype
 from pat_serve.plan import PruningPlan
-from pat_serve.progress import say, track
-from pat_serve.run_folder import (
-    TENSORBOARD_FOLDER,
-    list_checkpoints,
-)
-from pat_serve.training.calibration import Calibration, calibrate, calibration_batches
-from pat_serve.training.config import TrainRecipe
+from pat_serve.run_folder import TENSORBOARD_FOLDER, list_checkpoints
+from pat_serve.training.assemble import Job, assemble
+from pat_serve.training.config import TENSORBOARD, TrainRecipe
 from pat_serve.training.continuation import (
     RunState,
     clear_leftovers,
@@ -30,19 +18,11 @@ from pat_serve.training.continuation import (
     saved_recipe,
     state_of,
 )
-from pat_serve.training.data import PadBatch, encode_rows, load_rows, load_tokenizer
-from pat_serve.training.inputs import RunInputs, examples_sha256
-from pat_serve.training.methods import METHODS, Method
-from pat_serve.training.ranks import Ranks, snapshot, use_one_device
+from pat_serve.training.prepare import Prepared, prepare
+from pat_serve.training.ranks import Ranks, snapshot
 from pat_serve.training.result import write_result
 
-if TYPE_CHECKING:
-    from pat_serve.training.callbacks import Display
-    from pat_serve.training.trainer import PruningTrainer
-
 PARITY_ROWS = 8
-# The schedule's soft phase needs a few steps, and the model some more after the freeze.
-LEAST_STEPS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +44,10 @@ def start(recipe: TrainRecipe, run: Path, *, force: bool = False) -> Finished:
     """
     ranks = Ranks.join()
     recipe = recipe.with_absolute_paths()
-    ranks.agree(lambda: check_vacant(run, force=force, inputs=[Path(recipe.model), Path(recipe.data)]))
-    prepared = _prepare(recipe, ranks)
-    job = _assemble(prepared, run, ranks, resumes=False)
+    inputs = [Path(recipe.model), *map(Path, filter(None, (recipe.data, recipe.eval_data)))]
+    ranks.agree(lambda: check_vacant(run, force=force, inputs=inputs))
+    prepared = prepare(recipe, ranks)
+    job = assemble(prepared, run, ranks, resumes=False)
     ranks.agree(lambda: _lay_out(prepared, job, run))
     return _train(prepared, job, run, ranks, resume_from=None)
 
@@ -80,9 +61,9 @@ def resume(run: Path) -> Finished:
     """
     ranks = Ranks.join()
     ranks.agree(lambda: require_unfinished(run))
-    prepared = _prepare(saved_recipe(run), ranks)
+    prepared = prepare(saved_recipe(run), ranks)
     prepared.inputs.require_unchanged(run)
-    job = _assemble(prepared, run, ranks, resumes=True)
+    job = assemble(prepared, run, ranks, resumes=True)
     ranks.agree(lambda: clear_leftovers(run))
     checkpoints = ranks.agree(lambda: list_checkpoints(run))
     return _train(prepared, job, run, ranks, resume_from=checkpoints[-1] if checkpoints else None)
@@ -112,24 +93,8 @@ def start_or_resume(recipe: TrainRecipe, run: Path) -> Finished | None:
     return resume(run) if state is RunState.UNFINISHED else start(recipe, run, force=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    recipe: TrainRecipe
-    checkpoint: Checkpoint
-    tokenizer: Any
-    examples: list[dict[str, list[int]]]
-    inputs: RunInputs
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    trainer: PruningTrainer
-    method: Method
-    display: Display
-
-
-def _lay_out(prepared: _Prepared, job: _Job, run: Path) -> None:
-    """Make the run's folder; it appears with recipe and inputs in it, so from then on the run can be resumed."""
+def _lay_out(prepared: Prepared, job: Job, run: Path) -> None:
+    """Make the run's folder; it appears with all that a resumption needs in it."""
     with new_folder(run) as staging:
         prepared.inputs.save(staging)
         prepared.recipe.save(staging)
@@ -137,181 +102,14 @@ def _lay_out(prepared: _Prepared, job: _Job, run: Path) -> None:
             job.method.calibration.save(staging)
 
 
-def _prepare(recipe: TrainRecipe, ranks: Ranks) -> _Prepared:
-    """Check everything that can be checked before the model is loaded."""
-    if recipe.method not in METHODS:
-        raise UsageError("--method", expected=" or ".join(METHODS), found=recipe.method, fix="Choose one of them.")
-    checkpoint = open_checkpoint(recipe.model, recipe.revision)
-    _check_tied_embeddings(recipe, checkpoint)
-    target_width = _target_width(recipe, checkpoint)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    rows = load_rows(recipe.data, recipe.data_split, tokenizer)
-    examples, dropped = encode_rows(rows, tokenizer, recipe.max_length_tokens)
-    if dropped:
-        say(f"{dropped} of {len(rows)} rows left out: their prompt alone fills {recipe.max_length_tokens} tokens")
-    batch = recipe.batch_size * recipe.gradient_accumulation_steps * ranks.count
-    total_steps = recipe.max_steps or max(1, round(recipe.epochs * len(examples) / batch))
-    if METHODS[recipe.method].prunes and total_steps < LEAST_STEPS:
-        raise UsageError(
-            "--max-steps" if recipe.max_steps else "--epochs",
-            expected=f"at least {LEAST_STEPS} optimizer steps, for the gate's schedule",
-            found=f"{total_steps} ({len(examples)} examples in batches of {batch})",
-            fix="Train longer, or use smaller batches.",
-        )
-    dtype = serving_dtype(recipe.dtype)
-    inputs = RunInputs(
-        base=checkpoint.reference(),
-        examples_sha256=examples_sha256(examples),
-        total_steps=total_steps,
-        target_width=target_width,
-        processes=ranks.count,
-        # An older GPU serves in float16, which cannot be trained in without scaling the loss.
-        dtype="float32" if dtype == "float16" else dtype,
-    )
-    return _Prepared(recipe=recipe, checkpoint=checkpoint, tokenizer=tokenizer, examples=examples, inputs=inputs)
-
-
-def _check_tied_embeddings(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
-    stays_tied = recipe.rotate == "none" and (recipe.tied_embeddings != "untie" or not METHODS[recipe.method].prunes)
-    if recipe.lora_head and checkpoint.tied and stays_tied:
-        raise UsageError(
-            "--lora-head",
-            expected="a head of its own",
-            found="one that stays tied to the embedding",
-            fix="Leave it out, or choose --rotate or --tied-embeddings untie.",
-        )
-    if not checkpoint.tied:
-        why = "the base's head is its own tensor"
-    elif not METHODS[recipe.method].prunes:
-        why = f"--method {recipe.method} puts no operator there"
-    elif recipe.rotate != "none" and recipe.tied_embeddings == "keep":
-        why = "--rotate unties the head, which takes the last norm's gain"
-    else:
-        return
-    if recipe.tied_embeddings == "auto":
-        return
-    raise UsageError(
-        "--tied-embeddings", expected=f"auto, since {why}", found=recipe.tied_embeddings, fix="Leave it out."
-    )
-
-
-def _target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
-    if not METHODS[recipe.method].prunes:
-        if recipe.ratio is not None or recipe.hidden_size is not None:
-            raise UsageError(
-                "--ratio" if recipe.ratio is not None else "--hidden-size",
-                expected=f"none, since --method {recipe.method} keeps the base's width",
-                found=str(recipe.ratio or recipe.hidden_size),
-                fix="Leave it out, or choose a method that prunes.",
-            )
-        return checkpoint.hidden_size
-    shape = (checkpoint.hidden_size, checkpoint.num_attention_heads)
-    rule = checkpoint.family.hidden_multiple_of_heads
-    if recipe.hidden_size is not None:
-        return check_width(recipe.hidden_size, *shape, hidden_multiple_of_heads=rule)
-    ratio = 0.25 if recipe.ratio is None else recipe.ratio
-    width, snapped = snap_ratio(ratio, *shape, hidden_multiple_of_heads=rule)
-    if snapped:
-        exact = (1 - ratio) * checkpoint.hidden_size
-        cut = 1 - width / checkpoint.hidden_size
-        say(
-            f"--ratio {ratio} asks for a hidden_size of {exact:g}; {width} is the nearest legal and fast one, "
-            f"a cut of {cut:.1%} (--hidden-size takes any legal one)"
-        )
-    return width
-
-
-def _assemble(prepared: _Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> _Job:
-    """Model, method and trainer, ready for the first step (or for a checkpoint to be loaded into them)."""
-    from transformers import TrainingArguments, set_seed
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    from pat_serve.training.callbacks import Display, MethodClock, MetricsFile
-    from pat_serve.training.compensation import compensate
-    from pat_serve.training.insert import build_model
-    from pat_serve.training.trainer import PruningTrainer
-
-    recipe, inputs = prepared.recipe, prepared.inputs
-    dtype = getattr(torch, inputs.dtype)
-    set_seed(recipe.seed)
-    checkpoint = prepared.checkpoint
-    batches = calibration_batches(prepared.examples, recipe.batch_size)
-
-    def measure(base: nn.Module) -> Calibration:
-        # One process measures: all others, and a resumed run, must turn the model by the same matrix, to the bit.
-        return ranks.agree(
-            lambda: (
-                (Calibration.load(run) if resumes else None)
-                or calibrate(
-                    base,
-                    checkpoint.family,
-                    checkpoint.num_layers,
-                    track(batches, "calibrate", len(batches)),
-                    rotate=recipe.rotate,
-                    by_gradient=recipe.mask_start == "gradient",
-                )
-            )
-        )
-
-    model, method = build_model(checkpoint, recipe, dtype, inputs.target_width, inputs.total_steps, measure)
-    if method.prunes and recipe.compensate and not (resumes and list_checkpoints(run)):
-        # A checkpoint holds the adapter as it has become since.
-        method.on_step(0)
-        compensate(model, method, checkpoint.family, checkpoint.num_layers, batches)
-    arguments = TrainingArguments(
-        output_dir=str(run.parent),  # made at once, while checkpoints go where the trainer says
-        max_steps=inputs.total_steps,
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.lr_scheduler,
-        warmup_steps=recipe.resolved_warmup_steps(inputs.total_steps),
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=dtype == torch.bfloat16,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        seed=recipe.seed,
-        logging_steps=recipe.logging_steps,
-        logging_first_step=True,
-        save_steps=recipe.save_steps,
-        report_to=[],
-        use_cpu=not torch.cuda.is_available(),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        # The mask's parameter gets no gradient any more once it is frozen.
-        ddp_find_unused_parameters=method.prunes,
-    )
-    if unused := use_one_device(arguments):
-        say(f"{unused + 1} GPUs are visible and one is used; `accelerate launch` uses all (docs/scaling.md)")
-    display = Display(f"{recipe.method} to hidden_size {inputs.target_width}")
-    trainer = PruningTrainer(
-        method=method,
-        run=run,
-        keep_checkpoints=recipe.keep_checkpoints,
-        model=model,
-        args=arguments,
-        train_dataset=prepared.examples,
-        data_collator=PadBatch(),
-        callbacks=[
-            MethodClock(method),
-            MetricsFile(run),
-            display,
-        ],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    return _Job(trainer=trainer, method=method, display=display)
-
-
-def _train(prepared: _Prepared, job: _Job, run: Path, ranks: Ranks, resume_from: Path | None) -> Finished:
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
+def _train(prepared: Prepared, job: Job, run: Path, ranks: Ranks, resume_from: Path | None) -> Finished:
     from pat_serve.training.callbacks import LossesSoFar
+    from pat_serve.training.reporting import tensorboard_callbacks
 
     trainer, inputs = job.trainer, prepared.inputs
-    if ranks.index == 0:
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(run / TENSORBOARD_FOLDER)))
+    if ranks.index == 0 and TENSORBOARD in prepared.recipe.report_to:
+        for callback in tensorboard_callbacks(run / TENSORBOARD_FOLDER, job.method):
+            trainer.add_callback(callback)
     if resume_from is not None:
         trainer.add_callback(LossesSoFar(trainer.restore_losses, resume_from))
     try:
@@ -324,21 +122,24 @@ def _train(prepared: _Prepared, job: _Job, run: Path, ranks: Ranks, resume_from:
     return Finished(run=run, hidden_size=inputs.target_width, steps=inputs.total_steps, train_loss=trainer.mean_loss)
 
 
-def _finish(prepared: _Prepared, run: Path, job: _Job, ranks: Ranks) -> None:
-    """Write what an export needs; the plan comes last, so that a run with a plan is a finished run."""
+def _finish(prepared: Prepared, run: Path, job: Job, ranks: Ranks) -> None:
     method, model = job.method, job.trainer.accelerator.unwrap_model(job.trainer.model)
     # Left to itself, peft also writes the HSMs that sit under the adapted modules. Every rank gathers, rank 0 writes.
     lora = {name: snapshot(tensor) for name, tensor in job.trainer.trained() if ".lora_" in name}
-    folds, axes = method.folds(), method.axes()
+    plan = PruningPlan(
+        method=method.name,
+        base=prepared.inputs.base,
+        axes=method.axes(),
+        folds=method.folds(),
+        rotation=method.rotation(),
+    )
     ranks.agree(
         lambda: write_result(
             run,
             model=model,
             lora=lora,
             tokenizer=prepared.tokenizer,
-            prompts=[example["input_ids"] for example in prepared.examples[:PARITY_ROWS]],
-            plan=PruningPlan(
-                method=method.name, base=prepared.inputs.base, axes=axes, folds=folds, rotation=method.rotation()
-            ),
+            prompts=[example["input_ids"] for example in prepared.data.samples[:PARITY_ROWS]],
+            plan=plan,
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from pat_serve.atomic import rename_durably, retire, sync_tree, write_json
+from pat_serve.errors import Diverged
 from pat_serve.run_folder import CHECKPOINTS_FOLDER, list_checkpoints
+from pat_serve.training.callbacks import StepTimer
+from pat_serve.training.evaluation import response_nll, response_perplexity
 from pat_serve.training.losses import distillation_loss
 from pat_serve.training.methods import Method
 from pat_serve.training.ranks import overwrite, snapshot
@@ -36,13 +40,25 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
     """
 
     def __init__(self, *, method: Method, run: Path, keep_checkpoints: int, **settings: Any) -> None:
+        if settings.get("eval_dataset") is not None:
+            settings |= {
+                "compute_metrics": response_perplexity,
+                "preprocess_logits_for_metrics": response_nll,
+            }
         super().__init__(**settings)
         self.method = method
+        self.run = run
         self.checkpoints = run / CHECKPOINTS_FOLDER
         self.keep_checkpoints = keep_checkpoints
         self.optimizer: torch.optim.Optimizer | None
         self._sums: dict[str, Tensor] = {}
         self._micro_batches = 0
+        self._tokens: Tensor | int = 0
+        # Sum of the cross-entropy and number of micro-batches at the last step that was seen to be finite.
+        self._seen = (0.0, 0)
+        self._last_finite = "none before it"
+        self._timer = StepTimer()
+        self.add_callback(self._timer)
 
     def compute_loss(
         self,
@@ -51,7 +67,11 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy, plus the method's losses while training (never in evaluation)."""
+        """Cross-entropy, plus the method's losses while training (never in evaluation).
+
+        Raises:
+            Diverged: a term of the training loss is not finite.
+        """
         cross_entropy, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
@@ -74,6 +94,10 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
                     self._record(name, term, micro_batches)
                     loss = loss + (term if summed else term * micro_batches).to(loss.device)
             self._micro_batches += 1
+            # A packed row's padding counts as tokens: little, and no mask tells it.
+            self._tokens = self._tokens + inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+            if self.accelerator.sync_gradients:
+                self._require_finite()
         return (loss, outputs) if return_outputs else loss
 
     def _distillation(
@@ -93,7 +117,11 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
             means = self.accelerator.reduce(sums, reduction="mean") / self._micro_batches
             logs |= dict(zip(names, means.tolist(), strict=True))
             logs |= self.method.metrics()
-            self._sums, self._micro_batches = {}, 0
+            seconds = self._timer.take_s()
+            if seconds > 0:
+                # Of all processes, which see the same number each.
+                logs["tokens_per_second"] = int(self._tokens) * self.args.world_size / seconds
+            self._sums, self._micro_batches, self._tokens, self._seen = {}, 0, 0, (0.0, 0)
         if "train_loss" in logs:
             logs["train_loss"] = self.mean_loss
         super().log(logs, start_time)
@@ -110,6 +138,13 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
             self.control.should_training_stop = True
             return
         super()._run_epoch(**settings)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with `eval_loss` weighted by tokens: its own is a mean of the batches' means."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if "eval_nll" in output.metrics:
+            output.metrics["eval_loss"] = output.metrics.pop("eval_nll")
+        return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group for each learning rate."""
@@ -151,6 +186,27 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         value = value.detach().double() * factor
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
+    def _require_finite(self) -> None:
+        """Check the losses so far, once an optimizer step: a sum that has met a NaN stays one.
+
+        Raises:
+            Diverged: naming the step and what is not finite.
+        """
+        totals = torch.stack(list(self._sums.values())).tolist()
+        step = self.state.global_step + 1
+        for name, total in zip(self._sums, totals, strict=True):
+            if not math.isfinite(total):
+                raise Diverged(
+                    f"{self.run}, step {step}",
+                    expected="a finite loss",
+                    found=f"{name} {total}; the last finite loss was {self._last_finite}",
+                    fix="Train again with a lower --learning-rate; the last checkpoint is in its checkpoints folder.",
+                )
+            if name == "cross_entropy":
+                before, batches = self._seen
+                self._last_finite = f"{(total - before) / (self._micro_batches - batches):.4g} in step {step}"
+                self._seen = (total, self._micro_batches)
+
     # Checkpoints. The Trainer writes the optimizer, the scheduler, the random state and its own; what is trained goes
     # into one safetensors file instead of its pickle and PEFT's adapter (which does not know the HSMs).
 
@@ -188,6 +244,14 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         tensors = {name: snapshot(parameter) for name, parameter in self.trained()}
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+                # Written, it would take the place of one that a run can go on from.
+                raise Diverged(
+                    f"{self.run}, step {self.state.global_step}",
+                    expected="finite weights in a checkpoint",
+                    found=f"NaN or infinity; the last finite loss was {self._last_finite}",
+                    fix="Train again with a lower --learning-rate; the checkpoints before it are kept.",
+                )
             save_file(tensors, Path(output_dir) / TRAINED_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -226,6 +290,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
             name: torch.tensor(value, dtype=torch.float64, device=self.args.device)
             for name, value in saved["sums"].items()
         }
+        self._seen = (saved["sums"].get("cross_entropy", 0.0), self._micro_batches)
 
 
 def _constant(_step: int) -> float:

@@ -24,9 +24,25 @@ def train(
     model: Annotated[str | None, Flag(help="Base model: a folder or a hub id.")] = None,
     revision: Annotated[str | None, Flag(help="The base's revision on the hub.")] = None,
     data: Annotated[
-        str | None, Flag(help="JSONL file or hub id: prompt/completion, Alpaca fields or messages.")
+        str | None,
+        Flag(help="JSONL, JSON, CSV or Parquet file, or hub id: prompt/completion, Alpaca fields or messages."),
     ] = None,
     data_split: Annotated[str | None, Flag(help="Split of a hub dataset. [default: train]")] = None,
+    streaming: Annotated[
+        bool | None, Flag("--streaming", help="Read --data while training, not before; needs --max-steps.")
+    ] = None,
+    packing: Annotated[
+        bool | None, Flag("--packing", help="Several examples a row of --max-length-tokens; none sees another.")
+    ] = None,
+    skip_bad_rows: Annotated[
+        bool | None, Flag("--skip-bad-rows", help="Leave bad rows out and say how many, instead of stopping.")
+    ] = None,
+    eval_data: Annotated[str | None, Flag(help="Held-out data, a file or a hub id, for the perplexity.")] = None,
+    eval_split: Annotated[str | None, Flag(help="Split of a hub --eval-data. [default: validation]")] = None,
+    eval_share: Annotated[
+        float | None, Flag(help="Share of --data to hold out instead; the seed decides which rows.")
+    ] = None,
+    eval_steps: Annotated[int | None, Flag(help="Steps between evaluations. [default: 100]")] = None,
     method: Annotated[str | None, Flag(help="pat, or lora for the dense baseline. [default: pat]")] = None,
     ratio: Annotated[
         float | None, Flag(help="Share of the hidden channels to cut, in (0, 0.6]. [default: 0.25]")
@@ -52,6 +68,9 @@ def train(
     ] = None,
     quantize_base: Annotated[
         str | None, Flag(help="nf4: train on a 4-bit base (QLoRA); needs a GPU and bitsandbytes. [default: none]")
+    ] = None,
+    skip_preflight: Annotated[
+        bool | None, Flag("--skip-preflight", help="Begin although the memory is expected not to suffice.")
     ] = None,
     lora_rank: Annotated[int | None, Flag(help="[default: 20]")] = None,
     lora_alpha: Annotated[float | None, Flag(help="[default: 4]")] = None,
@@ -99,6 +118,10 @@ def train(
     ] = None,
     milestone_share: Annotated[
         float | None, Flag(help="Share of the run after which the gate would be hard. [default: 1/3]")
+    ] = None,
+    report_to: Annotated[
+        str | None,
+        Flag(help="Of tensorboard, wandb, trackio: those to report to, with commas, or none. [default: tensorboard]"),
     ] = None,
     logging_steps: Annotated[int | None, Flag(help="[default: 10]")] = None,
     save_steps: Annotated[int | None, Flag(help="Steps between checkpoints. [default: 500]")] = None,

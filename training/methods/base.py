@@ -60,6 +60,10 @@ class Method(ABC):
         """Learning rates that differ from the recipe's, by a module's name."""
         return {}
 
+    def set_total_steps(self, total_steps: int) -> None:
+        """Stretch the schedules over another number of steps; before the first, for loops that learn it late."""
+        self.total_steps = total_steps
+
     def on_step(self, step: int) -> None:
         """Called before every optimizer step with its number, from 0, also after a resume."""
         self.step = step
@@ -80,6 +84,10 @@ class Method(ABC):
     def kept_channels(self) -> Tensor:
         """int64 (K,): the channels that stay, ascending, as far as is known at present."""
         return torch.arange(self.hidden_size)
+
+    def histograms(self) -> dict[str, Tensor]:
+        """Distributions for TensorBoard, by name."""
+        return {}
 
     @abstractmethod
     def axes(self) -> dict[str, AxisCut]:

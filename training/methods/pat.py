@@ -24,6 +24,8 @@ from pat_serve.training.ranks import snapshot, whole
 from pat_serve.training.schedule import GateSchedule
 
 MASK = "mask"
+# Above this the projection at the freeze changes what the model computes noticeably.
+UNDECIDED_GAP = 0.1
 
 
 class Pat(Method):
@@ -65,6 +67,11 @@ class Pat(Method):
         rate = self.recipe.mask_learning_rate
         return {MASK: self.mask.schedule.mask_learning_rate() if rate is None else rate}
 
+    def set_total_steps(self, total_steps: int) -> None:
+        """The gate's schedule follows."""
+        super().set_total_steps(total_steps)
+        self.mask.schedule = GateSchedule.for_run(total_steps, self.recipe.milestone_share)
+
     def on_step(self, step: int) -> None:
         """Move the gate along its schedule; at the freeze, project it to exactly K channels."""
         super().on_step(step)
@@ -78,6 +85,13 @@ class Pat(Method):
                 f"mask frozen at step {step}: {self.target_width} of {self.hidden_size} channels; the projection moved "
                 f"the gate by {self.mask.freeze_gap:.3f} on average (0: fully polarised, 0.5: undecided)"
             )
+            if self.mask.freeze_gap > UNDECIDED_GAP:
+                say(
+                    f"warning: the mask had not decided before its freeze ({self.mask.freeze_gap:.3f} > "
+                    f"{UNDECIDED_GAP}), and the model feels the cut as a jump: train longer (--max-steps, --epochs) or "
+                    "raise --mask-learning-rate"
+                )
+        self.mask.require_open()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -110,6 +124,10 @@ class Pat(Method):
     def kept_channels(self) -> Tensor:
         """The K channels with the largest logits."""
         return self.mask.kept_indices()
+
+    def histograms(self) -> dict[str, Tensor]:
+        """The gate and the logits behind it; all ranks must ask."""
+        return {"gate": self.mask.gate().detach().cpu(), "mask_logits": snapshot(self.mask.logits_D)}
 
     def axes(self) -> dict[str, AxisCut]:
         """The K channels that the mask keeps."""

@@ -1,0 +1,155 @@
+"""Every kind of source gives the same rows, and names a bad one by its place."""
+
+from __future__ import annotations
+
+import csv
+import json
+from itertools import islice
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow.parquet import write_table
+
+from pat_serve.errors import DataError, UsageError
+from pat_serve.perplexity import IGNORED_LABEL
+from pat_serve.training.data import Row, encode_rows, load_rows
+from pat_serve.training.data.streaming import ExampleStream
+from pat_serve.training.data.training_data import split_examples
+from tests.tiny_models import tiny_tokenizer
+
+ROWS = [{"instruction": f"Say {number}", "output": f"{number}, and\nmore"} for number in range(7)]
+SUFFIXES = [".jsonl", ".json", ".csv", ".tsv", ".parquet"]
+
+
+def write(path: Path, rows: list[dict[str, str | None]]) -> Path:
+    if path.suffix == ".parquet":
+        write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_all_formats_give_the_same_rows(suffix: str, tmp_path: Path):
+    reference = load_rows(str(write(tmp_path / "reference.jsonl", ROWS)), "train", tiny_tokenizer())
+    assert load_rows(str(write(tmp_path / f"rows{suffix}", ROWS)), "train", tiny_tokenizer()) == reference
+    assert len(reference) == 7
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_bad_row_is_named_or_left_out(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bad: list[dict[str, str | None]] = [dict(row) for row in ROWS]
+    for number in (1, 3, 4, 6):
+        bad[number]["output"] = " "
+    path = write(tmp_path / f"rows{suffix}", bad)
+    place = {".jsonl": "line 2", ".json": "item 2"}.get(suffix, "row 2")
+    with pytest.raises(DataError, match=f"{place}: expected a text in the field 'output'"):
+        load_rows(str(path), "train", tiny_tokenizer())
+    assert len(load_rows(str(path), "train", tiny_tokenizer(), skip_bad=True)) == 3
+    said = capsys.readouterr().err
+    assert "4 bad rows left out, the first 3 because of" in said
+    assert place in said
+    assert said.count("expected a text") == 3
+
+
+def test_a_line_that_is_no_json_is_left_out(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": \n[1]\n{"prompt": "\xff"}\n' + json.dumps(ROWS[0]).encode())
+    assert len(load_rows(str(path), "train", tiny_tokenizer(), skip_bad=True)) == 1
+
+
+def test_bad_rows_alone_are_no_data(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(DataError, match=r"none \(2 bad ones left out\)"):
+        load_rows(str(tmp_path / "rows.jsonl"), "train", tiny_tokenizer(), skip_bad=True)
+
+
+def test_a_csv_row_with_too_many_columns(tmp_path: Path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\na,b\na,b,c\n")
+    with pytest.raises(DataError, match="row 2: expected 2 columns, as the header has, found 3"):
+        load_rows(str(tmp_path / "rows.csv"), "train", tiny_tokenizer())
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".json"])
+def test_a_damaged_file(suffix: str, tmp_path: Path):
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(b'[prompt,completion\n"a,\xff')
+    with pytest.raises(DataError, match=f"rows{suffix}"):
+        load_rows(str(path), "train", tiny_tokenizer(), skip_bad=True)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_messages_in_tables(suffix: str, tmp_path: Path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[assistant] "
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    value = json.dumps(messages) if suffix == ".csv" else messages
+    path = write(tmp_path / f"rows{suffix}", [{"messages": value}])  # type: ignore[dict-item]
+    row = load_rows(str(path), "train", tokenizer)[0]
+    assert (row.prompt, row.completion) == ("[user] q [assistant] ", "a")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_dataset(streaming: bool, tmp_path: Path):
+    """A folder with a file for each split is what `load_dataset` reads from the hub."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.parquet", ROWS)
+    write(folder / "validation.parquet", ROWS[:2])
+    tokenizer = tiny_tokenizer()
+    if streaming:
+        stream = ExampleStream(str(folder), "validation", tokenizer, 256, seed=0, packing=False, skip_bad=False)
+        assert len(list(stream.examples())) == 2
+    else:
+        assert len(load_rows(str(folder), "train", tokenizer)) == 7
+        assert len(load_rows(str(folder), "validation", tokenizer)) == 2
+        with pytest.raises(DataError, match="nothing"):
+            load_rows(str(folder), "nothing", tokenizer)
+
+
+def test_a_stream_repeats_by_its_seed_and_never_ends(tmp_path: Path):
+    path = write(tmp_path / "rows.jsonl", ROWS)
+
+    def take(seed: int, packing: bool = False) -> list[list[int]]:
+        stream = ExampleStream(str(path), "train", tiny_tokenizer(), 256, seed=seed, packing=packing, skip_bad=False)
+        return [example["input_ids"] for example in islice(stream, 21)]
+
+    first = take(0)
+    assert first == take(0) != take(1)
+    passes = [first[:7], first[7:14], first[14:]]
+    assert passes[0] != passes[1]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
+    assert max(map(len, take(0, packing=True))) > max(map(len, first))
+
+
+def test_the_split_is_seeded():
+    examples = [{"input_ids": [number], "labels": [number]} for number in range(100)]
+    train, held_out = split_examples(examples, 0.1, seed=3)
+    assert len(held_out) == 10
+    assert sorted(example["input_ids"][0] for example in train + held_out) == list(range(100))
+    assert split_examples(examples, 0.1, seed=3) == (train, held_out) != split_examples(examples, 0.1, seed=4)
+    for share in (0.001, 0.999):
+        with pytest.raises(UsageError, match="--eval-share"):
+            split_examples(examples, share, seed=0)
+
+
+def test_data_without_a_label():
+    """A tokenizer that makes no token of a response, and no end of one."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    encode = tokenizer.encode
+    tokenizer.encode = lambda text, **settings: [] if text == "drop" else encode(text, **settings)
+    rows = [Row(prompt="p", completion="drop")] * 2
+    with pytest.raises(DataError, match="every label of 2 rows masked"):
+        encode_rows(rows, tokenizer, 64)
+    examples, dropped = encode_rows([*rows, Row(prompt="p", completion="c")], tokenizer, 64)
+    assert dropped == 2
+    assert [label != IGNORED_LABEL for label in examples[0]["labels"]][-1]

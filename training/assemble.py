@@ -1,0 +1,139 @@
+"""Model, method and trainer of a run, ready for the first step or for a checkpoint to be loaded into them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pat_serve.progress import say, track
+from pat_serve.run_folder import list_checkpoints
+from pat_serve.training.calibration import Calibration, calibrate, calibration_batches
+from pat_serve.training.config import TENSORBOARD
+from pat_serve.training.data import PadBatch
+from pat_serve.training.methods import Method
+from pat_serve.training.prepare import Prepared
+from pat_serve.training.ranks import Ranks, use_one_device
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from pat_serve.training.callbacks import Display
+    from pat_serve.training.trainer import PruningTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is about to run."""
+
+    trainer: PruningTrainer
+    method: Method
+    display: Display
+
+
+def assemble(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> Job:
+    """Load the base, put everything into it, and build the trainer.
+
+    Args:
+        prepared: the checked inputs.
+        run: the run's folder, which is there already only if it is resumed.
+        ranks: the processes that train together.
+        resumes: the run's own calibration and checkpoints count; otherwise what lies there is about to be replaced.
+    """
+    from transformers import set_seed
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from pat_serve.training.callbacks import Display, MethodClock, MetricsFile
+    from pat_serve.training.trainer import PruningTrainer
+
+    recipe = prepared.recipe
+    set_seed(recipe.seed)
+    model, method = _build(prepared, run, ranks, resumes=resumes)
+    arguments = _arguments(prepared, run, method)
+    if unused := use_one_device(arguments):
+        say(f"{unused + 1} GPUs are visible and one is used; `accelerate launch` uses all (docs/scaling.md)")
+    display = Display(f"{recipe.method} to hidden_size {prepared.inputs.target_width}")
+    trainer = PruningTrainer(
+        method=method,
+        run=run,
+        keep_checkpoints=recipe.keep_checkpoints,
+        model=model,
+        args=arguments,
+        train_dataset=prepared.data.train,
+        eval_dataset=prepared.data.held_out,
+        data_collator=PadBatch(),
+        callbacks=[MethodClock(method), MetricsFile(run), display],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return Job(trainer=trainer, method=method, display=display)
+
+
+def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> tuple[nn.Module, Method]:
+    from pat_serve.training.compensation import compensate
+    from pat_serve.training.insert import build_model
+
+    recipe, inputs, checkpoint = prepared.recipe, prepared.inputs, prepared.checkpoint
+    batches = calibration_batches(prepared.data.samples, recipe.batch_size)
+
+    def measure(base: nn.Module) -> Calibration:
+        # One process measures: all others, and a resumed run, must turn the model by the same matrix, to the bit.
+        return ranks.agree(
+            lambda: (
+                (Calibration.load(run) if resumes else None)
+                or calibrate(
+                    base,
+                    checkpoint.family,
+                    checkpoint.num_layers,
+                    track(batches, "calibrate", len(batches)),
+                    rotate=recipe.rotate,
+                    by_gradient=recipe.mask_start == "gradient",
+                )
+            )
+        )
+
+    dtype = getattr(torch, inputs.dtype)
+    model, method = build_model(checkpoint, recipe, dtype, inputs.target_width, inputs.total_steps, measure)
+    if method.prunes and recipe.compensate and not (resumes and list_checkpoints(run)):
+        # A checkpoint holds the adapter as it has become since.
+        method.on_step(0)
+        compensate(model, method, checkpoint.family, checkpoint.num_layers, batches)
+    return model, method
+
+
+def _arguments(prepared: Prepared, run: Path, method: Method) -> TrainingArguments:
+    from transformers import TrainingArguments
+
+    recipe, inputs = prepared.recipe, prepared.inputs
+    return TrainingArguments(
+        output_dir=str(run.parent),  # made at once, while checkpoints go where the trainer says
+        max_steps=inputs.total_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.lr_scheduler,
+        warmup_steps=recipe.resolved_warmup_steps(inputs.total_steps),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=inputs.dtype == "bfloat16",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        seed=recipe.seed,
+        logging_steps=recipe.logging_steps,
+        logging_first_step=True,
+        save_steps=recipe.save_steps,
+        eval_strategy="steps" if prepared.data.held_out is not None else "no",
+        eval_steps=recipe.eval_steps,
+        per_device_eval_batch_size=recipe.batch_size,
+        # Every process reads a stream by itself.
+        accelerator_config={"dispatch_batches": False} if recipe.streaming else None,
+        report_to=[name for name in recipe.report_to if name != TENSORBOARD],
+        run_name=run.name,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        # The mask's parameter gets no gradient any more once it is frozen.
+        ddp_find_unused_parameters=method.prunes,
+    )

@@ -1,0 +1,197 @@
+"""What a training will need, told before a weight is loaded, from the checkpoint's headers and a model without storage.
+
+The activations are counted, not measured: what autograd keeps of LlamaDecoderLayer, peft's LoRA and the HSMs, for each
+token. tests/test_preflight.py and the log hold the sum against the peak of a real process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from pat_serve.checkpoint import Checkpoint
+from pat_serve.errors import TooLarge
+from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes
+from pat_serve.progress import say
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.insert import adapt
+
+# A float32 weight, its gradient and Adam's two moments.
+TRAINED_BYTES = 16
+# Allocator, threads' buffers and kernels that a first step brings along.
+OVERHEAD_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """A training's size.
+
+    Attributes:
+        base_parameters: frozen ones, of the base.
+        lora_parameters: trained ones, of the adapter.
+        method_parameters: trained ones, of the method's modules (HSMs and mask).
+        weights_bytes: the base in the training's dtype.
+        trained_bytes: what is trained in float32, its gradients and Adam's moments.
+        activations_bytes: what the backward pass needs of one micro-batch.
+        logits_bytes: of one micro-batch, with log-probabilities and gradients.
+        tokens_per_step: of one optimizer step over all processes, at most.
+    """
+
+    base_parameters: int
+    lora_parameters: int
+    method_parameters: int
+    weights_bytes: int
+    trained_bytes: int
+    activations_bytes: int
+    logits_bytes: int
+    tokens_per_step: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything together, for one process."""
+        parts = (self.weights_bytes, self.trained_bytes, self.activations_bytes, self.logits_bytes)
+        return sum(parts) + OVERHEAD_BYTES
+
+    def report(self, available_bytes: int, device: str) -> None:
+        """Tell the user."""
+        trained = self.lora_parameters + self.method_parameters
+        say(
+            f"preflight: {_count(self.base_parameters)} parameters, {_count(trained)} trained (LoRA "
+            f"{_count(self.lora_parameters)}, method {_count(self.method_parameters)}); at most "
+            f"{self.tokens_per_step:,} tokens a step"
+        )
+        room = f"{_gb(self.total_bytes)} of {_gb(available_bytes)} available on {device}"
+        say(f"preflight: expects {room}: {self.parts()}")
+
+    def parts(self) -> str:
+        """The memory's shares."""
+        return (
+            f"weights {_gb(self.weights_bytes)}, trained with gradients and Adam moments {_gb(self.trained_bytes)}, "
+            f"activations {_gb(self.activations_bytes)}, logits {_gb(self.logits_bytes)}"
+        )
+
+
+def check_memory(
+    checkpoint: Checkpoint, recipe: TrainRecipe, dtype: str, target_width: int, total_steps: int, longest_tokens: int
+) -> Preflight:
+    """Report what the training needs, and refuse one that cannot fit.
+
+    Raises:
+        TooLarge: more than there is, unless the recipe skips the check.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    estimate = estimate_training(checkpoint, recipe, dtype, target_width, total_steps, longest_tokens, device)
+    if device == "cuda":
+        available = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
+    else:
+        available = available_memory_bytes()
+    estimate.report(available, device)
+    if not recipe.skip_preflight:
+        require_room(estimate, available, device)
+    return estimate
+
+
+def require_room(estimate: Preflight, available_bytes: int, device: str) -> None:
+    """Raises: TooLarge, when the estimate is more than there is."""
+    if estimate.total_bytes > available_bytes:
+        raise TooLarge(
+            "the training",
+            expected=f"at most {_gb(available_bytes)}, which {device} has left",
+            found=f"{_gb(estimate.total_bytes)} ({estimate.parts()})",
+            fix="Lower --batch-size (and raise --gradient-accumulation-steps) or --max-length-tokens, add "
+            "--gradient-checkpointing, take --dtype bfloat16, or override this estimate with --skip-preflight.",
+        )
+
+
+def estimate_training(
+    checkpoint: Checkpoint,
+    recipe: TrainRecipe,
+    dtype: str,
+    target_width: int,
+    total_steps: int,
+    longest_tokens: int,
+    device: str,
+) -> Preflight:
+    """Count parameters and bytes.
+
+    Args:
+        checkpoint: the base; its headers alone are read.
+        recipe: the run's settings.
+        dtype: of the frozen base.
+        target_width: K.
+        total_steps: of the run.
+        longest_tokens: of a row of the data.
+        device: "cpu" or "cuda", whose dropout keep different things.
+    """
+    lora, own = _trained_parameters(checkpoint, recipe, target_width, total_steps)
+    base = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+    if checkpoint.tied:
+        base -= math.prod(checkpoint.tensors["lm_head.weight"].shape) if "lm_head.weight" in checkpoint.tensors else 0
+    width = DTYPE_BYTES[dtype]
+    tokens = recipe.batch_size * longest_tokens
+    layer = _layer_bytes_per_token(checkpoint, recipe, width, device) * tokens
+    if recipe.gradient_checkpointing:
+        activations = checkpoint.num_layers * checkpoint.hidden_size * width * tokens + layer
+    else:
+        activations = checkpoint.num_layers * layer
+    # The log-probabilities and two gradients in float32; of a 16-bit head its own gradient as well.
+    logits = tokens * int(checkpoint.config["vocab_size"]) * (12 + (width if width < 4 else 0))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return Preflight(
+        base_parameters=base,
+        lora_parameters=lora,
+        method_parameters=own,
+        weights_bytes=base * width,
+        trained_bytes=(lora + own) * TRAINED_BYTES,
+        activations_bytes=activations,
+        logits_bytes=logits,
+        tokens_per_step=tokens * recipe.gradient_accumulation_steps * processes,
+    )
+
+
+def _trained_parameters(
+    checkpoint: Checkpoint, recipe: TrainRecipe, target_width: int, total_steps: int
+) -> tuple[int, int]:
+    """LoRA's and the method's, counted on the very modules, which have no storage here."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # Nothing is measured on the meta device, and what a calibration decides has no parameters.
+    uncalibrated = recipe.model_copy(update={"rotate": "none", "mask_start": "zero", "gate": "anneal"})
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        base = AutoModelForCausalLM.from_config(config)
+        model, _ = adapt(base, checkpoint.family, uncalibrated, target_width, total_steps)
+    trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lora = sum(count for name, count in trained.items() if ".lora_" in name)
+    return lora, sum(trained.values()) - lora
+
+
+def _layer_bytes_per_token(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, device: str) -> int:
+    """What autograd keeps of one decoder layer for each token, in bytes; `width` bytes a number in the base's dtype.
+
+    Frozen linears keep nothing of a token. Attention keeps no scores: sdpa's kernels recompute them.
+    """
+    hidden, ffn = checkpoint.hidden_size, int(checkpoint.config["intermediate_size"])
+    heads = checkpoint.num_attention_heads * checkpoint.head_dim
+    norms = 2 * 4 * hidden  # their inputs, in float32
+    attention = 4 * heads * width  # q, k and v (repeated for all heads) and the output
+    mlp = 3 * ffn * width  # gate before and after the activation, up
+    inputs = 5 * hidden + heads + ffn  # of the seven linears that LoRA adapts
+    # What LoRA's A gets, and what dropout remembers: bits as bytes on a GPU, float32 factors on a CPU.
+    dropout = (1 if device == "cuda" else 4) if recipe.lora_dropout else 0
+    lora = inputs * (width + dropout) + 7 * recipe.lora_rank * width
+    hybrid = 0
+    if recipe.method != "lora":
+        hybrid = 2 * width * (2 * hidden + recipe.resolved_hio_rank(hidden))  # before the operator, before the scale
+    return norms + attention + mlp + lora + hybrid
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M"

@@ -1,0 +1,73 @@
+"""Everything of a run that can be checked before its model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pat_serve.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.errors import UsageError
+from pat_serve.hardware import serving_dtype
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.data import TrainingData, load_tokenizer, read_training_data
+from pat_serve.training.inputs import RunInputs
+from pat_serve.training.methods import METHODS
+from pat_serve.training.preflight import check_memory
+from pat_serve.training.ranks import Ranks
+from pat_serve.training.reporting import check_reporters
+from pat_serve.training.width import check_ties, target_width
+
+# The schedule's soft phase needs a few steps, and the model some more after the freeze.
+LEAST_STEPS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run will work on."""
+
+    recipe: TrainRecipe
+    checkpoint: Checkpoint
+    tokenizer: Any
+    data: TrainingData
+    inputs: RunInputs
+
+
+def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
+    """Open the base, read the data, check the settings against both.
+
+    Raises:
+        PatServeError: one of them is unusable.
+    """
+    if recipe.method not in METHODS:
+        raise UsageError("--method", expected=" or ".join(METHODS), found=recipe.method, fix="Choose one of them.")
+    check_reporters(recipe.report_to)
+    checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    check_ties(recipe, checkpoint)
+    width = target_width(recipe, checkpoint)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    data = read_training_data(recipe, tokenizer)
+    batch = recipe.batch_size * recipe.gradient_accumulation_steps * ranks.count
+    rows = data.rows()
+    total_steps = recipe.max_steps or max(1, round(recipe.epochs * (rows or 0) / batch))
+    if METHODS[recipe.method].prunes and total_steps < LEAST_STEPS:
+        raise UsageError(
+            "--max-steps" if recipe.max_steps else "--epochs",
+            expected=f"at least {LEAST_STEPS} optimizer steps, for the gate's schedule",
+            found=f"{total_steps} ({rows or 'a stream of'} rows in batches of {batch})",
+            fix="Train longer, or use smaller batches.",
+        )
+    dtype = serving_dtype(recipe.dtype)
+    # An older GPU serves in float16, which cannot be trained in without scaling the loss.
+    dtype = "float32" if dtype == "float16" else dtype
+    # Before the base is hashed, which reads all of it.
+    check_memory(checkpoint, recipe, dtype, width, total_steps, data.longest_tokens)
+    inputs = RunInputs(
+        base=checkpoint.reference(),
+        examples_sha256=data.train_sha256,
+        held_out_sha256=data.held_out_sha256,
+        total_steps=total_steps,
+        target_width=width,
+        processes=ranks.count,
+        dtype=dtype,
+    )
+    return Prepared(recipe=recipe, checkpoint=checkpoint, tokenizer=tokenizer, data=data, inputs=inputs)
