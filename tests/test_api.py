@@ -53,6 +53,7 @@ def stock_trainer(base: Path, rows: Path, out: Path, config: PatConfig | None = 
         "use_cpu": True,
         "seed": 0,
         "logging_steps": 4,
+        "logging_first_step": True,
     }
     set_seed(0)
     model = apply_pat(AutoModelForCausalLM.from_pretrained(base), config or PatConfig(hio_rank=8))
@@ -82,7 +83,7 @@ def test_a_stock_trainer_comes_to_what_the_command_comes_to(tiny_base: Path, row
         for name, tensor in vars(fold).items():
             torch.testing.assert_close(getattr(ours.folds[site], name), tensor, rtol=1e-3, atol=1e-5)
     lines = [json.loads(line) for line in (tmp_path / "command/metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line and line["step"] % 4 == 0]
+    losses = [line["loss"] for line in lines if "loss" in line]
     assert [line["loss"] for line in trainer.state.log_history if "loss" in line] == pytest.approx(losses, rel=1e-4)
 
 
@@ -163,7 +164,7 @@ def test_a_changed_model_is_refused(tiny_base: Path):
     [
         ({"max_steps": 5}, UsageError, "at least 12 optimizer steps"),
         ({"label_smoothing_factor": 0.1}, UsageError, "label smoothing"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "no"}, UsageError, "lr_scheduler_type"),
+        ({"lr_scheduler_type": "greedy"}, UsageError, "lr_scheduler_type"),
     ],
 )
 def test_trainers_that_do_not_fit(

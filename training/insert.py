@@ -41,7 +41,7 @@ def adapt(
     """
     from peft import LoraConfig, get_peft_model
 
-    base.config.use_cache = False
+    base.config.use_cache = False  # type: ignore[union-attr]  # transformers'
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.lora_rank,
