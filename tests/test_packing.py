@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.training.data import PadBatch, pack_examples

@@ -1,0 +1,92 @@
+"""The estimate of a training's memory, and the refusal of one that cannot fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pat_serve.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.errors import TooLarge
+from pat_serve.training import preflight
+from pat_serve.training.insert import build_model
+from pat_serve.training.preflight import estimate_training
+from pat_serve.training.run import start
+from tests.conftest import tiny_recipe
+from tests.tiny_models import save_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Small, with a tied head and fewer key-value heads: what a count by hand gets wrong."""
+    folder = tmp_path_factory.mktemp("base") / "tied"
+    return open_checkpoint(str(save_tiny_llama(folder, tie_word_embeddings=True)))
+
+
+@pytest.mark.parametrize("method", ["pat", "lora"])
+def test_parameters_are_those_of_the_model_that_is_trained(method: str, checkpoint: Checkpoint):
+    recipe = tiny_recipe(checkpoint.folder, Path("d"), method=method)
+    estimate = estimate_training(checkpoint, recipe, "float32", 48, 24, 64, "cpu")
+    model, _ = build_model(checkpoint, recipe, torch.float32, 48, 24)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert estimate.lora_parameters + estimate.method_parameters == trained
+    assert estimate.base_parameters == sum(parameter.numel() for parameter in model.parameters()) - trained
+    assert (estimate.method_parameters == 0) == (method == "lora")
+
+
+def test_activations_are_what_autograd_keeps(checkpoint: Checkpoint):
+    """Counted on the real graph: every tensor that is saved for the backward pass and is no parameter."""
+    recipe = tiny_recipe(checkpoint.folder, Path("d"))
+    model, method = build_model(checkpoint, recipe, torch.float32, 48, 24)
+    method.on_step(0)
+    model.train()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(3, 384, (recipe.batch_size, 128))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    log_probabilities = ids.numel() * 384 * 4
+    measured = sum(storage.nbytes() for storage in saved.values()) - log_probabilities
+    estimate = estimate_training(checkpoint, recipe, "float32", 48, 24, 128, "cpu")
+    assert estimate.activations_bytes == pytest.approx(measured, rel=0.15)
+
+
+def test_the_estimate_follows_its_causes(checkpoint: Checkpoint):
+    def size(dtype: str = "float32", device: str = "cpu", **settings: object) -> preflight.Preflight:
+        recipe = tiny_recipe(checkpoint.folder, Path("d"), **settings)
+        return estimate_training(checkpoint, recipe, dtype, 48, 24, 64, device)
+
+    plain = size()
+    assert plain.tokens_per_step == 4 * 2 * 64
+    assert size(batch_size=8).activations_bytes == 2 * plain.activations_bytes
+    assert size(batch_size=8).logits_bytes == 2 * plain.logits_bytes
+    assert size(gradient_checkpointing=True).activations_bytes < plain.activations_bytes
+    assert size("bfloat16").weights_bytes * 2 == plain.weights_bytes
+    assert size("bfloat16").trained_bytes == plain.trained_bytes
+    assert size(lora_dropout=0.0).activations_bytes < size(device="cuda").activations_bytes < plain.activations_bytes
+
+
+def test_what_cannot_fit_is_refused_before_it_loads(
+    tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The machine's memory is the one thing here that is not the real one."""
+    monkeypatch.setattr(preflight, "available_memory_bytes", lambda: 50_000_000)
+    with pytest.raises(TooLarge, match=r"expected at most 0.05 GB.*--gradient-checkpointing.*--skip-preflight"):
+        start(tiny_recipe(tiny_base, rows), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    start(tiny_recipe(tiny_base, rows, max_steps=12, skip_preflight=True), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "M trained (LoRA" in said
+
+
+def test_a_batch_that_no_machine_holds(tiny_base: Path, rows: Path, tmp_path: Path):
+    with pytest.raises(TooLarge, match="GB"):
+        start(tiny_recipe(tiny_base, rows, batch_size=10_000_000), tmp_path / "run")
