@@ -31,7 +31,7 @@ from pat_serve.training.continuation import (
 from pat_serve.training.data import PadBatch, encode_rows, load_rows, load_tokenizer
 from pat_serve.training.inputs import RunInputs, examples_sha256
 from pat_serve.training.methods import METHODS, Method
-from pat_serve.training.ranks import Ranks, snapshot, use_one_device
+from pat_serve.training.ranks import Ranks, sharded_by_fsdp, snapshot, use_one_device
 from pat_serve.training.result import write_result
 
 if TYPE_CHECKING:
@@ -215,7 +215,8 @@ def _assemble(prepared: _Prepared, run: Path) -> _Job:
         warmup_steps=recipe.resolved_warmup_steps(inputs.total_steps),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        bf16=dtype == torch.bfloat16,
+        # FSDP would also cast what is trained: masks and scales, which move by less than bfloat16 can tell.
+        bf16=dtype == torch.bfloat16 and not sharded_by_fsdp(),
         gradient_checkpointing=recipe.gradient_checkpointing,
         seed=recipe.seed,
         logging_steps=recipe.logging_steps,
