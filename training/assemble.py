@@ -16,7 +16,7 @@ from pat_serve.training.config import TENSORBOARD
 from pat_serve.training.data import PadBatch
 from pat_serve.training.methods import Method
 from pat_serve.training.prepare import Prepared
-from pat_serve.training.ranks import Ranks, use_one_device
+from pat_serve.training.ranks import Ranks, sharded_by_fsdp, use_one_device
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -118,7 +118,8 @@ def _arguments(prepared: Prepared, run: Path, method: Method) -> TrainingArgumen
         warmup_steps=recipe.resolved_warmup_steps(inputs.total_steps),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        bf16=inputs.dtype == "bfloat16",
+        # FSDP would also cast what is trained: masks and scales, which move by less than bfloat16 can tell.
+        bf16=inputs.dtype == "bfloat16" and not sharded_by_fsdp(),
         gradient_checkpointing=recipe.gradient_checkpointing,
         seed=recipe.seed,
         logging_steps=recipe.logging_steps,

@@ -68,6 +68,11 @@ class Ranks:
         return decided
 
 
+def sharded_by_fsdp() -> bool:
+    """The launcher asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that FSDP may have sharded, in full; every rank must ask. Gradients flow back to the shards."""
     from torch.distributed.tensor import DTensor
