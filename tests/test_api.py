@@ -164,7 +164,6 @@ def test_a_changed_model_is_refused(tiny_base: Path):
     [
         ({"max_steps": 5}, UsageError, "at least 12 optimizer steps"),
         ({"label_smoothing_factor": 0.1}, UsageError, "label smoothing"),
-        ({"lr_scheduler_type": "greedy"}, UsageError, "lr_scheduler_type"),
     ],
 )
 def test_trainers_that_do_not_fit(

@@ -17,7 +17,7 @@ SETTINGS = {
     "max-steps": 18, "batch-size": 4, "gradient-accumulation-steps": 2, "learning-rate": 2e-2, "max-grad-norm": 1.0,
     "hio-rank": 8, "dtype": "float32", "logging-steps": 2, "save-steps": 3, "keep-checkpoints": 2,
 }  # fmt: skip
-WALL_TIME = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+WALL_TIME = {"tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
 def arguments(base: Path, rows: Path, run: Path) -> list[str]:

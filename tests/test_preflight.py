@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import TooLarge
 from pat_serve.training import preflight
-from pat_serve.training.insert import build_model
+from pat_serve.training.insert import adapt
 from pat_serve.training.preflight import estimate_training
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
@@ -28,7 +29,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_parameters_are_those_of_the_model_that_is_trained(method: str, checkpoint: Checkpoint):
     recipe = tiny_recipe(checkpoint.folder, Path("d"), method=method)
     estimate = estimate_training(checkpoint, recipe, "float32", 48, 24, 64, "cpu")
-    model, _ = build_model(checkpoint, recipe, torch.float32, 48, 24)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    model, _ = adapt(base, checkpoint.family, recipe, 48, 24)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert estimate.lora_parameters + estimate.method_parameters == trained
     assert estimate.base_parameters == sum(parameter.numel() for parameter in model.parameters()) - trained
@@ -38,7 +40,8 @@ def test_parameters_are_those_of_the_model_that_is_trained(method: str, checkpoi
 def test_activations_are_what_autograd_keeps(checkpoint: Checkpoint):
     """Counted on the real graph: every tensor that is saved for the backward pass and is no parameter."""
     recipe = tiny_recipe(checkpoint.folder, Path("d"))
-    model, method = build_model(checkpoint, recipe, torch.float32, 48, 24)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    model, method = adapt(base, checkpoint.family, recipe, 48, 24)
     method.on_step(0)
     model.train()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

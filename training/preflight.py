@@ -197,7 +197,7 @@ def _layer_bytes_per_token(checkpoint: Checkpoint, recipe: TrainRecipe, width: i
     lora = inputs * (width + dropout) + 7 * recipe.lora_rank * width
     hybrid = 0
     if recipe.method != "lora":
-        hybrid = 2 * width * (2 * hidden + recipe.resolved_hio_rank(hidden))  # before the operator, before the scale
+        hybrid = 2 * width * (hidden + recipe.resolved_hio_rank(hidden))  # the operator's input, and L0's output
     return norms + attention + mlp + lora + hybrid
 
 

@@ -41,12 +41,12 @@ def check_reporters(names: Sequence[str]) -> None:
             )
 
 
-def tensorboard_callbacks(folder: Path, method: Method) -> list[TrainerCallback]:
-    """Scalars of every log line, and the method's distributions."""
+def tensorboard_callbacks(folder: Path, method: Method, *, writes: bool) -> list[TrainerCallback]:
+    """Scalars of every log line, and the method's distributions; all ranks need them, and one of them writes."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder)
-    return [Histograms(writer, method), TensorBoardCallback(writer)]
+    writer = SummaryWriter(folder) if writes else None
+    return [Histograms(writer, method), *([TensorBoardCallback(writer)] if writes else [])]
 
 
 class Histograms(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy
@@ -65,6 +65,8 @@ class Histograms(TrainerCallback):  # type: ignore[misc]  # transformers is not 
         **kwargs: Any,
     ) -> None:
         """One histogram each."""
-        if state.is_world_process_zero and logs and "cross_entropy" in logs:
-            for name, values in self.method.histograms().items():
+        if logs and "cross_entropy" in logs:
+            # Asked on every rank, since each may hold a shard of the mask.
+            histograms = self.method.histograms()
+            for name, values in histograms.items() if self.writer is not None else ():
                 self.writer.add_histogram(name, values, state.global_step)

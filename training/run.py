@@ -107,8 +107,8 @@ def _train(prepared: Prepared, job: Job, run: Path, ranks: Ranks, resume_from: P
     from pat_serve.training.reporting import tensorboard_callbacks
 
     trainer, inputs = job.trainer, prepared.inputs
-    if ranks.index == 0 and TENSORBOARD in prepared.recipe.report_to:
-        for callback in tensorboard_callbacks(run / TENSORBOARD_FOLDER, job.method):
+    if TENSORBOARD in prepared.recipe.report_to:
+        for callback in tensorboard_callbacks(run / TENSORBOARD_FOLDER, job.method, writes=ranks.index == 0):
             trainer.add_callback(callback)
     if resume_from is not None:
         trainer.add_callback(LossesSoFar(trainer.restore_losses, resume_from))
