@@ -61,9 +61,11 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
 
 
 def tiny_recipe(base: Path, rows: Path, **overrides: object):
-    from pat_serve.training.config import TrainRecipe
+    """PAT as published unless a test says otherwise: its mask is the part with a state of its own."""
+    from pat_serve.training.config import PAPER, TrainRecipe
 
     settings: dict[str, object] = {
+        **PAPER,
         "model": str(base),
         "data": str(rows),
         "max_steps": 24,

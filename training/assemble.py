@@ -78,6 +78,8 @@ def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> tup
 
     recipe, inputs, checkpoint = prepared.recipe, prepared.inputs, prepared.checkpoint
     batches = calibration_batches(prepared.data.samples, recipe.batch_size)
+    rotate = recipe.rotate
+    assert rotate != "auto", "the recipe was not resolved"
 
     def measure(base: nn.Module) -> Calibration:
         # One process measures: all others, and a resumed run, must turn the model by the same matrix, to the bit.
@@ -89,7 +91,7 @@ def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> tup
                     checkpoint.family,
                     checkpoint.num_layers,
                     track(batches, "calibrate", len(batches)),
-                    rotate=recipe.rotate,
+                    rotate=rotate,
                     by_gradient=recipe.mask_start == "gradient",
                 )
             )

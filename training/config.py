@@ -84,11 +84,11 @@ class TrainRecipe(pydantic.BaseModel):
     tied_embeddings: Literal["auto", "keep", "untie"] = "auto"
     milestone_share: float = pydantic.Field(default=1 / 3, gt=0, le=1)
 
-    rotate: Literal["none", "energy", "loss"] = "none"
-    mask_start: Literal["zero", "energy", "gradient"] = "zero"
-    gate: Literal["anneal", "gradual", "cut"] = "anneal"
-    compensate: bool = False
-    lora_head: bool = False
+    rotate: Literal["auto", "none", "energy", "loss"] = "auto"
+    mask_start: Literal["auto", "zero", "energy", "gradient"] = "auto"
+    gate: Literal["auto", "anneal", "gradual", "cut"] = "auto"
+    compensate: bool | None = None
+    lora_head: bool | None = None
     distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
 
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = (TENSORBOARD,)
@@ -104,11 +104,11 @@ class TrainRecipe(pydantic.BaseModel):
 
     @pydantic.model_validator(mode="after")
     def _options_agree(self) -> TrainRecipe:
-        if self.gate != "anneal" and self.mask_start == "zero":
+        if self.gate in ("gradual", "cut") and self.mask_start == "zero":
             raise ValueError(f"gate {self.gate} needs mask_start energy or gradient, which says what to cut")
-        if self.mask_start == "gradient" and self.rotate != "none":
+        if self.mask_start == "gradient" and self.rotate in ("energy", "loss"):
             raise ValueError("mask_start gradient ranks the base's own channels: rotate none")
-        if self.compensate and self.gate != "cut":
+        if self.compensate and self.gate in ("anneal", "gradual"):
             raise ValueError("compensate makes up for a cut that is there from the start: gate cut")
         return self
 
@@ -146,9 +146,42 @@ class TrainRecipe(pydantic.BaseModel):
         local = {name: Path(value) for name, value in named.items() if value is not None}
         return self.model_copy(update={name: str(path.resolve()) for name, path in local.items() if path.exists()})
 
+    def resolved(self, *, tied: bool) -> TrainRecipe:
+        """The recipe with every `auto` of the method decided by what measured best (docs/ablation.md).
+
+        Args:
+            tied: the base's head is its embedding. A rotation would untie it, which costs vocab x width parameters,
+                more than the cut saves in many small models: such a base is not rotated unless it is to be untied.
+
+        Raises:
+            UsageError: what was chosen by hand does not go with what follows from the rest.
+        """
+        rotate = self.rotate
+        if rotate == "auto":
+            stays = (tied and self.tied_embeddings != "untie") or self.mask_start == "gradient"
+            rotate = "none" if stays else "loss"
+        # Undecided means that the training decides.
+        undecided = self.mask_start == "zero"
+        gate = self.gate
+        if gate == "auto":
+            gate = "anneal" if rotate == "none" or undecided else "cut"
+        chosen = {
+            "rotate": rotate,
+            "mask_start": "energy" if self.mask_start == "auto" else self.mask_start,
+            "gate": gate,
+            "compensate": gate == "cut" if self.compensate is None else self.compensate,
+            "lora_head": rotate != "none" if self.lora_head is None else self.lora_head,
+        }
+        return TrainRecipe.build(self.model_dump() | chosen, "recipe")
+
     def resolved_hio_rank(self, hidden_size: int) -> int:
-        """The HIO's rank R: as given, or the paper's share of the width (200 of 4096), in multiples of 8."""
-        return self.hio_rank if self.hio_rank is not None else max(8, hidden_size * 200 // 4096 // 8 * 8)
+        """The HIO's rank R: as given, or the paper's share of the width (200 of 4096), in multiples of 8.
+
+        None where channels are cut from the start: LoRA on the same linears does what the operator would.
+        """
+        if self.hio_rank is not None:
+            return self.hio_rank
+        return 0 if self.gate == "cut" else max(8, hidden_size * 200 // 4096 // 8 * 8)
 
     def resolved_warmup_steps(self, total_steps: int) -> int:
         """The paper's 100 steps, or a tenth of a run that is shorter than 1,000."""

@@ -23,8 +23,14 @@ LEAST_STEPS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a run will work on."""
+    """What a run will work on.
 
+    Attributes:
+        asked: the recipe as it was given, which the run's folder keeps.
+        recipe: the same with every `auto` decided.
+    """
+
+    asked: TrainRecipe
     recipe: TrainRecipe
     checkpoint: Checkpoint
     tokenizer: Any
@@ -42,6 +48,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
         raise UsageError("--method", expected=" or ".join(METHODS), found=recipe.method, fix="Choose one of them.")
     check_reporters(recipe.report_to)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    asked, recipe = recipe, recipe.resolved(tied=checkpoint.tied)
     check_ties(recipe, checkpoint)
     width = target_width(recipe, checkpoint)
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -70,4 +77,4 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
         processes=ranks.count,
         dtype=dtype,
     )
-    return Prepared(recipe=recipe, checkpoint=checkpoint, tokenizer=tokenizer, data=data, inputs=inputs)
+    return Prepared(asked=asked, recipe=recipe, checkpoint=checkpoint, tokenizer=tokenizer, data=data, inputs=inputs)

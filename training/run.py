@@ -97,7 +97,7 @@ def _lay_out(prepared: Prepared, job: Job, run: Path) -> None:
     """Make the run's folder; it appears with all that a resumption needs in it."""
     with new_folder(run) as staging:
         prepared.inputs.save(staging)
-        prepared.recipe.save(staging)
+        prepared.asked.save(staging)
         if job.method.calibration is not None:
             job.method.calibration.save(staging)
 

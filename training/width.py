@@ -48,7 +48,8 @@ def check_ties(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
         UsageError: it says something that the base or another setting does not allow.
     """
     prunes = METHODS[recipe.method].prunes
-    stays_tied = recipe.rotate == "none" and (recipe.tied_embeddings != "untie" or not prunes)
+    rotates = prunes and recipe.rotate != "none"
+    stays_tied = not rotates and (recipe.tied_embeddings != "untie" or not prunes)
     if recipe.lora_head and checkpoint.tied and stays_tied:
         raise UsageError(
             "--lora-head",
@@ -60,7 +61,7 @@ def check_ties(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
         why = "the base's head is its own tensor"
     elif not prunes:
         why = f"--method {recipe.method} puts no operator there"
-    elif recipe.rotate != "none" and recipe.tied_embeddings == "keep":
+    elif rotates and recipe.tied_embeddings == "keep":
         why = "--rotate unties the head, which takes the last norm's gain"
     else:
         return

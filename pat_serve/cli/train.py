@@ -86,7 +86,7 @@ def train(
         str | None,
         Flag(
             help="Turn the residual stream to its principal axes first: none, energy (of its activations) or loss (and "
-            "of the loss's gradient). [default: loss]"
+            "of the loss's gradient). [default: loss, but none for a tied base]"
         ),
     ] = None,
     mask_start: Annotated[
@@ -97,17 +97,23 @@ def train(
     ] = None,
     gate: Annotated[
         str | None,
-        Flag(help="anneal (the mask is trained), gradual (one channel after the other) or cut. [default: cut]"),
+        Flag(
+            help="anneal (the mask is trained), gradual (a channel after the other) or cut. [default: cut, but anneal "
+            "without a rotation]"
+        ),
     ] = None,
     compensate: Annotated[
         bool | None,
-        Flag("--compensate/--no-compensate", help="Start LoRA where it makes up for the cut. [default: yes]"),
+        Flag(
+            "--compensate/--no-compensate", help="Start LoRA where it makes up for the cut. [default: with --gate cut]"
+        ),
     ] = None,
     distillation_weight: Annotated[
         float | None, Flag(help="Share of the loss that is KL to the dense base, in [0, 1). [default: 0]")
     ] = None,
     hio_rank: Annotated[
-        int | None, Flag(help="Rank of the hybrid operators. [default: 200 of 4096, in proportion]")
+        int | None,
+        Flag(help="Rank of the hybrid operators. [default: 0 with --gate cut, else 200 of 4096, in proportion]"),
     ] = None,
     tied_embeddings: Annotated[
         str | None,

@@ -143,7 +143,7 @@ class Pipeline:
             self._command("pat-train", ["--resume", str(run)])
             return
         settings = ["--model", str(self.base), "--data", str(self.data / "train.jsonl"), "--method", method]
-        pruning = ["--ratio", "0.25", "--hio-rank", "32"] if method == "pat" else []
+        pruning = ["--ratio", "0.25"] if method == "pat" else []
         self._command("pat-train", [*settings, *pruning, *BUDGET, "--out", str(run)])
 
     def export(self, method: str, name: str) -> None:

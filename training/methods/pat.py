@@ -40,6 +40,7 @@ class Pat(Method):
 
     def attach(self, model: nn.Module, num_layers: int) -> None:
         """Put an HSM behind every residual writer."""
+        assert self.recipe.gate != "auto", "the recipe was not resolved"
         schedule = GateSchedule.for_run(self.total_steps, self.recipe.milestone_share, self.recipe.gate)
         self.mask = SharedMask(self.hidden_size, self.target_width, schedule)
         if self.recipe.mask_start != "zero":

@@ -1,0 +1,93 @@
+"""What a recipe means when little is said: the defaults, `--recipe paper`, and what follows from a tied base."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pat_serve.errors import UsageError
+from pat_serve.export.exporter import export_run
+from pat_serve.plan import PruningPlan
+from pat_serve.training.config import PAPER, TrainRecipe, preset
+from pat_serve.training.run import resume, start
+from tests.conftest import tiny_recipe
+from tests.tiny_models import save_tiny_llama
+
+DEFAULTS = {name: TrainRecipe.model_fields[name].default for name in (*PAPER, "hio_rank")}
+
+
+def recipe(**settings: Any) -> TrainRecipe:
+    return TrainRecipe.build({"model": "m", "data": "d"} | settings, "flags")
+
+
+@pytest.mark.parametrize(
+    ("settings", "tied", "expected"),
+    [
+        ({}, False, ("loss", "energy", "cut", True, True)),
+        ({}, True, ("none", "energy", "anneal", False, False)),
+        ({"tied_embeddings": "untie"}, True, ("loss", "energy", "cut", True, True)),
+        ({"rotate": "energy"}, True, ("energy", "energy", "cut", True, True)),
+        ({"mask_start": "gradient"}, False, ("none", "gradient", "anneal", False, False)),
+        ({"mask_start": "zero"}, False, ("loss", "zero", "anneal", False, True)),
+        ({"gate": "gradual"}, False, ("loss", "energy", "gradual", False, True)),
+        (PAPER, False, ("none", "zero", "anneal", False, False)),
+    ],
+)
+def test_what_is_left_open_follows_from_the_rest(
+    settings: dict[str, Any], tied: bool, expected: tuple[object, ...]
+) -> None:
+    decided = recipe(**settings).resolved(tied=tied)
+    found = (decided.rotate, decided.mask_start, decided.gate, decided.compensate, decided.lora_head)
+    assert found == expected
+    assert decided.resolved(tied=tied) == decided
+
+
+def test_a_choice_that_the_rest_rules_out_is_refused() -> None:
+    with pytest.raises(UsageError, match="gate cut"):
+        recipe(compensate=True).resolved(tied=True)
+
+
+def test_operator_has_a_rank_where_the_mask_is_trained() -> None:
+    assert recipe().resolved(tied=False).resolved_hio_rank(4096) == 0
+    assert recipe(**PAPER).resolved(tied=False).resolved_hio_rank(4096) == 200
+    assert recipe(hio_rank=64).resolved(tied=False).resolved_hio_rank(4096) == 64
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(UsageError, match="default or paper"):
+        preset("best")
+
+
+def test_default_run_resumes_and_exports(rows: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """Interrupted before its first checkpoint: the adapter must start where it started."""
+    settings = tiny_recipe(tiny_base, rows, **DEFAULTS)
+    start(settings, tmp_path / "whole")
+    start(settings, tmp_path / "run")
+    for name in ("plan.json", "plan.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    resume(tmp_path / "run")
+    whole, again = PruningPlan.load(tmp_path / "whole"), PruningPlan.load(tmp_path / "run")
+    assert whole.rotation is not None
+    assert whole.adapter == again.adapter
+    assert whole.axes["hidden"].kept.equal(again.axes["hidden"].kept)
+    exported = export_run(tmp_path / "run", tmp_path / "pruned")
+    assert exported.parity is not None
+    assert exported.parity.max_abs_over_std < 1e-4
+
+
+def test_force_measures_anew(rows: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """A replaced run's calibration belongs to the old base."""
+    start(tiny_recipe(tiny_base, rows, **DEFAULTS), tmp_path / "run")
+    other = save_tiny_llama(tmp_path / "other", seed=7)
+    start(tiny_recipe(other, rows, **DEFAULTS), tmp_path / "run", force=True)
+    start(tiny_recipe(other, rows, **DEFAULTS), tmp_path / "fresh")
+    replaced, fresh = PruningPlan.load(tmp_path / "run"), PruningPlan.load(tmp_path / "fresh")
+    assert replaced.rotation is not None
+    assert fresh.rotation is not None
+    assert replaced.rotation.equal(fresh.rotation)
+    assert yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["rotate"] == "auto"
