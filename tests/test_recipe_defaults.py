@@ -33,6 +33,7 @@ def recipe(**settings: Any) -> TrainRecipe:
         ({"rotate": "energy"}, True, ("energy", "energy", "cut", True, True)),
         ({"mask_start": "gradient"}, False, ("none", "gradient", "anneal", False, False)),
         ({"mask_start": "zero"}, False, ("loss", "zero", "anneal", False, True)),
+        ({"quantize_base": "nf4"}, False, ("none", "energy", "anneal", False, False)),
         ({"gate": "gradual"}, False, ("loss", "energy", "gradual", False, True)),
         (PAPER, False, ("none", "zero", "anneal", False, False)),
     ],

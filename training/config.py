@@ -108,6 +108,8 @@ class TrainRecipe(pydantic.BaseModel):
             raise ValueError(f"gate {self.gate} needs mask_start energy or gradient, which says what to cut")
         if self.mask_start == "gradient" and self.rotate in ("energy", "loss"):
             raise ValueError("mask_start gradient ranks the base's own channels: rotate none")
+        if self.quantize_base and self.rotate in ("energy", "loss"):
+            raise ValueError("a quantized base cannot be rotated: rotate none")
         if self.compensate and self.gate in ("anneal", "gradual"):
             raise ValueError("compensate makes up for a cut that is there from the start: gate cut")
         return self
@@ -158,7 +160,7 @@ class TrainRecipe(pydantic.BaseModel):
         """
         rotate = self.rotate
         if rotate == "auto":
-            stays = (tied and self.tied_embeddings != "untie") or self.mask_start == "gradient"
+            stays = (tied and self.tied_embeddings != "untie") or self.mask_start == "gradient" or self.quantize_base
             rotate = "none" if stays else "loss"
         # Undecided means that the training decides.
         undecided = self.mask_start == "zero"

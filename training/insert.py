@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from pat_serve.architectures import HEAD, Family
@@ -15,6 +16,7 @@ from pat_serve.rotation import rotate_model
 from pat_serve.training.calibration import Calibration
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import METHODS, Method
+from pat_serve.training.ranks import sharded_by_fsdp
 
 
 def build_model(
@@ -42,8 +44,19 @@ def build_model(
 
     quantized = {"quantization_config": _nf4(dtype)} if recipe.quantize_base else {}
     base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, local_files_only=True, **quantized)
+    _move_to_accelerator(base)
     calibration = measure(base) if METHODS[recipe.method].wants_calibration(recipe) else None
     return adapt(base, checkpoint.family, recipe, target_width, total_steps, calibration)
+
+
+def _move_to_accelerator(base: Any) -> None:
+    """Calibrating and rotating billions of weights on a CPU takes many minutes; the Trainer moves the model anyway."""
+    if not torch.cuda.is_available() or sharded_by_fsdp() or base.device.type == "cuda":
+        return
+    device = PartialState().device
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    if base.get_memory_footprint() * 1.2 < free_bytes:
+        base.to(device)
 
 
 def adapt(

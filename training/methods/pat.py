@@ -71,7 +71,7 @@ class Pat(Method):
     def set_total_steps(self, total_steps: int) -> None:
         """The gate's schedule follows."""
         super().set_total_steps(total_steps)
-        self.mask.schedule = GateSchedule.for_run(total_steps, self.recipe.milestone_share)
+        self.mask.schedule = GateSchedule.for_run(total_steps, self.recipe.milestone_share, self.mask.schedule.kind)
 
     def on_step(self, step: int) -> None:
         """Move the gate along its schedule; at the freeze, project it to exactly K channels."""
