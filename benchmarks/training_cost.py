@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import resource
 import subprocess
@@ -23,15 +24,19 @@ import torch
 
 from pat_serve.architectures import FAMILIES
 from pat_serve.server.statistics import PairedRatio, paired_ratio, percentile
-from pat_serve.training.config import TrainRecipe
+from pat_serve.training.config import PAPER, TrainRecipe
 from pat_serve.training.insert import adapt
 
 # The paper matches PAT (LoRA 20 and HIO 200) with LoRA 64 in parameters; LoRA 20 is the same adapter without PAT.
 METHODS: dict[str, dict[str, Any]] = {
-    "pat": {"method": "pat", "lora_rank": 20, "hio_rank": 200},
+    "pat": {"method": "pat", "lora_rank": 20},
+    "pat-paper": {**PAPER, "method": "pat", "lora_rank": 20, "hio_rank": 200},
     "lora-20": {"method": "lora", "lora_rank": 20},
     "lora-64": {"method": "lora", "lora_rank": 64},
 }
+PRUNING, DENSE = ("pat", "pat-paper"), ("lora-20", "lora-64")
+# What a calibration decides costs no step anything: which channels, and which axes.
+UNCALIBRATED = {"rotate": "none", "mask_start": "zero"}
 TIME_BAR, MEMORY_BAR = 1.15, 1.10
 TOTAL_STEPS = 10_000
 
@@ -59,8 +64,9 @@ def make_base(options: argparse.Namespace) -> Any:
 
 def make_step(base: Any, name: str, options: argparse.Namespace) -> Callable[[], None]:
     """A function that takes one optimizer step of a method, as pat-train takes it."""
-    recipe = TrainRecipe(model="random", data="random", **METHODS[name])
-    width = options.hidden * 3 // 4 if name == "pat" else options.hidden
+    recipe = TrainRecipe(model="random", data="random", **METHODS[name]).resolved(tied=False)
+    recipe = recipe.model_copy(update=UNCALIBRATED)
+    width = options.hidden * 3 // 4 if name in PRUNING else options.hidden
     # In float32 whatever the base: the default dtype would make LoRA's factors.
     model, method = adapt(base, FAMILIES["llama"], recipe, width, TOTAL_STEPS)
     model.to(options.device).train()
@@ -116,12 +122,12 @@ def measure_memory(name: str, options: argparse.Namespace) -> int:
 
 
 def summary(times: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:
-    """Medians, ratios of PAT to each LoRA with their intervals, and whether they meet the bar."""
-    against = {}
-    for name in ("lora-20", "lora-64"):
-        ratio: PairedRatio = paired_ratio(times["pat"], times[name])
-        memory = peaks["pat"] / peaks[name]
-        against[name] = {
+    """Medians, ratios of both PATs to each LoRA with their intervals, and whether they meet the bar."""
+    against: dict[str, dict[str, Any]] = {name: {} for name in PRUNING}
+    for pruning, name in itertools.product(PRUNING, DENSE):
+        ratio: PairedRatio = paired_ratio(times[pruning], times[name])
+        memory = peaks[pruning] / peaks[name]
+        against[pruning][name] = {
             "time_ratio": ratio.median,
             "time_ratio_low": ratio.low,
             "time_ratio_high": ratio.high,
@@ -131,7 +137,7 @@ def summary(times: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, A
     return {
         "step_s": {name: percentile(samples, 50) for name, samples in times.items()},
         "peak_bytes": peaks,
-        "pat_against": against,
+        "against": against,
         "samples_s": times,
     }
 
@@ -154,7 +160,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure and report; exit 1 when the bar is not met against both."""
+    """Measure and report; exit 1 when the default misses the bar against either LoRA."""
     options = parse()
     if options.memory_of:
         print(measure_memory(options.memory_of, options))
@@ -167,15 +173,14 @@ def main() -> None:
     if options.json:
         print(json.dumps(result, indent=2))
     else:
-        print(f"{'method':10}{'step, s':>10}{'peak, GiB':>12}{'PAT / it, time (95 %)':>28}{'memory':>9}")
         for name, seconds in result["step_s"].items():
-            line = f"{name:10}{seconds:10.3f}{peaks[name] / 2**30:12.2f}"
-            if name in result["pat_against"]:
-                it = result["pat_against"][name]
-                interval = f"{it['time_ratio']:.3f} ({it['time_ratio_low']:.3f}-{it['time_ratio_high']:.3f})"
-                line += f"{interval:>28}{it['memory_ratio']:9.3f}"
-            print(line)
-    sys.exit(0 if all(it["met"] for it in result["pat_against"].values()) else 1)
+            print(f"{name:10} step {seconds:8.3f} s   peak {peaks[name] / 2**30:6.2f} GiB")
+        for pruning, name in itertools.product(PRUNING, DENSE):
+            it = result["against"][pruning][name]
+            interval = f"{it['time_ratio']:.3f} [{it['time_ratio_low']:.3f}, {it['time_ratio_high']:.3f}]"
+            met = "met" if it["met"] else "not met"
+            print(f"{pruning:10} / {name}: time {interval}, memory {it['memory_ratio']:.3f}: {met}")
+    sys.exit(0 if all(it["met"] for it in result["against"]["pat"].values()) else 1)
 
 
 if __name__ == "__main__":
