@@ -32,27 +32,20 @@ def loss_chart(training: dict[str, list[dict[str, float]]]) -> go.Figure:
     return figure
 
 
-def gate_chart(lines: list[dict[str, float]]) -> go.Figure:
-    """How many channels the mask keeps, and how far its gate is from 0 and 1."""
-    steps = [line["step"] for line in lines]
+def axes_chart(importances: list[float], kept: int) -> go.Figure:
+    """Importance of the stream's axes, the strongest first, and where the cut is."""
     figure = go.Figure(layout=_LAYOUT)
-    figure.add_scatter(
-        x=steps,
-        y=[line["gate_kept"] for line in lines],
-        name="channels kept",
-        line={"color": COLORS["pat"], "width": 2},
-    )
-    figure.add_scatter(
-        x=steps,
-        y=[line["gate_softness"] for line in lines],
-        name="mean distance of the gate from 0/1",
-        yaxis="y2",
-        line={"color": "#6b7280", "width": 2, "dash": "dot"},
-    )
+    for name, color, first, last in (
+        ("kept", COLORS["pat"], 0, kept),
+        ("cut", COLORS["base"], kept, len(importances)),
+    ):
+        figure.add_bar(
+            x=list(range(first, last)), y=importances[first:last], name=name, marker={"color": color, "line_width": 0}
+        )
     figure.update_layout(
-        xaxis={"title": "optimizer step"},
-        yaxis={"title": "channels kept", "rangemode": "tozero"},
-        yaxis2={"title": "distance", "overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False},
+        bargap=0,
+        xaxis={"title": "axis of the residual stream"},
+        yaxis={"title": "share of energy and sensitivity", "type": "log"},
     )
     return figure
 

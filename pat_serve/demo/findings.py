@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pat_serve.hardware import describe
+from pat_serve.training.calibration import Calibration
 
 
 def collect(out: Path) -> dict[str, Any]:
@@ -37,10 +38,19 @@ def collect(out: Path) -> dict[str, Any]:
         },
         "quality": dict(zip(names, quality, strict=True)),
         "training": {method: _metrics(out / "runs" / method / "metrics.jsonl") for method in ("lora", "pat")},
+        "axes": _importance(out / "runs" / "pat"),
         "serving": _json(out / "answers.json"),
         "speedup": _without_rounds(_json(out / "speedup.json")),
         "stage_s": _json(out / "timings.json"),
     }
+
+
+def _importance(run: Path) -> list[float]:
+    """Importance of each axis of the stream, the strongest first, as the run measured it."""
+    calibration = Calibration.load(run)
+    assert calibration is not None
+    importances: list[float] = calibration.importance_D.sort(descending=True).values.tolist()
+    return importances
 
 
 def summary_lines(out: Path) -> list[str]:

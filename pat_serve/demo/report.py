@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from pat_serve.demo.charts import gate_chart, loss_chart, quality_chart, speedup_chart
+from pat_serve.demo.charts import axes_chart, loss_chart, quality_chart, speedup_chart
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; }
@@ -91,12 +91,15 @@ def _quality(findings: dict[str, Any]) -> str:
 
 
 def _training(findings: dict[str, Any]) -> str:
-    training = findings["training"]
+    training, kept = findings["training"], findings["models"]["pruned"]["hidden_size"]
+    cut = sum(findings["axes"][kept:])
     note = (
-        "Equal steps, tokens and LoRA for both. The gate of the shared mask hardens until the freeze, where it is "
-        "projected to exactly the target width; from then on it is 0 or 1."
+        "Equal steps, tokens and LoRA for both. PAT first turns the residual stream to the axes of its energy and of the "
+        f"loss's gradient; the weakest, with {cut:.1%} of both, are cut before the first step, and LoRA starts where it "
+        "makes up for them."
     )
-    charts = f"<div>{_figure(loss_chart(training))}</div><div>{_figure(gate_chart(training['pat']))}</div>"
+    axes = axes_chart(findings["axes"], kept)
+    charts = f"<div>{_figure(loss_chart(training))}</div><div>{_figure(axes)}</div>"
     return f"<h2>Training</h2><div class='two'>{charts}</div>{_note(note)}"
 
 
