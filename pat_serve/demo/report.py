@@ -94,9 +94,9 @@ def _training(findings: dict[str, Any]) -> str:
     training, kept = findings["training"], findings["models"]["pruned"]["hidden_size"]
     cut = sum(findings["axes"][kept:])
     note = (
-        "Equal steps, tokens and LoRA for both. PAT first turns the residual stream to the axes of its energy and of the "
-        f"loss's gradient; the weakest, with {cut:.1%} of both, are cut before the first step, and LoRA starts where it "
-        "makes up for them."
+        "Equal steps, tokens and LoRA for both. PAT first turns the residual stream to the axes of its energy and of "
+        f"the loss's gradient; the weakest, with {cut:.1%} of both, are cut before the first step, and LoRA starts "
+        "where it makes up for them."
     )
     axes = axes_chart(findings["axes"], kept)
     charts = f"<div>{_figure(loss_chart(training))}</div><div>{_figure(axes)}</div>"
