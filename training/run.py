@@ -189,7 +189,7 @@ def _assemble(prepared: _Prepared, run: Path) -> _Job:
         remove_unused_columns=False,
         label_names=["labels"],
     )
-    display = Display(f"{recipe.method} to hidden_size {inputs.target_width}")
+    display = Display(f"{recipe.method} to {inputs.target_width}")
     trainer = PruningTrainer(
         method=method,
         run=run,

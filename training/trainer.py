@@ -85,7 +85,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each loss term's mean since the last line, and the method's figures."""
-        if self._micro_batches:
+        if self._micro_batches and "eval_loss" not in logs:
             logs |= {name: total / self._micro_batches for name, total in self._sums.items()}
             logs |= self.method.metrics()
             seconds = self._timer.take_s()
