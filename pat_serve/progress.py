@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 T = TypeVar("T")
 
@@ -33,7 +34,8 @@ def progress_bar() -> Iterator[Progress]:
         TaskProgressColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        # A long description takes its room from the other columns.
+        TimeRemainingColumn(table_column=Column(min_width=7, no_wrap=True)),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress

@@ -63,6 +63,7 @@ def stock_trainer(base: Path, rows: Path, out: Path, config: PatConfig | None = 
         model=model,
         args=TrainingArguments(output_dir=str(out / "trainer"), **(settings | overrides)),
         train_dataset=examples,
+        eval_dataset=examples[:4],
         data_collator=PadBatch(),
         callbacks=[PatCallback()],
     )
@@ -164,6 +165,11 @@ def test_a_changed_model_is_refused(tiny_base: Path):
     [
         ({"max_steps": 5}, UsageError, "at least 12 optimizer steps"),
         ({"label_smoothing_factor": 0.1}, UsageError, "label smoothing"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 4},
+            UsageError,
+            "lr_scheduler_type",
+        ),
     ],
 )
 def test_trainers_that_do_not_fit(

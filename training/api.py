@@ -22,8 +22,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pat_serve.atomic import check_vacant, new_folder
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
-from pat_serve.errors import ChangedInput, Diverged, RunError, UnfinishedRun, UsageError
+from pat_serve.errors import Diverged, RunError, UnfinishedRun, UsageError
 from pat_serve.plan import PruningPlan
+from pat_serve.training.base_weights import require_same_weights
 from pat_serve.training.config import PAPER, TrainRecipe
 from pat_serve.training.data import load_tokenizer
 from pat_serve.training.insert import adapt
@@ -98,7 +99,7 @@ def apply_pat(model: nn.Module, config: PatConfig | None = None) -> Any:
     source = str(Path(source).resolve()) if Path(source).is_dir() else source
     recipe = TrainRecipe.build({**PAPER, "model": source, "data": "passed to a Trainer", **settings}, "PatConfig")
     checkpoint = open_checkpoint(source, recipe.revision)
-    _require_same_weights(model, checkpoint)
+    require_same_weights(model, checkpoint)
     width = target_width(recipe, checkpoint)
     # The schedule is stretched once the Trainer knows its steps.
     adapted, method = adapt(model, checkpoint.family, recipe, width, LEAST_STEPS)
@@ -214,7 +215,7 @@ def save_run(
     if not prompts:
         raise UsageError("prompts", expected="token ids for the parity check", found="none", fix="Pass some.")
     base = model.get_base_model()  # type: ignore[operator]  # PEFT's
-    _require_same_weights(base, handle.checkpoint)
+    require_same_weights(base, handle.checkpoint)
     check_vacant(folder, force=force, inputs=[handle.checkpoint.folder])
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(handle.checkpoint.folder)
     with new_folder(folder) as staging:
@@ -294,23 +295,6 @@ def _give_mask_its_rate(method: Pat, optimizer: Any, scheduler: Any) -> None:
     optimizer.add_param_group(own | {"params": [logits], "lr": rate, "initial_lr": rate})
     scheduler.base_lrs.append(rate)
     scheduler.lr_lambdas.append(lambda _step: 1.0)
-
-
-def _require_same_weights(base: nn.Module, checkpoint: Checkpoint) -> None:
-    """The model in memory is the one on disk, from which the export will start."""
-    loaded = {name.replace(".base_layer.", "."): value for name, value in base.state_dict().items()}
-    for name in checkpoint.tensors:
-        present = loaded.get(name)
-        if present is None and checkpoint.tied and name == "lm_head.weight":
-            continue
-        stored = checkpoint.read(name)
-        if present is None or not torch.equal(present.detach().cpu(), stored.to(present.dtype)):
-            raise ChangedInput(
-                f"{checkpoint.source}: {name}",
-                expected="the loaded model's weights",
-                found="no such tensor in the model" if present is None else "other values",
-                fix="Save the changed model with its tokenizer, and load it from there.",
-            )
 
 
 def _handle(model: nn.Module) -> AppliedPat:

@@ -55,7 +55,7 @@ def assemble(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> J
     arguments = _arguments(prepared, run, method)
     if unused := use_one_device(arguments):
         say(f"{unused + 1} GPUs are visible and one is used; `accelerate launch` uses all (docs/scaling.md)")
-    display = Display(f"{recipe.method} to hidden_size {prepared.inputs.target_width}")
+    display = Display(f"{recipe.method} to {prepared.inputs.target_width}")
     trainer = PruningTrainer(
         method=method,
         run=run,

@@ -23,9 +23,8 @@ from pat_serve.training.insert import adapt
 TRAINED_BYTES = 16
 # Threads' buffers and kernels that a first step brings along.
 OVERHEAD_BYTES = 100_000_000
-# glibc serves smaller blocks from a heap, where what is kept pins what is freed around it; larger ones are mapped
-# singly. The loss is the largest that was measured (hidden 512, 4 layers, batches of 2 to 16): 4 to 67 % of activations
-# and logits.
+# glibc serves smaller blocks from a heap, where what is kept pins what is freed around it; larger ones mapped alone.
+# The largest loss that was measured, as a share of activations and logits (hidden 512, 4 layers, batches of 2 to 16).
 HEAP_BLOCK_BYTES = 32 * 2**20
 HEAP_LOSS = 2 / 3
 

@@ -111,7 +111,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each loss term's mean since the last line, over all ranks, and the method's figures."""
-        if self._micro_batches:
+        if self._micro_batches and "eval_loss" not in logs:
             names = list(self._sums)
             sums = torch.stack([self._sums[name] for name in names]).to(self.args.device)
             means = self.accelerator.reduce(sums, reduction="mean") / self._micro_batches
