@@ -64,7 +64,7 @@ def make_base(options: argparse.Namespace) -> Any:
 
 def make_step(base: Any, name: str, options: argparse.Namespace) -> Callable[[], None]:
     """A function that takes one optimizer step of a method, as pat-train takes it."""
-    recipe = TrainRecipe(model="random", data="random", **METHODS[name]).resolved(tied=False)
+    recipe = TrainRecipe(model="random", data="random", **METHODS[name]).resolved(tied=False, prunes=name in PRUNING)
     recipe = recipe.model_copy(update=UNCALIBRATED)
     width = options.hidden * 3 // 4 if name in PRUNING else options.hidden
     # In float32 whatever the base: the default dtype would make LoRA's factors.

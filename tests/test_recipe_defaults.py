@@ -47,6 +47,12 @@ def test_what_is_left_open_follows_from_the_rest(
     assert decided.resolved(tied=tied) == decided
 
 
+def test_dense_baseline_is_plain_lora() -> None:
+    decided = recipe(method="lora").resolved(tied=False, prunes=False)
+    assert (decided.rotate, decided.compensate, decided.lora_head) == ("none", False, False)
+    assert recipe(method="lora", lora_head=True).resolved(tied=False, prunes=False).lora_head
+
+
 def test_a_choice_that_the_rest_rules_out_is_refused() -> None:
     with pytest.raises(UsageError, match="gate cut"):
         recipe(compensate=True).resolved(tied=True)

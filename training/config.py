@@ -148,16 +148,19 @@ class TrainRecipe(pydantic.BaseModel):
         local = {name: Path(value) for name, value in named.items() if value is not None}
         return self.model_copy(update={name: str(path.resolve()) for name, path in local.items() if path.exists()})
 
-    def resolved(self, *, tied: bool) -> TrainRecipe:
+    def resolved(self, *, tied: bool, prunes: bool = True) -> TrainRecipe:
         """The recipe with every `auto` of the method decided by what measured best (docs/ablation.md).
 
         Args:
             tied: the base's head is its embedding. A rotation would untie it, which costs vocab x width parameters,
                 more than the cut saves in many small models: such a base is not rotated unless it is to be untied.
+            prunes: the method does; for one that does not there is nothing to decide.
 
         Raises:
             UsageError: what was chosen by hand does not go with what follows from the rest.
         """
+        if not prunes:
+            return self.model_copy(update=PAPER | {"lora_head": bool(self.lora_head)})
         rotate = self.rotate
         if rotate == "auto":
             stays = (tied and self.tied_embeddings != "untie") or self.mask_start == "gradient" or self.quantize_base

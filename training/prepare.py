@@ -48,7 +48,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
         raise UsageError("--method", expected=" or ".join(METHODS), found=recipe.method, fix="Choose one of them.")
     check_reporters(recipe.report_to)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
-    asked, recipe = recipe, recipe.resolved(tied=checkpoint.tied)
+    asked, recipe = recipe, recipe.resolved(tied=checkpoint.tied, prunes=METHODS[recipe.method].prunes)
     check_ties(recipe, checkpoint)
     width = target_width(recipe, checkpoint)
     tokenizer = load_tokenizer(checkpoint.folder)

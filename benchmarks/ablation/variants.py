@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pat_serve.training.config import PAPER
+
 # The budget and the widths that all share: equal steps, equal tokens, the same data order for the same seed.
 SHARED: dict[str, Any] = {
     "batch_size": 8,
@@ -20,11 +22,11 @@ SHARED: dict[str, Any] = {
     "logging_steps": 10,
 }
 
-_PAPER: dict[str, Any] = {"hio_rank": 32}
-_CUT: dict[str, Any] = {"gate": "cut", "hio_rank": 0}
+_PAPER: dict[str, Any] = {**PAPER, "hio_rank": 32}
+_CUT: dict[str, Any] = {**PAPER, "gate": "cut", "hio_rank": 0}
 _AXES: dict[str, Any] = {"rotate": "energy", "mask_start": "energy"}
 _LOSS_AXES: dict[str, Any] = {"rotate": "loss", "mask_start": "energy"}
-_BEST: dict[str, Any] = {**_LOSS_AXES, "gate": "cut", "compensate": True, "lora_head": True, "hio_rank": 0}
+_BEST: dict[str, Any] = {**_CUT, **_LOSS_AXES, "compensate": True, "lora_head": True}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense LoRA": {"method": "lora"},
@@ -39,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PAT + loss axes, gradual": {**_PAPER, **_LOSS_AXES, "gate": "gradual"},
     "loss axes, cut": {**_PAPER, **_LOSS_AXES, "gate": "cut"},
     "loss axes, cut, compensated": {**_PAPER, **_LOSS_AXES, "gate": "cut", "compensate": True},
-    "loss axes, cut, compensated, head": _BEST,
+    "loss axes, cut, compensated, head (the default)": _BEST,
     "loss axes, cut, compensated, head, HIO 32": {**_BEST, "hio_rank": 32},
     "loss axes, cut, compensated, head, distilled": {**_BEST, "distillation_weight": 0.5},
 }
