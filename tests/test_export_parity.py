@@ -181,15 +181,15 @@ def test_the_trained_model_is_the_masked_one(tiny_base: Path, rows: Path, tmp_pa
     from tests.conftest import tiny_recipe
 
     trained = {}
-    finish = training_run._finish
+    write_result = training_run.write_result
 
-    def keep_model(prepared, run, model, method) -> None:
+    def keep_model(run, *, model, **rest) -> None:
         with torch.no_grad():
             trained["logits"] = model.eval()(input_ids=PROMPT).logits
-        finish(prepared, run, model, method)
+        write_result(run, model=model, **rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run, "_finish", keep_model)
+        patch.setattr(training_run, "write_result", keep_model)
         training_run.start(tiny_recipe(tiny_base, rows), tmp_path / "run")
     plan = PruningPlan.load(tmp_path / "run")
     with torch.no_grad():
