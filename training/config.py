@@ -24,6 +24,8 @@ PAPER: dict[str, Any] = {
     "distillation_weight": 0.0,
 }
 
+UNPRUNED: dict[str, Any] = {name: PAPER[name] for name in ("rotate", "mask_start", "gate", "compensate")}
+
 
 def preset(name: str) -> dict[str, Any]:
     """Settings that `--recipe` stands for; a recipe file and flags win over them.
@@ -160,7 +162,7 @@ class TrainRecipe(pydantic.BaseModel):
             UsageError: what was chosen by hand does not go with what follows from the rest.
         """
         if not prunes:
-            return self.model_copy(update=PAPER | {"lora_head": bool(self.lora_head)})
+            return self.model_copy(update=UNPRUNED | {"lora_head": bool(self.lora_head)})
         rotate = self.rotate
         if rotate == "auto":
             stays = (tied and self.tied_embeddings != "untie") or self.mask_start == "gradient" or self.quantize_base
