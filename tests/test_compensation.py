@@ -93,8 +93,8 @@ def test_head_that_stays_tied_takes_no_adapter(rows: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gate": "cut"}, "needs mask_start"),
-        ({"compensate": True}, "gate cut"),
+        ({"gate": "cut", "mask_start": "zero"}, "needs mask_start"),
+        ({"compensate": True, "gate": "anneal"}, "gate cut"),
         ({"mask_start": "gradient", "rotate": "loss"}, "rotate none"),
     ],
 )
