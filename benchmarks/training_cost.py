@@ -71,7 +71,7 @@ def make_step(base: Any, name: str, options: argparse.Namespace) -> Callable[[],
     model, method = adapt(base, FAMILIES["llama"], recipe, width, TOTAL_STEPS)
     model.to(options.device).train()
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[operator]  # peft's
+        model.gradient_checkpointing_enable()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0)
     ids = torch.randint(options.vocab, (options.batch, options.length), device=options.device)

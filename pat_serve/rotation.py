@@ -10,7 +10,7 @@ Shape suffixes: D hidden_size, V vocabulary, O outputs of a reader, N inputs of 
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def effective_gain(stored_D: Tensor, family: Family) -> Tensor:
 
 
 @torch.no_grad()
-def rotate_model(model: nn.Module, family: Family, num_layers: int, rotation_DD: Tensor) -> None:
+def rotate_model(model: Any, family: Family, num_layers: int, rotation_DD: Tensor) -> None:
     """Rotate a loaded model in place; its function stays the same. A tied head is untied.
 
     Args:
@@ -77,7 +77,7 @@ def rotate_model(model: nn.Module, family: Family, num_layers: int, rotation_DD:
     untie_head(model)
     named = {name: (model.get_submodule(name), spec, i) for name, spec, i in family.modules(num_layers)}
     gains = {
-        name: effective_gain(cast("Tensor", module.weight), family).clone()
+        name: effective_gain(module.weight, family).clone()
         for name, (module, spec, _) in named.items()
         if spec.hidden_norm
     }
@@ -89,9 +89,9 @@ def rotate_model(model: nn.Module, family: Family, num_layers: int, rotation_DD:
             parameter.copy_(rotate_tensor(parameter.to(compute), spec, family, rotation, gain_D))
 
 
-def untie_head(model: nn.Module) -> None:
+def untie_head(model: Any) -> None:
     """Give a tied model a head of its own, equal to its embedding."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        model.config.tie_word_embeddings = False

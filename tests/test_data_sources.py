@@ -92,7 +92,7 @@ def test_messages_in_tables(suffix: str, tmp_path: Path):
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[assistant] "
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     value = json.dumps(messages) if suffix == ".csv" else messages
-    path = write(tmp_path / f"rows{suffix}", [{"messages": value}])  # type: ignore[dict-item]
+    path = write(tmp_path / f"rows{suffix}", [{"messages": value}])
     row = load_rows(str(path), "train", tokenizer)[0]
     assert (row.prompt, row.completion) == ("[user] q [assistant] ", "a")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pat_serve.errors import Diverged, EmptyMask, MissingExtra, UsageError
+from pat_serve.training import reporting
 from pat_serve.training.callbacks import progress_line
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.hsm import SharedMask
@@ -54,8 +54,8 @@ def test_no_reporter_leaves_no_folder(tiny_base: Path, rows: Path, tmp_path: Pat
     assert TrainRecipe.read(tmp_path / "run/recipe.yaml")["report_to"] == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_a_reporter_that_is_not_installed(tiny_base: Path, rows: Path, tmp_path: Path):
+def test_a_reporter_that_is_not_installed(tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(reporting._INSTALLED, "wandb", lambda: False)
     settings = tiny_recipe(tiny_base, rows).model_dump() | {"report_to": "tensorboard, wandb"}
     with pytest.raises(MissingExtra, match="--report-to wandb: expected the package wandb"):
         start(TrainRecipe.build(settings, "test"), tmp_path / "run")

@@ -16,29 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pat_serve.atomic import check_vacant, new_folder
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import Diverged, RunError, UnfinishedRun, UsageError
-from pat_serve.plan import PruningPlan
 from pat_serve.training.base_weights import require_same_weights
 from pat_serve.training.config import PAPER, TrainRecipe
 from pat_serve.training.data import load_tokenizer
 from pat_serve.training.insert import adapt
 from pat_serve.training.methods.pat import Pat
 from pat_serve.training.result import write_result
+from pat_serve.training.schedule import LEAST_STEPS
 from pat_serve.training.width import target_width
 
-LEAST_STEPS = 12
 KEPT_SAMPLES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatConfig:
-    """What `apply_pat` adds to a model; the fields are those of `pat-train`, and so are the defaults.
+    """What `apply_pat` adds to a model; fields and defaults are those of `pat-train --recipe paper`.
 
     Attributes:
         ratio: share of the hidden channels to cut, in (0, 0.6]; 0.25 when neither this nor hidden_size is given.
@@ -79,7 +78,7 @@ class AppliedPat:
     loss_multiplier: int = 1
 
 
-def apply_pat(model: nn.Module, config: PatConfig | None = None) -> Any:
+def apply_pat(model: Any, config: PatConfig | None = None) -> Any:
     """Add LoRA and the HSMs to a loaded model; the base is frozen.
 
     Args:
@@ -94,7 +93,7 @@ def apply_pat(model: nn.Module, config: PatConfig | None = None) -> Any:
             illegal.
     """
     settings = asdict(config or PatConfig())
-    source = settings.pop("base") or str(model.config._name_or_path)  # type: ignore[union-attr]  # transformers'
+    source = settings.pop("base") or str(model.config._name_or_path)
     settings["revision"] = settings["revision"] or getattr(model.config, "_commit_hash", None)
     source = str(Path(source).resolve()) if Path(source).is_dir() else source
     recipe = TrainRecipe.build({**PAPER, "model": source, "data": "passed to a Trainer", **settings}, "PatConfig")
@@ -102,12 +101,13 @@ def apply_pat(model: nn.Module, config: PatConfig | None = None) -> Any:
     require_same_weights(model, checkpoint)
     width = target_width(recipe, checkpoint)
     # The schedule is stretched once the Trainer knows its steps.
+    adapted: Any
     adapted, method = adapt(model, checkpoint.family, recipe, width, LEAST_STEPS)
     assert isinstance(method, Pat)
     for module in method.modules().values():
         module.to(next(model.parameters()).device)
     handle = AppliedPat(method=method, recipe=recipe, checkpoint=checkpoint)
-    adapted.pat = handle  # type: ignore[assignment]  # not a module
+    adapted.pat = handle
     adapted.register_forward_hook(_add_losses, with_kwargs=True)
     return adapted
 
@@ -181,7 +181,7 @@ class PatCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
 
 
 def save_run(
-    model: nn.Module,
+    model: Any,
     folder: str | Path,
     *,
     tokenizer: Any = None,
@@ -214,24 +214,19 @@ def save_run(
     prompts = prompts or handle.samples
     if not prompts:
         raise UsageError("prompts", expected="token ids for the parity check", found="none", fix="Pass some.")
-    base = model.get_base_model()  # type: ignore[operator]  # PEFT's
+    base = model.get_base_model()
     require_same_weights(base, handle.checkpoint)
     check_vacant(folder, force=force, inputs=[handle.checkpoint.folder])
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(handle.checkpoint.folder)
     with new_folder(folder) as staging:
         handle.recipe.model_copy(update={"max_steps": handle.method.total_steps}).save(staging)
-        plan = PruningPlan(
-            method=handle.method.name,
-            base=handle.checkpoint.reference(),
-            axes=handle.method.axes(),
-            folds=handle.method.folds(),
-        )
+        plan = handle.method.plan(handle.checkpoint.reference())
         lora = {name: tensor.cpu() for name, tensor in model.state_dict().items() if ".lora_" in name}
         write_result(staging, model=model, lora=lora, tokenizer=tokenizer, prompts=prompts, plan=plan)
     return folder
 
 
-def _add_losses(model: nn.Module, _args: Any, inputs: dict[str, Any], output: Any) -> Any:
+def _add_losses(model: Any, _args: Any, inputs: dict[str, Any], output: Any) -> Any:
     """Forward hook: the method's losses join the model's own while it trains, each with its whole weight a step.
 
     With `num_items_in_batch` the micro-batches' losses are summed, so one of them, the first, carries the method's;
@@ -297,7 +292,7 @@ def _give_mask_its_rate(method: Pat, optimizer: Any, scheduler: Any) -> None:
     scheduler.lr_lambdas.append(lambda _step: 1.0)
 
 
-def _handle(model: nn.Module) -> AppliedPat:
+def _handle(model: Any) -> AppliedPat:
     handle = getattr(model, "pat", None)
     if not isinstance(handle, AppliedPat):
         raise UsageError("the model", expected="one from apply_pat", found=type(model).__name__, fix="Call apply_pat.")

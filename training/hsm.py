@@ -152,7 +152,7 @@ class HybridModule(nn.Module):
         if not self.enabled:
             return x
         gain_D = self.scale_D * self._mask[0]()
-        y: Tensor = _Hybrid.apply(x, self.l0_RD, self.l1_DR, gain_D)  # type: ignore[no-untyped-call]
+        y: Tensor = _Hybrid.apply(x, self.l0_RD, self.l1_DR, gain_D)  # type: ignore[no-untyped-call]  # torch's
         return y
 
     def bound_scale(self) -> None:

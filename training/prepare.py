@@ -15,10 +15,8 @@ from pat_serve.training.methods import METHODS
 from pat_serve.training.preflight import check_memory
 from pat_serve.training.ranks import Ranks
 from pat_serve.training.reporting import check_reporters
+from pat_serve.training.schedule import LEAST_STEPS
 from pat_serve.training.width import check_ties, target_width
-
-# The schedule's soft phase needs a few steps, and the model some more after the freeze.
-LEAST_STEPS = 12
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pat_serve.atomic import new_folder, write_text
 from pat_serve.errors import Diverged
@@ -20,7 +20,7 @@ from pat_serve.run_folder import ADAPTER_FOLDER, PARITY_PROMPTS_FILE
 def write_result(
     run: Path,
     *,
-    model: nn.Module,
+    model: Any,
     lora: dict[str, Tensor],
     tokenizer: Any,
     prompts: Sequence[list[int]],
@@ -48,7 +48,7 @@ def write_result(
             fix="Train again with a lower --learning-rate; metrics.jsonl shows where the loss went.",
         )
     with new_folder(run / ADAPTER_FOLDER) as staging:
-        model.save_pretrained(staging, state_dict=lora, save_embedding_layers=False)  # type: ignore[operator]  # PEFT's
+        model.save_pretrained(staging, state_dict=lora, save_embedding_layers=False)
         _sort_targets(staging / "adapter_config.json")
     tokenizer.save_pretrained(run)
     lines = (json.dumps({"token_ids": prompt}) + "\n" for prompt in prompts)

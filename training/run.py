@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pat_serve.atomic import check_vacant, new_folder
-from pat_serve.plan import PruningPlan
 from pat_serve.run_folder import TENSORBOARD_FOLDER, list_checkpoints
 from pat_serve.training.assemble import Job, assemble
 from pat_serve.training.config import TENSORBOARD, TrainRecipe
@@ -126,13 +125,7 @@ def _finish(prepared: Prepared, run: Path, job: Job, ranks: Ranks) -> None:
     method, model = job.method, job.trainer.accelerator.unwrap_model(job.trainer.model)
     # Left to itself, peft also writes the HSMs that sit under the adapted modules. Every rank gathers, rank 0 writes.
     lora = {name: snapshot(tensor) for name, tensor in job.trainer.trained() if ".lora_" in name}
-    plan = PruningPlan(
-        method=method.name,
-        base=prepared.inputs.base,
-        axes=method.axes(),
-        folds=method.folds(),
-        rotation=method.rotation(),
-    )
+    plan = method.plan(prepared.inputs.base)
     ranks.agree(
         lambda: write_result(
             run,

@@ -21,6 +21,9 @@ GateKind = Literal["anneal", "gradual", "cut"]
 
 # `gradual`: a channel fades over the time in which this share of all that go begin to.
 FADE_SHARE = 0.25
+# The soft phase needs a few steps, and the model some more after the freeze.
+LEAST_STEPS = 12
+
 # From this share of the milestone on the mask no longer moves.
 FREEZE_SHARE = 0.8
 

@@ -18,6 +18,8 @@ from benchmarks.ablation.variants import SHARED, VARIANTS
 from pat_serve.demo.base_model import BaseSettings, train_base
 from pat_serve.hardware import describe
 
+BASE = "the base, untuned"
+
 
 def main(
     data: Annotated[Path, typer.Option(help="Folder with wikitext2.{valid,test}.txt and eval/*.json.")],
@@ -32,15 +34,14 @@ def main(
     results = out / "results.jsonl"
     if not table:
         _prepare(data, out, base_steps)
+        if not any((line["variant"], line["steps"]) == (BASE, steps) for line in _lines(results)):
+            _keep({"variant": BASE, "seed": 0, "steps": steps, **_quality(out, out / "base")}, results)
         done = {(line["variant"], line["seed"], line["steps"]) for line in _lines(results)}
         for seed in range(seeds):
             for name, settings in VARIANTS.items():
                 if (only and not any(part in name for part in only)) or (name, seed, steps) in done:
                     continue
-                line = _measure(name, settings, out, seed, steps)
-                print(json.dumps(line), flush=True)
-                with results.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                _keep(_measure(name, settings, out, seed, steps), results)
     _print_table([line for line in _lines(results) if line["steps"] == steps])
 
 
@@ -52,12 +53,8 @@ def _prepare(data: Path, out: Path, base_steps: int) -> None:
 
 
 def _measure(name: str, settings: dict[str, Any], out: Path, seed: int, steps: int) -> dict[str, Any]:
-    import torch
-
     from pat_serve.export.exporter import export_run
-    from pat_serve.perplexity import measure_perplexity
     from pat_serve.training.config import TrainRecipe
-    from pat_serve.training.data import encode_rows, load_rows, load_tokenizer
     from pat_serve.training.run import start
 
     recipe = TrainRecipe.build(
@@ -71,22 +68,38 @@ def _measure(name: str, settings: dict[str, Any], out: Path, seed: int, steps: i
     trained_s = time.monotonic() - began
     exported = export_run(out / "run", out / "pruned", force=True)
     assert exported.parity is not None
-    tokenizer = load_tokenizer(out / "base")
-    figures = {}
-    for rows in ("heldout_items", "heldout_articles"):
-        encoded, _ = encode_rows(load_rows(str(out / "data" / f"{rows}.jsonl"), "train", tokenizer), tokenizer, 128)
-        figures[rows] = measure_perplexity(out / "pruned", encoded, dtype=torch.float32).perplexity
     return {
         "variant": name,
         "seed": seed,
         "steps": steps,
-        "items_ppl": figures["heldout_items"],
-        "articles_ppl": figures["heldout_articles"],
+        **_quality(out, out / "pruned"),
         "hidden_size": exported.record["hidden_size"]["exported"],
         "train_s": round(trained_s, 1),
         "parity_max_abs_over_std": exported.parity.max_abs_over_std,
         "machine": describe(),
     }
+
+
+def _quality(out: Path, model: Path) -> dict[str, float]:
+    """Perplexity of a checkpoint on the two held-out sets."""
+    import torch
+
+    from pat_serve.perplexity import measure_perplexity
+    from pat_serve.training.data import encode_rows, load_rows, load_tokenizer
+
+    tokenizer = load_tokenizer(out / "base")
+    figures = {}
+    for figure, name in (("items_ppl", "heldout_items"), ("articles_ppl", "heldout_articles")):
+        rows = load_rows(str(out / "data" / f"{name}.jsonl"), "train", tokenizer)
+        encoded, _ = encode_rows(rows, tokenizer, 128)
+        figures[figure] = measure_perplexity(model, encoded, dtype=torch.float32).perplexity
+    return figures
+
+
+def _keep(line: dict[str, Any], results: Path) -> None:
+    print(json.dumps(line), flush=True)
+    with results.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -98,7 +111,7 @@ def _print_table(lines: list[dict[str, Any]]) -> None:
     dense = {line["seed"]: line for line in lines if line["variant"] == "dense LoRA"}
     print("| variant | seeds | items: perplexity | to dense LoRA | articles: perplexity | to dense LoRA |")
     print("|---|---|---|---|---|---|")
-    for name in VARIANTS:
+    for name in (BASE, *VARIANTS):
         own = [line for line in lines if line["variant"] == name]
         if not own:
             continue

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pat_serve.architectures import Family
 from pat_serve.hybrid import HybridFold
-from pat_serve.plan import AxisCut
+from pat_serve.plan import AxisCut, BaseReference, PruningPlan
 from pat_serve.training.calibration import Calibration
 from pat_serve.training.config import TrainRecipe
 
@@ -92,6 +92,10 @@ class Method(ABC):
     @abstractmethod
     def axes(self) -> dict[str, AxisCut]:
         """The plan's axes after the last step."""
+
+    def plan(self, base: BaseReference) -> PruningPlan:
+        """What an export needs after the last step, all but the adapter's hashes; all ranks must ask."""
+        return PruningPlan(method=self.name, base=base, axes=self.axes(), folds=self.folds(), rotation=self.rotation())
 
     def rotation(self) -> Tensor | None:
         """The rotation (D, D) of the residual stream that the folds and axes refer to."""
