@@ -19,7 +19,7 @@ from pat_serve.checkpoint import open_checkpoint
 from pat_serve.errors import ParityError
 from pat_serve.export import exporter
 from pat_serve.export.exporter import export_run
-from pat_serve.export.parity import compare_logits
+from pat_serve.export.figures import TOLERANCES, HeldLogits, compare_logits
 from pat_serve.export.reader import open_run
 from pat_serve.hybrid import HybridFold
 from pat_serve.masked import load_masked_model
@@ -243,10 +243,14 @@ def test_stock_transformers_loads_it_without_this_package(finished_run: Path, tm
 def test_compare_logits_figures():
     trained = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     exported = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-    parity = compare_logits(trained, exported, torch.float32, prompts=1)
-    assert parity.max_abs == 1.0
-    assert parity.top1_agreement == 0.5
+    figures = compare_logits(HeldLogits(values_PV=trained), HeldLogits(values_PV=exported))
+    assert figures.max_abs == 1.0
+    assert figures.logits_std == pytest.approx(trained.std().item())
+    assert figures.top1_agreement == 0.5
     # KL between (p, 1-p) and (1-p, p) with p = sigmoid(1) is (2p - 1) * 1, over two positions of which one differs.
-    assert parity.mean_kl_nats == pytest.approx((2 * torch.sigmoid(torch.tensor(1.0)).item() - 1) / 2, rel=1e-6)
-    assert not parity.passed
-    assert not dataclasses.replace(parity, max_abs_over_std=float("nan"), mean_kl_nats=0.0, top1_agreement=1.0).passed
+    assert figures.mean_kl_nats == pytest.approx((2 * torch.sigmoid(torch.tensor(1.0)).item() - 1) / 2, rel=1e-6)
+    tolerance = TOLERANCES[torch.float32]
+    assert not figures.within(tolerance)
+    right = dataclasses.replace(figures, max_abs_over_std=0.0, mean_kl_nats=0.0, top1_agreement=1.0)
+    assert right.within(tolerance)
+    assert not dataclasses.replace(right, max_abs_over_std=float("nan")).within(tolerance)
