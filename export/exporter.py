@@ -14,6 +14,7 @@ from pat_serve.architectures import HIDDEN
 from pat_serve.atomic import check_vacant, new_folder
 from pat_serve.errors import IllegalWidth, UsageError
 from pat_serve.export.card import model_card, provenance
+from pat_serve.export.hashes import hash_files
 from pat_serve.export.narrow import narrow_config, narrow_shapes, narrow_tensors
 from pat_serve.export.parity import Parity, measure_parity
 from pat_serve.export.reader import Run, open_run
@@ -80,7 +81,7 @@ def export_run(
         _write_model(run, staging, target, max_shard_bytes)
         outcome = _prove(run, staging, target, out, walk=walk, scorer=scorer) if parity else None
         _carry_files(run, staging)
-        record = provenance(run, _name(target), outcome)
+        record = provenance(run, _name(target), outcome) | {"files": hash_files(staging)}
         (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(model_card(record), encoding="utf-8")
     return Exported(out=out, record=record, parity=outcome)
