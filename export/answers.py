@@ -71,11 +71,14 @@ def answer(model: Any, prompts: Prompts, description: str) -> Answers:
     """
     from transformers import GenerationConfig
 
+    if hasattr(model, "get_base_model"):
+        # The adapter is inside; around it, settings of a generation would not reach the model.
+        model = model.get_base_model()
     rows = track(prompts.whole, f"parity: {description}", len(prompts.whole))
     # In float32 at least, where one is to be taken from another.
     logits_PV = torch.cat([_widen(model(input_ids=torch.tensor([row])).logits[0]) for row in rows])
     # The file's own generation config may sample, or end a text; what is compared is the plain argmax, with a cache.
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig(eos_token_id=None)
     continuations, continued_logits = [], []
     for prompt in track(prompts.continued, f"parity: {description} continues", len(prompts.continued)):
         ids_1T = torch.tensor([prompt])

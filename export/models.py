@@ -108,7 +108,7 @@ class WalkedModels:
     def exported(self, dtype: torch.dtype, prompts: Prompts) -> Answers:
         """The files, which must hold the tensors of their class and no others."""
         checkpoint = open_checkpoint(str(self._folder))
-        stored = set(checkpoint.tensors)
+        stored = set(checkpoint.tensors) | ({f"{HEAD}.weight"} if checkpoint.tied else set())
         wanted = {name for name, _ in meta_model(_config(self._folder)).named_parameters()}
         if odd := sorted(stored ^ wanted):
             raise _misfit(self._folder, f"the tensor {odd[0]} in only one of them")

@@ -25,6 +25,7 @@ def random_run(
     width: int = 48,
     scale_spread: float = 0.2,
     lora: Mapping[str, Any] | None = None,
+    save_embedding_layers: str | bool = "auto",
 ) -> Path:
     """A run with a random plan and a random adapter: nothing in it is near its starting value.
 
@@ -34,6 +35,7 @@ def random_run(
         width: kept channels.
         scale_spread: standard deviation of the operators' scales around one.
         lora: settings of the adapter that differ from the defaults'.
+        save_embedding_layers: as peft's; False for an adapter on the head, as training saves it.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -47,7 +49,7 @@ def random_run(
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     folder.mkdir(parents=True)
-    model.save_pretrained(folder / "adapter")
+    model.save_pretrained(folder / "adapter", save_embedding_layers=save_embedding_layers)
     kept = torch.randperm(D)[:width].sort().values
     folds = {
         site: HybridFold(
