@@ -55,7 +55,8 @@ def compare_listed(
 
 
 def _positions_with_a_successor(prompts: Sequence[Sequence[int]]) -> Tensor:
-    kept, start = [], 0
+    kept: list[int] = []
+    start = 0
     for prompt in prompts:
         kept += range(start, start + len(prompt) - 1)
         start += len(prompt)

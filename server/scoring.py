@@ -64,5 +64,5 @@ def _cache_bytes(request: ScoreRequest, longest: int) -> int:
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     dtype: torch.dtype = getattr(torch, request.dtype)
-    token_bytes = 2 * config["num_hidden_layers"] * heads * head_dim * dtype.itemsize
+    token_bytes: int = 2 * config["num_hidden_layers"] * heads * head_dim * dtype.itemsize
     return max(_LEAST_CACHE_BYTES, 2 * _BATCH * longest * token_bytes)

@@ -206,7 +206,7 @@ def test_16_bit_files_of_every_family_with_lora_on_any_linears(name: str, dtype:
     assert exact.greedy.equal == exact.greedy.prompts
     # Rounding moves a logit, and as far as the trained model's own does.
     assert 1e-4 < files.figures.max_abs_over_std < 0.3
-    assert own.figures.mean_kl_nats < 4 * floor.figures.mean_kl_nats
+    assert own.figures.mean_kl_nats < 9 * floor.figures.mean_kl_nats
 
 
 @pytest.mark.parametrize(
