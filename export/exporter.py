@@ -14,6 +14,9 @@ from pat_serve.architectures import HIDDEN
 from pat_serve.atomic import check_vacant, new_folder
 from pat_serve.errors import IllegalWidth, UsageError
 from pat_serve.export.card import model_card, provenance
+from pat_serve.export.formats.quality import QuantizationQuality, require_compressed_tensors
+from pat_serve.export.formats.quantize import quantize_export
+from pat_serve.export.formats.schemes import scheme_named
 from pat_serve.export.narrow import narrow_config, narrow_shapes, narrow_tensors
 from pat_serve.export.parity import Parity, check_parity, check_rounding, trained_logits
 from pat_serve.export.reader import Run, open_run
@@ -37,6 +40,7 @@ class Exported:
     out: Path
     record: dict[str, Any]
     parity: Parity | None
+    quality: QuantizationQuality | None = None
 
 
 def export_run(
@@ -48,6 +52,7 @@ def export_run(
     max_shard_bytes: int = 5_000_000_000,
     parity: bool = True,
     force: bool = False,
+    quantize: str | None = None,
 ) -> Exported:
     """Rewrite a run's base as a standard narrower checkpoint.
 
@@ -59,6 +64,7 @@ def export_run(
         max_shard_bytes: size of a weight file at most.
         parity: measure the exported files against the trained model, and refuse them when they differ.
         force: replace `out`.
+        quantize: "int8" or "fp8" for the decoder's linears; `dtype` is then that of everything else.
 
     Raises:
         PatServeError: anything that a user can mend; `out` is as it was then.
@@ -66,21 +72,27 @@ def export_run(
     check_vacant(out, force=force, inputs=[ckpt, *([Path(base)] if base else [])])
     if dtype not in ("auto", *DTYPES):
         raise UsageError("--dtype", expected=f"auto, {', '.join(DTYPES)}", found=dtype, fix="Choose one of them.")
+    scheme = scheme_named(quantize) if quantize else None
+    if scheme and parity:
+        require_compressed_tensors()
     run = open_run(ckpt, base)
     check_vacant(out, force=force, inputs=[run.base.folder])
     _check_width(run)
     target = run.base.dtype if dtype == "auto" else DTYPES[dtype]
+    # 8-bit weights are made from the exact float32 ones, which are proven first.
+    written = torch.float32 if scheme else target
     with new_folder(out) as staging:
-        _write_model(run, staging, target, max_shard_bytes)
-        outcome = _prove(run, staging, target, out) if parity else None
+        _write_model(run, staging, written, max_shard_bytes, runs_in=target)
+        outcome = _prove(run, staging, written, out, target) if parity else None
+        quality = quantize_export(run, staging, scheme, target, max_shard_bytes, out, parity) if scheme else None
         _carry_files(run, staging)
-        record = provenance(run, _name(target), outcome)
+        record = provenance(run, _name(target), outcome, scheme, quality)
         (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(model_card(record), encoding="utf-8")
-    return Exported(out=out, record=record, parity=outcome)
+    return Exported(out=out, record=record, parity=outcome, quality=quality)
 
 
-def _prove(run: Run, staging: Path, target: torch.dtype, out: Path) -> Parity:
+def _prove(run: Run, staging: Path, target: torch.dtype, out: Path, runs_in: torch.dtype) -> Parity:
     """Show that the written files are the trained model.
 
     The rewriting is held to float32's tolerance whatever the files' dtype: rounding to 16 bits hides a lost scale or an
@@ -92,15 +104,15 @@ def _prove(run: Run, staging: Path, target: torch.dtype, out: Path) -> Parity:
     Raises:
         ParityError: they are not.
     """
-    trained = trained_logits(run, torch.float64 if target == torch.float64 else torch.float32, target)
+    trained = trained_logits(run, torch.float64 if target == torch.float64 else torch.float32, runs_in)
     if target not in (torch.float32, torch.float64):
         exact = staging / ".float32"
         exact.mkdir()
-        _write_model(run, exact, torch.float32, max_shard_bytes=2**62, runs_in=target)
-        check_parity(run, exact, torch.float32, trained, target).require(out)
+        _write_model(run, exact, torch.float32, max_shard_bytes=2**62, runs_in=runs_in)
+        check_parity(run, exact, torch.float32, trained, runs_in).require(out)
         check_rounding(exact, staging, target, out)
         shutil.rmtree(exact)
-    outcome = check_parity(run, staging, target, trained, target)
+    outcome = check_parity(run, staging, target, trained, runs_in)
     outcome.require(out)
     return outcome
 

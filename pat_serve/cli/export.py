@@ -19,7 +19,10 @@ def export(
     out: Annotated[Path, Flag("--out", help="Folder for the checkpoint; must not exist.")],
     base: Annotated[str | None, Flag(help="Where the base model lies now, if it was moved since.")] = None,
     dtype: Annotated[str, Flag(help="auto (the base's), float32, bfloat16, float16 or float64.")] = "auto",
-    max_shard_gb: Annotated[float, Flag(help="Largest weight file in GB (1e9 bytes).", min=0.001)] = 5.0,
+    max_shard_size: Annotated[str, Flag(help="Largest weight file: 5GB, 500MB, 2GiB.")] = "5GB",
+    quantize: Annotated[
+        str | None, Flag(help="int8 (CPU and GPU) or fp8 (GPU) for the decoder's linears, as W8A8 compressed-tensors.")
+    ] = None,
     parity: Annotated[
         bool,
         Flag("--parity/--no-parity", help="Measure the exported files against the trained model; refuse a mismatch."),
@@ -35,11 +38,13 @@ def export(
     The result loads in stock transformers and stock vLLM. Exit code 1, and no output, when parity fails.
     """
     from pat_serve.export.exporter import export_run
+    from pat_serve.export.formats.sizes import parse_size
     from pat_serve.progress import say
 
     done = export_run(
-        ckpt, out, base=base, dtype=dtype, max_shard_bytes=int(max_shard_gb * 1e9), parity=parity, force=force
-    )
+        ckpt, out, base=base, dtype=dtype, max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
+        parity=parity, force=force, quantize=quantize,
+    )  # fmt: skip
     widths, parameters = done.record["hidden_size"], done.record["parameters"]
     say(
         f"{out}: hidden_size {widths['base']} -> {widths['exported']}, parameters {parameters['base']:,} -> "
@@ -51,6 +56,8 @@ def export(
             f"({done.parity.max_abs_over_std:.3g} of their standard deviation), mean KL {done.parity.mean_kl_nats:.3g} "
             f"nats, equal greedy tokens {done.parity.top1_agreement:.2%}"
         )
+    if done.quality is not None:
+        say(f"{done.quality.scheme}: {done.quality.describe()}")
     if as_json:
         sys.stdout.write(json.dumps(done.record, indent=2) + "\n")
 
