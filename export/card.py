@@ -43,6 +43,7 @@ def provenance(
     parity: Parity | None,
     scheme: Scheme | None = None,
     quality: QuantizationQuality | None = None,
+    fitness: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Content of pat_export.json: where the model comes from, what was cut, and how it was checked."""
     cut = run.plan.axes[HIDDEN]
@@ -67,6 +68,7 @@ def provenance(
         "quantization": {"scheme": scheme.name, "format": scheme.format, "quality": quality and quality.as_dict()}
         if scheme
         else None,
+        "fits": fitness,
         "versions": {"pat-serve": __version__, **_versions("torch", "transformers", "peft", "safetensors")},
     }
 
@@ -131,6 +133,7 @@ A standard `{record["architecture"]}` checkpoint: stock transformers and stock v
 | hidden_size | {widths["base"]} | {widths["exported"]} |
 | parameters | {base:,} | {exported:,} ({exported / base:.1%}) |
 | weights | | {stored} |
+| tensor-parallel degrees | | {_degrees(record)} |
 
 ## How it was made
 
@@ -179,6 +182,10 @@ def _checked(record: dict[str, Any]) -> str:
         f"{checked} These are the figures of the exact float32 weights.\n\n"
         f"Quantised to {quality.scheme}, against the same weights in float32: {quality.describe()}."
     )
+
+
+def _degrees(record: dict[str, Any]) -> str:
+    return ", ".join(map(str, record["fits"]["tensor_parallel"])) if record.get("fits") else "not checked"
 
 
 def _license_note(record: dict[str, Any]) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from pat_serve.architectures import HIDDEN
 from pat_serve.atomic import check_vacant, new_folder
-from pat_serve.errors import IllegalWidth, UsageError
+from pat_serve.errors import UsageError
 from pat_serve.export.card import model_card, provenance
+from pat_serve.export.fit import check_fitness
 from pat_serve.export.formats.quality import QuantizationQuality, require_compressed_tensors
 from pat_serve.export.formats.quantize import quantize_export
 from pat_serve.export.formats.schemes import scheme_named
@@ -21,7 +21,6 @@ from pat_serve.export.narrow import narrow_config, narrow_shapes, narrow_tensors
 from pat_serve.export.parity import Parity, check_parity, check_rounding, trained_logits
 from pat_serve.export.reader import Run, open_run
 from pat_serve.export.writer import index_document, plan_shards, shard_names, write_shard
-from pat_serve.geometry import legal_step
 from pat_serve.progress import progress_bar
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -53,6 +52,7 @@ def export_run(
     parity: bool = True,
     force: bool = False,
     quantize: str | None = None,
+    tp: tuple[int, ...] = (),
 ) -> Exported:
     """Rewrite a run's base as a standard narrower checkpoint.
 
@@ -65,6 +65,7 @@ def export_run(
         parity: measure the exported files against the trained model, and refuse them when they differ.
         force: replace `out`.
         quantize: "int8" or "fp8" for the decoder's linears; `dtype` is then that of everything else.
+        tp: tensor-parallel degrees that the model has to serve at.
 
     Raises:
         PatServeError: anything that a user can mend; `out` is as it was then.
@@ -77,7 +78,7 @@ def export_run(
         require_compressed_tensors()
     run = open_run(ckpt, base)
     check_vacant(out, force=force, inputs=[run.base.folder])
-    _check_width(run)
+    fitness = check_fitness(run, tp, scheme)
     target = run.base.dtype if dtype == "auto" else DTYPES[dtype]
     # 8-bit weights are made from the exact float32 ones, which are proven first.
     written = torch.float32 if scheme else target
@@ -86,7 +87,7 @@ def export_run(
         outcome = _prove(run, staging, written, out, target) if parity else None
         quality = quantize_export(run, staging, scheme, target, max_shard_bytes, out, parity) if scheme else None
         _carry_files(run, staging)
-        record = provenance(run, _name(target), outcome, scheme, quality)
+        record = provenance(run, _name(target), outcome, scheme, quality, fitness)
         (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(model_card(record), encoding="utf-8")
     return Exported(out=out, record=record, parity=outcome, quality=quality)
@@ -115,19 +116,6 @@ def _prove(run: Run, staging: Path, target: torch.dtype, out: Path, runs_in: tor
     outcome = check_parity(run, staging, target, trained, runs_in)
     outcome.require(out)
     return outcome
-
-
-def _check_width(run: Run) -> None:
-    """The narrow config must be one that its class accepts; checked before a byte is written."""
-    cut = run.plan.axes[HIDDEN]
-    step = legal_step(run.base.num_attention_heads, hidden_multiple_of_heads=run.base.family.hidden_multiple_of_heads)
-    if not cut.is_identity and len(cut.kept) % step:
-        raise IllegalWidth(
-            run.folder,
-            expected=f"a kept width that is a multiple of {step}",
-            found=str(len(cut.kept)),
-            fix="Train again with a legal --hidden-size.",
-        )
 
 
 def _write_model(

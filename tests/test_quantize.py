@@ -54,6 +54,21 @@ def test_every_weight_is_within_half_a_step(scheme):
     assert (error <= half * 1.0001).all()
 
 
+@pytest.mark.vllm
+@pytest.mark.parametrize("sign", [1, -1])
+def test_vllms_cpu_kernel_never_saturates(sign: int):
+    """The worst case: all weights of a channel and all activations of a token at their largest."""
+    import vllm  # noqa: F401  (loads the kernels)
+    import vllm._custom_ops as ops
+
+    stored, scale = quantize_channels(torch.full((32, 64), 0.7), INT8)
+    kernel = ops.create_onednn_scaled_mm(stored.t(), scale, torch.float32, True, False, 32)
+    rounded, token_scale, _ = ops.onednn_scaled_int8_quant(sign * torch.full((3, 64), 2.0), None, None, True)
+    product = torch.empty(3, 32)
+    ops.onednn_scaled_mm(kernel, rounded, product, token_scale, None, None, None)
+    torch.testing.assert_close(product, torch.full((3, 32), sign * 0.7 * 2.0 * 64))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_a_dead_channel_stays_zero(scheme):
     stored, scale = quantize_channels(torch.zeros(2, 8), scheme)
@@ -185,8 +200,14 @@ def test_activations_count(exact: Path, tmp_path: Path):
 
 
 def test_limits(exact: Path, int8: Path):
-    measured = measure_quality(exact, int8, INT8, PROMPT.tolist())
+    measured = dataclasses.replace(measure_quality(exact, int8, INT8, PROMPT.tolist()), perplexity_before=40.0)
+    assert measured.uniform_perplexity == 384
     assert measured.passed
+    # Text that the float model itself finds less likely than noise: the KL alone judges.
+    alien = dataclasses.replace(measured, perplexity_before=400.0, perplexity_ratio=1.03)
+    assert alien.passed
+    assert not dataclasses.replace(alien, mean_kl_nats=0.03).passed
+    assert not dataclasses.replace(alien, perplexity_before=float("nan")).passed
     for bad in ({"perplexity_ratio": float("nan")}, {"perplexity_ratio": 1.03}, {"mean_kl_nats": 0.03}):
         assert not dataclasses.replace(measured, **bad).passed
 

@@ -26,7 +26,7 @@ class Scheme:
     Attributes:
         name: as `--quantize` takes it.
         dtype: of the stored weight.
-        largest: the largest magnitude that is stored; symmetric, so int8's -128 is never used.
+        largest: the largest magnitude that is stored.
         kind: compressed-tensors' name of the number type.
         format: compressed-tensors' name of the layout.
         perplexity_limit: an export whose perplexity grows by more than this factor is refused.
@@ -42,10 +42,13 @@ class Scheme:
     runs_on: str
 
 
+# 64 and not 127: on CPUs without VNNI, vLLM's int8 kernel (oneDNN) adds two products of a weight and an activation, which
+# is shifted to 0..255, in 16 bits that saturate; 2 * 255 * 64 is the most that fits. The bit that this gives up costs
+# 1e-4 nats; saturation costs a hundred times that (docs/formats.md).
 INT8 = Scheme(
     name="int8",
     dtype=torch.int8,
-    largest=127.0,
+    largest=64.0,
     kind="int",
     format="int-quantized",
     perplexity_limit=1.02,

@@ -23,6 +23,7 @@ def export(
     quantize: Annotated[
         str | None, Flag(help="int8 (CPU and GPU) or fp8 (GPU) for the decoder's linears, as W8A8 compressed-tensors.")
     ] = None,
+    tp: Annotated[str, Flag(help="Tensor-parallel degrees that it must serve at, such as 2,4.")] = "",
     parity: Annotated[
         bool,
         Flag("--parity/--no-parity", help="Measure the exported files against the trained model; refuse a mismatch."),
@@ -38,12 +39,13 @@ def export(
     The result loads in stock transformers and stock vLLM. Exit code 1, and no output, when parity fails.
     """
     from pat_serve.export.exporter import export_run
+    from pat_serve.export.fit import parse_degrees
     from pat_serve.export.formats.sizes import parse_size
     from pat_serve.progress import say
 
     done = export_run(
         ckpt, out, base=base, dtype=dtype, max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
-        parity=parity, force=force, quantize=quantize,
+        parity=parity, force=force, quantize=quantize, tp=parse_degrees(tp),
     )  # fmt: skip
     widths, parameters = done.record["hidden_size"], done.record["parameters"]
     say(
