@@ -42,7 +42,7 @@ def train_base(folder: Path, examples: list[dict[str, list[int]]]) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids_NT = pad_sequence([torch.tensor(row["input_ids"]) for row in examples], batch_first=True, padding_value=2)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(100):
+    for _ in range(150):
         ids_BT = ids_NT[torch.randint(len(ids_NT), (8,), generator=generator)]
         logits_BTV = model(input_ids=ids_BT).logits[:, :-1]
         F.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], ignore_index=2).backward()
@@ -105,5 +105,5 @@ def test_vllm_answers_as_the_float_model_does(
         assert found[:certain] == expected[:certain], (expected, found, leads)
         sure += certain
         right += found[:3] == example["input_ids"][len(question) : len(question) + 3]
-    assert sure >= 0.9 * QUESTIONS * ANSWER_TOKENS  # else this test would see little
+    assert sure >= QUESTIONS * ANSWER_TOKENS // 2  # else this test would see little
     assert right >= 0.75 * QUESTIONS  # and the answers are the data's
