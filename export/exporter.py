@@ -14,6 +14,7 @@ from pat_serve.atomic import check_vacant, new_folder
 from pat_serve.errors import UsageError
 from pat_serve.export.card import model_card, provenance
 from pat_serve.export.fit import check_fitness
+from pat_serve.export.formats.gguf import require_gguf, write_gguf
 from pat_serve.export.formats.quality import QuantizationQuality, require_compressed_tensors
 from pat_serve.export.formats.quantize import quantize_export
 from pat_serve.export.formats.schemes import scheme_named
@@ -53,6 +54,7 @@ def export_run(
     force: bool = False,
     quantize: str | None = None,
     tp: tuple[int, ...] = (),
+    gguf: bool = False,
 ) -> Exported:
     """Rewrite a run's base as a standard narrower checkpoint.
 
@@ -66,6 +68,7 @@ def export_run(
         force: replace `out`.
         quantize: "int8" or "fp8" for the decoder's linears; `dtype` is then that of everything else.
         tp: tensor-parallel degrees that the model has to serve at.
+        gguf: write model.gguf too.
 
     Raises:
         PatServeError: anything that a user can mend; `out` is as it was then.
@@ -80,6 +83,8 @@ def export_run(
     check_vacant(out, force=force, inputs=[run.base.folder])
     fitness = check_fitness(run, tp, scheme)
     target = run.base.dtype if dtype == "auto" else DTYPES[dtype]
+    if gguf:
+        require_gguf(narrow_config(run, target), run.base.folder, quantized=scheme is not None)
     # 8-bit weights are made from the exact float32 ones, which are proven first.
     written = torch.float32 if scheme else target
     with new_folder(out) as staging:
@@ -87,6 +92,8 @@ def export_run(
         outcome = _prove(run, staging, written, out, target) if parity else None
         quality = quantize_export(run, staging, scheme, target, max_shard_bytes, out, parity) if scheme else None
         _carry_files(run, staging)
+        if gguf:
+            write_gguf(staging)
         record = provenance(run, _name(target), outcome, scheme, quality, fitness)
         (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(model_card(record), encoding="utf-8")

@@ -17,28 +17,38 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from pat_serve.checkpoint import read_tensor, tensor_names
-from pat_serve.errors import BrokenCheckpoint, MissingExtra, UnsupportedModel
+from pat_serve.errors import BrokenCheckpoint, MissingExtra, UnsupportedModel, UsageError, first_line
 from pat_serve.progress import track
 
 GGUF_FILE = "model.gguf"
 # Split patterns of tokenizer.json and what llama.cpp calls them.
 _LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
 )
 _CONTROL, _NORMAL, _USER_DEFINED = 3, 1, 4
 
 
-def require_gguf() -> None:
-    """Raise unless the gguf package is there.
+def require_gguf(config: dict[str, Any], base: Path, *, quantized: bool) -> None:
+    """Raise unless a model of this config can be written as GGUF; asked before anything is written.
 
     Raises:
-        MissingExtra: it is not.
+        MissingExtra: the gguf package is not there.
+        UnsupportedModel: a model or tokenizer that is not known to come out right.
+        UsageError: 8-bit weights.
     """
     if find_spec("gguf") is None:
         raise MissingExtra("--gguf", expected="the package gguf", found="none", fix='Install "pat-serve[gguf]".')
+    if quantized:
+        raise UsageError(
+            "--gguf", expected="float weights", found="--quantize", fix="Quantise the GGUF file with llama-quantize."
+        )
+    _check_config(config, base)
+    _read_tokenizer(base)
 
 
 def write_gguf(folder: Path) -> Path:
@@ -54,7 +64,7 @@ def write_gguf(folder: Path) -> Path:
     import gguf
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _check(config, folder)
+    _check_config(config, folder)
     path = folder / GGUF_FILE
     writer = gguf.GGUFWriter(path, "llama")
     _add_config(writer, config)
@@ -75,7 +85,7 @@ def write_gguf(folder: Path) -> Path:
 
 
 def permute_rotary(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q_proj or k_proj (or of its bias) in llama.cpp's order: a rotated pair side by side, not half a head apart.
+    """Rows of q_proj or k_proj, or of its bias, in llama.cpp's order: rotated pairs side by side.
 
     Args:
         weight: (heads * head_dim, ...).
@@ -85,12 +95,11 @@ def permute_rotary(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, 2, half, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _check(config: dict[str, Any], folder: Path) -> None:
+def _check_config(config: dict[str, Any], folder: Path) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     refused = {
         "model_type": (config["model_type"] not in ("llama", "mistral"), config["model_type"], "llama or mistral"),
-        "quantization_config": ("quantization_config" in config, "8-bit weights", "float weights"),
         "sliding_window": (config.get("sliding_window") is not None, config.get("sliding_window"), "none"),
         "rope_type": (kind != "default", kind, "default"),
     }
@@ -121,20 +130,30 @@ def _add_config(writer: Any, config: dict[str, Any]) -> None:
     writer.add_vocab_size(int(config["vocab_size"]))
 
 
-def _add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
-    """A byte-level BPE, as tokenizer.json has it."""
-    import gguf
-
+def _read_tokenizer(folder: Path) -> tuple[dict[str, Any], str]:
+    """tokenizer.json of a byte-level BPE, and llama.cpp's name of its pre-tokenizer."""
     path = folder / "tokenizer.json"
-    document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    pattern = _pattern_name(document.get("pre_tokenizer"))
-    if pattern is None or document["model"]["type"] != "BPE" or document.get("normalizer"):
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        kind, pattern = document["model"]["type"], _pattern_name(document.get("pre_tokenizer"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BrokenCheckpoint(
+            path, expected="a tokenizer", found=first_line(error), fix="Leave --gguf out, or copy the model again."
+        ) from error
+    if pattern is None or kind != "BPE" or document.get("normalizer"):
         raise UnsupportedModel(
             path,
             expected="a byte-level BPE with the pre-tokenizer of GPT-2 or Llama 3 for GGUF",
-            found=document.get("model", {}).get("type", "no such file") + " with another one" if document else "no file",
+            found=f"{kind} with another one",
             fix="Leave --gguf out; docs/formats.md says what it covers.",
         )
+    return document, pattern
+
+
+def _add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
+    import gguf
+
+    document, pattern = _read_tokenizer(folder)
     size = int(config["vocab_size"])
     # Rows that no token uses still need a name.
     tokens = [f"[PAD{index}]" for index in range(size)]
@@ -142,7 +161,10 @@ def _add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     for token, index in document["model"]["vocab"].items():
         if index >= size:
             raise BrokenCheckpoint(
-                path, expected=f"token ids below vocab_size {size}", found=str(index), fix="Copy the model again."
+                folder / "tokenizer.json",
+                expected=f"token ids below vocab_size {size}",
+                found=str(index),
+                fix="Copy the model again.",
             )
         tokens[index], kinds[index] = token, _NORMAL
     for added in document["added_tokens"]:
@@ -152,7 +174,14 @@ def _add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     writer.add_tokenizer_pre(pattern)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    gguf.SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=size)
+    # What tokenizer.json really adds to a text; left out, llama.cpp goes by the name of the pre-tokenizer.
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").ids
+    special.add_special_token = {
+        "bos": ids[0] == special.special_token_ids.get("bos"),
+        "eos": ids[-1] == special.special_token_ids.get("eos"),
+    }
+    special.add_to_gguf(writer, quiet=True)
 
 
 def _pattern_name(pre_tokenizer: dict[str, Any] | None) -> str | None:

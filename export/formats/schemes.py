@@ -42,9 +42,9 @@ class Scheme:
     runs_on: str
 
 
-# 64 and not 127: on CPUs without VNNI, vLLM's int8 kernel (oneDNN) adds two products of a weight and an activation, which
-# is shifted to 0..255, in 16 bits that saturate; 2 * 255 * 64 is the most that fits. The bit that this gives up costs
-# 1e-4 nats; saturation costs a hundred times that (docs/formats.md).
+# 64 and not 127: on CPUs without VNNI, vLLM's int8 kernel (oneDNN) adds two products of a weight and an activation, the
+# latter shifted to 0..255, in 16 bits that saturate; 2 * 255 * 64 is the most that fits. The bit that this gives up
+# costs 1e-4 nats; saturation costs a hundred times that (docs/formats.md).
 INT8 = Scheme(
     name="int8",
     dtype=torch.int8,

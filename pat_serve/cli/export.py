@@ -23,6 +23,9 @@ def export(
     quantize: Annotated[
         str | None, Flag(help="int8 (CPU and GPU) or fp8 (GPU) for the decoder's linears, as W8A8 compressed-tensors.")
     ] = None,
+    gguf: Annotated[bool, Flag("--gguf", help="Write model.gguf for llama.cpp too.")] = False,
+    push: Annotated[str | None, Flag("--push-to-hub", help="Upload the finished export to this hub repository.")] = None,
+    private: Annotated[bool, Flag("--private", help="Create that repository as a private one.")] = False,
     tp: Annotated[str, Flag(help="Tensor-parallel degrees that it must serve at, such as 2,4.")] = "",
     parity: Annotated[
         bool,
@@ -41,11 +44,14 @@ def export(
     from pat_serve.export.exporter import export_run
     from pat_serve.export.fit import parse_degrees
     from pat_serve.export.formats.sizes import parse_size
+    from pat_serve.export.hub import check_hub, push_to_hub
     from pat_serve.progress import say
 
+    if push:
+        check_hub(push)
     done = export_run(
         ckpt, out, base=base, dtype=dtype, max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
-        parity=parity, force=force, quantize=quantize, tp=parse_degrees(tp),
+        parity=parity, force=force, quantize=quantize, tp=parse_degrees(tp), gguf=gguf,
     )  # fmt: skip
     widths, parameters = done.record["hidden_size"], done.record["parameters"]
     say(
@@ -60,6 +66,8 @@ def export(
         )
     if done.quality is not None:
         say(f"{done.quality.scheme}: {done.quality.describe()}")
+    if push:
+        say(f"pushed: {push_to_hub(out, push, private=private)}")
     if as_json:
         sys.stdout.write(json.dumps(done.record, indent=2) + "\n")
 
