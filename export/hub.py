@@ -17,7 +17,7 @@ def check_hub(repo_id: str) -> None:
         HubError: offline, or no valid token.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -30,7 +30,10 @@ def check_hub(repo_id: str) -> None:
         HfApi().whoami()
     except LocalTokenNotFoundError as error:
         raise HubError(
-            f"--push-to-hub {repo_id}", expected="a token of the hub", found="none", fix="Set HF_TOKEN or run hf auth login."
+            f"--push-to-hub {repo_id}",
+            expected="a token of the hub",
+            found="none",
+            fix="Set HF_TOKEN or run hf auth login.",
         ) from error
     except HfHubHTTPError as error:
         raise HubError(
@@ -85,9 +88,10 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool) -> str:
 
 
 def _is_transport_error(error: Exception) -> bool:
-    import httpx
+    """The connection failed: an error of the HTTP library, which is httpx or httpx2 by the client's version."""
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return isinstance(error, httpx.HTTPError)
+    return isinstance(error, HfHubHTTPError.__bases__[0])
 
 
 def _unreachable(repo_id: str, error: Exception) -> HubError:

@@ -24,7 +24,9 @@ def export(
         str | None, Flag(help="int8 (CPU and GPU) or fp8 (GPU) for the decoder's linears, as W8A8 compressed-tensors.")
     ] = None,
     gguf: Annotated[bool, Flag("--gguf", help="Write model.gguf for llama.cpp too.")] = False,
-    push: Annotated[str | None, Flag("--push-to-hub", help="Upload the finished export to this hub repository.")] = None,
+    push: Annotated[
+        str | None, Flag("--push-to-hub", help="Upload the finished export to this hub repository.")
+    ] = None,
     private: Annotated[bool, Flag("--private", help="Create that repository as a private one.")] = False,
     tp: Annotated[str, Flag(help="Tensor-parallel degrees that it must serve at, such as 2,4.")] = "",
     parity: Annotated[
@@ -41,14 +43,15 @@ def export(
 
     The result loads in stock transformers and stock vLLM. Exit code 1, and no output, when parity fails.
     """
+    from pat_serve.export.hub import check_hub, push_to_hub
+
+    if push:
+        check_hub(push)  # before torch is imported, let alone a model exported
     from pat_serve.export.exporter import export_run
     from pat_serve.export.fit import parse_degrees
     from pat_serve.export.formats.sizes import parse_size
-    from pat_serve.export.hub import check_hub, push_to_hub
     from pat_serve.progress import say
 
-    if push:
-        check_hub(push)
     done = export_run(
         ckpt, out, base=base, dtype=dtype, max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
         parity=parity, force=force, quantize=quantize, tp=parse_degrees(tp), gguf=gguf,
@@ -74,4 +77,9 @@ def export(
 
 def main() -> None:
     """Entry point."""
+    if sys.argv[1:2] == ["card"]:
+        from pat_serve.cli.card import main as card
+
+        sys.argv = [f"{sys.argv[0]} card", *sys.argv[2:]]
+        return card()
     run_command(export)
