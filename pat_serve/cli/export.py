@@ -81,5 +81,5 @@ def main() -> None:
         from pat_serve.cli.card import main as card
 
         sys.argv = [f"{sys.argv[0]} card", *sys.argv[2:]]
-        return card()
+        card()
     run_command(export)
