@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pat_serve.errors import HubError, UsageError, first_line
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 
 def check_hub(repo_id: str) -> None:
@@ -39,7 +43,7 @@ def check_hub(repo_id: str) -> None:
         raise HubError(
             f"--push-to-hub {repo_id}",
             expected=f"{constants.ENDPOINT} to accept the token",
-            found=first_line(error),
+            found=_refusal(error),
             fix="Set HF_TOKEN to a token that may write, or run hf auth login.",
         ) from error
     except (OfflineModeIsEnabled, OSError) as error:
@@ -79,12 +83,17 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool) -> str:
             delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.gguf"],
         )
     except HfHubHTTPError as error:
-        raise _failed(folder, repo_id, first_line(error)) from error
+        raise _failed(folder, repo_id, _refusal(error)) from error
     except Exception as error:
         if not (isinstance(error, OSError) or _is_transport_error(error)):
             raise
         raise _failed(folder, repo_id, first_line(error)) from error
     return str(commit.commit_url)
+
+
+def _refusal(error: HfHubHTTPError) -> str:
+    """The status and the hub's own words, which stand far below it in the client's message."""
+    return f"{first_line(error)} {error.server_message or ''}".strip()
 
 
 def _is_transport_error(error: Exception) -> bool:

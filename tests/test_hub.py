@@ -135,15 +135,18 @@ def hub() -> Iterator[tuple[Hub, str]]:
     server.server_close()
 
 
-def push(endpoint: str, run: Path, out: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = "from pat_serve.cli.export import main; main()"
+def environment(endpoint: str, folder: Path, **settings: str) -> dict[str, str]:
     # A token that the person who runs this test may have is none of its business.
     clean = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
-    settings = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(out.parent / "hf-home")}
+    return clean | {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "hf-home")} | settings
+
+
+def push(endpoint: str, run: Path, out: Path, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    command = "from pat_serve.cli.export import main; main()"
     return subprocess.run(
         [sys.executable, "-c", command, "--ckpt", str(run), "--out", str(out), "--no-parity",
          "--push-to-hub", "me/pruned", *flags],
-        env=clean | settings | environment, capture_output=True, text=True, timeout=240,
+        env=environment(endpoint, out.parent, **settings), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
 
@@ -161,18 +164,28 @@ def test_everything_arrives(hub: tuple[Hub, str], finished_run: Path, tmp_path: 
     assert state.deleted == ["model-00001-of-00002.safetensors"]  # of an earlier push
 
 
-def test_a_hub_that_refuses_costs_no_export(hub: tuple[Hub, str], finished_run: Path, tmp_path: Path):
+def test_a_hub_that_refuses_is_quoted(hub: tuple[Hub, str], tmp_path: Path):
     state, endpoint = hub
     state.refuses_commits = True
-    done = push(endpoint, finished_run, tmp_path / "out", HF_TOKEN=TOKEN)
-    assert done.returncode == 1
-    assert "over your quota" in done.stderr
-    assert f"hf upload me/pruned {tmp_path / 'out'} ." in done.stderr
-    assert (tmp_path / "out/pat_export.json").is_file()
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    script = (
+        "import sys; from pathlib import Path; from pat_serve.export.hub import push_to_hub\n"
+        "push_to_hub(Path(sys.argv[1]), 'me/pruned', private=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(out)],
+        env=environment(endpoint, tmp_path, HF_TOKEN=TOKEN), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    last = done.stderr.splitlines()[-1]
+    assert "over your quota" in last
+    assert f"The export itself is complete; try again with: hf upload me/pruned {out} ." in last
+    assert (out / "config.json").is_file()
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("settings", "message"),
     [
         ({}, "expected a token of the hub, found none"),
         ({"HF_TOKEN": "hf_wrong"}, "to accept the token, found"),
@@ -181,9 +194,11 @@ def test_a_hub_that_refuses_costs_no_export(hub: tuple[Hub, str], finished_run: 
     ],
 )
 def test_what_cannot_be_pushed_is_told_first(
-    hub: tuple[Hub, str], environment: dict[str, str], message: str, finished_run: Path, tmp_path: Path
+    hub: tuple[Hub, str], settings: dict[str, str], message: str, tmp_path: Path
 ):
-    done = push(hub[1], finished_run, tmp_path / "out", **environment)
+    endpoint = settings.get("HF_ENDPOINT", hub[1])
+    rest = {name: value for name, value in settings.items() if name != "HF_ENDPOINT"}
+    done = push(endpoint, tmp_path / "run", tmp_path / "out", **rest)
     assert done.returncode == 1
     [line] = done.stderr.splitlines()[-1:]
     assert done.stderr == f"{line}\n"
