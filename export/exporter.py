@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
-from pat_serve.architectures import HIDDEN
 from pat_serve.atomic import check_vacant, new_folder
-from pat_serve.errors import IllegalWidth, UsageError
+from pat_serve.errors import UsageError
 from pat_serve.export.card import model_card, provenance
+from pat_serve.export.fit import check_fitness
+from pat_serve.export.formats.gguf import require_gguf, write_gguf
+from pat_serve.export.formats.quality import QuantizationQuality, require_compressed_tensors
+from pat_serve.export.formats.quantize import quantize_export
+from pat_serve.export.formats.schemes import scheme_named
 from pat_serve.export.hashes import hash_files
 from pat_serve.export.narrow import narrow_config, narrow_shapes, narrow_tensors
 from pat_serve.export.parity import Parity, measure_parity
 from pat_serve.export.reader import Run, open_run
 from pat_serve.export.rounding import check_rounding
 from pat_serve.export.writer import index_document, plan_shards, shard_names, write_shard
-from pat_serve.geometry import legal_step
 from pat_serve.progress import progress_bar
 from pat_serve.scores import Scorer
 
@@ -40,6 +43,7 @@ class Exported:
     out: Path
     record: dict[str, Any]
     parity: Parity | None
+    quality: QuantizationQuality | None = None
 
 
 def export_run(
@@ -53,6 +57,9 @@ def export_run(
     walk: bool | None = None,
     scorer: Scorer | None = None,
     force: bool = False,
+    quantize: str | None = None,
+    tp: tuple[int, ...] = (),
+    gguf: bool = False,
 ) -> Exported:
     """Rewrite a run's base as a standard narrower checkpoint.
 
@@ -66,6 +73,9 @@ def export_run(
         walk: measure layer by layer; None decides by the memory that is there.
         scorer: asks vLLM, for its part of the parity; None leaves it out.
         force: replace `out`.
+        quantize: "int8" or "fp8" for the decoder's linears; `dtype` is then that of everything else.
+        tp: tensor-parallel degrees that the model has to serve at.
+        gguf: write model.gguf too.
 
     Raises:
         PatServeError: anything that a user can mend; `out` is as it was then.
@@ -73,22 +83,43 @@ def export_run(
     check_vacant(out, force=force, inputs=[ckpt, *([Path(base)] if base else [])])
     if dtype not in ("auto", *DTYPES):
         raise UsageError("--dtype", expected=f"auto, {', '.join(DTYPES)}", found=dtype, fix="Choose one of them.")
+    scheme = scheme_named(quantize) if quantize else None
+    if scheme and scorer is not None:
+        raise UsageError(
+            "--parity-vllm", expected="unquantized files", found=f"--quantize {quantize}", fix="Leave one of them out."
+        )
+    if scheme and parity:
+        require_compressed_tensors()
     run = open_run(ckpt, base)
     check_vacant(out, force=force, inputs=[run.base.folder])
-    _check_width(run)
+    fitness = check_fitness(run, tp, scheme)
     target = run.base.dtype if dtype == "auto" else DTYPES[dtype]
+    if gguf:
+        require_gguf(narrow_config(run, target), run.base.folder, quantized=scheme is not None)
+    # 8-bit weights are made from the exact float32 ones, which are proven first.
+    written = torch.float32 if scheme else target
     with new_folder(out) as staging:
-        _write_model(run, staging, target, max_shard_bytes)
-        outcome = _prove(run, staging, target, out, walk=walk, scorer=scorer) if parity else None
+        _write_model(run, staging, written, max_shard_bytes, runs_in=target)
+        outcome = _prove(run, staging, written, out, runs_in=target, walk=walk, scorer=scorer) if parity else None
+        quality = quantize_export(run, staging, scheme, target, max_shard_bytes, out, parity) if scheme else None
         _carry_files(run, staging)
-        record = provenance(run, _name(target), outcome) | {"files": hash_files(staging)}
+        if gguf:
+            write_gguf(staging)
+        record = provenance(run, _name(target), outcome, scheme, quality, fitness) | {"files": hash_files(staging)}
         (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(model_card(record), encoding="utf-8")
-    return Exported(out=out, record=record, parity=outcome)
+    return Exported(out=out, record=record, parity=outcome, quality=quality)
 
 
 def _prove(
-    run: Run, staging: Path, target: torch.dtype, out: Path, *, walk: bool | None, scorer: Scorer | None
+    run: Run,
+    staging: Path,
+    written: torch.dtype,
+    out: Path,
+    *,
+    runs_in: torch.dtype,
+    walk: bool | None,
+    scorer: Scorer | None,
 ) -> Parity:
     """Show that the written files are the trained model.
 
@@ -98,34 +129,23 @@ def _prove(
     Raises:
         ParityError: they are not.
     """
-    if target not in (torch.float32, torch.float64):
-        check_rounding(run, staging, target, out)
-    outcome = measure_parity(run, staging, target, walk=walk, scorer=scorer)
+    if written not in (torch.float32, torch.float64):
+        check_rounding(run, staging, written, out)
+    outcome = measure_parity(run, staging, written, runs_in=runs_in, walk=walk, scorer=scorer)
     outcome.require(out, "Nothing was exported: the files would not be the model that was trained.")
     return outcome
 
 
-def _check_width(run: Run) -> None:
-    """The narrow config must be one that its class accepts; checked before a byte is written."""
-    cut = run.plan.axes[HIDDEN]
-    step = legal_step(run.base.num_attention_heads, hidden_multiple_of_heads=run.base.family.hidden_multiple_of_heads)
-    if not cut.is_identity and len(cut.kept) % step:
-        raise IllegalWidth(
-            run.folder,
-            expected=f"a kept width that is a multiple of {step}",
-            found=str(len(cut.kept)),
-            fix="Train again with a legal --hidden-size.",
-        )
-
-
-def _write_model(run: Run, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_model(
+    run: Run, folder: Path, dtype: torch.dtype, max_shard_bytes: int, runs_in: torch.dtype | None = None
+) -> None:
     shapes = narrow_shapes(run)
     shards = plan_shards(shapes, dtype, max_shard_bytes)
     files = shard_names(len(shards))
     with progress_bar() as progress:
         task = progress.add_task("write tensors", total=len(shapes))
         for file, names in zip(files, shards, strict=True):
-            tensors = progress.track(narrow_tensors(run, names, dtype), total=len(names), task_id=task)
+            tensors = progress.track(narrow_tensors(run, names, dtype, runs_in), total=len(names), task_id=task)
             write_shard(folder / file, {name: shapes[name] for name in names}, dtype, tensors)
     config = json.dumps(narrow_config(run, dtype), indent=2)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")

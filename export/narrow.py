@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pat_serve.architectures import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, ExportAs
+from pat_serve.export.formats.overflow import round_floats
 from pat_serve.export.reader import Run
 from pat_serve.export.rewrite import embedding_factor, narrow_eps, rewrite_tensor
 from pat_serve.rotation import effective_gain, rotate_tensor
@@ -121,7 +122,7 @@ def narrow_tensors(
             embedding=embedding,
             tied_scale_K=_tied_scale(run, compute) if module == FINAL_NORM else None,
         )
-        yield name, narrow.to(dtype).contiguous()
+        yield name, round_floats(narrow, dtype, name).contiguous()
 
 
 def _tied_scale(run: Run, dtype: torch.dtype) -> Tensor | None:

@@ -140,7 +140,13 @@ class Parity:
 
 
 def measure_parity(
-    run: Run, folder: Path, target: torch.dtype, *, walk: bool | None = None, scorer: Scorer | None = None
+    run: Run,
+    folder: Path,
+    target: torch.dtype,
+    *,
+    runs_in: torch.dtype | None = None,
+    walk: bool | None = None,
+    scorer: Scorer | None = None,
 ) -> Parity:
     """Compare the exported files with the trained model.
 
@@ -151,6 +157,8 @@ def measure_parity(
         run: the run that they come from.
         folder: with config.json and weights.
         target: dtype of the files.
+        runs_in: dtype that the files were made to run in, which rounds the factor of a scaled embedding; `target` by
+            default.
         walk: layer by layer; None decides by the memory that is there.
         scorer: asks vLLM.
     """
@@ -159,7 +167,7 @@ def measure_parity(
     walked = must_walk(run, prompts, compute) if walk is None else walk
     if walked:
         prompts = replace(prompts, new_tokens=WALKED_NEW_TOKENS)
-    models: Models = (WalkedModels if walked else LoadedModels)(run, folder, target)
+    models: Models = (WalkedModels if walked else LoadedModels)(run, folder, runs_in or target)
     trained = models.trained(compute, prompts)
     comparisons: list[Comparison] = []
     if target.itemsize < compute.itemsize:
@@ -187,7 +195,7 @@ def measure_parity(
         layerwise=walked,
         headline=files.figures,
         comparisons=tuple(comparisons),
-        notes=family_notes(run, target),
+        notes=family_notes(run, runs_in or target),
     )
 
 

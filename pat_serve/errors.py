@@ -19,6 +19,7 @@
     │   ├── Diverged                       training came to numbers that are not finite
     │   └── EmptyMask                      the gate closed on every channel
     ├── ParityError               exit 1   the exported model is not the trained one
+    ├── HubError                  exit 1   the Hugging Face hub was not reached or refused
     ├── EngineError               exit 1   a vLLM engine did not start, or died
     ├── MissingExtra              exit 1   an optional dependency is not installed
     └── TooLarge                  exit 1   a training that cannot fit into the memory that is there
@@ -107,6 +108,9 @@ class EmptyMask(RunError): ...
 
 
 class ParityError(PatServeError): ...
+
+
+class HubError(PatServeError): ...
 
 
 class EngineError(PatServeError): ...

@@ -99,8 +99,8 @@ def test_the_gate_refuses_a_wrong_rewriting(
     """Damage one tensor between writing and checking; nothing may be left behind."""
     write = exporter._write_model
 
-    def write_damaged(run, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
-        write(run, folder, dtype, max_shard_bytes)
+    def write_damaged(run, folder: Path, dtype: torch.dtype, max_shard_bytes: int, runs_in=None) -> None:
+        write(run, folder, dtype, max_shard_bytes, runs_in)
         tensors = load_file(folder / "model.safetensors")
         tensors[name] = change(tensors[name])
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
