@@ -21,6 +21,7 @@
     ├── ParityError               exit 1   the exported model is not the trained one
     ├── EngineError               exit 1   a vLLM engine did not start, or died
     ├── MissingExtra              exit 1   an optional dependency is not installed
+    ├── DiskFull                  exit 1   an output that does not fit on the disk that is there
     └── TooLarge                  exit 1   a training that cannot fit into the memory that is there
 
 A message always names the object, what was expected, what was found and the way out.
@@ -113,6 +114,9 @@ class EngineError(PatServeError): ...
 
 
 class MissingExtra(PatServeError): ...
+
+
+class DiskFull(PatServeError): ...
 
 
 class TooLarge(PatServeError): ...
