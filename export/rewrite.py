@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pat_serve.architectures import EMBEDDING, HIDDEN, TensorSpec
-from pat_serve.export.reader import LoraUpdate
+from pat_serve.export.adapter import LoraUpdate
 from pat_serve.hybrid import HybridFold, fold_columns, fold_rows
 from pat_serve.plan import AxisCut
 

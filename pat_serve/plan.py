@@ -200,9 +200,11 @@ def _stored(path: Path, name: str, entries: dict[str, TensorEntry], shape: tuple
     entry = entries.get(name)
     if entry is None:
         raise _broken(path, f"the array {name}", "no such array")
-    fits = len(entry.shape) == len(shape) and all(want in (None, has) for want, has in zip(shape, entry.shape, strict=True))
+    fits = len(entry.shape) == len(shape) and all(
+        want in (None, has) for want, has in zip(shape, entry.shape, strict=True)
+    )
     if not fits or entry.dtype not in _FLOATS:
-        raise _broken(path, f"{name} as floats of shape {shape}", f"{entry.dtype} of shape {entry.shape}")
+        raise _broken(path, f"{name} as floats", f"{entry.dtype}")
     return entry
 
 

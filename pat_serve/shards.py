@@ -101,7 +101,8 @@ def read_header(shard: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict
     header.pop("__metadata__", None)
     start = 8 + length
     entries = sorted(
-        (_entry(shard, name, value, start, dtypes) for name, value in header.items()), key=lambda entry: entry[1].offset_bytes
+        (_entry(shard, name, value, start, dtypes) for name, value in header.items()),
+        key=lambda entry: entry[1].offset_bytes,
     )
     end = start
     for name, entry in entries:

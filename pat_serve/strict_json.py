@@ -1,6 +1,6 @@
 """JSON as its authors must have meant it: what two parsers could read differently is an error.
 
-Python takes the last of two equal keys, other parsers the first; a header that relies on it means to deceive one of them.
+Python takes the last of two equal keys, other parsers the first; a header that relies on it deceives one of them.
 """
 
 from __future__ import annotations
