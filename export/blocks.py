@@ -1,4 +1,4 @@
-"""Rewrite a base's tensors in blocks of a few megabytes, so that memory holds little more than one block.
+"""Rewrite a base's tensors in blocks of a megabyte, so that memory holds little more than one block.
 
 Each step is `rotate_tensor` and `rewrite_tensor` on some rows or columns: no formula of the export stands here.
 """
@@ -23,8 +23,9 @@ from pat_serve.plan import AxisCut
 from pat_serve.rotation import effective_gain, rotate_tensor
 from pat_serve.shards import TensorEntry, broken
 
-# Two million numbers: 8 MB in float32, which the caches of a core can nearly hold.
-_BLOCK_NUMBERS = 1 << 21
+# 1 MB in float32: what the caches of a core hold, and what malloc keeps instead of giving it back to the kernel, which
+# would have to clear the pages again for every block.
+_BLOCK_NUMBERS = 1 << 18
 
 
 class Scratch:
@@ -46,7 +47,7 @@ class Scratch:
 
 
 class Rewriting:
-    """The rewriting of a run's tensors in blocks of a few megabytes; safe to share between threads.
+    """The rewriting of a run's tensors in blocks of a megabyte; safe to share between threads.
 
     Rows of an embedding, a reader or a head are rewritten independently of each other. A residual writer's operator
     mixes its rows, but its columns are independent: it is read whole as it is stored, rewritten in runs of columns, and

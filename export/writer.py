@@ -206,7 +206,7 @@ def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
