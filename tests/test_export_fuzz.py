@@ -86,6 +86,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 def survives(folder: Path, *, export: bool) -> None:
     """Either it is refused by an error of ours, or what was read of it is still what it was."""
     before = sorted(path.name for path in folder.iterdir())
+    refusal = None
     try:
         checkpoint = open_checkpoint(str(folder / "base"))
         for entry in checkpoint.tensors.values():
@@ -94,7 +95,9 @@ def survives(folder: Path, *, export: bool) -> None:
             PruningPlan.load(folder / "run")
             export_run(folder / "run", folder / "out", base=str(folder / "base"), parity=False)
     except PatServeError as error:
-        assert error.fix
+        refusal = error
+    if refusal is not None:
+        assert refusal.fix
         assert sorted(path.name for path in folder.iterdir()) == before
     shutil.rmtree(folder / "out", ignore_errors=True)
 
@@ -125,10 +128,13 @@ def test_values_in_a_header(path: list[float], value: Any, folder: Path, made: P
 def test_any_bytes_as_a_shard(content: bytes, tmp_path: Path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
+    refusal = None
     try:
         read_header(path)
     except PatServeError as error:
-        assert str(path) in str(error)
+        refusal = error
+    # By chance 200 bytes are a file of no tensors: b"\2" + 7 zeros + b"{}".
+    assert refusal is None or str(path) in str(refusal)
 
 
 @bounded

@@ -174,7 +174,8 @@ def test_a_rotation_keeps_the_function_and_exports(name: str, tmp_path: Path, fl
 def make_embedding_diagonal(run: Path, scale_D: torch.Tensor) -> None:
     plan = PruningPlan.load(run)
     nothing = torch.zeros(0, 64, dtype=scale_D.dtype)
-    plan.folds[EMBEDDING] = HybridFold(l0_RD=nothing, l1_DR=nothing.T, scale_D=scale_D)
+    diagonal = HybridFold(l0_RD=nothing, l1_DR=nothing.T, scale_D=scale_D)
+    plan = dataclasses.replace(plan, folds={**plan.folds, EMBEDDING: diagonal})
     plan.save(run)
 
 
