@@ -100,8 +100,12 @@ def _child(settings: dict[str, Any], number: int, report: int) -> None:
 
 
 def _serve() -> None:
+    import torch
+
     import pat_serve.export.exporter  # noqa: F401  (before the forks)
 
+    # The first products on the meta device import seconds of torch.
+    torch.addmm(*(torch.empty(2, 2, device="meta") for _ in range(3))) @ torch.empty(2, 2, device="meta")
     for line in sys.stdin:
         settings = json.loads(line)
         children = []

@@ -28,7 +28,7 @@ from pat_serve.shards import read_header
 from tests.test_export_parity import random_run
 from tests.tiny_models import save_tiny_llama
 
-EXAMPLES = int(os.environ.get("PAT_SERVE_FUZZ_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("PAT_SERVE_FUZZ_EXAMPLES", "60"))
 bounded = settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -325,8 +325,11 @@ def test_a_rotation_that_is_none(folder: Path):
 
 def test_operators_of_another_width(folder: Path):
     plan = PruningPlan.load(folder / "run")
-    narrow = HybridFold(l0_RD=torch.zeros(2, 32), l1_DR=torch.zeros(32, 2), scale_D=torch.ones(32))
-    edit_plan(folder / "run", folds=dict.fromkeys(plan.folds, narrow))
+    narrow = {
+        site: HybridFold(l0_RD=torch.zeros(2, 32), l1_DR=torch.zeros(32, 2), scale_D=torch.ones(32))
+        for site in plan.folds
+    }
+    edit_plan(folder / "run", folds=narrow)
     refuse(folder, BrokenPlan, "width 64 of")
 
 

@@ -70,7 +70,7 @@ def test_killed_at_any_moment(force: bool, run: Path, complete: Path, children: 
     assert (whole["code"], whole["left"]) == (0, ["out"])
     assert same(out, complete)
     ended = []
-    for moment in moments(whole["events"], 12):
+    for moment in moments(whole["events"], 8):
         shutil.rmtree(out)
         if force:
             shutil.copytree(complete, out)
