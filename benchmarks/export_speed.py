@@ -222,8 +222,8 @@ def main() -> None:
     median = figures["median"]
     print(
         f"{figures['machine']}, {figures['date']}: base {figures['base_bytes'] / 1e9:.2f} GB; cp -r "
-        f"{median['copy_s']:.1f} s ({median['copy_and_sync_s']:.1f} s with sync, {median['copy_cpu_s']:.1f} s of a core), "
-        f"export {median['export_s']:.1f} s ({median['export_cpu_s']:.1f} s of a core), "
+        f"{median['copy_s']:.1f} s ({median['copy_and_sync_s']:.1f} with sync, {median['copy_cpu_s']:.1f} of a core), "
+        f"export {median['export_s']:.1f} s ({median['export_cpu_s']:.1f} of a core), "
         f"ratio {figures['export_over_copy']:.2f} (bar {TIME_BAR}; {figures['export_over_copy_and_sync']:.2f} with "
         f"sync), peak {figures['peak_bytes'] / 1e9:.2f} GB (bar {figures['peak_bar_bytes'] / 1e9:.2f} GB)"
     )

@@ -75,6 +75,8 @@ class Rewriting:
         self._run = run
         self._dtype = dtype
         self._device = device
+        # The meta device has no memory to spare, and takes milliseconds for each operation.
+        self._block_numbers = _BLOCK_NUMBERS if device != "meta" else 1 << 62
         self._compute = torch.float64 if run.base.dtype == torch.float64 else torch.float32
         cut = run.plan.axes[HIDDEN]
         self._cut = AxisCut(width=cut.width, kept=cut.kept.to(device))
@@ -106,7 +108,7 @@ class Rewriting:
         entry = run.base.tensors[f"{EMBEDDING}.weight" if raw_head else name]
         job = self._job(name)
         if job.spec.axes[0] != HIDDEN and len(entry.shape) == 2:
-            rows = max(1, _BLOCK_NUMBERS // entry.shape[1])
+            rows = max(1, self._block_numbers // entry.shape[1])
             for start in range(0, entry.shape[0], rows):
                 stop = min(start + rows, entry.shape[0])
                 block = self._read(entry, name, scratch, start, stop)
@@ -127,7 +129,7 @@ class Rewriting:
         else:
             narrow = scratch.take("output", prod(shape) * self._dtype.itemsize).view(self._dtype).view(shape)
         stored = self._stored(entry, scratch)
-        columns = max(1, _BLOCK_NUMBERS // entry.shape[0])
+        columns = max(1, self._block_numbers // entry.shape[0])
         for start in range(0, width, columns):
             stop = min(start + columns, width)
             block = self._finite(stored[:, start:stop].to(self._compute), entry, name)
