@@ -22,7 +22,7 @@ from tests.tiny_models import save_tiny_llama
 
 @pytest.fixture(scope="module", params=["plain", "rotated", "rotated and diagonal"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Operators of rank 8, a rotation with them, and a rotation with scales alone, which is cut before it is applied."""
+    """Operators of rank 8, a rotation with them, and a rotation with scales alone, which is cut before it is used."""
     folder = tmp_path_factory.mktemp("stream")
     run = random_run(folder / "run", save_tiny_llama(folder / "base"))
     plan = PruningPlan.load(run)
