@@ -79,7 +79,7 @@ def export_run(
     _check_width(run)
     target = run.base.dtype if dtype == "auto" else DTYPES[dtype]
     _check_fits(run, out, [target, *([torch.float32] if parity and _is_rounded(target) else [])])
-    with _room_on_disk(out), new_folder(out) as staging:
+    with _room_on_disk(out), new_folder(out, replace=force) as staging:
         _write_model(run, staging, target, max_shard_bytes)
         outcome = _prove(run, staging, target, out) if parity else None
         _carry_files(run, staging)

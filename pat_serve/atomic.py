@@ -85,12 +85,16 @@ def check_vacant(
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
     """A folder that appears under its name only when the block ends without an error.
 
     What stands at the target when the block begins stays until the new folder is complete, and then gives way (see
     `check_vacant`). What has come to stand there meanwhile is another process's, and stays. Staging folders that killed
     processes left behind are deleted first.
+
+    Args:
+        target: the folder.
+        replace: what stands there gives way; else it is another process's, which came after the caller's look at it.
 
     Yields:
         a staging folder on the same file system.
@@ -101,6 +105,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     replaced = _identity(target)
+    if replaced is not None and not replace:
+        raise _taken(target)
     staging, lock = _locked_staging(target)
     try:
         yield staging
