@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pat_serve.atomic import check_vacant, new_folder
-from pat_serve.errors import UsageError
+from pat_serve.errors import DiskFull, UsageError
 from pat_serve.export.card import model_card, provenance
 from pat_serve.export.fit import check_fitness
 from pat_serve.export.formats.gguf import require_gguf, write_gguf
@@ -19,12 +23,12 @@ from pat_serve.export.formats.quality import QuantizationQuality, require_compre
 from pat_serve.export.formats.quantize import quantize_export
 from pat_serve.export.formats.schemes import scheme_named
 from pat_serve.export.hashes import hash_files
-from pat_serve.export.narrow import narrow_config, narrow_shapes, narrow_tensors
+from pat_serve.export.narrow import dry_run, narrow_config, narrow_shapes, rewriting_of
 from pat_serve.export.parity import Parity, measure_parity
 from pat_serve.export.reader import Run, open_run
 from pat_serve.export.rounding import check_rounding
-from pat_serve.export.writer import index_document, plan_shards, shard_names, write_shard
-from pat_serve.progress import progress_bar
+from pat_serve.export.writer import WeightFiles, index_document, write_blocks
+from pat_serve.progress import byte_progress
 from pat_serve.scores import Scorer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -34,6 +38,10 @@ _CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
     "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*",
 )  # fmt: skip
+
+
+# Config, tokenizer, card, and what file systems round up.
+_SPARE_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +106,8 @@ def export_run(
         require_gguf(narrow_config(run, target), run.base.folder, quantized=scheme is not None)
     # 8-bit weights are made from the exact float32 ones, which are proven first.
     written = torch.float32 if scheme else target
-    with new_folder(out) as staging:
+    _check_fits(run, out, [written, *([target] if scheme else []), *([target] if gguf else [])])
+    with _room_on_disk(out), new_folder(out, replace=force) as staging:
         _write_model(run, staging, written, max_shard_bytes, runs_in=target)
         outcome = _prove(run, staging, written, out, runs_in=target, walk=walk, scorer=scorer) if parity else None
         quality = quantize_export(run, staging, scheme, target, max_shard_bytes, out, parity) if scheme else None
@@ -136,21 +145,59 @@ def _prove(
     return outcome
 
 
+@contextmanager
+def _room_on_disk(out: Path) -> Iterator[None]:
+    """A disk that fills up all the same, since others write to it too, or a quota, is an error of its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFull(
+            out,
+            expected="a disk that takes all files",
+            found=error.strerror or "no more room",
+            fix="Free some space, or choose another --out; nothing was left behind.",
+        ) from error
+
+
+def _check_fits(run: Run, out: Path, dtypes: list[torch.dtype]) -> None:
+    """The dry run: every tensor comes out as planned, and the disk has room for all that will be written.
+
+    Args:
+        run: the run.
+        out: where it goes.
+        dtypes: one for each copy of the weights that will be there at the same time.
+    """
+    dry_run(run, dtypes[0])
+    numbers = sum(prod(shape) for shape in narrow_shapes(run).values())
+    needed_bytes = sum(numbers * dtype.itemsize for dtype in dtypes) + _SPARE_BYTES
+    place = next(path for path in out.absolute().parents if path.exists())
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < needed_bytes:
+        raise DiskFull(
+            place,
+            expected=f"{needed_bytes / 1e9:.2f} GB of free space",
+            found=f"{free_bytes / 1e9:.2f} GB",
+            fix="Free some space, or choose another --out.",
+        )
+
+
 def _write_model(
     run: Run, folder: Path, dtype: torch.dtype, max_shard_bytes: int, runs_in: torch.dtype | None = None
 ) -> None:
     shapes = narrow_shapes(run)
-    shards = plan_shards(shapes, dtype, max_shard_bytes)
-    files = shard_names(len(shards))
-    with progress_bar() as progress:
-        task = progress.add_task("write tensors", total=len(shapes))
-        for file, names in zip(files, shards, strict=True):
-            tensors = progress.track(narrow_tensors(run, names, dtype, runs_in), total=len(names), task_id=task)
-            write_shard(folder / file, {name: shapes[name] for name in names}, dtype, tensors)
+    rewriting = rewriting_of(run, dtype, runs_in)
+    total_bytes = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
+    with (
+        WeightFiles(folder, shapes, dtype, max_shard_bytes) as files,
+        byte_progress(f"write {_name(dtype)} weights", total_bytes) as advance,
+    ):
+        write_blocks(files, shapes, rewriting.blocks, advance)
     config = json.dumps(narrow_config(run, dtype), indent=2)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
-    if len(files) > 1:
-        document = json.dumps(index_document(shards, shapes, dtype), indent=2)
+    if len(files.shards) > 1:
+        document = json.dumps(index_document(files.shards, shapes, dtype), indent=2)
         (folder / "model.safetensors.index.json").write_text(document + "\n", encoding="utf-8")
 
 

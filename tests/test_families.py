@@ -248,7 +248,8 @@ def test_a_rank_stabilized_adapter_is_merged_by_its_own_scaling(tmp_path: Path):
 def make_embedding_diagonal(run: Path, scale_D: torch.Tensor) -> None:
     plan = PruningPlan.load(run)
     nothing = torch.zeros(0, 64, dtype=scale_D.dtype)
-    plan.folds[EMBEDDING] = HybridFold(l0_RD=nothing, l1_DR=nothing.T, scale_D=scale_D)
+    diagonal = HybridFold(l0_RD=nothing, l1_DR=nothing.T, scale_D=scale_D)
+    plan = dataclasses.replace(plan, folds={**plan.folds, EMBEDDING: diagonal})
     plan.save(run)
 
 
