@@ -1,4 +1,4 @@
-"""The image, built and run for real: `make docker-test`. Needs a Docker engine; left out of `make test` and `make test-all`.
+"""The image, built and run for real: `make docker-test`. Needs a Docker engine, so no other target runs it.
 
 The container shares the host's network, so that engines without a bridge do. IMAGE names a built image to test instead.
 """
@@ -44,7 +44,7 @@ def image() -> str:
 
 @pytest.fixture(scope="session")
 def container(image: str) -> Iterator[tuple[str, str]]:
-    """Name and address of a container with nothing that it does not need; the checks of its end come in the last test."""
+    """Name and address of a container with nothing that it does not need."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
