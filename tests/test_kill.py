@@ -50,18 +50,28 @@ def test_killed_again_and_again(trainings: Trainings, uninterrupted: Path, tiny_
     auto = arguments(tiny_base, rows, run)
     staging = run / "checkpoints/.partial"
 
-    trainings.kill_when(lambda: logged(run, 1), auto)
+    trainings.kill_at(r"os.mkdir .*/\.partial/checkpoint-3 ", auto)
+    assert logged(run, 2), "the first kill should come after a logged step"
     assert not steps(run), "the first kill should come before the first checkpoint"
 
-    trainings.kill_when(lambda: steps(run) == [3] and staging.exists() and any(staging.iterdir()), auto)
-    assert staging.exists(), "the second kill should come during a save"
-    assert all(complete(run / f"checkpoints/step-{step}") for step in steps(run))
+    trainings.kill_at(r"open .*/\.partial/checkpoint-6/trainer_state.json w", auto)
+    assert (staging / "checkpoint-6/optimizer.pt").exists(), "the second kill should come during a save"
+    assert steps(run) == [3]
+    assert complete(run / "checkpoints/step-3")
 
-    trainings.kill_when(lambda: logged(run, 10), auto)
+    trainings.kill_at(r"open .*/metrics.jsonl a", auto)
     assert not (run / "plan.json").exists()
 
-    trainings.kill_when(lambda: (run / "adapter").exists(), auto)
-    assert not (run / "plan.json").exists(), "the last kill should come between the adapter and the plan"
+    trainings.kill_at(r"os.rename .*/\.partial/checkpoint-12 .*/step-12", auto)
+    assert logged(run, 12)
+    assert steps(run) == [6, 9], "the fourth kill should come between a checkpoint and its name"
+
+    trainings.kill_at(r"os.rename .*/step-9 .*/\.partial", auto)
+    assert steps(run) == [9, 12, 15], "the fifth kill should come before the oldest checkpoint goes"
+
+    trainings.kill_at(r"os.rename .*/plan\.json", auto)
+    assert (run / "adapter").exists(), "the last kill should come between the adapter and the plan"
+    assert not (run / "plan.json").exists()
     assert logged(run, 18)
 
     assert trainings.run(auto) == 0, trainings.log.read_text()

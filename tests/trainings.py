@@ -8,14 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 # Forks itself for every line that it reads, once a rank. accelerate shards on accelerators alone and would train with
 # DDP here without a word, so under FSDP its state is told that the CPU is one.
 FORK_SERVER = """
-import json, os, sys
+import json, os, re, signal, sys
 import accelerate.state, datasets, peft, torch, torch.utils.tensorboard, transformers
 import pat_serve.training.run, pat_serve.training.callbacks, pat_serve.training.insert, pat_serve.training.trainer
 from pat_serve.cli.train import main
@@ -30,6 +28,13 @@ def shard_on_cpu():
             accelerate.state.PartialState._shared_state["distributed_type"] = fsdp
     state.__init__ = begin_sharded
 
+def kill_at(pattern):
+    moment = re.compile(pattern)
+    def watch(event, arguments):
+        if event in ("open", "os.mkdir", "os.rename") and moment.search(" ".join(map(str, (event, *arguments[:2])))):
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(watch)
+
 print("ready", flush=True)
 for line in sys.stdin:
     arguments, log, environments = json.loads(line)
@@ -43,6 +48,8 @@ for line in sys.stdin:
         os.environ.update(environment)
         if "ACCELERATE_USE_FSDP" in environment:
             shard_on_cpu()
+        if "KILL_AT" in environment:
+            kill_at(environment["KILL_AT"])
         sys.argv = ["pat-train", *arguments]
         try:
             main()
@@ -99,15 +106,17 @@ class Trainings:
         self._start(arguments, ranks)
         return [int(code) for code in self._answer().split()]
 
-    def kill_when(self, moment: Callable[[], bool], arguments: list[str]) -> None:
-        """Train until a moment comes, then SIGKILL; it must not have ended by itself before."""
-        pid = self._start(arguments, [{}])
-        deadline = time.monotonic() + 120
-        while not moment():
-            assert Path(f"/proc/{pid}").exists(), self.log.read_text()
-            assert time.monotonic() < deadline
-        os.kill(pid, signal.SIGKILL)
-        assert int(self._answer()) == -signal.SIGKILL
+    def kill_at(self, moment: str, arguments: list[str]) -> None:
+        """Train until the process is about to touch a file, and have it killed with SIGKILL right then.
+
+        The process does it to itself: a test that watched it from outside could look away too long.
+
+        Args:
+            moment: regular expression on "open PATH", "os.mkdir PATH" or "os.rename FROM TO" (sys.addaudithook).
+            arguments: of pat-train.
+        """
+        self._start(arguments, [{"KILL_AT": moment}])
+        assert int(self._answer()) == -signal.SIGKILL, f"{moment} never came: {self.log.read_text()}"
 
     def close(self) -> None:
         """End the server."""

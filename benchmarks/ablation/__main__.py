@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.ablation.corpus import build_corpus
-from benchmarks.ablation.variants import SHARED, VARIANTS
+from benchmarks.ablation.variants import SHARED, TIED_VARIANTS, VARIANTS
 from pat_serve.demo.base_model import BaseSettings, train_base
 from pat_serve.hardware import describe
 
@@ -28,28 +28,30 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 150,
     base_steps: Annotated[int, typer.Option(help="Optimizer steps of the base.")] = 900,
     only: Annotated[list[str] | None, typer.Option(help="Variants whose name contains this.")] = None,
+    tied: Annotated[bool, typer.Option("--tied", help="A base with tied embeddings, and what suits it.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Only print the table of what is there.")] = False,
 ) -> None:
     """Compare PAT's options on a small base over real text, at equal steps and tokens."""
     results = out / "results.jsonl"
+    variants = TIED_VARIANTS if tied else VARIANTS
     if not table:
-        _prepare(data, out, base_steps)
+        _prepare(data, out, BaseSettings(steps=base_steps, batch_size=16, tied=tied))
         if not any((line["variant"], line["steps"]) == (BASE, steps) for line in _lines(results)):
             _keep({"variant": BASE, "seed": 0, "steps": steps, **_quality(out, out / "base")}, results)
         done = {(line["variant"], line["seed"], line["steps"]) for line in _lines(results)}
         for seed in range(seeds):
-            for name, settings in VARIANTS.items():
+            for name, settings in variants.items():
                 if (only and not any(part in name for part in only)) or (name, seed, steps) in done:
                     continue
                 _keep(_measure(name, settings, out, seed, steps), results)
-    _print_table([line for line in _lines(results) if line["steps"] == steps])
+    _print_table([line for line in _lines(results) if line["steps"] == steps], list(variants))
 
 
-def _prepare(data: Path, out: Path, base_steps: int) -> None:
+def _prepare(data: Path, out: Path, settings: BaseSettings) -> None:
     corpus = build_corpus(data)
     corpus.save(out / "data")
     if not (out / "base").exists():
-        train_base(corpus.base_texts, out / "base", BaseSettings(steps=base_steps, batch_size=16))
+        train_base(corpus.base_texts, out / "base", settings)
 
 
 def _measure(name: str, settings: dict[str, Any], out: Path, seed: int, steps: int) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def _measure(name: str, settings: dict[str, Any], out: Path, seed: int, steps: i
         "steps": steps,
         **_quality(out, out / "pruned"),
         "hidden_size": exported.record["hidden_size"]["exported"],
+        "parameters": exported.record["parameters"]["exported"],
         "train_s": round(trained_s, 1),
         "parity_max_abs_over_std": exported.parity.max_abs_over_std,
         "machine": describe(),
@@ -106,12 +109,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _print_table(lines: list[dict[str, Any]]) -> None:
+def _print_table(lines: list[dict[str, Any]], variants: list[str]) -> None:
     """Means over seeds and their standard deviations; the distance to dense LoRA is paired by seed."""
     dense = {line["seed"]: line for line in lines if line["variant"] == "dense LoRA"}
     print("| variant | seeds | items: perplexity | to dense LoRA | articles: perplexity | to dense LoRA |")
     print("|---|---|---|---|---|---|")
-    for name in (BASE, *VARIANTS):
+    for name in (BASE, *variants):
         own = [line for line in lines if line["variant"] == name]
         if not own:
             continue

@@ -45,3 +45,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "loss axes, cut, compensated, head, HIO 32": {**_BEST, "hio_rank": 32},
     "loss axes, cut, compensated, head, distilled": {**_BEST, "distillation_weight": 0.5},
 }
+
+# On a base whose head is its embedding. A rotation unties it, so the same width has more parameters: it is also
+# measured at the width (168) that has as many as the tied model at 192.
+_TIED: dict[str, Any] = {**PAPER, "mask_start": "energy", "tied_embeddings": "keep"}
+_UNTIED: dict[str, Any] = {**_BEST, "tied_embeddings": "untie"}
+
+TIED_VARIANTS: dict[str, dict[str, Any]] = {
+    "dense LoRA": {"method": "lora"},
+    "tied, energy start, annealed": {**_TIED, "hio_rank": 32},
+    "tied, energy start, cut": {**_TIED, "gate": "cut", "hio_rank": 0},
+    "tied, energy start, cut, compensated": {**_TIED, "gate": "cut", "hio_rank": 0, "compensate": True},
+    "tied, energy start, cut, compensated, HIO 32": {**_TIED, "gate": "cut", "hio_rank": 32, "compensate": True},
+    "untied by its axes, same width": _UNTIED,
+    "untied by its axes, same parameters": {**_UNTIED, "hidden_size": 168},
+}

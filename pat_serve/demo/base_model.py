@@ -44,6 +44,7 @@ class BaseSettings:
     learning_rate: float = 3e-3
     # transformers' 0.02 is made for thousands of channels; here it costs a quarter of a nat after 200 steps (LOG.md).
     initializer_range: float = 0.05
+    tied: bool = False
     seed: int = 0
 
 
@@ -86,7 +87,7 @@ def train_base(texts: list[str], folder: Path, settings: BaseSettings) -> None:
         num_key_value_heads=settings.kv_heads,
         max_position_embeddings=512,
         initializer_range=settings.initializer_range,
-        tie_word_embeddings=False,
+        tie_word_embeddings=settings.tied,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

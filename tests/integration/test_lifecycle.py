@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.integration.conftest import free_port, spawn, tail, wait_until_ready
+from tests.integration.conftest import MAX_MODEL_LEN, free_port, spawn, tail, wait_until_ready
 
 pytestmark = pytest.mark.vllm
 
@@ -55,7 +55,7 @@ def test_sigterm_under_load_leaves_no_process(tiny_model: Path, log: Path) -> No
     flowing = threading.Semaphore(0)
 
     def stream(_: int) -> list[str]:
-        body = {"prompt_token_ids": [5], "max_tokens": 2000, "ignore_eos": True, "stream": True}
+        body = {"prompt_token_ids": [5], "max_tokens": MAX_MODEL_LEN - 10, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"http://127.0.0.1:{port}/generate", json=body, timeout=30) as response:
             lines = response.iter_lines()
             next(lines)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
-import threading
 import time
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -112,24 +113,33 @@ def test_stream_adds_up_to_the_whole_answer(client: httpx.Client, sampling: dict
     assert {delta["id"] for delta in deltas} == {end["id"]} != {whole["id"]}
 
 
+def wait_for(client: httpx.Client, name: str, value: float) -> None:
+    deadline_s = time.monotonic() + 60
+    while metric(client, name) != value:
+        assert time.monotonic() < deadline_s, f"{name} is {metric(client, name)}, not {value}"
+        time.sleep(0.05)
+
+
+def post(server: Server, path: str, body: dict[str, Any]) -> http.client.HTTPConnection:
+    """Send a request without waiting for its answer."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    return connection
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_client_that_leaves_stops_its_generation(client: httpx.Client, stream: bool) -> None:
+def test_client_that_leaves_stops_its_generation(server: Server, client: httpx.Client, stream: bool) -> None:
     asked = MAX_MODEL_LEN - 10
     before = metric(client, "vllm:generation_tokens_total")
     body = {"prompt_token_ids": [5], "max_tokens": asked, "ignore_eos": True, "stream": stream}
-    if stream:
-        with client.stream("POST", "/generate", json=body) as response:
-            next(response.iter_lines())
-            # The first event is here and the generation goes on: it is a stream.
-            assert metric(client, "vllm:num_requests_running") == 1
-    else:
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/generate", json=body, timeout=0.5)
-    deadline_s = time.monotonic() + 10
-    while metric(client, "vllm:num_requests_running") > 0:
-        assert time.monotonic() < deadline_s, "the request runs on"
-        time.sleep(0.05)
-    assert 0 < metric(client, "vllm:generation_tokens_total") - before < asked / 2
+    with closing(post(server, "/generate", body)) as connection:
+        if stream:
+            assert connection.getresponse().readline().startswith(b"data: ")
+        # A stream's first event is here, and the generation goes on.
+        wait_for(client, "vllm:num_requests_running", 1)
+    wait_for(client, "vllm:num_requests_running", 0)
+    # One that had run to its end would have made them all.
+    assert 0 <= metric(client, "vllm:generation_tokens_total") - before < asked
 
 
 @pytest.mark.parametrize(
@@ -272,33 +282,20 @@ def test_benchmark_throughput_by_number(client: httpx.Client) -> None:
     assert all(start >= sorted(ends)[index - 3] for index, start in enumerate(starts) if index >= 3)
 
 
-def test_benchmark_throughput_by_time_and_409_beside_it(server: Server, client: httpx.Client) -> None:
-    answers = []
-
-    def run() -> None:
-        with server.client() as other:
-            body = {"duration_s": 2.0, "concurrency": 2, "prompt_tokens": 8, "output_tokens": 4}
-            answers.append(other.post("/benchmark/throughput", json=body))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    deadline_s = time.monotonic() + 10
-    while metric(client, "vllm:num_requests_running") == 0:
-        assert time.monotonic() < deadline_s, "the benchmark does not start"
-    refused = client.post("/benchmark/latency", json={})
-    thread.join()
-    check_error(refused, 409, "busy", None, "another benchmark is running")
-    answer = answers[0].raise_for_status().json()
-    assert 2.0 <= answer["duration_s"] < 4
-    assert max(request["start_s"] for request in answer["requests"]) < 2.0
+def test_benchmark_throughput_by_time(client: httpx.Client) -> None:
+    body = {"duration_s": 2.0, "concurrency": 2, "prompt_tokens": 8, "output_tokens": 4}
+    answer = client.post("/benchmark/throughput", json=body).raise_for_status().json()
+    # The last request starts within the time, and is waited for.
+    assert max(request["start_s"] for request in answer["requests"]) < 2.0 <= answer["duration_s"]
 
 
-def test_benchmark_ends_when_its_client_leaves(client: httpx.Client) -> None:
-    body = {"rounds": 100, "prompt_tokens": 8, "output_tokens": 500}
-    with pytest.raises(httpx.ReadTimeout):
-        client.post("/benchmark/latency", json=body, timeout=0.5)
-    deadline_s = time.monotonic() + 10
+def test_second_benchmark_is_refused_until_the_first_ones_client_leaves(server: Server, client: httpx.Client) -> None:
+    endless = {"rounds": 100, "prompt_tokens": 8, "output_tokens": 1000}
     short = {"rounds": 1, "warmup": 0, "prompt_tokens": 8, "output_tokens": 2}
+    with closing(post(server, "/benchmark/latency", endless)):
+        wait_for(client, "vllm:num_requests_running", 1)
+        check_error(client.post("/benchmark/latency", json=short), 409, "busy", None, "another benchmark is running")
+    deadline_s = time.monotonic() + 60
     while client.post("/benchmark/latency", json=short).status_code == 409:
         assert time.monotonic() < deadline_s, "the benchmark runs on"
 
