@@ -140,6 +140,9 @@ def shape_vllm_errors(app: FastAPI) -> None:
         # Starlette raises it again behind the answer, so that uvicorn logs it.
         return HttpError(500, "internal_error", "the server failed; its log has the reason").response()
 
+    # A part of vLLM's has built the stack, with the handlers of that moment in it.
+    app.middleware_stack = app.build_middleware_stack()
+
 
 def explain(errors: Sequence[Any], model: type[BaseModel] | None) -> InvalidRequestError:
     """One sentence about the first of pydantic's errors, and how many more there are.
