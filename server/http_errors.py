@@ -25,6 +25,8 @@ from pat_serve.server.schemas import ErrorBody, ErrorDetail
 
 logger = logging.getLogger(__name__)
 
+# The name of an unknown field is the client's own text.
+_NAME_CHARS = 64
 _MESSAGE_CHARS = 300
 
 
@@ -111,9 +113,9 @@ def shape_routing_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def answer(request: Request, error: HTTPException) -> JSONResponse:
-        phrase = HTTPStatus(error.status_code).phrase
-        kind = phrase.lower().replace(" ", "_")
-        body = HttpError(error.status_code, kind, f"{request.method} {request.url.path}: {phrase}").body()
+        kind = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        told = {404: "there is no such route", 405: f"this route does not take {request.method}"}
+        body = HttpError(error.status_code, kind, told.get(error.status_code, kind.replace("_", " "))).body()
         return JSONResponse(body.model_dump(), status_code=error.status_code, headers=error.headers)
 
 
@@ -153,7 +155,7 @@ def explain(errors: Sequence[Any], model: type[BaseModel] | None) -> InvalidRequ
     """
     first = errors[0]
     # The location starts with "body"; further parts are field names and list indices.
-    parts = [str(part) for part in first["loc"][1:]]
+    parts = [str(part)[:_NAME_CHARS] for part in first["loc"][1:]]
     param = ".".join(parts) or None
     known = ", ".join(model.model_fields) if model else ""
     match first["type"]:

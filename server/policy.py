@@ -12,6 +12,7 @@ MIB = 2**20
 # More than any client or proxy sends; uvicorn's parser itself has no bound.
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 1024
+MAX_URL_BYTES = 8 * 1024
 MAX_REQUEST_ID_CHARS = 128
 
 

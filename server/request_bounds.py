@@ -8,7 +8,7 @@ from starlette.types import Message, Receive, Scope
 
 from pat_serve.server.body_check import valid_request_id
 from pat_serve.server.http_errors import HttpError, InvalidRequestError
-from pat_serve.server.policy import MAX_HEADER_BYTES, MAX_HEADERS, MAX_REQUEST_ID_CHARS, Policy
+from pat_serve.server.policy import MAX_HEADER_BYTES, MAX_HEADERS, MAX_REQUEST_ID_CHARS, MAX_URL_BYTES, Policy
 
 # What is left of a body that nobody wants would be read for as long as the client sends it.
 _CLOSE = {"Connection": "close"}
@@ -20,11 +20,13 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 
 def check_headers(scope: Scope) -> None:
-    """Refuse headers that are too many, too large, or a request id that does not belong into logs.
+    """Refuse a URL or headers that are too large or too many, or a request id that does not belong into logs.
 
     Raises:
-        HttpError: 431 or 400.
+        HttpError: 414, 431 or 400.
     """
+    if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL_BYTES:
+        raise HttpError(414, "url_too_long", f"at most {MAX_URL_BYTES} bytes of URL are allowed", headers=_CLOSE)
     headers = scope["headers"]
     if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
         told = f"at most {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes together are allowed"

@@ -32,7 +32,7 @@ def _as_list(value: Any) -> Any:
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_MODEL_TOKENS)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 

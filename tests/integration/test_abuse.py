@@ -151,6 +151,21 @@ def test_headers_that_are_too_many_or_too_large(server: Server, fields: list[str
         assert raw.answer()[0] == 431
 
 
+def test_a_url_that_is_too_long(server: Server) -> None:
+    for target in ("/health?" + "a" * 10_000, "/" + "a" * 10_000):
+        with RawClient(server) as raw:
+            raw.send(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n")
+            status, text = raw.answer()
+            assert status == 414
+            assert "aaaa" not in text
+
+
+def test_an_unknown_field_with_a_long_name(client: httpx.Client) -> None:
+    answer = client.post("/generate", json={"prompt": "a", SECRET + "a" * 100_000: 1})
+    assert answer.status_code == 400
+    assert len(answer.text) < 1000
+
+
 def test_a_header_of_16_mib(server: Server) -> None:
     before = memory_bytes(server)
     for _ in range(8):
