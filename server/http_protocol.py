@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import TimerHandle
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -20,13 +21,20 @@ from pat_serve.server.policy import MAX_HEADER_BYTES, Policy
 _LINGER_S = 2.0
 
 
-def bounded_protocol(policy: Policy) -> type[HttpToolsProtocol]:
-    """The protocol class for a policy: uvicorn makes the instances."""
-    return type("BoundedProtocol", (_BoundedProtocol,), {"policy": policy})
+def bounded_protocol(policy: Policy, *, guarded: Callable[[], bool]) -> type[HttpToolsProtocol]:
+    """The protocol class for a policy: uvicorn makes the instances.
+
+    Args:
+        policy: bounds of a connection.
+        guarded: whether the app behind it has its `Front`. vLLM goes on without a plugin that it cannot load, and would
+            serve with neither keys nor bounds: no connection is taken then.
+    """
+    return type("BoundedProtocol", (_BoundedProtocol,), {"policy": policy, "guarded": staticmethod(guarded)})
 
 
 class _BoundedProtocol(HttpToolsProtocol):
     policy: Policy
+    guarded: Callable[[], bool]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,7 +47,7 @@ class _BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """Start the clock of the first request."""
         super().connection_made(transport)
-        if len(self.connections) > self.policy.max_connections:
+        if len(self.connections) > self.policy.max_connections or not self.guarded():
             self.connections.discard(self)
             self._refused = True
             transport.abort()
@@ -58,7 +66,11 @@ class _BoundedProtocol(HttpToolsProtocol):
             return
         if self._in_headers:
             self._header_bytes += len(data)
-        super().data_received(data)
+            super().data_received(data)
+        else:
+            super().data_received(data)
+            # Where in it they begin the parser does not say; what a client pipelines behind a body may count as theirs.
+            self._header_bytes = len(data)
         if self._in_headers and self._header_bytes > MAX_HEADER_BYTES:
             self._refuse(HttpError(431, "headers_too_large", f"more than {MAX_HEADER_BYTES} bytes of headers"))
         elif not self._in_headers and (self.cycle is None or self.cycle.response_complete):
@@ -68,7 +80,7 @@ class _BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request has begun; its headers have a time."""
         super().on_message_begin()
-        self._in_headers, self._header_bytes = True, 0
+        self._in_headers = True
         self._await_request()
 
     def on_headers_complete(self) -> None:

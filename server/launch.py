@@ -10,10 +10,11 @@ import sys
 from argparse import Namespace
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pat_serve.errors import PortInUse, UsageError
+from pat_serve.errors import EngineError, PortInUse, UsageError
 from pat_serve.hardware import available_memory_bytes, serving_dtype
 from pat_serve.locate import locate
 from pat_serve.server import engine
@@ -83,6 +84,7 @@ def run(settings: ServeSettings) -> None:
         check_trusted(settings.model, locate(settings.model, weights=False))
         check_address(settings.host, settings.port)
         prepare_environment(os.environ)
+        check_plugin()
         args = engine.parse_serve_arguments(serve_arguments(settings, on_cpu=engine.is_cpu_backend()))
         check_flags(args, settings)
         check_certificate(args.ssl_certfile, args.ssl_keyfile)
@@ -94,17 +96,35 @@ def run(settings: ServeSettings) -> None:
             policy = replace(policy, shutdown_timeout_s=float(args.shutdown_timeout))
             args.shutdown_timeout = 0
         args.pat_serve_policy = policy
-        engine.serve(args, uvicorn_options(policy))
+        engine.serve(args, uvicorn_options(policy, args))
     finally:
         end_children()
 
 
-def uvicorn_options(policy: Policy) -> dict[str, Any]:
+def check_plugin() -> None:
+    """Refuse to start where vLLM would not find or not load our part, and serve without it.
+
+    Raises:
+        EngineError: the package is not installed as it should be.
+    """
+    found = entry_points(group="vllm.endpoint_plugins", name="pat_serve")
+    for entry in found:
+        entry.load()
+    if not found:
+        raise EngineError(
+            "pat-serve",
+            expected="its entry point vllm.endpoint_plugins",
+            found="none",
+            fix="Install the package (pip install pat-serve); its source folder alone is not enough.",
+        )
+
+
+def uvicorn_options(policy: Policy, args: Namespace) -> dict[str, Any]:
     """What uvicorn is told beside what vLLM tells it."""
     from pat_serve.server.http_protocol import bounded_protocol
 
     return {
-        "http": bounded_protocol(policy),
+        "http": bounded_protocol(policy, guarded=lambda: getattr(args, "pat_serve_guarded", False)),
         # No route of ours is one.
         "ws": "none",
         "server_header": False,

@@ -137,3 +137,4 @@ class PatServePlugin:
         if self._app is not None:
             # Only now: vLLM registers its own after the routes.
             shape_vllm_errors(self._app)
+            args.pat_serve_guarded = True

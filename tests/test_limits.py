@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from pat_serve.errors import PortInUse, UsageError
+from pat_serve.errors import EngineError, PortInUse, UsageError
+from pat_serve.server import launch
 from pat_serve.server.launch import (
     ServeSettings,
     check_address,
     check_certificate,
+    check_plugin,
     default_kv_cache_gib,
     prepare_environment,
     serve_arguments,
@@ -134,3 +136,10 @@ def test_a_bad_certificate_is_told_before_the_engine_starts(tmp_path: Path) -> N
         check_certificate(str(certificate), str(key))
     with pytest.raises(UsageError):
         check_certificate(None, str(key))
+
+
+def test_without_its_plugin_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_plugin()
+    monkeypatch.setattr(launch, "entry_points", lambda **_: [])
+    with pytest.raises(EngineError, match="entry point"):
+        check_plugin()

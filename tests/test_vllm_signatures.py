@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -66,7 +67,7 @@ def test_uvicorn_is_told_by_us() -> None:
     import uvicorn
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker
 
-    told = uvicorn_options(Policy())
+    told = uvicorn_options(Policy(), Namespace())
     assert inspect.signature(run_server_worker).parameters["uvicorn_kwargs"].kind is inspect.Parameter.VAR_KEYWORD
     assert told.keys() <= inspect.signature(uvicorn.Config).parameters.keys()
     for method in ("on_message_begin", "on_headers_complete", "timeout_keep_alive_handler", "pause_writing"):
