@@ -23,6 +23,8 @@ MAX_LOGPROBS = 20
 MAX_NAME_CHARS = 256
 MAX_MESSAGES = 4096
 MAX_TOKEN_RULES = 1024
+# Lists and objects: a megabyte of empty ones holds up the event loop, and with it every stream, for most of a second.
+MAX_CONTAINERS = 50_000
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 _STOPS = ("stop", "stop_sequences", "bad_words")
@@ -32,6 +34,7 @@ _GRAMMARS = (
     "structured_outputs", "structural_tag", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
     "guided_decoding_backend", "output_format",
 )  # fmt: skip
+_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _MEDIA_FIELDS = ("mm_processor_kwargs", "media_io_kwargs", "multi_modal_data")
 _MEDIA_PART = re.compile("image|audio|video|file|media", re.IGNORECASE)
 
@@ -47,6 +50,20 @@ class ModelBounds:
 def valid_request_id(text: str) -> bool:
     """Whether a client's request id may go into answers and logs."""
     return _REQUEST_ID.fullmatch(text) is not None
+
+
+def check_containers(body: bytes) -> None:
+    """Refuse JSON of more lists and objects than any request needs, before it is parsed.
+
+    Raises:
+        InvalidRequestError: it is.
+    """
+    if _containers(body) > MAX_CONTAINERS and _containers(_STRINGS.sub(b"", body)) > MAX_CONTAINERS:
+        raise InvalidRequestError(f"the body holds more than {MAX_CONTAINERS} lists and objects")
+
+
+def _containers(body: bytes) -> int:
+    return body.count(b"[") + body.count(b"{")
 
 
 def check_body(body: bytes, policy: Policy, model: ModelBounds) -> int:

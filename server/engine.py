@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 from pat_serve.errors import EngineError, UsageError
+from pat_serve.server.admission import RETRY_AFTER_S
 from pat_serve.server.generation import EngineTimes, Piece, Sampling
 from pat_serve.server.http_errors import HttpError, InvalidRequestError
 
@@ -83,7 +84,8 @@ class Engine:
         except VLLMClientError as error:
             raise InvalidRequestError(str(error), getattr(error, "parameter", None)) from error
         except GracefulHTTPError as error:
-            raise HttpError(int(error.http_status), "overloaded", str(error)) from error
+            headers = {"Retry-After": str(RETRY_AFTER_S)}
+            raise HttpError(int(error.http_status), "overloaded", str(error), headers=headers) from error
         except EngineDeadError as error:
             raise HttpError(503, "engine_dead", "the engine has stopped; the server is shutting down") from error
         except VLLMError as error:

@@ -10,7 +10,7 @@ import logging
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pat_serve.server.admission import Admission
-from pat_serve.server.body_check import ModelBounds, check_body
+from pat_serve.server.body_check import ModelBounds, check_body, check_containers
 from pat_serve.server.deadline import within_deadline
 from pat_serve.server.http_errors import HttpError
 from pat_serve.server.policy import Policy
@@ -70,6 +70,7 @@ class Front:
             return
         check_length(scope, body)
         path, sequences = scope["path"], 1
+        check_containers(body)
         if body and scope["method"] == "POST" and not path.startswith(_OWN):
             sequences = check_body(body, gate.policy, gate.model)
         receive = replay(body, receive)

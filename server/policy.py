@@ -50,7 +50,7 @@ class Policy:
 
     keys: KeyRing = field(default_factory=KeyRing)
     public_metrics: bool = False
-    max_body_bytes: int = 8 * MIB
+    max_body_bytes: int = 4 * MIB
     max_sequences: int = 128
     max_queue: int | None = None
     max_concurrency_per_key: int | None = None

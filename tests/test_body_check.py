@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pat_serve.server.body_check import ModelBounds, check_body, valid_request_id
+from pat_serve.server.body_check import ModelBounds, check_body, check_containers, valid_request_id
 from pat_serve.server.http_errors import InvalidRequestError
 from pat_serve.server.policy import Feature, Policy
 
@@ -143,3 +143,11 @@ def test_request_ids() -> None:
     assert valid_request_id("a" * 128)
     for wrong in ("", "a" * 129, "a b", "a\n", "ü", "a/b"):
         assert not valid_request_id(wrong)
+
+
+def test_containers_are_counted_outside_of_texts() -> None:
+    text = json.dumps({"prompt": '[{"a": "\\\\"}]' * 100_000}).encode()
+    check_containers(text)
+    for body in (b"[" + b"[]," * 60_000 + b"[]]", b'{"a": ' + b'{"": "]"}, ' * 60_000):
+        with pytest.raises(InvalidRequestError, match="lists and objects"):
+            check_containers(body)

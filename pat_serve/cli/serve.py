@@ -45,7 +45,7 @@ def serve(
     ] = None,
     api_key_file: Annotated[Path | None, Flag(help="File with a [NAME=]KEY a line.")] = None,
     public_metrics: Annotated[bool, Flag("--public-metrics", help="/metrics asks for no key.")] = False,
-    max_body_mib: Annotated[float, Flag(min=0.001, help="MiB of a request's body.")] = 8.0,
+    max_body_mib: Annotated[float, Flag(min=0.001, help="MiB of a request's body.")] = 4.0,
     max_sequences: Annotated[int, Flag(min=1, help="Prompts times n of one request.")] = 128,
     max_queue: Annotated[
         int | None,
