@@ -33,7 +33,9 @@ def test_word_without_a_flag_is_one_line() -> None:
     assert line.startswith("pat-serve: pruned/: expected flags only")
 
 
-@pytest.mark.parametrize("flags", [["--port", "0"], ["--port", "70000"], ["--kv-cache-gib", "0"], ["--surprise"]])
+@pytest.mark.parametrize(
+    "flags", [["--port", "0"], ["--port", "70000"], ["--kv-cache-gib", "0"], ["--surprise"], ["--allow", "x"]]
+)
 def test_wrong_usage_exits_with_2(flags: list[str]) -> None:
     assert pat_serve("--model", "m", *flags).returncode == 2
 

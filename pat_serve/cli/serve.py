@@ -87,14 +87,6 @@ def serve(
             found="a word without a flag",
             fix="Give the model as --model MODEL; flags for vLLM come after --.",
         )
-    if find_spec("vllm") is None:
-        raise MissingExtra(
-            "pat-serve",
-            expected="the packages of the cpu or cuda extra",
-            found="no module vllm",
-            fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
-        )
-    from pat_serve.server.launch import ServeSettings, run
     from pat_serve.server.policy import MIB, Feature, Policy
 
     unknown = [name for name in allow or () if name not in list(Feature)]
@@ -105,6 +97,15 @@ def serve(
             found=unknown[0],
             fix="Choose one of them, or repeat the flag for several.",
         )
+    if find_spec("vllm") is None:
+        raise MissingExtra(
+            "pat-serve",
+            expected="the packages of the cpu or cuda extra",
+            found="no module vllm",
+            fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
+        )
+    from pat_serve.server.launch import ServeSettings, run
+
     run(
         ServeSettings(
             model=model,
