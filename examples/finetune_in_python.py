@@ -50,7 +50,7 @@ def main(out: Path) -> None:
     examples, _ = encode_rows(rows, tokenizer, max_length_tokens=64)
 
     model = AutoModelForCausalLM.from_pretrained(base)
-    model = apply_pat(model, PatConfig(ratio=0.25, hio_rank=8))
+    model = apply_pat(model, PatConfig(ratio=0.25), calibration=examples[:128])
     arguments = TrainingArguments(
         output_dir=str(out / "trainer"),
         max_steps=24,

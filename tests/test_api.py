@@ -16,12 +16,15 @@ from pat_serve.errors import ChangedInput, Diverged, RunError, UnfinishedRun, Us
 from pat_serve.export.exporter import export_run
 from pat_serve.plan import PruningPlan
 from pat_serve.training import PatCallback, PatConfig, apply_pat, save_run
+from pat_serve.training.config import PAPER as METHOD
+from pat_serve.training.config import TrainRecipe, preset
 from pat_serve.training.data import PadBatch, encode_rows, load_rows, load_tokenizer
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import tiny_llama
 
 ROOT = Path(__file__).parent.parent
+PAPER = PatConfig(recipe="paper", hio_rank=8)
 
 
 class TakeGradient(TrainerCallback):
@@ -56,9 +59,10 @@ def stock_trainer(base: Path, rows: Path, out: Path, config: PatConfig | None = 
         "logging_first_step": True,
     }
     set_seed(0)
-    model = apply_pat(AutoModelForCausalLM.from_pretrained(base), config or PatConfig(hio_rank=8))
     tokenizer = load_tokenizer(base)
     examples, _ = encode_rows(load_rows(str(rows), "train", tokenizer), tokenizer, 256)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = apply_pat(model, config or PAPER, calibration=examples)
     return Trainer(
         model=model,
         args=TrainingArguments(output_dir=str(out / "trainer"), **(settings | overrides)),
@@ -69,11 +73,20 @@ def stock_trainer(base: Path, rows: Path, out: Path, config: PatConfig | None = 
     )
 
 
-def test_a_stock_trainer_comes_to_what_the_command_comes_to(tiny_base: Path, rows: Path, tmp_path: Path):
+@pytest.mark.parametrize("config", [PAPER, PatConfig()], ids=lambda config: config.recipe)
+def test_a_stock_trainer_comes_to_what_the_command_comes_to(
+    config: PatConfig, tiny_base: Path, rows: Path, tmp_path: Path
+):
     """With accumulation, where a regulariser that is counted once a micro-batch would weigh three times too much."""
-    recipe = tiny_recipe(tiny_base, rows, max_steps=16, gradient_accumulation_steps=3, learning_rate=1e-3)
-    start(recipe.model_copy(update={"warmup_steps": 1}), tmp_path / "command")
-    trainer = stock_trainer(tiny_base, rows, tmp_path)
+    recipe = TrainRecipe.build(
+        {
+            **tiny_recipe(tiny_base, rows, max_steps=16, gradient_accumulation_steps=3).model_dump(exclude=set(METHOD)),
+            **preset(config.recipe), "learning_rate": 1e-3, "warmup_steps": 1, "hio_rank": config.hio_rank,
+        },
+        "test",
+    )  # fmt: skip
+    start(recipe, tmp_path / "command")
+    trainer = stock_trainer(tiny_base, rows, tmp_path, config)
     trainer.train()
     save_run(trainer.model, tmp_path / "notebook")
 
@@ -142,9 +155,23 @@ def test_the_example_runs_and_its_result_is_exported(tmp_path: Path):
 
 
 def test_an_unfinished_training_is_not_saved(tiny_base: Path, tmp_path: Path):
-    model = apply_pat(AutoModelForCausalLM.from_pretrained(tiny_base), PatConfig(hio_rank=8))
+    model = apply_pat(AutoModelForCausalLM.from_pretrained(tiny_base), PAPER)
     with pytest.raises(UnfinishedRun, match="PatCallback"):
         save_run(model, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_default_recipe_wants_examples(tiny_base: Path):
+    with pytest.raises(UsageError, match=r"calibration=examples"):
+        apply_pat(AutoModelForCausalLM.from_pretrained(tiny_base))
+
+
+def test_a_base_that_changed_while_it_was_trained_is_not_saved(tiny_base: Path, rows: Path, tmp_path: Path):
+    trainer = stock_trainer(tiny_base, rows, tmp_path, PatConfig(), max_steps=12)
+    trainer.train()
+    trainer.model.get_base_model().model.layers[1].mlp.up_proj.weight.data[3, 3] += 0.1
+    with pytest.raises(ChangedInput, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        save_run(trainer.model, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -12,9 +12,10 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.plan import PruningPlan
-from pat_serve.training.ranks import use_one_device
+from pat_serve.training.ranks import refuse_zero3, use_one_device
 from tests.trainings import Trainings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -102,6 +103,20 @@ def test_the_shipped_files_are_accelerates(config: str):
     assert loaded.mixed_precision == "no"
     if config == "zero2.yaml":
         assert loaded.deepspeed_config["zero_stage"] == 2
+
+
+@pytest.mark.parametrize("told", ["environment", "file"])
+def test_zero3_is_refused(told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    refuse_zero3()
+    if told == "environment":
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    else:
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+    with pytest.raises(UsageError, match=r"ZeRO-3.*fsdp2\.yaml"):
+        refuse_zero3()
 
 
 def test_several_gpus_without_a_launcher_are_no_data_parallel(tmp_path: Path):

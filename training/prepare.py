@@ -13,7 +13,7 @@ from pat_serve.training.data import TrainingData, load_tokenizer, read_training_
 from pat_serve.training.inputs import RunInputs
 from pat_serve.training.methods import METHODS
 from pat_serve.training.preflight import check_memory
-from pat_serve.training.ranks import Ranks
+from pat_serve.training.ranks import Ranks, refuse_zero3
 from pat_serve.training.reporting import check_reporters
 from pat_serve.training.schedule import LEAST_STEPS
 from pat_serve.training.width import check_ties, target_width
@@ -45,6 +45,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
     if recipe.method not in METHODS:
         raise UsageError("--method", expected=" or ".join(METHODS), found=recipe.method, fix="Choose one of them.")
     check_reporters(recipe.report_to)
+    refuse_zero3()
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     asked, recipe = recipe, recipe.resolved(tied=checkpoint.tied, prunes=METHODS[recipe.method].prunes)
     check_ties(recipe, checkpoint)

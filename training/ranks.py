@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from pat_serve.errors import PatServeError
+from pat_serve.errors import PatServeError, UsageError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -124,3 +126,25 @@ def use_one_device(arguments: TrainingArguments) -> int:
     if visible > 1:
         arguments._n_gpu = 1
     return max(0, visible - 1)
+
+
+def refuse_zero3() -> None:
+    """DeepSpeed's ZeRO-3 leaves a parameter empty outside of its module's forward pass, where the regularisers read it.
+
+    FSDP2 shards the same things and is told so by a DTensor, which `whole` gathers.
+
+    Raises:
+        UsageError: `accelerate launch` asks for it.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
+        return
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if path := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        stage = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+    if int(stage) == 3:
+        raise UsageError(
+            "accelerate's configuration",
+            expected="DDP, FSDP2 or DeepSpeed up to ZeRO-2",
+            found="ZeRO-3, which empties what the mask's losses read",
+            fix="configs/fsdp2.yaml shards the weights too.",
+        )

@@ -67,7 +67,7 @@ def train(
         bool | None, Flag("--gradient-checkpointing", help="Trade time for memory.")
     ] = None,
     quantize_base: Annotated[
-        str | None, Flag(help="nf4: train on a 4-bit base (QLoRA); needs a GPU and bitsandbytes. [default: none]")
+        str | None, Flag(help="nf4: train on a 4-bit base (QLoRA); needs bitsandbytes. [default: none]")
     ] = None,
     skip_preflight: Annotated[
         bool | None, Flag("--skip-preflight", help="Begin although the memory is expected not to suffice.")

@@ -1,0 +1,138 @@
+"""From a loaded model to one that a stock Trainer tunes and prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pat_serve.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.errors import UsageError
+from pat_serve.training.api.applied import AppliedPat, frozen_hashes
+from pat_serve.training.api.callback import add_losses
+from pat_serve.training.base_weights import require_same_weights
+from pat_serve.training.calibration import Calibration, calibrate, calibration_batches
+from pat_serve.training.compensation import compensate
+from pat_serve.training.config import TrainRecipe, preset
+from pat_serve.training.insert import adapt
+from pat_serve.training.methods.pat import Pat
+from pat_serve.training.schedule import LEAST_STEPS
+from pat_serve.training.width import check_ties, target_width
+
+CALIBRATION_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatConfig:
+    """What `apply_pat` adds to a model: the settings of `pat-train` of the same names.
+
+    Attributes:
+        recipe: "default", or "paper" for PAT as published. What is None below is as the recipe has it.
+        ratio: share of the hidden channels to cut, in (0, 0.6]; 0.25 when neither this nor hidden_size is given.
+        hidden_size: width to end with, instead of a ratio.
+        lora_rank: of the adapter.
+        lora_alpha: of the adapter.
+        lora_dropout: of the adapter.
+        lora_head: adapt the head too.
+        hio_rank: of the hybrid operators.
+        rotate: "none", or the axes to turn the residual stream to: "energy", "loss".
+        mask_start: what the mask starts from: "zero", "energy", "gradient".
+        gate: how it closes: "anneal", "gradual", "cut".
+        compensate: start LoRA where it makes up for the cut.
+        tied_embeddings: "keep" or "untie", where the base ties them.
+        milestone_share: share of the run after which an annealed gate would be hard.
+        mask_learning_rate: 0.5 / milestone by default.
+        base: where the model's files are, if not where `from_pretrained` found them.
+        revision: of the base on the hub; the loaded one's by default.
+    """
+
+    recipe: Literal["default", "paper"] = "default"
+    ratio: float | None = None
+    hidden_size: int | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+    lora_head: bool | None = None
+    hio_rank: int | None = None
+    rotate: str | None = None
+    mask_start: str | None = None
+    gate: str | None = None
+    compensate: bool | None = None
+    tied_embeddings: str | None = None
+    milestone_share: float | None = None
+    mask_learning_rate: float | None = None
+    base: str | None = None
+    revision: str | None = None
+
+
+def apply_pat(
+    model: Any, config: PatConfig | None = None, *, calibration: Iterable[Mapping[str, Any]] | None = None
+) -> Any:
+    """Add LoRA and the HSMs to a loaded model, turned to its principal axes if the recipe says so; the base is frozen.
+
+    Args:
+        model: from `AutoModelForCausalLM.from_pretrained`; its files must still be there, the export starts from them.
+            Its weights are changed in place where the recipe rotates.
+        config: the settings.
+        calibration: about 128 examples of the training data, as the Trainer gets them: `input_ids`, and `labels` if
+            they differ. The default recipe measures the stream on them; the paper's needs none.
+
+    Returns:
+        the PEFT model, with an `AppliedPat` as its attribute `pat`.
+
+    Raises:
+        PatServeError: the model's files are not found, are of no known family or hold other weights, the width is
+            illegal, or the recipe wants examples and there are none.
+    """
+    settings = {name: value for name, value in asdict(config or PatConfig()).items() if value is not None}
+    source = str(settings.pop("base", model.config._name_or_path))
+    revision = settings.pop("revision", getattr(model.config, "_commit_hash", None))
+    source = str(Path(source).resolve()) if Path(source).is_dir() else source
+    chosen = preset(settings.pop("recipe")) | settings
+    recipe = TrainRecipe.build(
+        {"model": source, "revision": revision, "data": "passed to a Trainer", **chosen}, "PatConfig"
+    )
+    checkpoint = open_checkpoint(source, recipe.revision)
+    recipe = recipe.resolved(tied=checkpoint.tied)
+    check_ties(recipe, checkpoint)
+    require_same_weights(model, checkpoint)
+    width = target_width(recipe, checkpoint)
+    batches = calibration_batches([_example(entry) for entry in calibration or ()], CALIBRATION_BATCH)
+    measured = _measure(model, checkpoint, recipe, batches) if Pat.wants_calibration(recipe) else None
+    # The schedule is stretched once the Trainer knows its steps.
+    adapted: Any
+    adapted, method = adapt(model, checkpoint.family, recipe, width, LEAST_STEPS, measured)
+    assert isinstance(method, Pat)
+    for module in method.modules().values():
+        module.to(next(model.parameters()).device)
+    if recipe.compensate:
+        method.on_step(0)
+        compensate(adapted, method, checkpoint.family, checkpoint.num_layers, batches)
+    adapted.pat = AppliedPat(
+        method=method,
+        recipe=recipe,
+        checkpoint=checkpoint,
+        frozen_sha256=frozen_hashes(adapted.get_base_model()),
+    )
+    adapted.register_forward_hook(add_losses, with_kwargs=True)
+    return adapted
+
+
+def _measure(model: Any, checkpoint: Checkpoint, recipe: TrainRecipe, batches: list[dict[str, Any]]) -> Calibration:
+    if not batches:
+        raise UsageError(
+            "calibration",
+            expected="some examples of the training data, to measure the residual stream on",
+            found="none",
+            fix='apply_pat(model, config, calibration=examples[:128]); PatConfig(recipe="paper") needs none.',
+        )
+    rotate, by_gradient = recipe.rotate, recipe.mask_start == "gradient"
+    assert rotate != "auto", "the recipe was not resolved"
+    return calibrate(model, checkpoint.family, checkpoint.num_layers, batches, rotate=rotate, by_gradient=by_gradient)
+
+
+def _example(entry: Mapping[str, Any]) -> dict[str, list[int]]:
+    ids = [int(token) for token in entry["input_ids"]]
+    seen = [int(bit) for bit in entry.get("attention_mask", [1] * len(ids))]
+    return {"input_ids": ids, "attention_mask": seen, "labels": [int(label) for label in entry.get("labels", ids)]}

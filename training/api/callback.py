@@ -1,0 +1,157 @@
+"""The Trainer's side of PAT: the gate's clock, the mask's learning rate, and the losses in the forward pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pat_serve.errors import Diverged, RunError, UsageError
+from pat_serve.training.api.applied import AppliedPat, applied
+from pat_serve.training.methods.pat import Pat
+from pat_serve.training.schedule import LEAST_STEPS
+
+KEPT_SAMPLES = 8
+
+
+class PatCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy
+    """Moves the gate along its schedule, gives the mask its own learning rate, and logs the gate's figures.
+
+    Resuming from a checkpoint is left to `pat-train`: the Trainer's own checkpoints hold no HSMs.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stretch the schedule over the Trainer's steps.
+
+        Raises:
+            RunError: the Trainer resumes, or would put back a checkpoint at the end.
+            UsageError: too few steps, or a scheduler that takes no second learning rate.
+        """
+        handle = applied(kwargs["model"])
+        if state.global_step > 0 or args.load_best_model_at_end:
+            raise RunError(
+                "the Trainer",
+                expected="a training from its first step to its last",
+                found="a resumption" if state.global_step > 0 else "load_best_model_at_end",
+                fix="Leave it out: its checkpoints hold no HSMs. pat-train's do, and resume.",
+            )
+        if state.max_steps < LEAST_STEPS:
+            raise UsageError(
+                "max_steps",
+                expected=f"at least {LEAST_STEPS} optimizer steps, for the gate's schedule",
+                found=str(state.max_steps),
+                fix="Train longer, or use smaller batches.",
+            )
+        handle.method.set_total_steps(state.max_steps)
+        # The Trainer multiplies its loss by the number of processes where it averages over all their tokens.
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        averaged = distributed and args.average_tokens_across_devices
+        handle.loss_multiplier = torch.distributed.get_world_size() if averaged else 1
+        _give_mask_its_rate(handle.method, kwargs["optimizer"], kwargs["lr_scheduler"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the method its step."""
+        handle = applied(kwargs["model"])
+        handle.method.on_step(state.global_step)
+        handle.in_step = handle.first_micro_batch = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A forward pass from here on belongs to no step."""
+        applied(kwargs["model"]).in_step = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the gate's figures for the callbacks that come after this one."""
+        if logs and "loss" in logs:
+            logs |= applied(kwargs["model"]).method.metrics()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the gate arrive where the last step has brought it."""
+        handle = applied(kwargs["model"])
+        handle.method.on_step(state.global_step)
+        handle.trained = True
+
+
+def add_losses(model: Any, _args: Any, inputs: dict[str, Any], output: Any) -> Any:
+    """Forward hook: the method's losses join the model's own while it trains, each with its whole weight a step.
+
+    With `num_items_in_batch` the micro-batches' losses are summed, so one of them, the first, carries the method's;
+    without it the Trainer averages over the micro-batches, so each of them does.
+    """
+    handle = applied(model)
+    if not model.training or not torch.is_grad_enabled():
+        return output
+    loss: Tensor | None = output.loss
+    if loss is None:
+        if handle.in_step:
+            raise UsageError(
+                "the Trainer",
+                expected="a loss that the model computes from labels",
+                found="one of its own (label smoothing, compute_loss_func)",
+                fix="Leave it out: the method's losses are added to the model's.",
+            )
+        return output
+    if not math.isfinite(float(loss.detach())):
+        raise Diverged(
+            f"step {handle.method.step + 1}",
+            expected="a finite loss",
+            found=str(float(loss.detach())),
+            fix="Train again with a lower learning rate.",
+        )
+    _keep_samples(handle, inputs)
+    summed = inputs.get("num_items_in_batch") is not None
+    terms = [term.to(loss.device) for term in handle.method.losses().values()]
+    if terms and (not summed or handle.first_micro_batch):
+        regulariser = torch.stack(terms).sum()
+        output.loss = loss + (regulariser / handle.loss_multiplier if summed else regulariser)
+    handle.first_micro_batch = False
+    return output
+
+
+def _keep_samples(handle: AppliedPat, inputs: dict[str, Any]) -> None:
+    """A few training rows, without their padding, for the export's parity check."""
+    input_ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if input_ids is None or len(handle.samples) >= KEPT_SAMPLES:
+        return
+    for row, token_ids in enumerate(input_ids):
+        kept = token_ids if mask is None or mask.dim() != 2 else token_ids[mask[row].bool()]
+        if len(handle.samples) < KEPT_SAMPLES:
+            handle.samples.append(kept.tolist())
+
+
+def _give_mask_its_rate(method: Pat, optimizer: Any, scheduler: Any) -> None:
+    """Move the mask's logits into a parameter group of their own, with a constant rate, if they are trained at all."""
+    if not method.mask.schedule.trains_mask:
+        return
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # out of accelerate's wrapper
+    if not isinstance(scheduler, LambdaLR):
+        raise UsageError(
+            "lr_scheduler_type",
+            expected="one that multiplies the rate (linear, cosine, constant, ...)",
+            found=type(scheduler).__name__,
+            fix="Choose another: the mask has a learning rate of its own.",
+        )
+    (logits,) = method.mask.parameters()
+    (rate,) = method.learning_rates().values()
+    group = next(group for group in optimizer.param_groups if any(entry is logits for entry in group["params"]))
+    group["params"] = [entry for entry in group["params"] if entry is not logits]
+    own = {name: value for name, value in group.items() if name != "params"}
+    optimizer.add_param_group(own | {"params": [logits], "lr": rate, "initial_lr": rate})
+    scheduler.base_lrs.append(rate)
+    scheduler.lr_lambdas.append(lambda _step: 1.0)

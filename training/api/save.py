@@ -1,0 +1,69 @@
+"""From a trained model to a run/ folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pat_serve.atomic import check_vacant, new_folder
+from pat_serve.errors import ChangedInput, UnfinishedRun, UsageError
+from pat_serve.training.api.applied import AppliedPat, applied, frozen_hashes
+from pat_serve.training.data import load_tokenizer
+from pat_serve.training.result import write_result
+
+
+def save_run(
+    model: Any,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    prompts: list[list[int]] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a run/ for `pat-export --ckpt`.
+
+    Args:
+        model: from `apply_pat`, trained.
+        folder: must not exist, unless `force`.
+        tokenizer: the base's own by default.
+        prompts: token ids for the export's parity check; rows of the training data by default.
+        force: replace an earlier run.
+
+    Raises:
+        UnfinishedRun: no Trainer has come to its end, or it ended before the mask was frozen.
+        ChangedInput: the base's weights are not those that `apply_pat` left.
+        Diverged: a trained weight is not finite.
+        OutputExists: the folder is there.
+    """
+    handle, folder = applied(model), Path(folder)
+    if not (handle.trained and handle.method.mask.frozen):
+        raise UnfinishedRun(
+            "the model",
+            expected=f"a training beyond the mask's freeze at step {handle.method.mask.schedule.freeze_step}",
+            found=f"one of {handle.method.step} steps",
+            fix="Train to the end, with PatCallback among the Trainer's callbacks.",
+        )
+    prompts = prompts or handle.samples
+    if not prompts:
+        raise UsageError("prompts", expected="token ids for the parity check", found="none", fix="Pass some.")
+    _require_same_base(model.get_base_model(), handle)
+    check_vacant(folder, force=force, inputs=[handle.checkpoint.folder])
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(handle.checkpoint.folder)
+    with new_folder(folder) as staging:
+        handle.recipe.model_copy(update={"max_steps": handle.method.total_steps}).save(staging)
+        plan = handle.method.plan(handle.checkpoint.reference())
+        lora = {name: tensor.cpu() for name, tensor in model.state_dict().items() if ".lora_" in name}
+        write_result(staging, model=model, lora=lora, tokenizer=tokenizer, prompts=prompts, plan=plan)
+    return folder
+
+
+def _require_same_base(base: Any, handle: AppliedPat) -> None:
+    now = frozen_hashes(base)
+    for name, sha256 in handle.frozen_sha256.items():
+        if now.get(name) != sha256:
+            raise ChangedInput(
+                f"{handle.checkpoint.source}: {name}",
+                expected="the frozen weights of the base",
+                found="no such tensor in the model" if name not in now else "other values",
+                fix="The export starts from the base's files: train LoRA and the HSMs alone.",
+            )
