@@ -119,6 +119,17 @@ def client(server: Server) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture
+def serves_afterwards(server: Server, client: httpx.Client) -> Iterator[None]:
+    """After the test: a good request is served, and the log holds neither a key nor a traceback."""
+    yield
+    assert client.post("/generate", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+    assert client.get("/ready").status_code == 200
+    log = server.log.read_text(errors="replace")
+    assert KEY not in log
+    assert "Traceback" not in log
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
