@@ -25,7 +25,7 @@ MAX_NUM_SEQS, MAX_QUEUE = 4, 12
 # Named "tests" in logs.
 KEY = "integration-key-7f3a"
 # A tiny engine is up in 40 s on two idle cores; most of that is imports, which suffer from a busy machine.
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 420
 
 
 @dataclass(frozen=True, kw_only=True)
