@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import threading
 import time
 from argparse import Namespace
@@ -23,6 +24,8 @@ from pat_serve.server.generation import EngineTimes, Piece, Sampling
 from pat_serve.server.http_errors import HttpError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
+
+SEND_BUFFER_BYTES = 128 * 1024
 
 
 class Engine:
@@ -185,6 +188,8 @@ def serve(args: Namespace, uvicorn_options: Mapping[str, Any]) -> None:
         # vLLM's run_server does the same steps, but first makes SIGTERM a KeyboardInterrupt, which vLLM swallows
         # while it waits for the engine's process (zmq_socket_ctx): the start would then hang for ten minutes.
         address, listener = setup_server(args, reuse_port=False)
+        # Inherited by every connection. Left alone the kernel keeps megabytes for a client that does not read.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         uvloop.run(run_server_worker(address, listener, args, **uvicorn_options))
     except Exception as error:
         logger.debug("the server ended with an error", exc_info=True)
