@@ -24,6 +24,16 @@ def export(
         bool,
         Flag("--parity/--no-parity", help="Measure the exported files against the trained model; refuse a mismatch."),
     ] = True,
+    parity_vllm: Annotated[
+        bool, Flag("--parity-vllm", help="Measure in vLLM too: an engine for each dtype, a minute each.")
+    ] = False,
+    parity_walk: Annotated[
+        bool | None,
+        Flag(
+            "--parity-walk/--no-parity-walk",
+            help="Measure one layer at a time; by default when the model would not fit into memory.",
+        ),
+    ] = None,
     as_json: Annotated[bool, Flag("--json", help="Print pat_export.json to stdout.")] = False,
     force: Annotated[bool, Flag("--force", help="Replace what is at --out.")] = False,
     debug: Debug = False,
@@ -33,12 +43,27 @@ def export(
     Example: `pat-export --ckpt run/ --out pruned/`
 
     The result loads in stock transformers and stock vLLM. Exit code 1, and no output, when parity fails.
-    """
-    from pat_serve.export.exporter import export_run
-    from pat_serve.progress import say
 
+    `pat-export verify pruned/ --ckpt run/` repeats the proof at any time later.
+    """
+    from pat_serve.errors import UsageError
+    from pat_serve.export.exporter import export_run
+    from pat_serve.export.parity_report import parity_lines
+    from pat_serve.progress import say
+    from pat_serve.server.scoring import score_with_vllm
+
+    if parity_vllm and not parity:
+        raise UsageError("--parity-vllm", expected="a parity check", found="--no-parity", fix="Leave one of them out.")
     done = export_run(
-        ckpt, out, base=base, dtype=dtype, max_shard_bytes=int(max_shard_gb * 1e9), parity=parity, force=force
+        ckpt,
+        out,
+        base=base,
+        dtype=dtype,
+        max_shard_bytes=int(max_shard_gb * 1e9),
+        parity=parity,
+        walk=parity_walk,
+        scorer=score_with_vllm if parity_vllm else None,
+        force=force,
     )
     widths, parameters = done.record["hidden_size"], done.record["parameters"]
     say(
@@ -46,15 +71,16 @@ def export(
         f"{parameters['exported']:,} ({parameters['exported'] / parameters['base']:.1%})"
     )
     if done.parity is not None:
-        say(
-            f"parity on {done.parity.positions} positions: max logit difference {done.parity.max_abs:.3g} "
-            f"({done.parity.max_abs_over_std:.3g} of their standard deviation), mean KL {done.parity.mean_kl_nats:.3g} "
-            f"nats, equal greedy tokens {done.parity.top1_agreement:.2%}"
-        )
+        say("\n".join(parity_lines(done.parity)))
     if as_json:
         sys.stdout.write(json.dumps(done.record, indent=2) + "\n")
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point. `verify` is not a command of a group, so that the plain command keeps its required flags."""
+    if sys.argv[1:2] == ["verify"]:
+        from pat_serve.cli.verify import main as verify
+
+        sys.argv = [f"{sys.argv[0]} verify", *sys.argv[2:]]
+        verify()
     run_command(export)
