@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import threading
+import time
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, NoReturn
 from uuid import uuid4
 
 from pat_serve.errors import EngineError, UsageError
+from pat_serve.server.admission import RETRY_AFTER_S
 from pat_serve.server.generation import EngineTimes, Piece, Sampling
 from pat_serve.server.http_errors import HttpError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
+
+SEND_BUFFER_BYTES = 128 * 1024
 
 
 class Engine:
@@ -35,6 +41,11 @@ class Engine:
         self.model_name = model_name
         self.max_model_len: int = client.model_config.max_model_len
         self.vocab_size: int = client.model_config.get_vocab_size()
+        self.max_num_seqs: int = client.vllm_config.scheduler_config.max_num_seqs
+        # Of any request, whichever route it came by; on the monotonic clock.
+        self.last_token_s: float | None = None
+        # Called once, in a thread of its own, before a signal's shutdown stops the engine; may block.
+        self.before_stop: Callable[[], None] = lambda: None
 
     @property
     def dead(self) -> bool:
@@ -76,7 +87,8 @@ class Engine:
         except VLLMClientError as error:
             raise InvalidRequestError(str(error), getattr(error, "parameter", None)) from error
         except GracefulHTTPError as error:
-            raise HttpError(int(error.http_status), "overloaded", str(error)) from error
+            headers = {"Retry-After": str(RETRY_AFTER_S)}
+            raise HttpError(int(error.http_status), "overloaded", str(error), headers=headers) from error
         except EngineDeadError as error:
             raise HttpError(503, "engine_dead", "the engine has stopped; the server is shutting down") from error
         except VLLMError as error:
@@ -150,10 +162,14 @@ def parse_serve_arguments(argv: Sequence[str]) -> Namespace:
     return args
 
 
-def serve(args: Namespace) -> None:
+def serve(args: Namespace, uvicorn_options: Mapping[str, Any]) -> None:
     """Run vLLM's API server in this process until a signal stops it.
 
     The signal handlers that are set stay in force until the server listens; vLLM's own then take over.
+
+    Args:
+        args: as `parse_serve_arguments` makes it; reaches the plugin as `app.state.args`.
+        uvicorn_options: for uvicorn.Config, beside what vLLM sets.
 
     Raises:
         EngineError: the engine did not start, or died while serving.
@@ -172,7 +188,9 @@ def serve(args: Namespace) -> None:
         # vLLM's run_server does the same steps, but first makes SIGTERM a KeyboardInterrupt, which vLLM swallows
         # while it waits for the engine's process (zmq_socket_ctx): the start would then hang for ten minutes.
         address, listener = setup_server(args, reuse_port=False)
-        uvloop.run(run_server_worker(address, listener, args))
+        # Inherited by every connection. Left alone the kernel keeps megabytes for a client that does not read.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        uvloop.run(run_server_worker(address, listener, args, **uvicorn_options))
     except Exception as error:
         logger.debug("the server ended with an error", exc_info=True)
         raise EngineError(
@@ -193,6 +211,9 @@ def serve(args: Namespace) -> None:
 def attach(client: Any, args: Namespace) -> Engine:
     """The engine behind a plugin's routes.
 
+    When a signal stops the server, vLLM shuts its engine down in a thread, with the HTTP server still answering: the
+    engine's `before_stop` is called there first, and may wait for the requests under way.
+
     vLLM's server ends in the same way, and without an error, when its engine dies and when a signal stops it. A
     supervisor must see the difference, so the engine's first shutdown notes on `args`, which vLLM hands through
     from `serve`, whether the engine was dead already.
@@ -201,12 +222,17 @@ def attach(client: Any, args: Namespace) -> Engine:
     are aborted; their streams would then wait for ever, and the HTTP server for them. So they are ended here: before
     an engine that is not to drain, and after any for what is left.
     """
+    names = args.served_model_name or [args.model]
+    engine = Engine(client, names[0])
     shut_down = client.shutdown
     loop = asyncio.get_running_loop()
 
     def note_and_shut_down(timeout: float | None = None) -> None:
         if not hasattr(args, "engine_died"):
             args.engine_died = bool(client.errored)
+            # On the main thread the loop, which the requests under way need, would stand still.
+            if not args.engine_died and threading.current_thread() is not threading.main_thread():
+                engine.before_stop()
         if not args.engine_died:
             # vLLM's reader of the engine's output may see the engine go before it is stopped itself, and would log a
             # traceback of what is an orderly end.
@@ -225,8 +251,15 @@ def attach(client: Any, args: Namespace) -> Engine:
         requests.abort_requests(list(requests.request_states), internal=True)
 
     client.shutdown = note_and_shut_down
-    names = args.served_model_name or [args.model]
-    return Engine(client, names[0])
+    process_outputs = client.output_processor.process_outputs
+
+    def note_and_process(outputs: Any, *more: Any, **options: Any) -> Any:
+        if any(output.new_token_ids for output in outputs):
+            engine.last_token_s = time.monotonic()
+        return process_outputs(outputs, *more, **options)
+
+    client.output_processor.process_outputs = note_and_process
+    return engine
 
 
 def _one_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ of the app is asked.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -25,6 +25,10 @@ from pat_serve.server.schemas import ErrorBody, ErrorDetail
 
 logger = logging.getLogger(__name__)
 
+# The name of an unknown field is the client's own text.
+_NAME_CHARS = 64
+_MESSAGE_CHARS = 300
+
 
 class HttpError(Exception):
     """An answer other than 200.
@@ -34,13 +38,23 @@ class HttpError(Exception):
         kind: stable machine-readable word, `error.type` in the body.
         message: one sentence for a person: what was expected, what was found, the way out.
         param: the request's field at fault, if there is one.
+        headers: further headers of the answer.
     """
 
-    def __init__(self, status: int, kind: str, message: str, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        param: str | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.status = status
         self.kind = kind
         self.message = message
         self.param = param
+        self.headers = dict(headers or {})
         super().__init__(message)
 
     def body(self) -> ErrorBody:
@@ -49,7 +63,7 @@ class HttpError(Exception):
 
     def response(self) -> JSONResponse:
         """The answer."""
-        return JSONResponse(self.body().model_dump(), status_code=self.status)
+        return JSONResponse(self.body().model_dump(), status_code=self.status, headers=self.headers)
 
 
 class InvalidRequestError(HttpError):
@@ -99,10 +113,37 @@ def shape_routing_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def answer(request: Request, error: HTTPException) -> JSONResponse:
-        phrase = HTTPStatus(error.status_code).phrase
-        kind = phrase.lower().replace(" ", "_")
-        body = HttpError(error.status_code, kind, f"{request.method} {request.url.path}: {phrase}").body()
+        kind = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        told = {404: "there is no such route", 405: f"this route does not take {request.method}"}
+        body = HttpError(error.status_code, kind, told.get(error.status_code, kind.replace("_", " "))).body()
         return JSONResponse(body.model_dump(), status_code=error.status_code, headers=error.headers)
+
+
+def shape_vllm_errors(app: FastAPI) -> None:
+    """Have vLLM's routes answer a wrong body and a defect as ours do.
+
+    vLLM's own answer to a wrong body repeats parts of it, and its answer to a defect the exception's text.
+    """
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_body(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        if isinstance(first, str):
+            return InvalidRequestError("the body must be sent as Content-Type: application/json").response()
+        # Further parts of the place name the branches of vLLM's types.
+        param = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
+        if first["type"] == "json_invalid":
+            return explain([first], None).response()
+        told = str(first["msg"]).splitlines()[0][:_MESSAGE_CHARS]
+        return InvalidRequestError(f"{param}: {told}" if param else told, param).response()
+
+    @app.exception_handler(Exception)
+    async def defect(request: Request, _: Exception) -> JSONResponse:
+        # Starlette raises it again behind the answer, so that uvicorn logs it.
+        return HttpError(500, "internal_error", "the server failed; its log has the reason").response()
+
+    # A part of vLLM's has built the stack, with the handlers of that moment in it.
+    app.middleware_stack = app.build_middleware_stack()
 
 
 def explain(errors: Sequence[Any], model: type[BaseModel] | None) -> InvalidRequestError:
@@ -114,7 +155,7 @@ def explain(errors: Sequence[Any], model: type[BaseModel] | None) -> InvalidRequ
     """
     first = errors[0]
     # The location starts with "body"; further parts are field names and list indices.
-    parts = [str(part) for part in first["loc"][1:]]
+    parts = [str(part)[:_NAME_CHARS] for part in first["loc"][1:]]
     param = ".".join(parts) or None
     known = ", ".join(model.model_fields) if model else ""
     match first["type"]:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
+import ssl
 import sys
+from argparse import Namespace
 from collections.abc import MutableMapping
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import NoReturn
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NoReturn
 
-import psutil
-
-from pat_serve.errors import PortInUse, UsageError
+from pat_serve.errors import EngineError, PortInUse, UsageError
 from pat_serve.hardware import available_memory_bytes, serving_dtype
 from pat_serve.locate import locate
 from pat_serve.server import engine
+from pat_serve.server.keys import KeyRing, collect_keys
+from pat_serve.server.policy import Feature, Policy
+from pat_serve.server.supervisor import adopt_orphans, end_children, supervise
+from pat_serve.server.trusted_model import check_trusted
 
 GIB = 2**30
 DEFAULT_KV_CACHE_GIB = 4.0
-# A child that has not ended by then is killed.
-CHILD_EXIT_S = 5.0
-_PR_SET_CHILD_SUBREAPER = 36
+# Between the last request and the end of the process: answers that nobody reads are not waited for.
+CONNECTIONS_END_S = 5
+# Formats that open pickles if they find nothing else.
+_UNSAFE_LOAD_FORMATS = ("auto", "hf", "pt", "npcache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,9 @@ class ServeSettings:
         kv_cache_gib: memory for keys and values; None chooses by the machine's memory (CPU) or leaves it to vLLM.
         compiled: let torch compile the model at the start (CPU only; vLLM decides elsewhere).
         vllm_flags: handed to vLLM's own parser.
+        policy: bounds of the HTTP side; its keys are added by `run`.
+        api_keys: KEY or NAME=KEY each; never shown.
+        api_key_file: file with one key a line.
     """
 
     model: str
@@ -47,38 +55,126 @@ class ServeSettings:
     kv_cache_gib: float | None
     compiled: bool
     vllm_flags: tuple[str, ...] = ()
+    policy: Policy = field(default_factory=Policy)
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_key_file: Path | None = None
 
 
 def run(settings: ServeSettings) -> None:
     """Serve until a signal comes. No child process is left, however it ends.
 
+    The calling process becomes the server's supervisor and ends with its exit code.
+
     Raises:
         MissingModel: no such folder, or no such model on the hub.
+        UnsupportedModel: it brings pickles or code.
         PortInUse: the address is taken or not ours.
-        UsageError: a flag for vLLM is wrong.
+        UsageError: a flag, a key or a certificate is wrong.
         EngineError: the engine did not start, or died.
-        SystemExit: 0, a signal came while the server was starting.
+        SystemExit: in the calling process always; in the server 0, a signal came while it was starting.
     """
+    supervise(grace_s=settings.policy.shutdown_timeout_s)
     # Until the server listens; vLLM's own handlers take over then.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     adopt_orphans()
     try:
+        keys = collect_keys(settings.api_keys, environment=os.environ, file=settings.api_key_file)
         # Before vLLM spends half a minute on a model that is not there.
-        locate(settings.model, weights=False)
+        check_trusted(settings.model, locate(settings.model, weights=False))
         check_address(settings.host, settings.port)
         prepare_environment(os.environ)
+        check_plugin()
         args = engine.parse_serve_arguments(serve_arguments(settings, on_cpu=engine.is_cpu_backend()))
-        if (args.model, args.host, args.port) != (settings.model, settings.host, settings.port):
-            raise UsageError(
-                "flags after --",
-                expected="no --model, --host or --port there",
-                found=f"{args.model} on {args.host}:{args.port}",
-                fix="Give these to pat-serve itself, before the --.",
-            )
-        engine.serve(args)
+        check_flags(args, settings)
+        check_certificate(args.ssl_certfile, args.ssl_keyfile)
+        # vLLM would guard some routes only, and keep the keys as they are.
+        more = collect_keys([f"vllm-{index}={key}" for index, key in enumerate(args.api_key or [], 1)], environment={})
+        args.api_key = None
+        policy = replace(settings.policy, keys=KeyRing(keys=keys.keys + more.keys))
+        if args.shutdown_timeout:
+            policy = replace(policy, shutdown_timeout_s=float(args.shutdown_timeout))
+            args.shutdown_timeout = 0
+        args.pat_serve_policy = policy
+        engine.serve(args, uvicorn_options(policy, args))
     finally:
         end_children()
+
+
+def check_plugin() -> None:
+    """Refuse to start where vLLM would not find or not load our part, and serve without it.
+
+    Raises:
+        EngineError: the package is not installed as it should be.
+    """
+    found = entry_points(group="vllm.endpoint_plugins", name="pat_serve")
+    for entry in found:
+        entry.load()
+    if not found:
+        raise EngineError(
+            "pat-serve",
+            expected="its entry point vllm.endpoint_plugins",
+            found="none",
+            fix="Install the package (pip install pat-serve); its source folder alone is not enough.",
+        )
+
+
+def uvicorn_options(policy: Policy, args: Namespace) -> dict[str, Any]:
+    """What uvicorn is told beside what vLLM tells it."""
+    from pat_serve.server.http_protocol import bounded_protocol
+
+    return {
+        "http": bounded_protocol(policy, guarded=lambda: getattr(args, "pat_serve_guarded", False)),
+        # No route of ours is one.
+        "ws": "none",
+        "server_header": False,
+        "timeout_graceful_shutdown": CONNECTIONS_END_S,
+    }
+
+
+def check_flags(args: Namespace, settings: ServeSettings) -> None:
+    """Refuse flags for vLLM that would be ignored here, or would undo what this server promises.
+
+    Raises:
+        UsageError: there is one.
+    """
+    wrong = {
+        "--model, --host or --port": (args.model, args.host, args.port)
+        != (settings.model, settings.host, settings.port),
+        "--headless": args.headless,
+        "--api-server-count": args.api_server_count not in (None, 1),
+        "--uds": args.uds,
+        "--grpc-port": args.grpc_port,
+        "--trust-remote-code": args.trust_remote_code,
+        f"--load-format {args.load_format}": args.load_format in _UNSAFE_LOAD_FORMATS,
+    }
+    for flag, given in wrong.items():
+        if given:
+            raise UsageError(
+                "flags after --",
+                expected=f"no {flag} there",
+                found="it",
+                fix="Give --model, --host and --port to pat-serve itself, before the --; leave the others out.",
+            )
+
+
+def check_certificate(certificate: str | None, key: str | None) -> None:
+    """Refuse a TLS certificate or key that cannot be used before the engine starts.
+
+    Raises:
+        UsageError: a file is missing or unreadable, or they do not belong together.
+    """
+    if certificate is None and key is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate or "", key)
+    except (OSError, ssl.SSLError, ValueError) as error:
+        raise UsageError(
+            f"--ssl-certfile {certificate} and --ssl-keyfile {key}",
+            expected="a certificate and its private key, as PEM files",
+            found=str(error) or type(error).__name__,
+            fix="Check both paths, and that the key is the certificate's.",
+        ) from error
 
 
 def check_address(host: str, port: int) -> None:
@@ -115,6 +211,11 @@ def prepare_environment(environment: MutableMapping[str, str]) -> None:
 def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
     """The command line for vLLM; the user's own flags come last, so that they win."""
     arguments = ["--model", settings.model, "--host", settings.host, "--port", str(settings.port)]
+    arguments += ["--load-format", "safetensors"]
+    if Feature.CHAT_TEMPLATE in settings.policy.allowed:
+        arguments.append("--trust-request-chat-template")
+    if Feature.PROMPT_EMBEDS in settings.policy.allowed:
+        arguments.append("--enable-prompt-embeds")
     arguments += ["--dtype", serving_dtype() if on_cpu and settings.dtype == "auto" else settings.dtype]
     if settings.max_model_len is not None:
         arguments += ["--max-model-len", str(settings.max_model_len)]
@@ -139,42 +240,6 @@ def default_kv_cache_gib(available_gib: float) -> float:
     vLLM by default takes nine tenths of the machine on a CPU, which a laptop or a shared server does not have.
     """
     return min(DEFAULT_KV_CACHE_GIB, available_gib / 4)
-
-
-def adopt_orphans() -> None:
-    """Have grandchildren whose parent dies become children of this process (Linux; see PR_SET_CHILD_SUBREAPER).
-
-    When the engine's process is killed, its worker would otherwise run on, out of reach and with the model in memory.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def end_children() -> None:
-    """End every process that descends from this one: a broken start and a dead engine leave some."""
-    # A second, impatient signal must not cut this short: it lasts a few seconds at most.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    # Python's resource tracker ignores SIGTERM on purpose: it frees shared memory once this process has ended.
-    children = [child for child in psutil.Process().children(recursive=True) if not _is_resource_tracker(child)]
-    for child in children:
-        _signal(child, signal.SIGTERM)
-    _, alive = psutil.wait_procs(children, timeout=CHILD_EXIT_S)
-    for child in alive:
-        _signal(child, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=CHILD_EXIT_S)
-
-
-def _is_resource_tracker(process: psutil.Process) -> bool:
-    try:
-        return any("multiprocessing.resource_tracker" in part for part in process.cmdline())
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    with suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
 
 
 def _stop(*_: object) -> NoReturn:

@@ -7,16 +7,23 @@ ours replaces one of vLLM's with the same path and method, which is meant for `/
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 from argparse import Namespace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 
 from pat_serve.server import benchmark
-from pat_serve.server.api_key import ApiKeyMiddleware
+from pat_serve.server.admission import Admission
+from pat_serve.server.body_check import ModelBounds
+from pat_serve.server.drain import Drain
 from pat_serve.server.engine import Engine, attach
+from pat_serve.server.front import Front, Gate
 from pat_serve.server.generate import generate
-from pat_serve.server.http_errors import ErrorShapeRoute, shape_routing_errors
+from pat_serve.server.http_errors import ErrorShapeRoute, HttpError, shape_routing_errors, shape_vllm_errors
+from pat_serve.server.keys import collect_keys
+from pat_serve.server.policy import Policy
 from pat_serve.server.readiness import Readiness
 from pat_serve.server.schemas import (
     ErrorBody,
@@ -35,8 +42,9 @@ from pat_serve.version import __version__
 class Service:
     """What the routes share for as long as the server runs."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, admission: Admission) -> None:
         self.engine = engine
+        self.admission = admission
         self.readiness = Readiness(engine)
         self.benchmark_lock = asyncio.Lock()
 
@@ -74,6 +82,8 @@ async def health_route() -> HealthResponse:
 @router.get("/ready")
 async def ready_route(service: ServiceDep) -> ReadyResponse:
     """The engine has produced a token lately; 503 with the reason if it has not."""
+    if service.admission.draining:
+        raise HttpError(503, "not_ready", "the server is stopping")
     age_s = await service.readiness.check()
     return ReadyResponse(status="ready", model=service.engine.model_name, last_token_age_s=age_s)
 
@@ -90,18 +100,41 @@ async def throughput_route(body: ThroughputRequest, http: Request, service: Serv
     return await benchmark.throughput(service.engine, service.readiness, service.benchmark_lock, body, http)
 
 
+# Scaling, aborting other people's requests, handing work between engines: for an operator's own tools, not for clients.
+_STEERING = re.compile(r"/(inference|scale_elastic_ep|is_scaling_elastic_ep|kv_event_sources)\b|.*/(de)?render$")
+
+
 class PatServePlugin:
     """The entry point: attaches the routes, then gives them the engine."""
 
     name = "pat_serve"
     required_tasks = ("generate",)
 
+    def __init__(self) -> None:
+        self._app: FastAPI | None = None
+
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes to vLLM's app."""
+        """Add the routes to vLLM's app, and take away those that steer the engine itself."""
+        app.router.routes[:] = [route for route in app.router.routes if not _STEERING.match(getattr(route, "path", ""))]
         app.include_router(router)
-        app.add_middleware(ApiKeyMiddleware)
+        app.add_middleware(Front)
         shape_routing_errors(app)
+        self._app = app
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Bind the routes to the engine that vLLM has started."""
-        state.pat_serve = Service(attach(engine_client, args))
+        # Without pat-serve, as a plugin of a plain vLLM: its keys, and the default bounds.
+        policy = getattr(args, "pat_serve_policy", None) or Policy(
+            keys=collect_keys(args.api_key or [], environment=dict(os.environ))
+        )
+        engine = attach(engine_client, args)
+        waiting = 4 * engine.max_num_seqs if policy.max_queue is None else policy.max_queue
+        admission = Admission(capacity=engine.max_num_seqs + waiting, per_key=policy.max_concurrency_per_key)
+        engine.before_stop = Drain(admission, grace_s=policy.shutdown_timeout_s).wait
+        bounds = ModelBounds(max_model_len=engine.max_model_len, vocab_size=engine.vocab_size)
+        state.pat_serve = Service(engine, admission)
+        state.pat_serve_gate = Gate(policy, admission, bounds)
+        if self._app is not None:
+            # Only now: vLLM registers its own after the routes.
+            shape_vllm_errors(self._app)
+            args.pat_serve_guarded = True

@@ -52,7 +52,8 @@ class Readiness:
         return age_s
 
     def _age_s(self) -> float | None:
-        return None if self._last_token_s is None else time.monotonic() - self._last_token_s
+        seen = [at_s for at_s in (self._last_token_s, self._engine.last_token_s) if at_s is not None]
+        return time.monotonic() - max(seen) if seen else None
 
     async def _generate_one_token(self) -> None:
         sampling = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)

@@ -32,7 +32,7 @@ def _as_list(value: Any) -> Any:
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_MODEL_TOKENS)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
@@ -41,7 +41,10 @@ class GenerateRequest(Body):
     """`POST /generate`: exactly one of `prompt` and `prompt_token_ids`, and how to sample."""
 
     prompt: Annotated[str | None, Field(min_length=1, max_length=MAX_PROMPT_CHARS)] = None
-    prompt_token_ids: Annotated[list[TokenId] | None, Field(min_length=1, max_length=MAX_MODEL_TOKENS)] = None
+    # The first wrong item is enough: a list of wrong ones would make an error of each.
+    prompt_token_ids: Annotated[
+        list[TokenId] | None, Field(min_length=1, max_length=MAX_MODEL_TOKENS, fail_fast=True)
+    ] = None
     max_tokens: Annotated[
         TokenCount | None, Field(description="Default: what the model's length leaves, at most 256.")
     ] = None

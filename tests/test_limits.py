@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pat_serve.errors import PortInUse
+from pat_serve.errors import EngineError, PortInUse, UsageError
+from pat_serve.server import launch
 from pat_serve.server.launch import (
     ServeSettings,
     check_address,
+    check_certificate,
+    check_plugin,
     default_kv_cache_gib,
     prepare_environment,
     serve_arguments,
@@ -119,3 +123,23 @@ def test_address_in_use_and_foreign_address() -> None:
     # 192.0.2.0/24 is for documentation, so it is nobody's own address.
     with pytest.raises(PortInUse, match=r"192\.0\.2\.1"):
         check_address("192.0.2.1", port)
+
+
+def test_a_bad_certificate_is_told_before_the_engine_starts(tmp_path: Path) -> None:
+    check_certificate(None, None)
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    with pytest.raises(UsageError, match=r"cert\.pem"):
+        check_certificate(str(certificate), str(key))
+    for path in (certificate, key):
+        path.write_text("-----BEGIN NOTHING-----")
+    with pytest.raises(UsageError, match="ssl-keyfile"):
+        check_certificate(str(certificate), str(key))
+    with pytest.raises(UsageError):
+        check_certificate(None, str(key))
+
+
+def test_without_its_plugin_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_plugin()
+    monkeypatch.setattr(launch, "entry_points", lambda **_: [])
+    with pytest.raises(EngineError, match="entry point"):
+        check_plugin()

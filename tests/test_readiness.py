@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ class FakeEngine:
 
     def __init__(self, *pieces: list[int], dead: bool = False, hangs: bool = False) -> None:
         self.pieces, self.dead, self.hangs, self.asked = pieces, dead, hangs, 0
+        self.last_token_s: float | None = None
 
     async def generate(self, prompt: list[int], sampling: Any) -> AsyncIterator[SimpleNamespace]:
         self.asked += 1
@@ -55,3 +57,13 @@ def test_traffic_counts_as_a_probe() -> None:
     ready.note_token()
     asyncio.run(ready.check())
     assert engine.asked == 0
+
+
+def test_a_token_of_any_route_counts() -> None:
+    engine = FakeEngine([7])
+    engine.last_token_s = time.monotonic()
+    assert check(engine) < readiness.FRESH_S
+    assert engine.asked == 0
+    engine.last_token_s = time.monotonic() - readiness.FRESH_S - 1
+    check(engine)
+    assert engine.asked == 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ import pytest
 from pat_serve.errors import UsageError
 from pat_serve.server.engine import _sampling_params, parse_serve_arguments
 from pat_serve.server.generation import Sampling
+from pat_serve.server.launch import ServeSettings, check_flags, serve_arguments, uvicorn_options
 from pat_serve.server.plugin import PatServePlugin
+from pat_serve.server.policy import Feature, Policy
 
 pytestmark = pytest.mark.vllm
 
@@ -46,6 +50,28 @@ def test_requests_of_the_engine_client() -> None:
 
     assert parameters(OutputProcessor.abort_requests) == ["self", "request_ids", "internal"]
     assert "request_states" in inspect.getsource(OutputProcessor.__init__)
+
+
+def test_outputs_of_the_engine_client() -> None:
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    assert parameters(OutputProcessor.process_outputs)[1] == "engine_core_outputs"
+    assert "new_token_ids" in EngineCoreOutput.__struct_fields__
+    # Looked up anew for each batch, so that it can be wrapped while the engine runs.
+    assert "output_processor.process_outputs(" in inspect.getsource(AsyncLLM._run_output_handler)
+
+
+def test_uvicorn_is_told_by_us() -> None:
+    import uvicorn
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker
+
+    told = uvicorn_options(Policy(), Namespace())
+    assert inspect.signature(run_server_worker).parameters["uvicorn_kwargs"].kind is inspect.Parameter.VAR_KEYWORD
+    assert told.keys() <= inspect.signature(uvicorn.Config).parameters.keys()
+    for method in ("on_message_begin", "on_headers_complete", "timeout_keep_alive_handler", "pause_writing"):
+        assert method in vars(told["http"].__mro__[2])
 
 
 def test_tokenizer_of_the_renderer() -> None:
@@ -108,6 +134,40 @@ def test_arguments_that_the_launcher_sets() -> None:
     assert (args.model, args.host, args.port, args.dtype, args.max_model_len) == ("m", "127.0.0.1", 1, "float32", 99)
     assert (args.kv_cache_memory_bytes, args.enforce_eager) == (1000, True)
     assert args.served_model_name is None
+
+
+SETTINGS = ServeSettings(
+    model="m", host="127.0.0.1", port=1, dtype="float32", max_model_len=None, kv_cache_gib=None, compiled=False
+)
+PLAIN = ["--model", "m", "--host", "127.0.0.1", "--port", "1", "--load-format", "safetensors"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--headless"],
+        ["--api-server-count", "2"],
+        ["--uds", "/run/x"],
+        ["--trust-remote-code"],
+        ["--load-format", "pt"],
+        ["--load-format", "auto"],
+        ["--port", "2"],
+        ["--host", "0.0.0.0"],
+    ],
+)
+def test_flags_that_would_be_ignored_or_undo_a_promise_are_refused(flags: list[str]) -> None:
+    check_flags(parse_serve_arguments(PLAIN), SETTINGS)
+    with pytest.raises(UsageError, match=flags[0]):
+        check_flags(parse_serve_arguments([*PLAIN, *flags]), SETTINGS)
+
+
+def test_features_that_are_allowed_are_told_to_vllm() -> None:
+    plain = parse_serve_arguments(serve_arguments(SETTINGS, on_cpu=False))
+    assert (plain.trust_request_chat_template, plain.enable_prompt_embeds) == (False, False)
+    assert (plain.load_format, plain.shutdown_timeout) == ("safetensors", 0)
+    policy = Policy(allowed=frozenset({Feature.CHAT_TEMPLATE, Feature.PROMPT_EMBEDS}))
+    args = parse_serve_arguments(serve_arguments(replace(SETTINGS, policy=policy), on_cpu=False))
+    assert (args.trust_request_chat_template, args.enable_prompt_embeds) == (True, True)
 
 
 @pytest.mark.parametrize(

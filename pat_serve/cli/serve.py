@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,38 @@ def serve(
     compiled: Annotated[
         bool, Flag("--compile", help="CPU: compile the model at the start; needs g++, adds a minute, decodes faster.")
     ] = False,
+    api_key: Annotated[
+        list[str] | None,
+        Flag(
+            metavar="[NAME=]KEY",
+            help="Ask for this key on every route but /health and /ready; repeatable. Other users of this machine can "
+            "read a command line: prefer --api-key-file or PAT_SERVE_API_KEYS.",
+        ),
+    ] = None,
+    api_key_file: Annotated[Path | None, Flag(help="File with a [NAME=]KEY a line.")] = None,
+    public_metrics: Annotated[bool, Flag("--public-metrics", help="/metrics asks for no key.")] = False,
+    max_body_mib: Annotated[float, Flag(min=0.001, help="MiB of a request's body.")] = 4.0,
+    max_sequences: Annotated[int, Flag(min=1, help="Prompts times n of one request.")] = 128,
+    max_queue: Annotated[
+        int | None,
+        Flag(min=0, help="Sequences that wait; more are refused with 503. [default: 4 times --max-num-seqs]"),
+    ] = None,
+    max_concurrency_per_key: Annotated[
+        int | None, Flag(min=1, help="Requests of one key under way; more get 429. [default: unbounded]")
+    ] = None,
+    max_connections: Annotated[int, Flag(min=1, help="Connections open at once.")] = 2048,
+    request_timeout: Annotated[float, Flag(min=0.1, help="Seconds that an answer may take.")] = 600.0,
+    receive_timeout: Annotated[
+        float, Flag(min=0.1, help="Seconds for a request's headers, again for its body.")
+    ] = 20.0,
+    send_timeout: Annotated[float, Flag(min=0.1, help="Seconds until a client that does not read is cut off.")] = 60.0,
+    shutdown_timeout: Annotated[
+        float, Flag(min=0, help="Seconds that requests under way may take after SIGTERM; a second one ends them.")
+    ] = 30.0,
+    allow: Annotated[
+        list[str] | None,
+        Flag(help="structured-output, chat-template, media or prompt-embeds: let requests have it; repeatable."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Serve a model over HTTP: /generate, /ready, /benchmark/latency, /benchmark/throughput and OpenAI's /v1 routes.
@@ -44,7 +77,7 @@ def serve(
 
         curl localhost:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "Hello", "max_tokens": 16}'
 
-    Anything after -- goes to vLLM: pat-serve --model pruned/ -- --max-num-seqs 8 --api-key SECRET
+    Anything after -- goes to vLLM: pat-serve --model pruned/ -- --max-num-seqs 8
     """
     flags = tuple(vllm_flags or ())
     if flags and not flags[0].startswith("-"):
@@ -53,6 +86,16 @@ def serve(
             expected="flags only",
             found="a word without a flag",
             fix="Give the model as --model MODEL; flags for vLLM come after --.",
+        )
+    from pat_serve.server.policy import MIB, Feature, Policy
+
+    unknown = [name for name in allow or () if name not in list(Feature)]
+    if unknown:
+        raise UsageError(
+            "--allow",
+            expected=", ".join(Feature),
+            found=unknown[0],
+            fix="Choose one of them, or repeat the flag for several.",
         )
     if find_spec("vllm") is None:
         raise MissingExtra(
@@ -73,6 +116,21 @@ def serve(
             kv_cache_gib=kv_cache_gib,
             compiled=compiled,
             vllm_flags=flags,
+            policy=Policy(
+                public_metrics=public_metrics,
+                max_body_bytes=int(max_body_mib * MIB),
+                max_sequences=max_sequences,
+                max_queue=max_queue,
+                max_concurrency_per_key=max_concurrency_per_key,
+                max_connections=max_connections,
+                request_timeout_s=request_timeout,
+                receive_timeout_s=receive_timeout,
+                send_timeout_s=send_timeout,
+                shutdown_timeout_s=shutdown_timeout,
+                allowed=frozenset(Feature(name) for name in allow or ()),
+            ),
+            api_keys=tuple(api_key or ()),
+            api_key_file=api_key_file,
         )
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,8 +20,12 @@ from tests.tiny_models import save_tiny_llama
 
 # Long enough that a generation is still under way when a test on a busy machine gets to look at it: 10 s at least.
 MAX_MODEL_LEN = 16384
+# Few enough that a test can fill them: this many sequences run, this many more wait.
+MAX_NUM_SEQS, MAX_QUEUE = 4, 12
+# Named "tests" in logs.
+KEY = "integration-key-7f3a"
 # A tiny engine is up in 40 s on two idle cores; most of that is imports, which suffer from a busy machine.
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 420
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,7 @@ class Server:
     log: Path
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60)
+        return httpx.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {KEY}"})
 
 
 def free_port() -> int:
@@ -63,6 +68,22 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> N
     pytest.fail(f"pat-serve was not ready after {START_TIMEOUT_S} s:\n{tail(log)}")
 
 
+def metric(client: httpx.Client, name: str) -> float:
+    """A Prometheus metric that has one set of labels."""
+    found = re.search(rf"^{re.escape(name)}\{{[^}}]*\}} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+def wait_for(client: httpx.Client, name: str, value: float, *, within_s: float = 60) -> float:
+    """Wait until a metric has a value; returns the seconds that it took."""
+    begun_s = time.monotonic()
+    while metric(client, name) != value:
+        assert time.monotonic() < begun_s + within_s, f"{name} is {metric(client, name)}, not {value}"
+        time.sleep(0.05)
+    return time.monotonic() - begun_s
+
+
 def tail(log: Path, lines: int = 60) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
@@ -75,7 +96,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
-    process = spawn(tiny_model, port, log, "--dtype", "float32", "--kv-cache-gib", "0.25")
+    # Room for one sequence of the greatest length and a quarter; times that a test can wait for.
+    flags = ["--dtype", "float32", "--kv-cache-gib", "0.02", "--api-key", f"tests={KEY}", "--max-queue", str(MAX_QUEUE)]
+    flags += ["--receive-timeout", "3", "--send-timeout", "3", "--max-body-mib", "1"]
+    process = spawn(tiny_model, port, log, *flags, "--", "--max-num-seqs", str(MAX_NUM_SEQS))
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(process, url, log)
@@ -93,6 +117,17 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def client(server: Server) -> Iterator[httpx.Client]:
     with server.client() as client:
         yield client
+
+
+@pytest.fixture
+def serves_afterwards(server: Server, client: httpx.Client) -> Iterator[None]:
+    """After the test: a good request is served, and the log holds neither a key nor a traceback."""
+    yield
+    assert client.post("/generate", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+    assert client.get("/ready").status_code == 200
+    log = server.log.read_text(errors="replace")
+    assert KEY not in log
+    assert "Traceback" not in log
 
 
 @pytest.hookimpl(wrapper=True)

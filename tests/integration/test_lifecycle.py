@@ -8,40 +8,61 @@ import socket
 import subprocess
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from tests.integration.conftest import MAX_MODEL_LEN, free_port, spawn, tail, wait_until_ready
+from tests.integration.conftest import (
+    KEY,
+    MAX_MODEL_LEN,
+    Server,
+    free_port,
+    spawn,
+    tail,
+    wait_for,
+    wait_until_ready,
+)
+from tests.integration.raw_http import RawClient
 
 pytestmark = pytest.mark.vllm
 
-STOP_TIMEOUT_S = 20
+STOP_TIMEOUT_S = 60
+AUTHORIZATION = {"Authorization": f"Bearer {KEY}"}
 STREAMS = 8
+LONG = MAX_MODEL_LEN - 10
 
 
-def members(group: int) -> list[str]:
-    """Command lines of the living processes of a process group; a zombie has ended and only waits for its parent."""
-    found = []
+def members(session: int) -> dict[int, str]:
+    """Command lines of the living processes of a session; a zombie has ended and only waits for its parent."""
+    found = {}
     for process in psutil.process_iter():
         try:
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = " ".join(process.cmdline())
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return found
 
 
+def pid_of(session: int, name: str) -> int:
+    [pid] = [pid for pid, line in members(session).items() if name in line]
+    return pid
+
+
+def wait_until_gone(session: int) -> None:
+    deadline_s = time.monotonic() + STOP_TIMEOUT_S
+    while members(session):
+        assert time.monotonic() < deadline_s, members(session)
+        time.sleep(0.05)
+
+
 def check_ended(process: subprocess.Popen[bytes], exit_code: int, log: Path) -> None:
     assert process.wait(STOP_TIMEOUT_S) == exit_code, tail(log)
     # Python's resource tracker ends by itself, a moment after the process that it watches.
-    deadline_s = time.monotonic() + 5
-    while members(process.pid):
-        assert time.monotonic() < deadline_s, members(process.pid)
-        time.sleep(0.05)
+    wait_until_gone(process.pid)
 
 
 @pytest.fixture
@@ -49,33 +70,145 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "log.txt"
 
 
-def test_sigterm_under_load_leaves_no_process(tiny_model: Path, log: Path) -> None:
+class Stream(threading.Thread):
+    """A streamed generation that is read to its end; `flowing` after its first event."""
+
+    def __init__(
+        self, url: str, *, path: str = "/generate", tokens: int = MAX_MODEL_LEN - 10, model: Path | None = None
+    ):
+        super().__init__(daemon=True)
+        self.url = url + path
+        self.body: dict[str, Any] = {"max_tokens": tokens, "ignore_eos": True, "stream": True}
+        self.body |= {"prompt_token_ids": [5]} if path == "/generate" else {"model": str(model), "prompt": [5]}
+        self.flowing = threading.Event()
+        self.lines: list[str] = []
+        self.start()
+
+    def run(self) -> None:
+        with httpx.stream("POST", self.url, json=self.body, timeout=300, headers=AUTHORIZATION) as response:
+            for line in response.iter_lines():
+                if line:
+                    self.lines.append(line)
+                    self.flowing.set()
+
+    def end(self) -> list[str]:
+        """The last two events."""
+        self.join(300)
+        assert not self.is_alive()
+        return self.lines[-2:]
+
+
+def until_status(url: str, status: int, **call: Any) -> httpx.Response:
+    """Ask until the answer has a status."""
+    deadline_s = time.monotonic() + 120
+    while True:
+        answer = httpx.request(call.get("method", "GET"), url, timeout=60, json=call.get("json"), headers=AUTHORIZATION)
+        if answer.status_code == status:
+            return answer
+        assert time.monotonic() < deadline_s, (answer.status_code, answer.text)
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_lets_requests_finish_and_a_second_one_ends_them(
+    tiny_model: Path, log: Path, number: signal.Signals
+) -> None:
     port = free_port()
-    process = spawn(tiny_model, port, log, "--kv-cache-gib", "0.25")
-    flowing = threading.Semaphore(0)
-
-    def stream(_: int) -> list[str]:
-        body = {"prompt_token_ids": [5], "max_tokens": MAX_MODEL_LEN - 10, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"http://127.0.0.1:{port}/generate", json=body, timeout=30) as response:
-            lines = response.iter_lines()
-            next(lines)
-            flowing.release()
-            return [line for line in lines if line]
-
+    url = f"http://127.0.0.1:{port}"
+    process = spawn(tiny_model, port, log, "--kv-cache-gib", "0.25", "--shutdown-timeout", "600")
     try:
-        wait_until_ready(process, f"http://127.0.0.1:{port}", log)
-        assert len(members(process.pid)) >= 3  # server, engine, worker: otherwise this test would see nothing
+        wait_until_ready(process, url, log)
+        assert len(members(process.pid)) >= 4  # supervisor, server, engine, worker: else this test would see nothing
         # Many, because a busy event loop may stop reading the engine's output before it learns that the engine aborts.
-        with ThreadPoolExecutor(STREAMS) as pool:
-            streams = [pool.submit(stream, index) for index in range(STREAMS)]
-            for _ in streams:
-                assert flowing.acquire(timeout=60)
+        streams = [Stream(url) for _ in range(STREAMS)]
+        short = Stream(url, tokens=300)
+        for stream in [*streams, short]:
+            assert stream.flowing.wait(120)
+        with RawClient(Server(process=process, url=url, model=tiny_model, log=log), receive_buffer=4096) as deaf:
+            deaf.post("/generate", streams[0].body)
+            # To the whole group, as Ctrl-C in a terminal.
+            os.killpg(process.pid, number)
+            refused = until_status(f"{url}/generate", 503, method="POST", json={"prompt": "a", "max_tokens": 1})
+            assert refused.json()["error"]["type"] == "stopping"
+            assert "retry-after" in refused.headers
+            assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+            assert httpx.get(f"{url}/ready", timeout=60).status_code == 503
+            last, done = short.end()
+            assert '"finish_reason":"length"' in last
+            assert done == "data: [DONE]"
+            assert all(stream.is_alive() for stream in streams)
             process.send_signal(signal.SIGTERM)
-            ends = [future.result() for future in streams]
-        assert {end[-1] for end in ends} == {"data: [DONE]"}  # the streams are ended, not torn
-        assert any('"abort"' in end[-2] for end in ends)
-        check_ended(process, 0, log)
+            ends = [stream.end() for stream in streams]
+            assert {end[-1] for end in ends} == {"data: [DONE]"}  # the streams are ended, not torn
+            assert any('"abort"' in end[-2] for end in ends)
+            check_ended(process, 0, log)
         assert "Traceback" not in log.read_text()
+    finally:
+        process.kill()
+
+
+def test_deadline_key_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, log: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    flags = ["--kv-cache-gib", "0.25", "--request-timeout", "10", "--max-concurrency-per-key", "2"]
+    process = spawn(tiny_model, port, log, *flags, "--api-key", f"tests={KEY}")
+    try:
+        wait_until_ready(process, url, log)
+        # The deadline, which ends two at the bound.
+        streams = [Stream(url), Stream(url, path="/v1/completions", model=tiny_model)]
+        for stream in streams:
+            assert stream.flowing.wait(60)
+        refused = httpx.post(f"{url}/generate", json={"prompt": "a"}, timeout=60, headers=AUTHORIZATION)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["type"] == "too_many_requests"
+        assert "retry-after" in refused.headers
+        for stream in streams:
+            last, done = stream.end()
+            assert '"deadline"' in last
+            assert done == "data: [DONE]"
+        with httpx.Client(base_url=url, timeout=60, headers=AUTHORIZATION) as client:
+            wait_for(client, "vllm:num_requests_running", 0)
+            for path in ("/generate", "/v1/completions"):
+                late = client.post(path, json=streams[path != "/generate"].body | {"stream": False})
+                assert (late.status_code, late.json()["error"]["type"]) == (504, "deadline")
+                wait_for(client, "vllm:num_requests_running", 0)
+        # Stopped, and going on.
+        engine = pid_of(process.pid, "EngineCore")
+        os.kill(engine, signal.SIGSTOP)
+        until_status(f"{url}/ready", 503)
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+        os.kill(engine, signal.SIGCONT)
+        until_status(f"{url}/ready", 200)
+        # Killed.
+        streams = [Stream(url), Stream(url, path="/v1/completions", model=tiny_model)]
+        for stream in streams:
+            assert stream.flowing.wait(60)
+        os.kill(engine, signal.SIGKILL)
+        killed_s = time.monotonic()
+        for stream in streams:
+            last, done = stream.end()
+            assert '"error"' in last
+            assert "deadline" not in last
+            assert done == "data: [DONE]"
+        check_ended(process, 1, log)
+        print(f"ended {time.monotonic() - killed_s:.1f} s after its engine")
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("victim", ["supervisor", pytest.param("server", marks=pytest.mark.slow)])
+def test_a_killed_parent_leaves_no_process(tiny_model: Path, log: Path, victim: str) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    process = spawn(tiny_model, port, log, "--kv-cache-gib", "0.25", "--shutdown-timeout", "600")
+    try:
+        wait_until_ready(process, url, log)
+        [server] = psutil.Process(process.pid).children()
+        connection = RawClient(Server(process=process, url=url, model=tiny_model, log=log))
+        connection.post("/generate", {"prompt": "a", "max_tokens": MAX_MODEL_LEN - 10, "ignore_eos": True})
+        os.kill(process.pid if victim == "supervisor" else server.pid, signal.SIGKILL)
+        assert process.wait(STOP_TIMEOUT_S) == (-signal.SIGKILL if victim == "supervisor" else 128 + signal.SIGKILL)
+        wait_until_gone(process.pid)
     finally:
         process.kill()
 
@@ -84,7 +217,7 @@ def test_sigterm_while_the_engine_starts_leaves_no_process(tiny_model: Path, log
     process = spawn(tiny_model, free_port(), log, "--kv-cache-gib", "0.25")
     try:
         deadline_s = time.monotonic() + 120
-        while not any("EngineCore" in line for line in members(process.pid)):
+        while not any("EngineCore" in line for line in members(process.pid).values()):
             assert time.monotonic() < deadline_s, tail(log)
             assert process.poll() is None, tail(log)
             time.sleep(0.1)

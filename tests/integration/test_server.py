@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.integration.conftest import MAX_MODEL_LEN, Server
+from tests.integration.conftest import KEY, MAX_MODEL_LEN, Server, metric, wait_for
 
 pytestmark = pytest.mark.vllm
 
@@ -29,12 +29,6 @@ def events(response: httpx.Response) -> list[Any]:
     data = [line.removeprefix("data: ") for line in lines]
     assert data[-1] == "[DONE]"
     return [json.loads(event) for event in data[:-1]]
-
-
-def metric(client: httpx.Client, name: str) -> float:
-    found = re.search(rf"^{re.escape(name)}\{{[^}}]*\}} (\S+)$", client.get("/metrics").text, re.MULTILINE)
-    assert found, name
-    return float(found[1])
 
 
 def check_timings(timings: dict[str, float]) -> None:
@@ -113,17 +107,11 @@ def test_stream_adds_up_to_the_whole_answer(client: httpx.Client, sampling: dict
     assert {delta["id"] for delta in deltas} == {end["id"]} != {whole["id"]}
 
 
-def wait_for(client: httpx.Client, name: str, value: float) -> None:
-    deadline_s = time.monotonic() + 60
-    while metric(client, name) != value:
-        assert time.monotonic() < deadline_s, f"{name} is {metric(client, name)}, not {value}"
-        time.sleep(0.05)
-
-
 def post(server: Server, path: str, body: dict[str, Any]) -> http.client.HTTPConnection:
     """Send a request without waiting for its answer."""
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
-    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    connection.request("POST", path, json.dumps(body), headers)
     return connection
 
 
@@ -219,8 +207,8 @@ def check_error(response: httpx.Response, status: int, kind: str, param: str | N
 
 
 def test_unknown_path_and_method_have_the_same_shape(client: httpx.Client) -> None:
-    check_error(client.get("/nothing"), 404, "not_found", None, "GET /nothing: Not Found")
-    check_error(client.get("/generate"), 405, "method_not_allowed", None, "GET /generate")
+    check_error(client.get("/nothing"), 404, "not_found", None, "no such route")
+    check_error(client.get("/generate"), 405, "method_not_allowed", None, "does not take GET")
 
 
 def test_health_and_ready(server: Server, client: httpx.Client) -> None:
@@ -240,7 +228,7 @@ def test_ready_does_not_probe_again_while_tokens_are_fresh(client: httpx.Client)
 
 
 def test_openai_client(server: Server, client: httpx.Client) -> None:
-    api = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    api = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY)
     completion = api.completions.create(model=str(server.model), prompt=PROMPT, max_tokens=12, temperature=0)
     ours = client.post("/generate", json={"prompt": PROMPT, "max_tokens": 12, "temperature": 0}).json()
     assert completion.choices[0].text == ours["text"]

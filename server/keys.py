@@ -1,0 +1,99 @@
+"""API keys: where they come from, what is kept of them, and whose a request is."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pat_serve.errors import UsageError
+
+# Read once and removed, so that no child process inherits them. vLLM's own variable keeps working.
+ENVIRONMENT = ("PAT_SERVE_API_KEYS", "VLLM_API_KEY")
+# A name ends at the first "="; what follows must be more than the padding at the end of a base64 key.
+_NAMED = re.compile(r"([A-Za-z][A-Za-z0-9_.-]{0,63})=(?!=*$)(.+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiKey:
+    """What the server keeps of a key: the name that logs show, and a SHA-256 digest."""
+
+    name: str
+    digest: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyRing:
+    """All keys that open the server; without any it is open to everybody who reaches it."""
+
+    keys: tuple[ApiKey, ...] = ()
+
+    def owner(self, authorization: bytes | None) -> str | None:
+        """Name of the key in an Authorization header; None if it bears none of the keys.
+
+        Takes the same time whichever key matches and however near a wrong one comes: digests are compared, all of them.
+        """
+        scheme, _, given = (authorization or b"").partition(b" ")
+        digest = hashlib.sha256(given.strip()).digest()
+        found = None
+        for key in self.keys:
+            if secrets.compare_digest(digest, key.digest):
+                found = key.name
+        return found if scheme.lower() == b"bearer" else None
+
+
+def collect_keys(flags: Sequence[str], *, environment: MutableMapping[str, str], file: Path | None = None) -> KeyRing:
+    """The keys of all sources together.
+
+    Args:
+        flags: KEY or NAME=KEY each.
+        environment: `PAT_SERVE_API_KEYS` (separated by commas) and `VLLM_API_KEY`; both are removed from it.
+        file: one key a line; empty lines and those that start with # are skipped.
+
+    Raises:
+        UsageError: a key that is empty or cannot travel in a header, the same name twice, or an unreadable file.
+    """
+    texts = [*flags, *environment.pop(ENVIRONMENT[0], "").split(",")]
+    if file is not None:
+        texts += _lines(file)
+    texts.append(environment.pop(ENVIRONMENT[1], ""))
+    keys: dict[str, ApiKey] = {}
+    for text in (text.strip() for text in texts if text.strip()):
+        named = _NAMED.fullmatch(text)
+        name, secret = named.groups() if named else (f"key-{len(keys) + 1}", text)
+        if not secret.isprintable() or " " in secret:
+            raise UsageError(
+                f"API key {name}",
+                expected="printable characters",
+                found="a space or a control character",
+                fix="Choose another key.",
+            )
+        if name in keys:
+            raise UsageError(f"API key {name}", expected="one key a name", found="two", fix="Give each its own name.")
+        keys[name] = ApiKey(name=name, digest=hashlib.sha256(secret.encode()).digest())
+    return KeyRing(keys=tuple(keys.values()))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        found = error.strerror if isinstance(error, OSError) else "a file that is not text"
+        raise UsageError(
+            f"--api-key-file {file}",
+            expected="a readable file, a key a line",
+            found=found or "an error",
+            fix="Check path and permissions.",
+        ) from error
+    keys = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:
+        raise UsageError(
+            f"--api-key-file {file}",
+            expected="at least one key",
+            found="none",
+            fix="Write a key a line, or leave the flag out.",
+        )
+    return keys

@@ -1,0 +1,76 @@
+"""The bounded queue, and what a folder may hold that is served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pat_serve.errors import UnsupportedModel
+from pat_serve.server.admission import Admission
+from pat_serve.server.http_errors import HttpError
+from pat_serve.server.trusted_model import check_trusted
+
+
+def refused(admission: Admission, key: str, sequences: int) -> HttpError:
+    with pytest.raises(HttpError) as caught, admission.admit(key, sequences):
+        pass
+    return caught.value
+
+
+def test_capacity_is_of_sequences_and_comes_back() -> None:
+    admission = Admission(capacity=4)
+    with admission.admit("a", 3):
+        error = refused(admission, "b", 2)
+        assert (error.status, error.kind, error.headers["Retry-After"]) == (503, "overloaded", "1")
+        with admission.admit("b", 1):
+            assert (admission.sequences, admission.requests) == (4, 2)
+    with pytest.raises(RuntimeError), admission.admit("a", 4):
+        raise RuntimeError
+    assert (admission.sequences, admission.requests) == (0, 0)
+
+
+def test_what_never_fits_is_a_client_error() -> None:
+    assert refused(Admission(capacity=4), "a", 5).status == 400
+
+
+def test_each_key_has_its_own_bound() -> None:
+    admission = Admission(capacity=9, per_key=1)
+    with admission.admit("a", 1):
+        error = refused(admission, "a", 1)
+        assert (error.status, error.headers["Retry-After"]) == (429, "1")
+        with admission.admit("b", 1):
+            pass
+    with admission.admit("a", 1):
+        pass
+
+
+def test_a_stopping_server_takes_nothing_new() -> None:
+    admission = Admission(capacity=4)
+    with admission.admit("a", 1):
+        admission.draining = True
+        error = refused(admission, "a", 1)
+    assert (error.status, error.kind) == (503, "stopping")
+    assert "Retry-After" in error.headers
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "model.pkl", "model.ckpt"])
+def test_pickled_weights_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).touch()
+    with pytest.raises(UnsupportedModel, match=f"{name}, a pickle"):
+        check_trusted("m", tmp_path)
+    # Nothing opens a pickle beside safetensors.
+    (tmp_path / "model.safetensors").touch()
+    check_trusted("m", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    check_trusted("m", tmp_path)
+    (tmp_path / name).write_text(json.dumps({"auto_map": {"AutoConfig": "configuration_evil.Config"}}))
+    with pytest.raises(UnsupportedModel, match=f"auto_map in {name}"):
+        check_trusted("m", tmp_path)

@@ -1,0 +1,157 @@
+"""The front before a small app: no engine needed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Message
+
+from pat_serve.server.admission import Admission
+from pat_serve.server.body_check import ModelBounds
+from pat_serve.server.front import Front, Gate
+from pat_serve.server.http_errors import shape_routing_errors, shape_vllm_errors
+from pat_serve.server.policy import Policy
+
+POLICY = Policy(max_body_bytes=1000, receive_timeout_s=0.2, request_timeout_s=0.3)
+
+
+class App:
+    """Routes that behave like vLLM's: the work is in a task of its own, which a disconnect ends."""
+
+    def __init__(self, policy: Policy = POLICY, capacity: int = 4) -> None:
+        self.admission = Admission(capacity=capacity)
+        self.cancelled = asyncio.Event()
+        self.app = FastAPI()
+        self.app.add_middleware(Front)
+        model = ModelBounds(max_model_len=100, vocab_size=10)
+        self.app.state.pat_serve_gate = Gate(policy, self.admission, model)
+        self.app.post("/v1/echo")(self.echo)
+        self.app.post("/v1/hang")(self.hang)
+        self.app.post("/v1/stream")(self.stream)
+        self.app.post("/v1/defect")(self.defect)
+        shape_routing_errors(self.app)
+        shape_vllm_errors(self.app)
+
+    async def echo(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"sequences": self.admission.sequences, "fields": len(body)}
+
+    async def hang(self, request: Request) -> dict[str, Any]:
+        await request.body()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.cancelled.set()
+        return {}
+
+    async def stream(self) -> StreamingResponse:
+        async def events() -> AsyncIterator[str]:
+            try:
+                while True:
+                    yield "data: {}\n\n"
+                    await asyncio.sleep(0.05)
+            finally:
+                self.cancelled.set()
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def defect(self) -> None:
+        raise RuntimeError("/secret/path of the server")
+
+    def run(self, call: Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]) -> httpx.Response:
+        async def with_client() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+                return await call(client)
+
+        answer = asyncio.run(with_client())
+        assert (self.admission.sequences, self.admission.requests) == (0, 0)
+        return answer
+
+
+def kind(answer: httpx.Response) -> str:
+    return str(answer.json()["error"]["type"])
+
+
+def test_a_body_reaches_the_route_and_holds_its_place() -> None:
+    answer = App().run(lambda client: client.post("/v1/echo", json={"prompt": ["a", "b"], "a": 1}))
+    assert answer.json() == {"sequences": 2, "fields": 2}
+
+
+def test_a_body_in_chunks_is_counted_as_it_comes() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(11):
+            yield b" " * 100
+
+    assert kind(App().run(lambda client: client.post("/v1/echo", content=chunks()))) == "body_too_large"
+
+
+def test_a_body_that_does_not_come_in_time() -> None:
+    async def late() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(10)
+
+    answer = App().run(lambda client: client.post("/v1/echo", content=late()))
+    assert (answer.status_code, kind(answer)) == (408, "body_timeout")
+    assert answer.headers["connection"] == "close"
+
+
+def test_deadline_before_the_answer() -> None:
+    app = App()
+    answer = app.run(lambda client: client.post("/v1/hang", json={}))
+    assert (answer.status_code, kind(answer)) == (504, "deadline")
+    assert app.cancelled.is_set()
+
+
+def test_deadline_in_a_stream() -> None:
+    app = App()
+    answer = app.run(lambda client: client.post("/v1/stream", json={}))
+    *events, last, done = answer.text.strip().split("\n\n")
+    assert len(events) > 1
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "deadline"
+    assert done == "data: [DONE]"
+    assert app.cancelled.is_set()
+
+
+def test_a_full_queue_and_a_stopping_server() -> None:
+    app = App(capacity=1)
+
+    async def while_busy(client: httpx.AsyncClient) -> httpx.Response:
+        with app.admission.admit("none", 1):
+            return await client.post("/v1/echo", json={})
+
+    answer = app.run(while_busy)
+    assert (answer.status_code, kind(answer), answer.headers["retry-after"]) == (503, "overloaded", "1")
+    app.admission.draining = True
+    assert kind(app.run(lambda client: client.post("/v1/echo", json={}))) == "stopping"
+    assert app.run(lambda client: client.get("/nothing")).status_code == 404
+
+
+def test_a_defect_says_nothing_of_the_inside() -> None:
+    answer = App().run(lambda client: client.post("/v1/defect", json={}))
+    assert (answer.status_code, kind(answer)) == (500, "internal_error")
+    assert "secret" not in answer.text
+
+
+def test_a_wrong_body_is_not_repeated() -> None:
+    answer = App(replace(POLICY, max_body_bytes=10**6)).run(lambda client: client.post("/v1/echo", content=b"[1]"))
+    assert answer.status_code == 400
+    assert len(answer.text) < 300
+
+
+def test_websockets_are_closed() -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    asyncio.run(Front(App().app)({"type": "websocket"}, receive, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}]

@@ -1,0 +1,102 @@
+"""uvicorn with our protocol before a small app, over real sockets."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from pat_serve.server.http_protocol import bounded_protocol
+from pat_serve.server.policy import Policy
+
+POLICY = Policy(receive_timeout_s=0.5, send_timeout_s=0.5, max_connections=3)
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with as much as the path says."""
+    size = int(scope["path"][1:])
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(size):
+        await send({"type": "http.response.body", "body": b"x" * 2**16, "more_body": True})
+    await send({"type": "http.response.body"})
+
+
+@contextmanager
+def serving(*, guarded: bool = True) -> Iterator[Any]:
+    config = uvicorn.Config(
+        app, http=bounded_protocol(POLICY, guarded=lambda: guarded), lifespan="off", log_level="error"
+    )
+    server = uvicorn.Server(config)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield server, listener.getsockname()
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join(10)
+
+
+def until_closed(client: socket.socket) -> bytes:
+    client.settimeout(30)
+    received = b""
+    try:
+        while data := client.recv(65536):
+            received += data
+    except ConnectionResetError:
+        pass
+    return received
+
+
+def test_an_app_without_its_front_serves_nobody() -> None:
+    with serving(guarded=False) as (_, address), socket.create_connection(address) as client:
+        assert until_closed(client) == b""
+
+
+def test_a_request_is_served_and_an_idle_connection_is_closed() -> None:
+    with serving() as (_, address):
+        with socket.create_connection(address) as client:
+            client.sendall(b"GET /1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert until_closed(client).startswith(b"HTTP/1.1 200")
+        with socket.create_connection(address) as client:
+            assert until_closed(client) == b""
+
+
+def test_headers_that_do_not_end() -> None:
+    with serving() as (_, address):
+        with socket.create_connection(address) as client:
+            client.sendall(b"GET /1 HTTP/1.1\r\nHost: x\r\n")
+            assert until_closed(client).startswith(b"HTTP/1.1 408")
+        with socket.create_connection(address) as client:
+            client.sendall(b"GET /1 HTTP/1.1\r\nX: ")
+            client.sendall(b"a" * 40_000)
+            client.sendall(b"a" * 40_000)
+            assert until_closed(client).startswith(b"HTTP/1.1 431")
+
+
+def test_a_reader_that_stops_is_cut_off_and_connections_are_bounded() -> None:
+    with serving() as (server, address):
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(address)
+            client.sendall(b"GET /1000 HTTP/1.1\r\nHost: x\r\n\r\n")
+            deadline_s = time.monotonic() + 30
+            while not server.server_state.connections:
+                assert time.monotonic() < deadline_s
+            while server.server_state.connections:
+                assert time.monotonic() < deadline_s, "it is waited for"
+                time.sleep(0.05)
+        clients = [socket.create_connection(address) for _ in range(4)]
+        # The fourth is closed at once, the others when they have said nothing for their time.
+        assert until_closed(clients[3]) == b""
+        for client in clients:
+            client.close()
