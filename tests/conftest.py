@@ -19,6 +19,14 @@ from tests.trainings import Trainings
 # Matrices of 64 x 64 gain nothing from a second thread, and spinning threads of several processes stall each other.
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes share the tests: one has all that start vLLM, so that no two engines run at once."""
+    for item in items:
+        group = "vllm" if item.get_closest_marker("vllm") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 WORDS = ["list", "dict", "value", "file", "path", "name", "key", "return"]
 
 
