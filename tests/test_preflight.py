@@ -99,6 +99,19 @@ def test_the_estimate_follows_its_causes(checkpoint: Checkpoint):
     assert size(lora_dropout=0.0).activations_bytes < size(device="cuda").activations_bytes < plain.activations_bytes
 
 
+def test_fsdp_holds_a_share(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch):
+    recipe = tiny_recipe(checkpoint.folder, Path("d"))
+    whole = estimate_training(checkpoint, recipe, "float32", 48, 24, 64, "cuda")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    every = estimate_training(checkpoint, recipe, "float32", 48, 24, 64, "cuda")
+    assert (every.weights_bytes, every.trained_bytes) == (whole.weights_bytes, whole.trained_bytes)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    share = estimate_training(checkpoint, recipe, "float32", 48, 24, 64, "cuda")
+    assert share.weights_bytes == pytest.approx(whole.weights_bytes * (1 / 8 + 1 / 2), rel=1e-3)
+    assert share.trained_bytes == whole.trained_bytes // 8
+    assert share.activations_bytes == whole.activations_bytes
+
+
 def test_what_cannot_fit_is_refused_before_it_loads(
     tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

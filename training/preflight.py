@@ -19,6 +19,7 @@ from pat_serve.progress import say
 from pat_serve.rotation import untie_head
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.insert import adapt
+from pat_serve.training.ranks import sharded_by_fsdp
 
 # A float32 weight, its gradient and Adam's two moments.
 TRAINED_BYTES = 16
@@ -40,8 +41,8 @@ class Preflight:
         base_parameters: frozen ones, of the base.
         lora_parameters: trained ones, of the adapter.
         method_parameters: trained ones, of the method's modules (HSMs and mask).
-        weights_bytes: the base in the training's dtype.
-        trained_bytes: what is trained in float32, its gradients and Adam's moments.
+        weights_bytes: the base in the training's dtype; under FSDP one process's share and a layer in full.
+        trained_bytes: what is trained in float32, its gradients and Adam's moments; under FSDP one process's share.
         activations_bytes: what the backward pass needs of one micro-batch.
         logits_bytes: of one micro-batch, with log-probabilities and gradients.
         allocator_bytes: what a CPU's heap loses between small activations.
@@ -160,12 +161,17 @@ def estimate_training(
     distilled = 16 + width if recipe.distillation_weight else 0
     logits = tokens * int(checkpoint.config["vocab_size"]) * (12 + (width if width < 4 else 0) + distilled)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    trained = (lora + own) * TRAINED_BYTES
+    if sharded_by_fsdp() and processes > 1:
+        # Its share of everything, and the layer at work in full.
+        weights = weights // processes + weights // checkpoint.num_layers
+        trained //= processes
     return Preflight(
         base_parameters=base,
         lora_parameters=lora,
         method_parameters=own,
         weights_bytes=weights,
-        trained_bytes=(lora + own) * TRAINED_BYTES,
+        trained_bytes=trained,
         activations_bytes=activations,
         logits_bytes=logits,
         allocator_bytes=round(HEAP_LOSS * (activations + logits)) if on_heap else 0,

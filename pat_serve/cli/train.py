@@ -86,7 +86,7 @@ def train(
         str | None,
         Flag(
             help="Turn the residual stream to its principal axes first: none, energy (of its activations) or loss (and "
-            "of the loss's gradient). [default: loss, but none for a tied base]"
+            "of the loss's gradient). [default: loss; none for a tied base, and with --mask-start zero or gradient]"
         ),
     ] = None,
     mask_start: Annotated[
