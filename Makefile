@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= demo-out
 
-.PHONY: help demo test test-all check fix lock setup clean
+.PHONY: help demo test test-all docker-test check fix lock setup clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -23,10 +23,13 @@ demo: $(READY) ## train, prune, export, serve, ask, measure: the whole way on a 
 	$(BIN)/pat-demo --out $(OUT)
 
 test: $(READY) ## the tests, real vLLM included
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -m 'not slow and not docker'
 
 test-all: $(READY) ## the tests that take long too
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not docker'
+
+docker-test: $(READY) ## build the image, run it, ask it, stop it; needs a Docker engine
+	$(BIN)/pytest -s -m docker tests/docker
 
 check: $(READY) ## ruff, mypy strict, import rules
 	$(BIN)/ruff check .

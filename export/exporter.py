@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pat_serve.architectures import HIDDEN
 from pat_serve.atomic import check_vacant, new_folder
-from pat_serve.errors import IllegalWidth, UsageError
+from pat_serve.errors import DiskFull, UsageError
 from pat_serve.export.card import model_card, provenance
-from pat_serve.export.narrow import narrow_config, narrow_shapes, narrow_tensors
-from pat_serve.export.parity import Parity, check_parity, check_rounding, trained_logits
+from pat_serve.export.fit import check_fitness
+from pat_serve.export.formats.gguf import require_gguf, write_gguf
+from pat_serve.export.formats.quality import QuantizationQuality, require_compressed_tensors
+from pat_serve.export.formats.quantize import quantize_export
+from pat_serve.export.formats.schemes import scheme_named
+from pat_serve.export.hashes import hash_files
+from pat_serve.export.narrow import dry_run, narrow_config, narrow_shapes, rewriting_of
+from pat_serve.export.parity import Parity, measure_parity
 from pat_serve.export.reader import Run, open_run
-from pat_serve.export.writer import index_document, plan_shards, shard_names, write_shard
-from pat_serve.geometry import legal_step
-from pat_serve.progress import progress_bar
+from pat_serve.export.rounding import check_rounding
+from pat_serve.export.writer import WeightFiles, index_document, write_blocks
+from pat_serve.progress import byte_progress
+from pat_serve.scores import Scorer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -30,6 +40,10 @@ _CARRIED = (
 )  # fmt: skip
 
 
+# Config, tokenizer, card, and what file systems round up.
+_SPARE_BYTES = 64_000_000
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """What an export came to."""
@@ -37,6 +51,7 @@ class Exported:
     out: Path
     record: dict[str, Any]
     parity: Parity | None
+    quality: QuantizationQuality | None = None
 
 
 def export_run(
@@ -47,7 +62,12 @@ def export_run(
     dtype: str = "auto",
     max_shard_bytes: int = 5_000_000_000,
     parity: bool = True,
+    walk: bool | None = None,
+    scorer: Scorer | None = None,
     force: bool = False,
+    quantize: str | None = None,
+    tp: tuple[int, ...] = (),
+    gguf: bool = False,
 ) -> Exported:
     """Rewrite a run's base as a standard narrower checkpoint.
 
@@ -58,7 +78,12 @@ def export_run(
         dtype: of the written weights; "auto" keeps the base's.
         max_shard_bytes: size of a weight file at most.
         parity: measure the exported files against the trained model, and refuse them when they differ.
+        walk: measure layer by layer; None decides by the memory that is there.
+        scorer: asks vLLM, for its part of the parity; None leaves it out.
         force: replace `out`.
+        quantize: "int8" or "fp8" for the decoder's linears; `dtype` is then that of everything else.
+        tp: tensor-parallel degrees that the model has to serve at.
+        gguf: write model.gguf too.
 
     Raises:
         PatServeError: anything that a user can mend; `out` is as it was then.
@@ -66,25 +91,46 @@ def export_run(
     check_vacant(out, force=force, inputs=[ckpt, *([Path(base)] if base else [])])
     if dtype not in ("auto", *DTYPES):
         raise UsageError("--dtype", expected=f"auto, {', '.join(DTYPES)}", found=dtype, fix="Choose one of them.")
+    scheme = scheme_named(quantize) if quantize else None
+    if scheme and scorer is not None:
+        raise UsageError(
+            "--parity-vllm", expected="unquantized files", found=f"--quantize {quantize}", fix="Leave one of them out."
+        )
+    if scheme and parity:
+        require_compressed_tensors()
     run = open_run(ckpt, base)
     check_vacant(out, force=force, inputs=[run.base.folder])
-    _check_width(run)
+    fitness = check_fitness(run, tp, scheme)
     target = run.base.dtype if dtype == "auto" else DTYPES[dtype]
-    with new_folder(out) as staging:
-        _write_model(run, staging, target, max_shard_bytes)
-        outcome = _prove(run, staging, target, out) if parity else None
+    if gguf:
+        require_gguf(narrow_config(run, target), run.base.folder, quantized=scheme is not None)
+    # 8-bit weights are made from the exact float32 ones, which are proven first.
+    written = torch.float32 if scheme else target
+    _check_fits(run, out, [written, *([target] if scheme else []), *([target] if gguf else [])])
+    with _room_on_disk(out), new_folder(out, replace=force) as staging:
+        _write_model(run, staging, written, max_shard_bytes, runs_in=target)
+        outcome = _prove(run, staging, written, out, runs_in=target, walk=walk, scorer=scorer) if parity else None
+        quality = quantize_export(run, staging, scheme, target, max_shard_bytes, out, parity) if scheme else None
         _carry_files(run, staging)
-        record = provenance(run, _name(target), outcome)
+        if gguf:
+            write_gguf(staging)
+        record = provenance(run, _name(target), outcome, scheme, quality, fitness) | {"files": hash_files(staging)}
         (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(model_card(record), encoding="utf-8")
-    return Exported(out=out, record=record, parity=outcome)
+    return Exported(out=out, record=record, parity=outcome, quality=quality)
 
 
-def _prove(run: Run, staging: Path, target: torch.dtype, out: Path) -> Parity:
+def _prove(
+    run: Run,
+    staging: Path,
+    written: torch.dtype,
+    out: Path,
+    *,
+    runs_in: torch.dtype,
+    walk: bool | None,
+    scorer: Scorer | None,
+) -> Parity:
     """Show that the written files are the trained model.
-
-    The rewriting is held to float32's tolerance whatever the files' dtype: rounding to 16 bits hides a lost scale or an
-    uncorrected eps. So for 16-bit files the float32 ones are written too, judged, and must round to those exactly.
 
     Returns:
         parity of the files as they are, rounding included.
@@ -92,29 +138,48 @@ def _prove(run: Run, staging: Path, target: torch.dtype, out: Path) -> Parity:
     Raises:
         ParityError: they are not.
     """
-    trained = trained_logits(run, torch.float64 if target == torch.float64 else torch.float32, target)
-    if target not in (torch.float32, torch.float64):
-        exact = staging / ".float32"
-        exact.mkdir()
-        _write_model(run, exact, torch.float32, max_shard_bytes=2**62, runs_in=target)
-        check_parity(run, exact, torch.float32, trained, target).require(out)
-        check_rounding(exact, staging, target, out)
-        shutil.rmtree(exact)
-    outcome = check_parity(run, staging, target, trained, target)
-    outcome.require(out)
+    if written not in (torch.float32, torch.float64):
+        check_rounding(run, staging, written, out)
+    outcome = measure_parity(run, staging, written, runs_in=runs_in, walk=walk, scorer=scorer)
+    outcome.require(out, "Nothing was exported: the files would not be the model that was trained.")
     return outcome
 
 
-def _check_width(run: Run) -> None:
-    """The narrow config must be one that its class accepts; checked before a byte is written."""
-    cut = run.plan.axes[HIDDEN]
-    step = legal_step(run.base.num_attention_heads, hidden_multiple_of_heads=run.base.family.hidden_multiple_of_heads)
-    if not cut.is_identity and len(cut.kept) % step:
-        raise IllegalWidth(
-            run.folder,
-            expected=f"a kept width that is a multiple of {step}",
-            found=str(len(cut.kept)),
-            fix="Train again with a legal --hidden-size.",
+@contextmanager
+def _room_on_disk(out: Path) -> Iterator[None]:
+    """A disk that fills up all the same, since others write to it too, or a quota, is an error of its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFull(
+            out,
+            expected="a disk that takes all files",
+            found=error.strerror or "no more room",
+            fix="Free some space, or choose another --out; nothing was left behind.",
+        ) from error
+
+
+def _check_fits(run: Run, out: Path, dtypes: list[torch.dtype]) -> None:
+    """The dry run: every tensor comes out as planned, and the disk has room for all that will be written.
+
+    Args:
+        run: the run.
+        out: where it goes.
+        dtypes: one for each copy of the weights that will be there at the same time.
+    """
+    dry_run(run, dtypes[0])
+    numbers = sum(prod(shape) for shape in narrow_shapes(run).values())
+    needed_bytes = sum(numbers * dtype.itemsize for dtype in dtypes) + _SPARE_BYTES
+    place = next(path for path in out.absolute().parents if path.exists())
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < needed_bytes:
+        raise DiskFull(
+            place,
+            expected=f"{needed_bytes / 1e9:.2f} GB of free space",
+            found=f"{free_bytes / 1e9:.2f} GB",
+            fix="Free some space, or choose another --out.",
         )
 
 
@@ -122,17 +187,17 @@ def _write_model(
     run: Run, folder: Path, dtype: torch.dtype, max_shard_bytes: int, runs_in: torch.dtype | None = None
 ) -> None:
     shapes = narrow_shapes(run)
-    shards = plan_shards(shapes, dtype, max_shard_bytes)
-    files = shard_names(len(shards))
-    with progress_bar() as progress:
-        task = progress.add_task("write tensors", total=len(shapes))
-        for file, names in zip(files, shards, strict=True):
-            tensors = progress.track(narrow_tensors(run, names, dtype, runs_in), total=len(names), task_id=task)
-            write_shard(folder / file, {name: shapes[name] for name in names}, dtype, tensors)
+    rewriting = rewriting_of(run, dtype, runs_in)
+    total_bytes = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
+    with (
+        WeightFiles(folder, shapes, dtype, max_shard_bytes) as files,
+        byte_progress(f"write {_name(dtype)} weights", total_bytes) as advance,
+    ):
+        write_blocks(files, shapes, rewriting.blocks, advance)
     config = json.dumps(narrow_config(run, dtype), indent=2)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
-    if len(files) > 1:
-        document = json.dumps(index_document(shards, shapes, dtype), indent=2)
+    if len(files.shards) > 1:
+        document = json.dumps(index_document(files.shards, shapes, dtype), indent=2)
         (folder / "model.safetensors.index.json").write_text(document + "\n", encoding="utf-8")
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, ExportAs
+from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN, ExportAs
+from pat_serve.errors import BrokenPlan, first_line
+from pat_serve.export.blocks import Rewriting, Scratch
 from pat_serve.export.reader import Run
-from pat_serve.export.rewrite import embedding_factor, narrow_eps, rewrite_tensor
-from pat_serve.rotation import effective_gain, rotate_tensor
+from pat_serve.export.rewrite import embedding_factor, narrow_eps
 
 _EMBEDDING_WEIGHT = f"{EMBEDDING}.weight"
 _HEAD_WEIGHT = f"{HEAD}.weight"
@@ -86,7 +87,7 @@ def _zero_biases(run: Run) -> list[str]:
 def narrow_tensors(
     run: Run, names: list[str], dtype: torch.dtype, runs_in: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The exported tensors, one at a time.
+    """The exported tensors, one at a time and whole; what is written to disk goes through `Rewriting` in blocks.
 
     Args:
         run: the run to export.
@@ -94,39 +95,43 @@ def narrow_tensors(
         dtype: to write. The rewriting itself runs in float32, or in float64 for a float64 base.
         runs_in: dtype in which the model will run, which rounds the factor of a scaled embedding; `dtype` by default.
     """
-    compute = torch.float64 if run.base.dtype == torch.float64 else torch.float32
-    cut = run.plan.axes[HIDDEN]
-    family = run.base.family
-    embedding = embedding_factor(cut, runs_in or dtype) if family.scaled_embedding else 1.0
-    zero_biases = set(_zero_biases(run))
+    rewriting = rewriting_of(run, dtype, runs_in)
     for name in names:
-        if name in zero_biases:
-            yield name, torch.zeros(len(cut.kept), dtype=dtype)
-            continue
-        raw_head = name == _HEAD_WEIGHT and unties_head(run)
-        tensor = run.base.read(_EMBEDDING_WEIGHT if raw_head else name).to(compute)
-        spec, layer, kind = family.match(name)
-        module = name.rpartition(".")[0]
-        if run.plan.rotation is not None:
-            norm = spec.norm.format(i=layer) if spec.norm is not None and kind == "weight" else None
-            gain_D = effective_gain(run.base.read(f"{norm}.weight").to(compute), run.base.family) if norm else None
-            tensor = rotate_tensor(tensor, spec, run.base.family, run.plan.rotation.to(compute), gain_D)
-        narrow = rewrite_tensor(
-            tensor,
-            spec,
-            cut,
-            fold=run.plan.folds.get(module),
-            update=run.adapter.get(module) if kind == "weight" else None,
-            norm_offset=family.norm_offset,
-            embedding=embedding,
-            tied_scale_K=_tied_scale(run, compute) if module == FINAL_NORM else None,
-        )
-        yield name, narrow.to(dtype).contiguous()
+        yield name, torch.cat(list(rewriting.blocks(name, Scratch())))
 
 
-def _tied_scale(run: Run, dtype: torch.dtype) -> Tensor | None:
-    """s of the kept channels (K,) of an embedding that stays tied to the head."""
-    fold = run.plan.folds.get(EMBEDDING)
-    if not run.base.tied or fold is None or unties_head(run):
-        return None
-    return fold.scale_D[run.plan.axes[HIDDEN].kept].to(dtype)
+def rewriting_of(run: Run, dtype: torch.dtype, runs_in: torch.dtype | None = None, device: str = "cpu") -> Rewriting:
+    """The rewriting of a run's tensors in blocks.
+
+    Args:
+        run: the run to export.
+        dtype: to write. The rewriting itself runs in float32, or in float64 for a float64 base.
+        runs_in: dtype in which the model will run, which rounds the factor of a scaled embedding; `dtype` by default.
+        device: "meta" computes shapes and dtypes alone, and reads no weight.
+    """
+    embedding = embedding_factor(run.plan.axes[HIDDEN], runs_in or dtype) if run.base.family.scaled_embedding else 1.0
+    return Rewriting(
+        run, dtype, embedding=embedding, unties_head=unties_head(run), zero_biases=_zero_biases(run), device=device
+    )
+
+
+def dry_run(run: Run, dtype: torch.dtype) -> None:
+    """Rewrite every tensor on the meta device, where it costs nothing: each comes out as its header will say.
+
+    Raises:
+        BrokenPlan: one does not; then the plan or the adapter does not fit the base.
+    """
+    rewriting = rewriting_of(run, dtype, device="meta")
+    for name, shape in narrow_shapes(run).items():
+        try:
+            blocks = list(rewriting.blocks(name, Scratch()))
+            found = (sum(len(block) for block in blocks), *blocks[0].shape[1:])
+            dtypes = {block.dtype for block in blocks}
+        except (RuntimeError, IndexError) as error:
+            raise _misfit(run, name, shape, first_line(error)) from error
+        if found != shape or dtypes != {dtype}:
+            raise _misfit(run, name, shape, f"{found}")
+
+
+def _misfit(run: Run, name: str, shape: tuple[int, ...], found: str) -> BrokenPlan:
+    return BrokenPlan(run.folder, expected=f"{name} to come out as {shape}", found=found, fix="Repeat the training.")

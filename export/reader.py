@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN
-from pat_serve.checkpoint import Checkpoint, open_checkpoint, read_tensor, tensor_names
-from pat_serve.errors import BrokenPlan, MissingModel, RunError, UnfinishedRun, UnsupportedModel, first_line
+from pat_serve.architectures import EMBEDDING, HIDDEN
+from pat_serve.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.errors import BrokenPlan, MissingModel, RunError, UnfinishedRun, first_line
+from pat_serve.export.adapter import LoraUpdate, read_adapter
 from pat_serve.hybrid import LEAST_SCALE
 from pat_serve.plan import PLAN_JSON, PruningPlan, file_sha256
 from pat_serve.run_folder import ADAPTER_FOLDER, RECIPE_FILE, checkpoint_step, list_checkpoints
 
-_ADAPTER_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraUpdate:
-    """One module's low-rank update: W + scaling * B A.
-
-    Attributes:
-        a_RI: (rank, in).
-        b_OR: (out, rank).
-        scaling: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
-    """
-
-    a_RI: Tensor
-    b_OR: Tensor
-    scaling: float
+__all__ = ["LoraUpdate", "Run", "open_run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +29,7 @@ class Run:
     plan: PruningPlan
     recipe: dict[str, Any]
     base: Checkpoint
-    adapter: dict[str, LoraUpdate]
+    adapter: Mapping[str, LoraUpdate]
 
 
 def open_run(folder: Path, base_override: str | None = None) -> Run:
@@ -71,7 +57,7 @@ def open_run(folder: Path, base_override: str | None = None) -> Run:
         ) from error
     _check_base(plan, base)
     _check_hashes(folder / ADAPTER_FOLDER, plan.adapter, "Copy the run again.")
-    adapter = _read_adapter(folder / ADAPTER_FOLDER, base) if plan.adapter else {}
+    adapter = read_adapter(folder / ADAPTER_FOLDER, base, plan.adapter) if plan.adapter else {}
     return Run(folder=folder, plan=plan, recipe=_read_recipe(folder), base=base, adapter=adapter)
 
 
@@ -111,6 +97,14 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
 
 
 def _check_base(plan: PruningPlan, base: Checkpoint) -> None:
+    files = {"config.json", *(path.name for path in base.shards())}
+    if set(plan.base.sha256) != files:
+        raise BrokenPlan(
+            PLAN_JSON,
+            expected=f"the SHA-256 of all {len(files)} files of the base in {base.folder}",
+            found=f"{len(plan.base.sha256)}, among them not {sorted(files ^ set(plan.base.sha256))[0]!r:.80}",
+            fix="Give the base's original folder with --base.",
+        )
     _check_hashes(base.folder, plan.base.sha256, "Give the base's original folder with --base.")
     cut = plan.axes.get(HIDDEN)
     if cut is None or cut.width != base.hidden_size:
@@ -128,6 +122,16 @@ def _check_base(plan: PruningPlan, base: Checkpoint) -> None:
             found=f"cuts of {', '.join(sorted(unknown))}",
             fix="This version of pat-export cuts the hidden axis only.",
         )
+    widths = {site: plan.folds[site].l0_RD.shape[1] for site in plan.folds}
+    widths |= {"rotation": len(plan.rotation)} if plan.rotation is not None else {}
+    for what, width in widths.items():
+        if width != base.hidden_size:
+            raise BrokenPlan(
+                PLAN_JSON,
+                expected=f"width {base.hidden_size} of {what}",
+                found=f"{width}",
+                fix="Repeat the training.",
+            )
     fold = plan.folds.get(EMBEDDING)
     if base.tied and fold is not None and not fold.rank:
         smallest = float(fold.scale_D[cut.kept].abs().min())
@@ -139,93 +143,29 @@ def _check_base(plan: PruningPlan, base: Checkpoint) -> None:
                 fix="Train again with --tied-embeddings untie, or with a lower --learning-rate.",
             )
     sites = set(base.family.residual_writers(base.num_layers))
-    if not cut.is_identity and set(plan.folds) != sites:
+    if set(plan.folds) - sites or (not cut.is_identity and set(plan.folds) != sites):
         raise BrokenPlan(
             PLAN_JSON,
             expected=f"an operator on each of the {len(sites)} modules that write to the residual stream",
-            found=f"{len(plan.folds)} operators",
+            found=f"{len(set(plan.folds) & sites)} of them, {len(set(plan.folds) - sites)} others",
             fix="Repeat the training.",
         )
 
 
-def _check_hashes(folder: Path, sha256: dict[str, str], fix: str) -> None:
-    for name, expected in sha256.items():
-        path = folder / name
-        found = file_sha256(path) if path.is_file() else None
-        if found != expected:
-            raise BrokenPlan(
-                path,
-                expected=f"the file of the training (SHA-256 {expected[:12]}...)",
-                found="no such file" if found is None else f"{found[:12]}...",
-                fix=fix,
-            )
-
-
-def _read_adapter(folder: Path, base: Checkpoint) -> dict[str, LoraUpdate]:
-    """Read a PEFT LoRA adapter by module name.
-
-    Raises:
-        UnsupportedModel: a kind of adapter whose merge is more than W + scaling * B A.
-        BrokenPlan: its tensors do not pair up or fit the base.
-    """
-    from peft import LoraConfig
-
-    weights = folder / "adapter_model.safetensors"
-    config = LoraConfig.from_pretrained(str(folder))
-    for option, plain in (
-        ("use_dora", False),
-        ("modules_to_save", None),
-        ("rank_pattern", {}),
-        ("alpha_pattern", {}),
-        ("bias", "none"),
-        ("fan_in_fan_out", False),
-    ):
-        value = getattr(config, option)
-        if value != plain:
-            raise UnsupportedModel(
-                folder,
-                expected=f"a LoRA adapter with {option}={plain!r}",
-                found=f"{option}={value!r}",
-                fix="Only W + scaling * B A can be merged exactly here.",
-            )
-    scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    tensors = {name: read_tensor(weights, name) for name in tensor_names(weights)}
-    modules = _paired_modules(tensors, weights)
-    updates = {
-        module: LoraUpdate(
-            a_RI=tensors[f"{_ADAPTER_PREFIX}{module}.lora_A.weight"],
-            b_OR=tensors[f"{_ADAPTER_PREFIX}{module}.lora_B.weight"],
-            scaling=scaling,
-        )
-        for module in modules
-    }
-    for module, update in updates.items():
-        # A tied head that the export unties begins as the embedding.
-        entry = base.tensors.get(f"{EMBEDDING if base.tied and module == HEAD else module}.weight")
-        shape = (update.b_OR.shape[0], update.a_RI.shape[1])
-        if entry is None or entry.shape != shape:
-            found = "no such module" if entry is None else f"{shape}"
-            raise BrokenPlan(
-                weights,
-                expected=f"an update of the base's {module}" + (f" of shape {entry.shape}" if entry else ""),
-                found=found,
-                fix="The adapter belongs to another base.",
-            )
-    return updates
-
-
-def _paired_modules(names: Iterable[str], weights: Path) -> list[str]:
-    halves: dict[str, set[str]] = {}
-    for name in names:
-        module, _, half = name.removeprefix(_ADAPTER_PREFIX).removesuffix(".weight").rpartition(".")
-        if half not in ("lora_A", "lora_B"):
-            raise BrokenPlan(
-                weights, expected="LoRA tensors alone", found=f"the tensor {name}", fix="Train with plain LoRA."
-            )
-        halves.setdefault(module, set()).add(half)
-    for module, found in halves.items():
-        if len(found) != 2:
-            raise BrokenPlan(
-                weights, expected=f"lora_A and lora_B of {module}", found=found.pop(), fix="Copy the run again."
-            )
-    return sorted(halves)
+def _check_hashes(folder: Path, sha256: Mapping[str, str], fix: str) -> None:
+    """Every named file is there, unchanged. Two at a time: a shard is read at the speed of one core's SHA-256."""
+    outside = [name for name in sha256 if Path(name).name != name]
+    if outside:
+        raise BrokenPlan(PLAN_JSON, expected="names of files in one folder", found=f"{outside[0]!r:.80}", fix=fix)
+    paths = [folder / name for name in sha256]
+    with ThreadPoolExecutor(2) as pool:
+        hashes = pool.map(lambda path: file_sha256(path) if path.is_file() else None, paths)
+        for path, expected, found in zip(paths, sha256.values(), hashes, strict=True):
+            if found != expected:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise BrokenPlan(
+                    path,
+                    expected=f"the file of the training (SHA-256 {expected[:12]}...)",
+                    found="no such file" if found is None else f"{found[:12]}...",
+                    fix=fix,
+                )

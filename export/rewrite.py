@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pat_serve.architectures import EMBEDDING, HIDDEN, TensorSpec
-from pat_serve.export.reader import LoraUpdate
+from pat_serve.export.adapter import LoraUpdate
 from pat_serve.hybrid import HybridFold, fold_columns, fold_rows
 from pat_serve.plan import AxisCut
 
@@ -27,7 +27,7 @@ from pat_serve.plan import AxisCut
 def merge_lora(weight_OI: Tensor, update: LoraUpdate) -> Tensor:
     """W + scaling * B A, in the weight's dtype."""
     dtype = weight_OI.dtype
-    return weight_OI + update.scaling * (update.b_OR.to(dtype) @ update.a_RI.to(dtype))
+    return torch.addmm(weight_OI, update.b_OR.to(dtype), update.a_RI.to(dtype), alpha=update.scaling)
 
 
 def norm_gain_factor(cut: AxisCut) -> float:

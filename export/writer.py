@@ -1,17 +1,25 @@
-"""Write safetensors shards one tensor at a time, so that memory holds one tensor and not one shard."""
+"""Write safetensors shards block by block, so that memory holds neither a shard nor a tensor."""
 
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from math import prod
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from pat_serve.checkpoint import DTYPES
+from pat_serve.export.blocks import Scratch
+
+# Each with half of torch's threads. More would wait for the same disk and hold more tensors.
+THREADS = 2
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -48,23 +56,127 @@ def write_shard(
         dtype: of all tensors.
         tensors: the same tensors in the same order.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    header, _ = _header(shapes, dtype)
     expected = iter(shapes.items())
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)))
-        file.write(encoded)
+        file.write(header)
         for name, tensor in tensors:
             assert (name, tuple(tensor.shape)) == next(expected), name
             assert tensor.dtype == dtype, name
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(_bytes(tensor))
     assert next(expected, None) is None
+
+
+class WeightFiles:
+    """The weight files of a checkpoint, each of its full size from the start, filled block by block in any order.
+
+    Several threads may write at once. As a context manager it forces every file to the disk as soon as its last block
+    is there, so that the disk works while the next one is computed.
+
+    Args:
+        folder: for the files.
+        shapes: all tensors and their shapes, in order.
+        dtype: of all tensors.
+        max_shard_bytes: size of a file at most.
+    """
+
+    def __init__(
+        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
+    ) -> None:
+        self._dtype = dtype
+        self._lock = threading.Lock()
+        self._descriptors: list[int] = []
+        self._left_bytes: list[int] = []
+        self._places: dict[str, tuple[int, int, int]] = {}
+        self.shards = plan_shards(shapes, dtype, max_shard_bytes)
+        for number, (file, names) in enumerate(zip(shard_names(len(self.shards)), self.shards, strict=True)):
+            header, offsets = _header({name: shapes[name] for name in names}, dtype)
+            descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            self._descriptors.append(descriptor)
+            _write_all(descriptor, memoryview(header), 0)
+            for name, (begin, end) in offsets.items():
+                self._places[name] = (number, len(header) + begin, end - begin)
+            self._left_bytes.append(sum(end - begin for begin, end in offsets.values()))
+
+    def write(self, name: str, done_bytes: int, block: Tensor) -> int:
+        """Write a run of rows of a tensor.
+
+        Args:
+            name: of the tensor.
+            done_bytes: what stands before the block in the tensor.
+            block: contiguous rows in the files' dtype.
+
+        Returns:
+            bytes written.
+        """
+        assert block.dtype == self._dtype, name
+        data = _bytes(block)
+        number, offset, size = self._places[name]
+        assert done_bytes + len(data) <= size, name
+        _write_all(self._descriptors[number], data, offset + done_bytes)
+        with self._lock:
+            self._left_bytes[number] -= len(data)
+            complete = not self._left_bytes[number]
+        if complete:
+            os.fsync(self._descriptors[number])
+        return len(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        assert kind is not None or not any(self._left_bytes), "every byte of every tensor was written"
+
+
+def write_blocks(
+    files: WeightFiles,
+    names: Iterable[str],
+    blocks: Callable[[str, Scratch], Iterable[Tensor]],
+    advance: Callable[[int], None],
+) -> None:
+    """Fill the files on two threads: while one waits for the disk or copies, the other computes.
+
+    Args:
+        files: to be filled.
+        names: of all tensors.
+        blocks: gives the rows of a tensor in order, with the calling thread's memory to put them in.
+        advance: called with the bytes of each block that was written.
+
+    Raises:
+        Exception: the first that came up on either thread; then both have ended.
+    """
+    queue = iter(list(names))
+    lock, stop = threading.Lock(), threading.Event()
+    before = torch.get_num_threads()
+    threads_each = max(1, before // THREADS)
+
+    def work() -> None:
+        torch.set_num_threads(threads_each)
+        scratch = Scratch()
+        while not stop.is_set():
+            with lock:
+                name = next(queue, None)
+            if name is None:
+                return
+            done_bytes = 0
+            for block in blocks(name, scratch):
+                if stop.is_set():
+                    return
+                written = files.write(name, done_bytes, block)
+                done_bytes += written
+                advance(written)
+
+    try:
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="export") as pool:
+            try:
+                for worker in as_completed([pool.submit(work) for _ in range(THREADS)]):
+                    worker.result()
+            finally:
+                stop.set()
+    finally:
+        torch.set_num_threads(before)
 
 
 def index_document(
@@ -76,3 +188,28 @@ def index_document(
         "metadata": {"total_size": sum(prod(shape) for shape in shapes.values()) * dtype.itemsize},
         "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
     }
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """What a safetensors file begins with, and where each tensor lies behind it: first byte, and one past the last."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, tuple[int, int]] = {}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offsets[name] = (offset, end)
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded, offsets
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)

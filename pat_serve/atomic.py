@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,34 +85,136 @@ def check_vacant(
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
     """A folder that appears under its name only when the block ends without an error.
 
-    What stands at the target stays until the new folder is complete, and then gives way (see `check_vacant`).
+    What stands at the target when the block begins stays until the new folder is complete, and then gives way (see
+    `check_vacant`). What has come to stand there meanwhile is another process's, and stays. Staging folders that killed
+    processes left behind are deleted first.
+
+    Args:
+        target: the folder.
+        replace: what stands there gives way; else it is another process's, which came after the caller's look at it.
 
     Yields:
         a staging folder on the same file system.
+
+    Raises:
+        OutputExists: another process has written the target meanwhile.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
+    _sweep(target)
+    replaced = _identity(target)
+    if replaced is not None and not replace:
+        raise _taken(target)
+    staging, lock = _locked_staging(target)
     try:
         yield staging
         staging.chmod(0o755)
         sync_tree(staging)
-        if target.exists():
-            # Two renames instead of a delete: a crash between them leaves the old content beside the new.
-            retired = retire(target)
-            try:
-                rename_durably(staging, target)
-            except BaseException:
-                os.replace(retired, target)
-                raise
-            shutil.rmtree(retired)
+        if replaced is None:
+            _rename_to_vacant(staging, target)
+        elif _identity(target) != replaced:
+            raise _taken(target)
         else:
-            rename_durably(staging, target)
+            # The old content is under the staging folder's name now, which a later run sweeps up if this one is killed.
+            _exchange(staging, target)
+            _sync(target.parent)
+            shutil.rmtree(staging, ignore_errors=True)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _locked_staging(target: Path) -> tuple[Path, int]:
+    """A new folder beside the target, and the descriptor whose lock says that its process is alive."""
+    while True:
+        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=_staging_prefix(target)))
+        try:
+            lock = _lock(staging)
+        except (FileNotFoundError, BlockingIOError):
+            continue  # between the two calls another process has taken it for abandoned
+        except OSError:
+            # No locks on this file system: nobody can tell that the folder is in use, so nobody sweeps it up either.
+            return staging, os.open(staging, os.O_RDONLY)
+        if _identity(staging) is not None:
+            return staging, lock
+        os.close(lock)
+
+
+def _sweep(target: Path) -> None:
+    """Delete the target's staging folders whose processes have ended: their locks went with them."""
+    name = re.compile(re.escape(_staging_prefix(target)) + r"[a-z0-9_]{8}")
+    for path in target.parent.iterdir():
+        if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            with suppress(OSError):
+                lock = _lock(path)
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """The descriptor of a folder that is locked until it is closed or the process ends."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _staging_prefix(target: Path) -> str:
+    return f".{target.name}.partial-"
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What makes a folder the same one, whatever its name; None where there is nothing."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _rename_to_vacant(staging: Path, target: Path) -> None:
+    try:
+        # Onto a folder with something in it, rename(2) fails.
+        rename_durably(staging, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise _taken(target) from error
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two names in one step, so that at every moment something complete stands under both.
+
+    Where the file system cannot, in three: a process killed in between leaves the old content under a hidden name.
+    """
+    rename_exchange = 2
+    library = ctypes.CDLL(None, use_errno=True)
+    arguments = (-100, os.fsencode(first.absolute()), -100, os.fsencode(second.absolute()), rename_exchange)
+    if hasattr(library, "renameat2") and library.renameat2(*arguments) == 0:
+        return
+    retired = retire(second)
+    try:
+        os.replace(first, second)
+    except BaseException:
+        os.replace(retired, second)
+        raise
+    os.replace(retired, first)
+
+
+def _taken(target: Path) -> OutputExists:
+    return OutputExists(
+        target,
+        expected="a path that nobody else writes",
+        found="what another process has written there meanwhile",
+        fix="Choose another path, or look at what it has written.",
+    )
 
 
 def retire(folder: Path) -> Path:

@@ -6,9 +6,6 @@ unknown or of the wrong shape is an error of its own.
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +15,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pat_serve.architectures import EMBEDDING, FAMILIES, Family
-from pat_serve.errors import BrokenCheckpoint, ModelError, UnsupportedModel
-from pat_serve.locate import commit_of, locate, read_config
+from pat_serve.errors import ModelError
+from pat_serve.locate import check_plain_folder, commit_of, locate, read_config
 from pat_serve.plan import BaseReference, file_sha256
 from pat_serve.recognize import family_of
+from pat_serve.shards import DTYPES, TensorEntry, broken, read_tensors
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorEntry:
-    """Where a tensor lies and what it is, from a shard's header."""
-
-    shard: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+__all__ = ["DTYPES", "Checkpoint", "TensorEntry", "open_checkpoint", "read_tensor", "tensor_names"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +85,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, as it is stored."""
-        return read_tensor(self.tensors[name].shard, name)
+        return self.tensors[name].read()
 
     def shards(self) -> list[Path]:
         """Its weight files, in order."""
@@ -139,14 +128,11 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
         # A model that is refused by its config alone need not be downloaded.
         family_of(read_config(locate(source, revision, weights=False)), source)
     folder = locate(source, revision)
+    check_plain_folder(folder)
     config = read_config(folder)
-    family = family_of(config, source, [] if config.get("model_type") in FAMILIES else _names(folder, source))
+    family = family_of(config, source, [] if str(config.get("model_type")) in FAMILIES else _names(folder, source))
     _check_config(config, folder)
-    tensors: dict[str, TensorEntry] = {}
-    for shard in _shards(folder, source):
-        for name, entry in _read_header(shard):
-            if not family.ignores(name):
-                tensors[name] = entry
+    tensors = read_tensors(folder, source, family.ignores)
     checkpoint = Checkpoint(
         source=source,
         revision=commit_of(folder) or revision,
@@ -162,65 +148,30 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
 def _names(folder: Path, source: str) -> list[str]:
     """Names of all tensors, or of none when the weights cannot be read."""
     try:
-        return [name for shard in _shards(folder, source) for name, _ in _read_header(shard)]
+        return list(read_tensors(folder, source, lambda _: False))
     except ModelError:
         return []
 
 
-def _shards(folder: Path, source: str) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise _broken(index, "a safetensors index with a weight_map", str(error)) from error
-        for name in names:
-            # A name with a separator could lead out of the folder.
-            if Path(name).name != name or not (folder / name).is_file():
-                raise _broken(index, f"the shard {name} beside it", "no such file")
-        return [folder / name for name in names]
-    if single.is_file():
-        return [single]
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    raise UnsupportedModel(
-        source,
-        expected="model.safetensors, or shards with model.safetensors.index.json",
-        found=f"pickled weights ({pickles[0]})" if pickles else "no weights",
-        fix="Save the model in safetensors format; pickles are never loaded." if pickles else "Copy the model again.",
-    )
-
-
-def _read_header(shard: Path) -> Iterator[tuple[str, TensorEntry]]:
-    """Every tensor of a shard, from its header; the file's length must be what the header says."""
-    size = shard.stat().st_size
-    with shard.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise _broken(shard, "a safetensors file", f"a header of {length} bytes in a file of {size} bytes")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _broken(shard, "a safetensors header", str(error)) from error
-    if size != 8 + length + end:
-        raise _broken(shard, f"{8 + length + end} bytes, as its header says", f"{size} bytes (truncated or damaged)")
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise _broken(shard, f"{name} in {', '.join(DTYPES)}", str(entry["dtype"]))
-        yield name, TensorEntry(shard=shard, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]))
-
-
 def _check_config(config: dict[str, Any], folder: Path) -> None:
     """Everything that training and export read from a config is there, before either begins."""
+    path = folder / "config.json"
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
-        value = config.get(name)
-        if not isinstance(value, int) or value < 1:
-            raise _broken(folder / "config.json", f"{name} as a positive integer", repr(value))
-    if not isinstance(config.get("rms_norm_eps"), int | float):
-        raise _broken(folder / "config.json", "rms_norm_eps as a number", repr(config.get("rms_norm_eps")))
+        if not _is_size(config.get(name)):
+            raise broken(path, f"{name} as a positive integer", f"{config.get(name)!r:.80}")
+    for name in ("head_dim", "num_key_value_heads"):
+        if config.get(name) is not None and not _is_size(config[name]):
+            raise broken(path, f"{name} as a positive integer", f"{config[name]!r:.80}")
+    eps = config.get("rms_norm_eps")
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < 1e30:
+        raise broken(path, "rms_norm_eps as a number that is not negative", f"{eps!r:.80}")
+    if not isinstance(config.get("tie_word_embeddings"), bool | None):
+        raise broken(path, "tie_word_embeddings as true or false", f"{config['tie_word_embeddings']!r:.80}")
+
+
+def _is_size(value: object) -> bool:
+    """True is an int to Python; numbers beyond 2^31 are no sizes of anything here."""
+    return type(value) is int and 0 < value < 2**31
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
@@ -240,17 +191,19 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     for name, entry in checkpoint.tensors.items():
         spec, layer, kind = checkpoint.family.match(name)
         if layer is not None and layer >= checkpoint.num_layers:
-            raise _broken(entry.shard, f"{checkpoint.num_layers} layers, as config.json says", f"the tensor {name}")
+            raise broken(entry.shard, f"{checkpoint.num_layers} layers, as config.json says", f"the tensor {name}")
+        if name != f"{spec.module.format(i=layer)}.{kind}":
+            raise broken(entry.shard, f"{spec.module.format(i=layer)}.{kind}", f"the tensor {name}")
         axes = spec.axes if kind == "weight" else spec.axes[:1]
         shape = tuple(widths[axis.partition(".")[0]] for axis in axes)
         if entry.shape != shape:
-            raise _broken(entry.shard, f"{name} of shape {shape}, by config.json", str(entry.shape))
+            raise broken(entry.shard, f"{name} of shape {shape}, by config.json", str(entry.shape))
+    if checkpoint.num_layers > len(checkpoint.tensors):
+        # Before their names are listed, which for a billion layers would take all memory.
+        found = f"{len(checkpoint.tensors)} tensors"
+        raise broken(checkpoint.folder, f"the tensors of {checkpoint.num_layers} layers, as config.json says", found)
     missing = checkpoint.family.expected_tensors(checkpoint.num_layers, tied=checkpoint.tied) - set(checkpoint.tensors)
     if missing:
         example = sorted(missing)[0]
         more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise _broken(checkpoint.folder, f"the tensor {example}{more}", "no such tensor in its shards")
-
-
-def _broken(path: Path, expected: str, found: str) -> BrokenCheckpoint:
-    return BrokenCheckpoint(path, expected=expected, found=found, fix="Copy or download the model again.")
+        raise broken(checkpoint.folder, f"the tensor {example}{more}", "no such tensor in its shards")

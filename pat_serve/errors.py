@@ -19,8 +19,10 @@
     │   ├── Diverged                       training came to numbers that are not finite
     │   └── EmptyMask                      the gate closed on every channel
     ├── ParityError               exit 1   the exported model is not the trained one
+    ├── HubError                  exit 1   the Hugging Face hub was not reached or refused
     ├── EngineError               exit 1   a vLLM engine did not start, or died
     ├── MissingExtra              exit 1   an optional dependency is not installed
+    ├── DiskFull                  exit 1   an output that does not fit on the disk that is there
     └── TooLarge                  exit 1   a training that cannot fit into the memory that is there
 
 A message always names the object, what was expected, what was found and the way out.
@@ -109,10 +111,16 @@ class EmptyMask(RunError): ...
 class ParityError(PatServeError): ...
 
 
+class HubError(PatServeError): ...
+
+
 class EngineError(PatServeError): ...
 
 
 class MissingExtra(PatServeError): ...
+
+
+class DiskFull(PatServeError): ...
 
 
 class TooLarge(PatServeError): ...

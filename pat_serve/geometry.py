@@ -1,12 +1,13 @@
 """Legal and fast widths of the hidden dimension.
 
 Pure arithmetic: which hidden_size a config class accepts, which ones kernels like, and the nearest of them to what the
-user asked for.
+user asked for. What an exported shape as a whole is good for is in `fitness.py`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from pat_serve.errors import IllegalRatio, IllegalWidth
 
@@ -43,7 +44,10 @@ def width_step(hidden_size: int, num_attention_heads: int, *, hidden_multiple_of
 
 
 def legal_step(num_attention_heads: int, *, hidden_multiple_of_heads: bool) -> int:
-    """Smallest distance between two widths that load at all: 8 (vectorised kernels), and the head count if asked."""
+    """Smallest distance between two widths that load at all: 8 (vectorised kernels), and the head count if asked.
+
+    8: vLLM's CPU kernels for RMSNorm and SiLU refuse a width that is no multiple of their vectors' 8 elements.
+    """
     return math.lcm(8, num_attention_heads) if hidden_multiple_of_heads else 8
 
 
@@ -87,8 +91,22 @@ def snap_ratio(
     return width, not math.isclose(width, wanted)
 
 
-def check_width(width: int, hidden_size: int, num_attention_heads: int, *, hidden_multiple_of_heads: bool) -> int:
+def check_width(
+    width: int,
+    hidden_size: int,
+    num_attention_heads: int,
+    *,
+    hidden_multiple_of_heads: bool,
+    parameters: Callable[[int], int] | None = None,
+) -> int:
     """Check a width that the user named.
+
+    Args:
+        width: K.
+        hidden_size: the base's width D.
+        num_attention_heads: the base's query heads.
+        hidden_multiple_of_heads: the config class wants hidden_size % num_attention_heads == 0.
+        parameters: number of parameters of a model of a width, for the message.
 
     Raises:
         IllegalWidth: not below the base's width, more than 60 % cut, or refused by the config class or the kernels; the
@@ -98,8 +116,7 @@ def check_width(width: int, hidden_size: int, num_attention_heads: int, *, hidde
     lowest = _lowest(hidden_size)
     if width % step == 0 and lowest <= width < hidden_size:
         return width
-    legal = [k for k in range(step, hidden_size, step) if k >= lowest]
-    near = sorted(sorted(legal, key=lambda k: abs(k - width))[:3])
+    near = nearest_widths(width, step, hidden_size)
     reason = f"a multiple of {step}" + (
         f" (8 and the {num_attention_heads} heads)" if hidden_multiple_of_heads and num_attention_heads > 1 else ""
     )
@@ -107,8 +124,25 @@ def check_width(width: int, hidden_size: int, num_attention_heads: int, *, hidde
         "--hidden-size",
         expected=f"{reason} between {lowest} and {hidden_size - 1}",
         found=str(width),
-        fix=f"Nearest legal widths: {', '.join(map(str, near))}." if near else "This base is too narrow to be pruned.",
+        fix=f"Nearest legal widths: {name_widths(near, parameters)}."
+        if near
+        else "This base is too narrow to be pruned.",
     )
+
+
+def nearest_widths(width: int, step: int, hidden_size: int, count: int = 3) -> list[int]:
+    """The multiples of `step` nearest to a width that a cut of at most 60 % leaves, ascending."""
+    legal = [k for k in range(step, hidden_size, step) if k >= _lowest(hidden_size)]
+    return sorted(sorted(legal, key=lambda k: abs(k - width))[:count])
+
+
+def name_widths(widths: list[int], parameters: Callable[[int], int] | None = None) -> str:
+    """ "2848 (4.69 B parameters), 2880 (4.74 B parameters)", or the widths alone."""
+    return ", ".join(f"{k} ({_count(parameters(k))} parameters)" if parameters else str(k) for k in widths)
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M"
 
 
 def _lowest(hidden_size: int) -> int:

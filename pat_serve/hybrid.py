@@ -68,10 +68,12 @@ def fold_rows(weight: Tensor, fold: HybridFold) -> Tensor:
         weight: (D, n) for o_proj and down_proj, (D,) for their biases.
         fold: the operator, in the weight's dtype.
     """
-    moved = weight + fold.l1_DR @ (fold.l0_RD @ weight)
-    return moved * (fold.scale_D[:, None] if weight.dim() == 2 else fold.scale_D)
+    if weight.dim() == 1:
+        return (weight + fold.l1_DR @ (fold.l0_RD @ weight)) * fold.scale_D
+    # One pass over the weight, and one for the scale in place: an export's time is passes over memory.
+    return torch.addmm(weight, fold.l1_DR, fold.l0_RD @ weight).mul_(fold.scale_D[:, None])
 
 
 def fold_columns(embedding_VD: Tensor, fold: HybridFold) -> Tensor:
     """e -> T e for every row e of an embedding table (V, D)."""
-    return (embedding_VD + (embedding_VD @ fold.l0_RD.T) @ fold.l1_DR.T) * fold.scale_D
+    return torch.addmm(embedding_VD, embedding_VD @ fold.l0_RD.T, fold.l1_DR.T).mul_(fold.scale_D)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pat_serve.errors import BrokenCheckpoint, MissingModel, first_line
+from pat_serve.errors import BrokenCheckpoint, MissingModel, UnsupportedModel, first_line
+from pat_serve.strict_json import parse
 
 # What a model needs to be trained, exported and served: no pickles, no code, no other frameworks' weights.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -72,15 +73,61 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         BrokenCheckpoint: it is not a JSON object.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BrokenCheckpoint(
-            path, expected="a JSON object", found=str(error), fix="Copy or download the model again."
-        ) from error
-    if not isinstance(config, dict):
-        raise BrokenCheckpoint(
-            path, expected="a JSON object", found=type(config).__name__, fix="Copy or download the model again."
+    return _read_object(folder / "config.json")
+
+
+def check_plain_folder(folder: Path) -> None:
+    """The folder holds data alone: no code, no call for code, and no file that lies elsewhere.
+
+    Nothing here ever runs a model's own code. But a model that comes with code may be another function than the stock
+    class of its name computes, and then everything that is made from it would be wrong.
+
+    Raises:
+        UnsupportedModel: it has Python files, or a file that asks for some (`auto_map`).
+        BrokenCheckpoint: a file is a link that leads out of the folder.
+    """
+    entries = sorted(folder.iterdir())
+    code = [path.name for path in entries if path.suffix in (".py", ".pyc", ".so")]
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / name).is_file() and "auto_map" in _read_object(folder / name):
+            code.append(f"auto_map in {name}")
+    if code:
+        raise UnsupportedModel(
+            folder,
+            expected="a model that a stock class computes",
+            found=f"code of its own ({code[0]})",
+            fix="If the stock class computes the same, delete the .py files and the auto_map, and try again.",
         )
-    return config
+    check_inside(folder, (path for path in entries if any(path.match(pattern) for pattern in HUB_PATTERNS)))
+
+
+def check_inside(folder: Path, files: Iterable[Path]) -> None:
+    """No file is a link that leads out of its folder, but for a hub snapshot's into the blobs of its own repository.
+
+    Raises:
+        BrokenCheckpoint: one is.
+    """
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    for path in files:
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise BrokenCheckpoint(
+                path,
+                expected="a file in the model's own folder",
+                found=f"a link to {target}",
+                fix="Copy the file to its place, if it is the model's.",
+            )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    fix = "Copy or download the model again."
+    try:
+        document = parse(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BrokenCheckpoint(path, expected="a JSON object", found=first_line(error), fix=fix) from error
+    if not isinstance(document, dict):
+        raise BrokenCheckpoint(path, expected="a JSON object", found=type(document).__name__, fix=fix)
+    return document

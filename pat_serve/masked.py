@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from pat_serve.architectures import HIDDEN
+from pat_serve.checkpoint import Checkpoint
 from pat_serve.hybrid import HybridFold, apply_hybrid
+from pat_serve.layerwise import LayerwiseModel, RotatedWeights, StoredWeights, Weights, meta_model
 from pat_serve.plan import PruningPlan
 from pat_serve.recognize import family_of
-from pat_serve.rotation import rotate_model
+from pat_serve.rotation import rotate_model, untie_head
 from pat_serve.run_folder import ADAPTER_FOLDER
 
 
@@ -46,9 +48,37 @@ def load_masked_model(base_folder: Path, run: Path, plan: PruningPlan, dtype: to
         model = PeftModel.from_pretrained(model, run / ADAPTER_FOLDER, autocast_adapter_dtype=False)
         modules = dict(model.get_base_model().named_modules())
     apply_plan(modules, plan, dtype)
-    model.to(dtype).eval()
+    # Not model.to(dtype): buffers, such as the rotary frequencies, keep their precision whatever the weights' dtype is.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.eval()
     assert isinstance(model, nn.Module)
     return model
+
+
+def open_masked_layerwise(base: Checkpoint, run: Path, plan: PruningPlan, dtype: torch.dtype) -> LayerwiseModel:
+    """The same model for one that does not fit into memory; arguments as for `load_masked_model`."""
+    from peft import PeftModel, load_peft_weights
+    from transformers import AutoConfig
+
+    model = meta_model(AutoConfig.from_pretrained(base.folder, local_files_only=True))
+    weights: Weights = StoredWeights(base)
+    if plan.rotation is not None:
+        weights = RotatedWeights(weights, base.family, plan.rotation)
+        untie_head(model)
+    layerwise = LayerwiseModel(model, weights, dtype)
+    modules = dict(model.named_modules())
+    if plan.adapter:
+        folder = str(run / ADAPTER_FOLDER)
+        wrapped = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False, low_cpu_mem_usage=True).eval()
+        # peft puts an adapter where its linear's weight lies, and that is nowhere yet: the tensors are given by name.
+        stored = load_peft_weights(folder, device="cpu").items()
+        adapter = {f"{name.removesuffix('.weight')}.default.weight": tensor.to(dtype) for name, tensor in stored}
+        unexpected = wrapped.load_state_dict(adapter, strict=False, assign=True).unexpected_keys
+        assert not unexpected, unexpected
+        modules = dict(wrapped.get_base_model().named_modules())
+    apply_plan(modules, plan, dtype)
+    return layerwise
 
 
 def apply_plan(modules: dict[str, nn.Module], plan: PruningPlan, dtype: torch.dtype) -> None:
@@ -57,9 +87,11 @@ def apply_plan(modules: dict[str, nn.Module], plan: PruningPlan, dtype: torch.dt
     Args:
         modules: the model's modules by dotted name, without any wrapper's prefix.
         plan: gives the operators and the kept channels of the hidden axis.
-        dtype: of the operators.
+        dtype: of the model. The operators keep float32 at least: rounded to bfloat16, a scale near 1 would move in
+            steps of 0.004, and that is no rounding that an export has.
     """
     cut = plan.axes[HIDDEN]
+    dtype = torch.promote_types(dtype, torch.float32)
     gate_D = torch.zeros(cut.width, dtype=dtype).index_fill_(0, cut.kept, 1.0)
     for site, fold in plan.folds.items():
         modules[site].register_forward_hook(partial(_hook, fold=fold.to(dtype), gate_D=gate_D))

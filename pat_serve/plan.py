@@ -11,20 +11,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pydantic
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pat_serve.atomic import rename_durably, write_text
-from pat_serve.errors import BrokenPlan, first_line
+from pat_serve.errors import BrokenCheckpoint, BrokenPlan, first_line
 from pat_serve.hybrid import HybridFold
+from pat_serve.shards import DTYPES, TensorEntry, read_header
+from pat_serve.strict_json import parse
 
 PLAN_JSON = "plan.json"
 PLAN_ARRAYS = "plan.safetensors"
+_DTYPES = DTYPES | {"I64": torch.int64}
+_FLOATS = frozenset(DTYPES.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,8 @@ class PruningPlan:
         method: name of the training method.
         base: the model that the indices refer to.
         axes: kept indices by axis name (`hidden`, `layers`, `ffn.{i}`, `heads.{i}`); an axis without a line is whole.
-        folds: operators by the dotted name of the module that they follow.
+        folds: operators by the dotted name of the module that they follow. A loaded plan's are read from disk when
+            they are asked for: those of a large model are gigabytes.
         rotation: orthogonal Q (D, D) that the base's residual stream is turned by before anything else is applied;
             axes, folds and adapter refer to the turned stream. None where it stays as it is.
         adapter: SHA-256 by file name of the LoRA adapter in `adapter/` that is to be merged before folding; empty for
@@ -78,7 +84,7 @@ class PruningPlan:
     method: str
     base: BaseReference
     axes: dict[str, AxisCut] = field(default_factory=dict)
-    folds: dict[str, HybridFold] = field(default_factory=dict)
+    folds: Mapping[str, HybridFold] = field(default_factory=dict)
     rotation: Tensor | None = None
     adapter: dict[str, str] = field(default_factory=dict)
 
@@ -116,38 +122,118 @@ class PruningPlan:
         Raises:
             BrokenPlan: a file is missing, damaged or contradicts the other.
         """
+        path = folder / PLAN_JSON
         try:
-            document = _Document.model_validate_json((folder / PLAN_JSON).read_text(encoding="utf-8"))
+            document = _Document.model_validate(parse(path.read_bytes()))
         except (OSError, ValueError) as error:
-            raise _broken(folder / PLAN_JSON, "a plan of version 1", first_line(error)) from error
+            raise _broken(path, "a plan of version 1", first_line(error)) from error
         path = folder / PLAN_ARRAYS
         if not path.is_file():
             raise _broken(path, "the plan's arrays", "no such file")
         if file_sha256(path) != document.arrays_sha256:
             raise _broken(path, f"the file that {PLAN_JSON} names by its SHA-256", "another content")
-        arrays = load_file(path)
-        axes = {name: AxisCut(width=axis.width, kept=arrays[f"axes.{name}"]) for name, axis in document.axes.items()}
-        for name, cut in axes.items():
-            kept = cut.kept
-            in_order = len(kept) > 0 and bool((kept[1:] > kept[:-1]).all())
-            if not in_order or int(kept[0]) < 0 or int(kept[-1]) >= cut.width or len(kept) != document.axes[name].kept:
-                raise _broken(path, f"ascending indices below {cut.width} for the axis {name}", "other ones")
-        folds = {
-            site: HybridFold(
-                l0_RD=arrays[f"folds.{site}.l0"],
-                l1_DR=arrays[f"folds.{site}.l1"],
-                scale_D=arrays[f"folds.{site}.scale"],
-            )
-            for site in document.folds
-        }
+        try:
+            entries = read_header(path, _DTYPES)
+        except BrokenCheckpoint as error:
+            raise _broken(path, error.expected, error.found) from error
+        axes = {name: _read_axis(path, name, axis, entries) for name, axis in document.axes.items()}
+        folds = _StoredFolds(path, document.folds, entries)
+        rotation = _stored(path, "rotation", entries, (None, None)).read() if document.rotated else None
+        expected = {*(f"axes.{name}" for name in axes), *folds.arrays(), *(["rotation"] if document.rotated else [])}
+        if set(entries) != expected:
+            difference = sorted(set(entries) ^ expected)[0]
+            raise _broken(path, f"the arrays that {PLAN_JSON} names and no others", f"a difference: {difference}")
+        folds.check()
+        if rotation is not None:
+            _check_rotation(path, rotation)
         return PruningPlan(
             method=document.method,
             base=document.base,
             axes=axes,
             folds=folds,
-            rotation=arrays["rotation"] if document.rotated else None,
+            rotation=rotation,
             adapter=document.adapter,
         )
+
+
+class _StoredFolds(Mapping[str, HybridFold]):
+    """The operators in a plan.safetensors, each read when it is asked for."""
+
+    def __init__(self, path: Path, sites: list[str], entries: dict[str, TensorEntry]) -> None:
+        self._path = path
+        self._sites = dict.fromkeys(sites)
+        self._entries = entries
+
+    def __getitem__(self, site: str) -> HybridFold:
+        if site not in self._sites:
+            raise KeyError(site)
+        l0, l1, scale = (self._entries[name].read() for name in self._names(site))
+        return HybridFold(l0_RD=l0, l1_DR=l1, scale_D=scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def arrays(self) -> list[str]:
+        """Names of all arrays."""
+        return [name for site in self._sites for name in self._names(site)]
+
+    def check(self) -> None:
+        """Every operator is there, of matching shapes and finite; one is in memory at a time."""
+        for site in self._sites:
+            names = self._names(site)
+            scale = _stored(self._path, names[2], self._entries, (None,))
+            l0 = _stored(self._path, names[0], self._entries, (None, scale.shape[0]))
+            _stored(self._path, names[1], self._entries, l0.shape[::-1])
+            for name in names:
+                _check_finite(self._path, name, self._entries[name].read())
+
+    @staticmethod
+    def _names(site: str) -> list[str]:
+        return [f"folds.{site}.{part}" for part in ("l0", "l1", "scale")]
+
+
+def _stored(path: Path, name: str, entries: dict[str, TensorEntry], shape: tuple[int | None, ...]) -> TensorEntry:
+    """An array of floats of this shape; None stands for any length."""
+    entry = entries.get(name)
+    if entry is None:
+        raise _broken(path, f"the array {name}", "no such array")
+    fits = len(entry.shape) == len(shape) and all(
+        want in (None, has) for want, has in zip(shape, entry.shape, strict=True)
+    )
+    if not fits or entry.dtype not in _FLOATS:
+        raise _broken(path, f"{name} as floats", f"{entry.dtype}")
+    return entry
+
+
+def _read_axis(path: Path, name: str, axis: _Axis, entries: dict[str, TensorEntry]) -> AxisCut:
+    entry = entries.get(f"axes.{name}")
+    if entry is None or entry.dtype != torch.int64 or len(entry.shape) != 1:
+        raise _broken(path, f"int64 indices for the axis {name}", "none" if entry is None else f"{entry.dtype}")
+    kept = entry.read()
+    in_order = len(kept) == axis.kept and bool((kept[1:] > kept[:-1]).all())
+    if not in_order or int(kept[0]) < 0 or int(kept[-1]) >= axis.width:
+        raise _broken(path, f"ascending indices below {axis.width} for the axis {name}", "other ones")
+    return AxisCut(width=axis.width, kept=kept)
+
+
+def _check_finite(path: Path, name: str, values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise _broken(path, f"finite numbers in {name}", "NaN or infinity")
+
+
+def _check_rotation(path: Path, rotation: Tensor) -> None:
+    """A matrix that is not orthogonal changes the model, and the parity gate applies the same one."""
+    _check_finite(path, "rotation", rotation)
+    width = len(rotation)
+    if rotation.shape != (width, width):
+        raise _broken(path, "a square rotation", f"shape {tuple(rotation.shape)}")
+    probe = torch.randn(width, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(rotation.dtype)
+    back = rotation.T @ (rotation @ probe)
+    if float((back - probe).abs().max()) > 1e-2:
+        raise _broken(path, "an orthogonal rotation", "another matrix")
 
 
 class _Axis(pydantic.BaseModel):

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Make a virtual environment from the hashed lock and install this package into it, editable.
 #   requirements/setup.sh PYTHON VENV
+#   requirements/setup.sh PYTHON VENV LOCK    another lock's packages, without this one
 # torch's CPU wheel is tried from the configured index and wheel folders first; elsewhere it comes from PyTorch's own
 # CPU index. The lock's hash holds for either.
 set -euo pipefail
-python=$1 venv=$2
-lock=requirements/cpu.lock
+python=$1 venv=$2 lock=${3:-requirements/cpu.lock}
 torch_index=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 
 command -v "$python" >/dev/null || python=python3
@@ -28,4 +28,4 @@ echo "setup: torch, then $(grep -cE '^[a-z0-9].*==' "$lock") locked packages (so
   || "${pip[@]}" install "${quiet[@]}" --index-url "$torch_index" -r "$torch" \
   || { echo "setup: the configured index had said:" >&2; cat "$first_try" >&2; exit 1; }
 "${pip[@]}" install "${quiet[@]}" -r "$lock"
-"${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
+[[ $# -gt 2 ]] || "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .

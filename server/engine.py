@@ -286,7 +286,9 @@ def offline_llm(
     )
 
 
-def submit(llm: Any, request_id: str, prompt: Sequence[int], *, output_tokens: int) -> None:
+def submit(
+    llm: Any, request_id: str, prompt: Sequence[int], *, output_tokens: int, prompt_logprobs: int | None = None
+) -> None:
     """Queue one request of a `offline_llm`: greedy, of exactly so many tokens, which are not turned into text.
 
     Not through LLM.enqueue, which reports a request only when it has finished: its steps would stay unseen.
@@ -294,5 +296,11 @@ def submit(llm: Any, request_id: str, prompt: Sequence[int], *, output_tokens: i
     from vllm import SamplingParams
     from vllm.inputs.engine import tokens_input
 
-    sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=output_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=prompt_logprobs,
+    )
     llm.llm_engine.add_request(request_id, tokens_input(list(prompt)), sampling)

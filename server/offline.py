@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from pat_serve.scores import LISTED_TOKENS, ListedScores, ScoreRequest, Scores
 from pat_serve.server.engine import offline_llm, submit
 from pat_serve.server.trace import BatchTrace
 
@@ -52,6 +53,30 @@ class OfflineEngine:
         trace = self._batch.trace()
         self._batch = None
         return trace
+
+    def score(self, request: ScoreRequest) -> Scores:
+        """Judge prompts and continue others, all at once."""
+        assert self._batch is None, "the last batch is not finished"
+        for i, prompt in enumerate(request.prompts):
+            submit(self._llm, f"judged-{i}", prompt, output_tokens=1, prompt_logprobs=LISTED_TOKENS)
+        for i, prompt in enumerate(request.continued):
+            submit(self._llm, f"continued-{i}", prompt, output_tokens=request.new_tokens)
+        done: dict[str, Any] = {}
+        while self._llm.llm_engine.has_unfinished_requests():
+            done |= {output.request_id: output for output in self._llm.llm_engine.step() if output.finished}
+        return Scores(
+            prompts=[_listed(done[f"judged-{i}"].prompt_logprobs[1:]) for i in range(len(request.prompts))],
+            continuations=[list(done[f"continued-{i}"].outputs[0].token_ids) for i in range(len(request.continued))],
+        )
+
+
+def _listed(positions: Sequence[Any]) -> ListedScores:
+    """vLLM's dictionaries, one a position, from the second on: the first token is predicted by nothing."""
+    ranked = [sorted(position.items(), key=lambda item: item[1].rank) for position in positions]
+    return ListedScores(
+        token_ids=[[token for token, _ in position] for position in ranked],
+        logprobs=[[score.logprob for _, score in position] for position in ranked],
+    )
 
 
 class _Batch:

@@ -14,7 +14,7 @@ import time
 import traceback
 
 from pat_serve.server.offline import OfflineEngine
-from pat_serve.server.worker_protocol import Command, Decode, Failed, Prefill, Ready, Start, Stepped
+from pat_serve.server.worker_protocol import Command, Decode, Failed, Prefill, Ready, Score, Scored, Start, Stepped
 
 
 def main() -> None:
@@ -42,11 +42,13 @@ class _Worker:
     def __init__(self) -> None:
         self._engine: OfflineEngine | None = None
 
-    def obey(self, command: Start | Prefill | Decode) -> Ready | Stepped | Failed:
+    def obey(self, command: Start | Prefill | Decode | Score) -> Ready | Stepped | Scored | Failed:
         try:
             if isinstance(command, Start):
                 return self._start(command)
             assert self._engine is not None, "the first command must be start"
+            if isinstance(command, Score):
+                return Scored(scores=self._engine.score(command.request))
             if isinstance(command, Prefill):
                 self._engine.prefill(command.prompts, output_tokens=command.output_tokens)
             else:

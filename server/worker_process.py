@@ -18,8 +18,9 @@ import psutil
 
 from pat_serve.errors import EngineError
 from pat_serve.hardware import compute_cores
+from pat_serve.scores import ScoreRequest, Scores
 from pat_serve.server.trace import BatchTrace
-from pat_serve.server.worker_protocol import Decode, Failed, Prefill, Ready, Reply, Start, Stepped
+from pat_serve.server.worker_protocol import Decode, Failed, Prefill, Ready, Reply, Score, Scored, Start, Stepped
 
 START_TIMEOUT_S = 3600.0
 STEP_TIMEOUT_S = 3600.0
@@ -94,7 +95,13 @@ class EngineProcess:
         """Make at most so many steps; returns and raises as `prefill` does."""
         return self._step(Decode(steps=steps))
 
-    def send(self, command: Start | Prefill | Decode) -> None:
+    def score(self, request: ScoreRequest) -> Scores:
+        """Judge prompts and continue others; raises as `prefill` does."""
+        reply = self._ask(Score(request=request))
+        assert isinstance(reply, Scored)
+        return reply.scores
+
+    def send(self, command: Start | Prefill | Decode | Score) -> None:
         """Give it a command; `poll` takes the answer.
 
         Raises:
@@ -106,7 +113,7 @@ class EngineProcess:
         except BrokenPipeError:
             raise self._death() from None
 
-    def poll(self, timeout_s: float) -> Ready | Stepped | None:
+    def poll(self, timeout_s: float) -> Ready | Stepped | Scored | None:
         """Its answer, or None if there is none within the time.
 
         Raises:
@@ -150,12 +157,16 @@ class EngineProcess:
         )
 
     def _step(self, command: Prefill | Decode) -> BatchTrace | None:
+        reply = self._ask(command)
+        assert isinstance(reply, Stepped)
+        return reply.trace
+
+    def _ask(self, command: Prefill | Decode | Score) -> Ready | Stepped | Scored:
         self.send(command)
         reply = self.poll(STEP_TIMEOUT_S)
         if reply is None:
             raise self.error("an answer", f"none within {STEP_TIMEOUT_S:.0f} s")
-        assert isinstance(reply, Stepped)
-        return reply.trace
+        return reply
 
     def _death(self) -> EngineError:
         # WNOWAIT leaves a zombie that holds the group's number, so that `kill` cannot hit a stranger's group.

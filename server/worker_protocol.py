@@ -1,4 +1,4 @@
-"""What a benchmark's parent and its engine processes say to each other: JSON lines on two private pipes."""
+"""What a parent and its engine processes say to each other: JSON lines on two private pipes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from pat_serve.scores import ScoreRequest, Scores
 from pat_serve.server.trace import BatchTrace
 
 
@@ -43,6 +44,13 @@ class Decode(_Message):
     steps: int
 
 
+class Score(_Message):
+    """Judge prompts and continue others. Answered by `Scored` or `Failed`."""
+
+    kind: Literal["score"] = "score"
+    request: ScoreRequest
+
+
 class Ready(_Message):
     """The engine can run."""
 
@@ -58,6 +66,13 @@ class Stepped(_Message):
     trace: BatchTrace | None
 
 
+class Scored(_Message):
+    """The judgement."""
+
+    kind: Literal["scored"] = "scored"
+    scores: Scores
+
+
 class Failed(_Message):
     """The command raised; the traceback is in the worker's log."""
 
@@ -65,9 +80,9 @@ class Failed(_Message):
     error: str
 
 
-Command: TypeAdapter[Start | Prefill | Decode] = TypeAdapter(
-    Annotated[Start | Prefill | Decode, Field(discriminator="kind")]
+Command: TypeAdapter[Start | Prefill | Decode | Score] = TypeAdapter(
+    Annotated[Start | Prefill | Decode | Score, Field(discriminator="kind")]
 )
-Reply: TypeAdapter[Ready | Stepped | Failed] = TypeAdapter(
-    Annotated[Ready | Stepped | Failed, Field(discriminator="kind")]
+Reply: TypeAdapter[Ready | Stepped | Scored | Failed] = TypeAdapter(
+    Annotated[Ready | Stepped | Scored | Failed, Field(discriminator="kind")]
 )

@@ -14,54 +14,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pat_serve.atomic import write_text
-from pat_serve.checkpoint import open_checkpoint
 from pat_serve.errors import ParityError
 from pat_serve.export import exporter
 from pat_serve.export.exporter import export_run
-from pat_serve.export.parity import compare_logits
+from pat_serve.export.figures import TOLERANCES, Figures, HeldLogits, compare_greedy, compare_logits
+from pat_serve.export.listed import compare_listed
+from pat_serve.export.parity import measure_parity
 from pat_serve.export.reader import open_run
 from pat_serve.hybrid import HybridFold
+from pat_serve.layerwise import LayerwiseModel
 from pat_serve.masked import load_masked_model
-from pat_serve.plan import AxisCut, PruningPlan, file_sha256
-from tests.tiny_models import save_tiny_llama, tiny_llama
-
-PROMPT = torch.randint(384, (3, 40), generator=torch.Generator().manual_seed(5))
-
-
-def random_run(folder: Path, base: Path, *, width: int = 48, scale_spread: float = 0.2) -> Path:
-    """A run with a random plan and a random adapter: nothing in it is near its starting value."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(3)
-    checkpoint = open_checkpoint(str(base))
-    D, R = checkpoint.hidden_size, 8
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=checkpoint.dtype)
-    model = get_peft_model(
-        model,
-        LoraConfig(r=4, lora_alpha=8, target_modules=checkpoint.family.lora_targets()),
-        autocast_adapter_dtype=False,
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    folder.mkdir(parents=True)
-    model.save_pretrained(folder / "adapter")
-    kept = torch.randperm(D)[:width].sort().values
-    folds = {
-        site: HybridFold(
-            l0_RD=torch.randn(R, D, dtype=checkpoint.dtype) / D**0.5,
-            l1_DR=torch.randn(D, R, dtype=checkpoint.dtype) / D**0.5,
-            scale_D=1 + scale_spread * torch.randn(D, dtype=checkpoint.dtype),
-        )
-        for site in checkpoint.family.residual_writers(checkpoint.num_layers)
-    }
-    axes = {"hidden": AxisCut(width=D, kept=kept)}
-    write_text(folder / "recipe.yaml", "method: pat\n")
-    write_text(folder / "parity_prompts.jsonl", json.dumps({"token_ids": PROMPT[0].tolist()}) + "\n")
-    adapter = {path.name: file_sha256(path) for path in (folder / "adapter").glob("adapter_*")}
-    PruningPlan(method="pat", base=checkpoint.reference(), axes=axes, folds=folds, adapter=adapter).save(folder)
-    return folder
+from pat_serve.plan import PruningPlan
+from pat_serve.scores import ListedScores
+from tests.random_runs import PROMPT, random_run
+from tests.tiny_models import save_tiny_family, save_tiny_llama, tiny_llama
 
 
 def both_logits(run_folder: Path, exported: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,8 +99,8 @@ def test_the_gate_refuses_a_wrong_rewriting(
     """Damage one tensor between writing and checking; nothing may be left behind."""
     write = exporter._write_model
 
-    def write_damaged(run, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
-        write(run, folder, dtype, max_shard_bytes)
+    def write_damaged(run, folder: Path, dtype: torch.dtype, max_shard_bytes: int, runs_in=None) -> None:
+        write(run, folder, dtype, max_shard_bytes, runs_in)
         tensors = load_file(folder / "model.safetensors")
         tensors[name] = change(tensors[name])
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -243,10 +209,121 @@ def test_stock_transformers_loads_it_without_this_package(finished_run: Path, tm
 def test_compare_logits_figures():
     trained = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     exported = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-    parity = compare_logits(trained, exported, torch.float32, prompts=1)
-    assert parity.max_abs == 1.0
-    assert parity.top1_agreement == 0.5
+    figures = compare_logits(HeldLogits(values_PV=trained), HeldLogits(values_PV=exported))
+    assert figures.max_abs == 1.0
+    assert figures.logits_std == pytest.approx(trained.std().item())
+    assert figures.top1_agreement == 0.5
     # KL between (p, 1-p) and (1-p, p) with p = sigmoid(1) is (2p - 1) * 1, over two positions of which one differs.
-    assert parity.mean_kl_nats == pytest.approx((2 * torch.sigmoid(torch.tensor(1.0)).item() - 1) / 2, rel=1e-6)
-    assert not parity.passed
-    assert not dataclasses.replace(parity, max_abs_over_std=float("nan"), mean_kl_nats=0.0, top1_agreement=1.0).passed
+    assert figures.mean_kl_nats == pytest.approx((2 * torch.sigmoid(torch.tensor(1.0)).item() - 1) / 2, rel=1e-6)
+    tolerance = TOLERANCES[torch.float32]
+    assert not figures.within(tolerance)
+    right = dataclasses.replace(figures, max_abs_over_std=0.0, mean_kl_nats=0.0, top1_agreement=1.0)
+    assert right.within(tolerance)
+    assert not dataclasses.replace(right, max_abs_over_std=float("nan")).within(tolerance)
+
+
+@pytest.mark.parametrize("variant", ["rotated, with a head's adapter", "tied", "Gemma, tied", "Qwen2", "Phi-3"])
+def test_layer_by_layer_gives_the_same_figures(variant: str, tmp_path: Path):
+    """Two ways to compute each model; one that lost an operator, an adapter or a row would give other figures."""
+    if variant == "rotated, with a head's adapter":
+        base = save_tiny_llama(tmp_path / "base")
+        every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+        run_folder = random_run(tmp_path / "run", base, lora={"target_modules": every}, save_embedding_layers=False)
+        rotation = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64)).Q
+        dataclasses.replace(PruningPlan.load(run_folder), rotation=rotation).save(run_folder)
+    elif variant == "tied":
+        run_folder = random_run(tmp_path / "run", save_tiny_llama(tmp_path / "base", tie_word_embeddings=True))
+    else:
+        model_type = variant.split(",")[0].lower().replace("-", "")
+        run_folder = random_run(tmp_path / "run", save_tiny_family(tmp_path / "base", model_type))
+    plan = PruningPlan.load(run_folder)
+    if "tied" in variant:
+        fold = plan.folds["model.embed_tokens"]
+        diagonal = HybridFold(l0_RD=fold.l0_RD[:0], l1_DR=fold.l1_DR[:, :0], scale_D=fold.scale_D.clamp(min=0.5))
+        dataclasses.replace(plan, folds=plan.folds | {"model.embed_tokens": diagonal}).save(run_folder)
+    out = export_run(run_folder, tmp_path / "out", dtype="bfloat16", parity=False).out
+    run = open_run(run_folder)
+    loaded, walked = (measure_parity(run, out, torch.bfloat16, walk=walk) for walk in (False, True))
+    assert not loaded.layerwise
+    assert walked.layerwise
+    assert loaded.passed
+    assert walked.passed
+    for first, second in zip(loaded.comparisons, walked.comparisons, strict=True):
+        assert (first.model, first.dtype) == (second.model, second.dtype)
+        if first.dtype == "float32":
+            # The first comparison's figures are additions in another order, and nothing but those.
+            close = {"abs": 1e-5} if first.figures.max_abs_over_std < 1e-4 else {"rel": 1e-2}
+            assert second.figures.max_abs_over_std == pytest.approx(first.figures.max_abs_over_std, **close)
+            assert second.figures.logits_std == pytest.approx(first.figures.logits_std, rel=1e-5)
+
+
+def test_a_model_that_does_not_fit_is_walked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Never more than one layer's weights, the rows of the embedding and a block of the head."""
+    base = save_tiny_llama(tmp_path / "base", num_hidden_layers=4)
+    run = random_run(tmp_path / "run", base)
+    held: list[int] = []
+    fetch = LayerwiseModel._fetch
+
+    def watch(self: LayerwiseModel, *arguments: object, **settings: object) -> None:
+        fetch(self, *arguments, **settings)
+        linears = [m for m in self.model.model.layers.modules() if type(m) is torch.nn.Linear and m.bias is None]
+        own = [m for m in linears if m.out_features > 8 and m.in_features > 8]
+        held.append(sum(m.weight.device.type != "meta" for m in own))
+
+    monkeypatch.setattr(LayerwiseModel, "_fetch", watch)
+    monkeypatch.setattr("pat_serve.export.models.available_memory_bytes", lambda: 1 << 20)
+    done = export_run(run, tmp_path / "out")
+    assert done.parity is not None
+    assert done.parity.layerwise
+    assert done.parity.max_abs_over_std < 1e-5
+    # Seven linears a layer.
+    assert max(held) == 7
+
+
+@pytest.mark.parametrize("walk", [False, True])
+def test_a_wrong_rewriting_is_refused_layer_by_layer_too(walk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pat_serve.export.narrow.narrow_eps", lambda eps, cut: eps)
+    run = random_run(tmp_path / "run", save_tiny_llama(tmp_path / "base", rms_norm_eps=1e-3))
+    with pytest.raises(ParityError, match="Nothing was exported"):
+        export_run(run, tmp_path / "out", walk=walk)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_greedy_text_may_part_at_a_tie_only():
+    trained = [[1, 2, 0]]
+    logits = [torch.tensor([[0.0, 9.0, 1.0], [0.0, 5.0, 5.0 + 1e-5], [9.0, 0.0, 0.0]])]
+    tolerance = TOLERANCES[torch.float32]
+
+    def compare(other: list[int]) -> tuple[int, bool]:
+        found = compare_greedy(trained, logits, [other], logits_std=1.0, tolerance=tolerance)
+        return found.equal, found.passed
+
+    assert compare([1, 2, 0]) == (1, True)
+    assert compare([1, 1, 2]) == (0, True)  # what comes after a tie has another prompt
+    assert compare([1, 0, 0]) == (0, False)
+    assert compare([1, 2, 1]) == (0, False)
+
+
+def test_listed_logprobs_give_the_figures_of_all():
+    """With the whole vocabulary listed nothing is lost; with a part the KL is never larger."""
+    generator = torch.Generator().manual_seed(0)
+    trained, other = (torch.randn(9, 3000, generator=generator) for _ in range(2))
+    other = trained + 0.1 * other
+    prompts = [[1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    kept = torch.tensor([0, 1, 2, 4, 5, 6, 7])
+    whole = compare_logits(HeldLogits(values_PV=trained[kept]), HeldLogits(values_PV=other[kept]))
+
+    def listed(count: int) -> Figures:
+        logprobs, ids = other.log_softmax(-1).double().sort(descending=True)
+        scores = [
+            ListedScores(token_ids=ids[at, :count].tolist(), logprobs=logprobs[at, :count].tolist())
+            for at in (slice(0, 3), slice(4, 8))
+        ]
+        return compare_listed(HeldLogits(values_PV=trained), prompts, scores, whole.logits_std)
+
+    everything, few = listed(3000), listed(20)
+    assert everything.positions == few.positions == 7
+    assert everything.mean_kl_nats == pytest.approx(whole.mean_kl_nats, rel=1e-4)
+    assert everything.top1_agreement == few.top1_agreement == whole.top1_agreement
+    assert 0 < few.mean_kl_nats < whole.mean_kl_nats
+    assert few.max_abs_over_std <= everything.max_abs_over_std

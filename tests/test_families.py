@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pat_serve.architectures import EMBEDDING, FAMILIES, HEAD, HIDDEN
 from pat_serve.checkpoint import open_checkpoint
-from pat_serve.errors import BrokenPlan, UsageError
+from pat_serve.errors import BrokenPlan, PatServeError, UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.export.reader import open_run
 from pat_serve.hybrid import LEAST_SCALE, HybridFold
@@ -24,7 +24,8 @@ from pat_serve.rotation import rotate_model
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.run import resume, start
 from tests.conftest import tiny_recipe
-from tests.test_export_parity import PROMPT, both_logits, random_run
+from tests.random_runs import PROMPT, random_run
+from tests.test_export_parity import both_logits
 from tests.tiny_models import save_tiny_family
 
 # A large eps shows a norm that was forgotten; 1e-5 would hide it.
@@ -171,10 +172,84 @@ def test_a_rotation_keeps_the_function_and_exports(name: str, tmp_path: Path, fl
     assert (wide - narrow).abs().max() < 1e-8
 
 
+SUBSETS = {
+    "attention's queries": ["q_proj"],
+    "one writer": ["down_proj"],
+    "the MLP's readers": ["gate_proj", "up_proj"],
+    "one module of one layer": r".*layers\.1\.self_attn\.o_proj",
+    "all": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "subset"),
+    [
+        ("Llama 3.2, tied", "bfloat16", "attention's queries"),
+        ("Mistral", "float16", "one writer"),
+        ("Qwen2.5", "bfloat16", "the MLP's readers"),
+        ("Qwen3", "float16", "one module of one layer"),
+        ("Gemma", "bfloat16", "one writer"),
+        ("Phi-3", "float16", "all"),
+    ],
+)
+def test_16_bit_files_of_every_family_with_lora_on_any_linears(name: str, dtype: str, subset: str, tmp_path: Path):
+    """benchmarks/parity_table.py has every family in every dtype."""
+    targets = SUBSETS[subset]
+    lora = {"target_modules": targets} if targets else {}
+    done = export_run(
+        random_run(tmp_path / "run", make_base(tmp_path / "base", name), lora=lora), tmp_path / "out", dtype=dtype
+    )
+    assert done.parity is not None
+    exact, files, floor, own = done.parity.comparisons
+    assert [c.dtype for c in done.parity.comparisons] == ["float32", "float32", dtype, dtype]
+    assert exact.figures.max_abs_over_std < 2e-5
+    assert exact.greedy.equal == exact.greedy.prompts
+    # Rounding moves a logit, and as far as the trained model's own does.
+    assert 1e-4 < files.figures.max_abs_over_std < 0.3
+    assert own.figures.mean_kl_nats < 9 * floor.figures.mean_kl_nats
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1, 2]},
+        {"lora_bias": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"layer_replication": [(0, 2), (1, 2)]},
+        {"alora_invocation_tokens": [1]},
+        # These change the base before the training begins; the adapter alone is an update of another model.
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ],
+    ids=lambda lora: next(iter(lora)),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_other_adapters_are_refused(lora: dict[str, Any], tmp_path: Path):
+    run = random_run(tmp_path / "run", save_tiny_family(tmp_path / "base", "llama"), lora=lora)
+    with pytest.raises(PatServeError, match=r"expected .* found"):
+        export_run(run, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+
+
+def test_a_rank_stabilized_adapter_is_merged_by_its_own_scaling(tmp_path: Path):
+    run = random_run(
+        tmp_path / "run", make_base(tmp_path / "base", "Mistral"), lora={"use_rslora": True, "lora_alpha": 3}
+    )
+    done = export_run(run, tmp_path / "out")
+    assert done.parity is not None
+    assert done.parity.max_abs_over_std < 2e-5
+
+
 def make_embedding_diagonal(run: Path, scale_D: torch.Tensor) -> None:
     plan = PruningPlan.load(run)
     nothing = torch.zeros(0, 64, dtype=scale_D.dtype)
-    plan.folds[EMBEDDING] = HybridFold(l0_RD=nothing, l1_DR=nothing.T, scale_D=scale_D)
+    diagonal = HybridFold(l0_RD=nothing, l1_DR=nothing.T, scale_D=scale_D)
+    plan = dataclasses.replace(plan, folds={**plan.folds, EMBEDDING: diagonal})
     plan.save(run)
 
 

@@ -1,9 +1,25 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
-from pat_serve.errors import IllegalRatio, IllegalWidth
-from pat_serve.geometry import check_width, granule, snap_ratio
+from pat_serve.checkpoint import open_checkpoint
+from pat_serve.errors import IllegalRatio, IllegalWidth, UsageError
+from pat_serve.export.exporter import export_run
+from pat_serve.export.fit import parse_degrees
+from pat_serve.fitness import (
+    CPU_HEAD_DIMS,
+    Shape,
+    cautions,
+    group_sizes,
+    shape_of,
+    tensor_parallel_degrees,
+    tensor_parallel_obstacles,
+)
+from pat_serve.geometry import check_width, granule, legal_step, snap_ratio
+from tests.tiny_models import save_tiny_llama, tiny_llama
 
 
 @pytest.mark.parametrize(("hidden", "expected"), [(8192, 256), (4096, 256), (2048, 128), (1024, 64), (256, 16)])
@@ -56,3 +72,141 @@ def test_an_illegal_width_names_the_nearest():
 def test_widths_outside_the_range(width: int):
     with pytest.raises(IllegalWidth, match="between 1639 and 4095"):
         check_width(width, 4096, 32, hidden_multiple_of_heads=True)
+
+
+LLAMA2_7B = Shape(
+    hidden_size=4096, num_attention_heads=32, num_key_value_heads=32, head_dim=128, ffn=11008, vocab=32000,
+    hidden_multiple_of_heads=True, parameters_per_channel=1_645_121, other_parameters=0,
+)  # fmt: skip
+LLAMA3_8B = dataclasses.replace(LLAMA2_7B, num_key_value_heads=8, ffn=14336, vocab=128256)
+QWEN2_HALF_B = dataclasses.replace(
+    LLAMA2_7B, hidden_size=896, num_attention_heads=14, num_key_value_heads=2, head_dim=64, ffn=4864, vocab=151936
+)
+
+
+def test_an_illegal_width_names_the_parameters_of_the_nearest():
+    with pytest.raises(IllegalWidth, match=r"2848 \(4.69 B parameters\), 2880 \(4.74 B parameters\), 2912"):
+        check_width(2868, 4096, 32, hidden_multiple_of_heads=True, parameters=LLAMA2_7B.parameters)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("width", [64, 48, 32])
+def test_parameter_counts_are_those_of_the_model(tied: bool, width: int, tmp_path: Path):
+    settings = {"attention_bias": True, "tie_word_embeddings": tied}
+    base = open_checkpoint(str(save_tiny_llama(tmp_path, **settings)))
+    cut = tiny_llama(hidden_size=width, **settings)
+    assert shape_of(base).parameters(width) == sum(parameter.numel() for parameter in cut.parameters())
+    untied = tiny_llama(hidden_size=width, **(settings | {"tie_word_embeddings": False}))
+    if tied:
+        expected = sum(parameter.numel() for parameter in untied.parameters())
+        assert shape_of(base, unties_head=True).parameters(width) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "degrees"),
+    [
+        (LLAMA2_7B, [1, 2, 4, 8, 16, 32]),
+        (LLAMA3_8B, [1, 2, 4, 8, 16, 32]),
+        (QWEN2_HALF_B, [1, 2]),  # 14 heads: 7 splits neither 2 key-value heads nor 151936 tokens
+        (dataclasses.replace(LLAMA2_7B, num_attention_heads=40, num_key_value_heads=40), [1, 2, 4, 5, 8, 10, 20, 40]),
+        (dataclasses.replace(LLAMA2_7B, num_attention_heads=6, num_key_value_heads=6), [1, 2]),
+    ],
+)
+def test_tensor_parallel_degrees(shape: Shape, degrees: list[int]):
+    # 11008 = 2^8 * 43 does not divide by 5, the table's 13B has 13824.
+    shape = dataclasses.replace(shape, ffn=13824 * 5) if shape.num_attention_heads == 40 else shape
+    assert tensor_parallel_degrees(shape) == degrees
+
+
+def test_obstacles_are_named():
+    [heads, keys, ffn, vocab] = tensor_parallel_obstacles(LLAMA2_7B, 3)
+    assert heads == "32 heads are no multiple of 3"
+    assert keys == "32 key-value heads neither divide by 3 nor divide it"
+    assert ffn == "intermediate_size 11008 is no multiple of 3"
+    assert vocab == "the vocabulary, padded to 32000, is no multiple of 3"
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("degree", [2, 3, 4, 5, 6, 7, 8, 16])
+@pytest.mark.parametrize("shape", [LLAMA2_7B, LLAMA3_8B, QWEN2_HALF_B])
+def test_vllm_splits_by_the_same_rules(shape: Shape, degree: int):
+    from vllm.distributed.utils import divide
+    from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
+
+    def splits() -> bool:
+        """As vllm's LlamaAttention, MLP and VocabParallelEmbedding do."""
+        try:
+            divide(shape.num_attention_heads, degree)
+            if shape.num_key_value_heads >= degree:
+                divide(shape.num_key_value_heads, degree)
+            else:
+                divide(degree, shape.num_key_value_heads)
+            divide(shape.ffn, degree)
+            divide(pad_vocab_size(shape.vocab), degree)
+        except AssertionError:
+            return False
+        return True
+
+    assert splits() == (not tensor_parallel_obstacles(shape, degree))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("width", [16, 20, 24, 28, 40, 44, 48])
+def test_vllms_cpu_kernels_want_eights(width: int):
+    import torch
+    import vllm._custom_ops  # noqa: F401  (loads the kernels)
+
+    row, out = torch.randn(1, width), torch.empty(1, width)
+    if width % legal_step(4, hidden_multiple_of_heads=False):
+        with pytest.raises(RuntimeError, match="VEC_ELEM_NUM"):
+            torch.ops._C.rms_norm(out, row, torch.ones(width), 1e-5)
+        with pytest.raises(RuntimeError, match="VEC_ELEM_NUM"):
+            torch.ops._C.silu_and_mul(out, torch.randn(1, 2 * width))
+    else:
+        torch.ops._C.rms_norm(out, row, torch.ones(width), 1e-5)
+        torch.testing.assert_close(out, row * torch.rsqrt(row.square().mean() + 1e-5))
+
+
+@pytest.mark.vllm
+def test_vllms_cpu_attention_knows_these_heads():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == CPU_HEAD_DIMS
+
+
+def test_cautions():
+    assert cautions(LLAMA2_7B, 3072, (1, 2, 4, 8), eight_bit=True) == []
+    [slow] = cautions(LLAMA2_7B, 2848)
+    assert "2848 is no multiple of 64" in slow
+    assert "2816 (4.63 B parameters)" in slow
+    [shallow] = cautions(LLAMA2_7B, 3072, (16,), eight_bit=True)  # 11008 / 16 = 688 is no multiple of 32
+    assert "3072 x 688 at 16-fold" in shallow
+    assert "AMX" in shallow
+    assert any("head_dim 48" in text for text in cautions(dataclasses.replace(LLAMA2_7B, head_dim=48), 3072))
+    odd = dataclasses.replace(LLAMA2_7B, ffn=11012)
+    assert any("2753 feed-forward channels" in text for text in cautions(odd, 3072, (4,)))
+
+
+def test_group_sizes():
+    assert group_sizes(LLAMA2_7B, 3072) == [32, 64, 128]  # 11008 = 86 * 128
+    assert group_sizes(LLAMA2_7B, 2848) == [32]
+    assert group_sizes(LLAMA2_7B, 2856) == []
+
+
+def test_an_export_is_held_to_its_degrees(finished_run: Path, tmp_path: Path):
+    done = export_run(finished_run, tmp_path / "out", tp=(2, 4), parity=False)
+    assert done.record["fits"]["tensor_parallel"] == [1, 2, 4]
+    with pytest.raises(UsageError, match=r"--tp 3: expected a degree .* 1, 2, 4, found 4 heads are no multiple of 3"):
+        export_run(finished_run, tmp_path / "other", tp=(2, 3), parity=False)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("text", "degrees"), [("", ()), ("2", (2,)), (" 2, 4 ", (2, 4))])
+def test_parse_degrees(text: str, degrees: tuple[int, ...]):
+    assert parse_degrees(text) == degrees
+
+
+@pytest.mark.parametrize("text", ["0", "-2", "two", "2;4", "1.5"])
+def test_no_degrees(text: str):
+    with pytest.raises(UsageError, match="--tp: expected degrees such as 2,4"):
+        parse_degrees(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pat_serve.checkpoint import Checkpoint
 from pat_serve.errors import UsageError
+from pat_serve.fitness import shape_of, slow_width
 from pat_serve.geometry import check_width, snap_ratio
 from pat_serve.progress import say
 from pat_serve.training.config import TrainRecipe
@@ -28,7 +29,11 @@ def target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
     shape = (checkpoint.hidden_size, checkpoint.num_attention_heads)
     rule = checkpoint.family.hidden_multiple_of_heads
     if recipe.hidden_size is not None:
-        return check_width(recipe.hidden_size, *shape, hidden_multiple_of_heads=rule)
+        counts = shape_of(checkpoint)
+        width = check_width(recipe.hidden_size, *shape, hidden_multiple_of_heads=rule, parameters=counts.parameters)
+        if slow := slow_width(counts, width):
+            say(slow)
+        return width
     ratio = 0.25 if recipe.ratio is None else recipe.ratio
     width, snapped = snap_ratio(ratio, *shape, hidden_multiple_of_heads=rule)
     if snapped:

@@ -15,6 +15,7 @@ Flag = typer.Option
 def demo(
     out: Annotated[Path, Flag(help="Folder for everything that the demo makes.")] = Path("demo-out"),
     start_over: Annotated[bool, Flag("--start-over", help="Delete what an earlier demo left there.")] = False,
+    model_only: Annotated[bool, Flag("--model-only", help="Stop once the pruned model is there.")] = False,
     debug: Debug = False,
 ) -> None:
     """Train a small Llama, prune it while it is fine-tuned, export, serve, ask, measure, report.
@@ -28,7 +29,9 @@ def demo(
     if start_over:
         pipeline.start_over(out)
     job = pipeline.Pipeline(out)
-    job.run()
+    job.run(model_only=model_only)
+    if model_only:
+        return
     from pat_serve.demo.findings import summary_lines
     from pat_serve.progress import say
 

@@ -19,11 +19,30 @@ def export(
     out: Annotated[Path, Flag("--out", help="Folder for the checkpoint; must not exist.")],
     base: Annotated[str | None, Flag(help="Where the base model lies now, if it was moved since.")] = None,
     dtype: Annotated[str, Flag(help="auto (the base's), float32, bfloat16, float16 or float64.")] = "auto",
-    max_shard_gb: Annotated[float, Flag(help="Largest weight file in GB (1e9 bytes).", min=0.001)] = 5.0,
+    max_shard_size: Annotated[str, Flag(help="Largest weight file: 5GB, 500MB, 2GiB.")] = "5GB",
+    quantize: Annotated[
+        str | None, Flag(help="int8 (CPU and GPU) or fp8 (GPU) for the decoder's linears, as W8A8 compressed-tensors.")
+    ] = None,
+    gguf: Annotated[bool, Flag("--gguf", help="Write model.gguf for llama.cpp too.")] = False,
+    push: Annotated[
+        str | None, Flag("--push-to-hub", help="Upload the finished export to this hub repository.")
+    ] = None,
+    private: Annotated[bool, Flag("--private", help="Create that repository as a private one.")] = False,
+    tp: Annotated[str, Flag(help="Tensor-parallel degrees that it must serve at, such as 2,4.")] = "",
     parity: Annotated[
         bool,
         Flag("--parity/--no-parity", help="Measure the exported files against the trained model; refuse a mismatch."),
     ] = True,
+    parity_vllm: Annotated[
+        bool, Flag("--parity-vllm", help="Measure in vLLM too: an engine for each dtype, a minute each.")
+    ] = False,
+    parity_walk: Annotated[
+        bool | None,
+        Flag(
+            "--parity-walk/--no-parity-walk",
+            help="Measure one layer at a time; by default when the model would not fit into memory.",
+        ),
+    ] = None,
     as_json: Annotated[bool, Flag("--json", help="Print pat_export.json to stdout.")] = False,
     force: Annotated[bool, Flag("--force", help="Replace what is at --out.")] = False,
     debug: Debug = False,
@@ -33,12 +52,37 @@ def export(
     Example: `pat-export --ckpt run/ --out pruned/`
 
     The result loads in stock transformers and stock vLLM. Exit code 1, and no output, when parity fails.
+
+    `pat-export verify pruned/ --ckpt run/` repeats the proof at any time later, `pat-export card pruned/` adds what was
+    measured since to the model card.
     """
+    from pat_serve.errors import UsageError
+    from pat_serve.export.hub import check_hub, push_to_hub
+
+    if push:
+        check_hub(push)  # before torch is imported, let alone a model exported
+    if parity_vllm and not parity:
+        raise UsageError("--parity-vllm", expected="a parity check", found="--no-parity", fix="Leave one of them out.")
     from pat_serve.export.exporter import export_run
+    from pat_serve.export.fit import parse_degrees
+    from pat_serve.export.formats.sizes import parse_size
+    from pat_serve.export.parity_report import parity_lines
     from pat_serve.progress import say
+    from pat_serve.server.scoring import score_with_vllm
 
     done = export_run(
-        ckpt, out, base=base, dtype=dtype, max_shard_bytes=int(max_shard_gb * 1e9), parity=parity, force=force
+        ckpt,
+        out,
+        base=base,
+        dtype=dtype,
+        max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
+        parity=parity,
+        walk=parity_walk,
+        scorer=score_with_vllm if parity_vllm else None,
+        force=force,
+        quantize=quantize,
+        tp=parse_degrees(tp),
+        gguf=gguf,
     )
     widths, parameters = done.record["hidden_size"], done.record["parameters"]
     say(
@@ -46,15 +90,25 @@ def export(
         f"{parameters['exported']:,} ({parameters['exported'] / parameters['base']:.1%})"
     )
     if done.parity is not None:
-        say(
-            f"parity on {done.parity.positions} positions: max logit difference {done.parity.max_abs:.3g} "
-            f"({done.parity.max_abs_over_std:.3g} of their standard deviation), mean KL {done.parity.mean_kl_nats:.3g} "
-            f"nats, equal greedy tokens {done.parity.top1_agreement:.2%}"
-        )
+        say("\n".join(parity_lines(done.parity)))
+    if done.quality is not None:
+        say(f"{done.quality.scheme}: {done.quality.describe()}")
+    if push:
+        say(f"pushed: {push_to_hub(out, push, private=private)}")
     if as_json:
         sys.stdout.write(json.dumps(done.record, indent=2) + "\n")
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point. These are no commands of a group, so that the plain command keeps its required flags."""
+    if sys.argv[1:2] == ["verify"]:
+        from pat_serve.cli.verify import main as verify
+
+        sys.argv = [f"{sys.argv[0]} verify", *sys.argv[2:]]
+        verify()
+    if sys.argv[1:2] == ["card"]:
+        from pat_serve.cli.card import main as card
+
+        sys.argv = [f"{sys.argv[0]} card", *sys.argv[2:]]
+        card()
     run_command(export)

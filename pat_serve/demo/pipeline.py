@@ -18,6 +18,8 @@ from pat_serve.errors import PatServeError
 from pat_serve.progress import say
 
 QUESTIONS = 6
+# What leads to the pruned model and nothing else.
+MODEL_STAGES = ("corpus", "base", "pat", "export_pruned")
 # Equal for both methods: optimizer steps, tokens, learning rate, LoRA.
 BUDGET = [
     *("--max-steps", "100"),
@@ -96,10 +98,10 @@ class Pipeline:
             Stage(name="report", title="Write the report", output=self.out / "report.html", run=self.report),
         ]  # fmt: skip
 
-    def run(self) -> None:
-        """Run what is not there yet."""
+    def run(self, *, model_only: bool = False) -> None:
+        """Run what is not there yet; with `model_only` no further than the pruned model."""
         self.out.mkdir(parents=True, exist_ok=True)
-        stages = self.stages()
+        stages = [stage for stage in self.stages() if not model_only or stage.name in MODEL_STAGES]
         # The report says what is in the folder; it is cheap, and never older than what it shows.
         (self.out / "report.html").unlink(missing_ok=True)
         for number, stage in enumerate(stages, start=1):

@@ -1,0 +1,23 @@
+"""The images' health check: exit 0 when `/ready` says that the engine answers. The port is the server's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import urllib.request
+from pathlib import Path
+
+
+def port() -> str:
+    """What the server's command line says; it is process 1."""
+    arguments = Path("/proc/1/cmdline").read_bytes().decode().split("\0")
+    given = [arguments[at + 1] for at, word in enumerate(arguments[:-1]) if word == "--port"]
+    given += [word.removeprefix("--port=") for word in arguments if word.startswith("--port=")]
+    return given[-1] if given else os.environ.get("PORT", "8000")
+
+
+try:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port()}/ready", timeout=8):
+        pass
+except OSError as error:
+    sys.exit(f"not ready: {error}")

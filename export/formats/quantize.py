@@ -1,0 +1,212 @@
+"""Turn a finished float32 export into an 8-bit one, tensor by tensor.
+
+The source is the exact rewriting in float32, so that 8-bit weights come from the exact ones and not from 16-bit ones.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pat_serve.architectures import EMBEDDING, HEAD
+from pat_serve.checkpoint import read_tensor
+from pat_serve.export.formats.overflow import round_floats
+from pat_serve.export.formats.quality import QuantizationQuality, measure_quality
+from pat_serve.export.formats.schemes import SCALE_SUFFIX, Scheme, quantization_config, quantize_channels
+from pat_serve.export.prompts import RANDOM_PROMPTS, parity_prompts
+from pat_serve.export.reader import Run
+from pat_serve.export.writer import shard_names
+from pat_serve.progress import track
+
+_INDEX = "model.safetensors.index.json"
+_HEADER_DTYPES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+    torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One tensor of the 8-bit checkpoint, before it is there.
+
+    Attributes:
+        source: name of the float32 tensor that it is made from.
+        dtype: as it will be stored.
+        shape: its shape.
+    """
+
+    source: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Its length in the file."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def quantize_export(
+    run: Run, folder: Path, scheme: Scheme, floats: torch.dtype, max_shard_bytes: int, out: Path, judge: bool
+) -> QuantizationQuality | None:
+    """Replace the float32 weights of a finished export by 8-bit ones.
+
+    Args:
+        run: the run that it comes from; its own prompts are what is measured on, not the random ones.
+        folder: with config.json and float32 weights.
+        scheme: the scheme.
+        floats: dtype of what is not quantised.
+        max_shard_bytes: size of a weight file at most.
+        out: what the folder will be called, for messages.
+        judge: measure what quantisation costs.
+
+    Raises:
+        ParityError: it costs more than the scheme may.
+        BrokenCheckpoint: a value that does not fit into `floats`.
+    """
+    quantized = folder / f".{scheme.name}"
+    quantized.mkdir()
+    quantize_folder(folder, quantized, scheme, floats, max_shard_bytes)
+    quality = measure_quality(folder, quantized, scheme, parity_prompts(run).whole[:-RANDOM_PROMPTS]) if judge else None
+    if quality is not None:
+        quality.require(out)
+    replace_weights(folder, quantized)
+    return quality
+
+
+def quantize_folder(exact: Path, out: Path, scheme: Scheme, floats: torch.dtype, max_shard_bytes: int) -> None:
+    """Write the 8-bit twin of a float32 checkpoint.
+
+    Args:
+        exact: a folder with config.json and float32 weights.
+        out: an empty folder, which gets config.json and the 8-bit weights.
+        scheme: the scheme.
+        floats: dtype of what is not quantised: embedding, head, norms, biases.
+        max_shard_bytes: size of a weight file at most.
+
+    Raises:
+        BrokenCheckpoint: a value that does not fit into `floats`.
+    """
+    where = _sources(exact)
+    shards = _plan_shards(_stored(where, scheme, floats), max_shard_bytes)
+    files = shard_names(len(shards))
+    total = sum(len(shard) for shard in shards)
+    done = track(_tensors(shards, where, scheme, floats), f"quantise to {scheme.name}", total)
+    for file, shard in zip(files, shards, strict=True):
+        _write_shard(out / file, shard, done)
+    config: dict[str, Any] = json.loads((exact / "config.json").read_text(encoding="utf-8"))
+    config |= {"dtype": str(floats).removeprefix("torch."), "quantization_config": quantization_config(scheme)}
+    _write_json(out / "config.json", config)
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(entry.size_bytes for shard in shards for entry in shard.values())},
+            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+        }
+        _write_json(out / _INDEX, index)
+
+
+def replace_weights(folder: Path, quantized: Path) -> None:
+    """Put the 8-bit weights and config into the place of the float32 ones, and remove their folder."""
+    for path in [*folder.glob("*.safetensors"), *folder.glob(_INDEX)]:
+        path.unlink()
+    for path in quantized.iterdir():
+        path.rename(folder / path.name)
+    shutil.rmtree(quantized)
+
+
+def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
+    """The tensor is the weight of a linear inside the decoder layers."""
+    module, _, kind = name.rpartition(".")
+    return kind == "weight" and len(shape) == 2 and module not in (EMBEDDING, HEAD)
+
+
+def _sources(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Shard and shape of every tensor of a checkpoint, in order."""
+    from safetensors import safe_open
+
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                entry = file.get_slice(name)
+                assert entry.get_dtype() == "F32", name
+                found[name] = (path, tuple(entry.get_shape()))
+    return found
+
+
+def _stored(
+    where: dict[str, tuple[Path, tuple[int, ...]]], scheme: Scheme, floats: torch.dtype
+) -> Iterator[tuple[str, Stored]]:
+    for name, (_, shape) in where.items():
+        if is_quantized(name, shape):
+            yield name, Stored(source=name, dtype=scheme.dtype, shape=shape)
+            yield name + SCALE_SUFFIX, Stored(source=name, dtype=torch.float32, shape=(shape[0], 1))
+        else:
+            yield name, Stored(source=name, dtype=floats, shape=shape)
+
+
+def _plan_shards(entries: Iterator[tuple[str, Stored]], max_shard_bytes: int) -> list[dict[str, Stored]]:
+    shards: list[dict[str, Stored]] = [{}]
+    filled_bytes = 0
+    for name, entry in entries:
+        if shards[-1] and filled_bytes + entry.size_bytes > max_shard_bytes:
+            shards.append({})
+            filled_bytes = 0
+        shards[-1][name] = entry
+        filled_bytes += entry.size_bytes
+    return shards
+
+
+def _tensors(
+    shards: list[dict[str, Stored]],
+    where: dict[str, tuple[Path, tuple[int, ...]]],
+    scheme: Scheme,
+    floats: torch.dtype,
+) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors in order, one weight in memory at a time; a scale follows its weight."""
+    scale: Tensor | None = None
+    for shard in shards:
+        for name, entry in shard.items():
+            if name != entry.source:
+                assert scale is not None
+                yield name, scale
+                continue
+            tensor = read_tensor(where[name][0], name)
+            if entry.dtype == scheme.dtype:
+                tensor, scale = quantize_channels(tensor, scheme)
+            else:
+                tensor = round_floats(tensor, floats, name)
+            yield name, tensor
+
+
+def _write_shard(path: Path, shard: dict[str, Stored], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """One safetensors file of tensors of several dtypes; the header is written before any tensor is there."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, entry in shard.items():
+        end = offset + entry.size_bytes
+        header[name] = {
+            "dtype": _HEADER_DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, end]
+        }  # fmt: skip
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        for expected, entry in shard.items():
+            name, tensor = next(tensors)
+            assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, entry.dtype, entry.shape), name
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

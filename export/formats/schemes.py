@@ -1,0 +1,120 @@
+"""8-bit schemes of the compressed-tensors format, as data and pure maths.
+
+A scheme quantises every linear of the decoder layers; embedding, head, norms and biases stay floats. Each output
+channel has a scale of its own, and activations are quantised token by token while the model runs, so nothing is
+calibrated (docs/formats.md has what calibration would gain).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pat_serve.architectures import HEAD
+from pat_serve.errors import UsageError
+
+SCALE_SUFFIX = "_scale"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """One way to write a linear's weight in 8 bits.
+
+    Attributes:
+        name: as `--quantize` takes it.
+        dtype: of the stored weight.
+        largest: the largest magnitude that is stored.
+        kind: compressed-tensors' name of the number type.
+        format: compressed-tensors' name of the layout.
+        perplexity_limit: an export whose perplexity grows by more than this factor is refused.
+        runs_on: for the model card.
+    """
+
+    name: str
+    dtype: torch.dtype
+    largest: float
+    kind: str
+    format: str
+    perplexity_limit: float
+    runs_on: str
+
+
+# 64 and not 127: on CPUs without VNNI, vLLM's int8 kernel (oneDNN) adds two products of a weight and an activation, the
+# latter shifted to 0..255, in 16 bits that saturate; 2 * 255 * 64 is the most that fits. The bit that this gives up
+# costs 1e-4 nats; saturation costs a hundred times that (docs/formats.md).
+INT8 = Scheme(
+    name="int8",
+    dtype=torch.int8,
+    largest=64.0,
+    kind="int",
+    format="int-quantized",
+    perplexity_limit=1.02,
+    runs_on="vLLM on CPUs and on NVIDIA GPUs from Turing on",
+)
+FP8 = Scheme(
+    name="fp8",
+    dtype=torch.float8_e4m3fn,
+    largest=448.0,
+    kind="float",
+    format="float-quantized",
+    perplexity_limit=1.02,
+    runs_on="vLLM on NVIDIA GPUs (fp8 arithmetic from Ada and Hopper on, weights alone on Ampere)",
+)
+SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8)}
+
+
+def scheme_named(name: str) -> Scheme:
+    """The scheme that the user asked for.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in SCHEMES:
+        raise UsageError("--quantize", expected=" or ".join(SCHEMES), found=name, fix="Choose one of them.")
+    return SCHEMES[name]
+
+
+def quantize_channels(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Round a weight to 8 bits with one scale for each output channel.
+
+    Args:
+        weight_OI: float32, (out, in).
+        scheme: the scheme.
+
+    Returns:
+        the stored weight (out, in) in the scheme's dtype and its scales (out, 1) in float32: weight ~ stored * scale. A
+        channel of zeros has the scale 1.
+    """
+    assert weight_OI.dtype == torch.float32
+    scale_O1 = weight_OI.abs().amax(dim=1, keepdim=True) / scheme.largest
+    # A channel whose largest weight is below float32's smallest normal number times 127 would divide by zero too.
+    scale_O1 = torch.where(scale_O1 < torch.finfo(torch.float32).tiny, torch.ones_like(scale_O1), scale_O1)
+    scaled_OI = (weight_OI / scale_O1).clamp(-scheme.largest, scheme.largest)
+    stored_OI = scaled_OI.round().to(torch.int8) if scheme.dtype == torch.int8 else scaled_OI.to(scheme.dtype)
+    return stored_OI, scale_O1
+
+
+def dequantize_channels(stored_OI: Tensor, scale_O1: Tensor) -> Tensor:
+    """The weight that a loader sees, in float32."""
+    return stored_OI.to(torch.float32) * scale_O1
+
+
+def quantization_config(scheme: Scheme) -> dict[str, Any]:
+    """`quantization_config` of config.json, as compressed-tensors, transformers and vLLM read it."""
+    numbers = {"num_bits": 8, "type": scheme.kind, "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": scheme.format,
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": numbers | {"strategy": "channel", "dynamic": False},
+                "input_activations": numbers | {"strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": [HEAD],
+    }

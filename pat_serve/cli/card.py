@@ -1,0 +1,34 @@
+"""pat-export card: write an export's model card anew, with what was measured since."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pat_serve.cli.app import Debug, run_command
+
+Flag = typer.Option
+
+
+def card(
+    pruned: Annotated[Path, typer.Argument(help="An export.")],
+    speedup: Annotated[Path | None, Flag(help="JSON of pat-bench speedup, with this model as the candidate.")] = None,
+    quality: Annotated[Path | None, Flag(help="JSON of pat-eval --json.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write README.md of an export anew, with the speed and quality that were measured since.
+
+    Example: `pat-export card pruned/ --speedup speedup.json --quality quality.json`
+    """
+    from pat_serve.export.measured import rewrite_card
+    from pat_serve.progress import say
+
+    rewrite_card(pruned, speedup=speedup, quality=quality)
+    say(f"{pruned / 'README.md'}: written")
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(card)

@@ -1,0 +1,56 @@
+"""pat-export verify: judge an export again, against the run that it comes from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pat_serve.cli.app import Debug, run_command
+
+Flag = typer.Option
+
+
+def verify(
+    pruned: Annotated[Path, typer.Argument(help="An export (pruned/).")],
+    ckpt: Annotated[Path, Flag("--ckpt", help="The finished training run that it was exported from (run/).")],
+    base: Annotated[str | None, Flag(help="Where the base model lies now, if it was moved since.")] = None,
+    vllm: Annotated[
+        bool, Flag("--vllm", help="Compare with vLLM too: an engine for each dtype, a minute each.")
+    ] = False,
+    walk: Annotated[
+        bool | None,
+        Flag("--walk/--no-walk", help="Load one layer at a time; by default when the model would not fit into memory."),
+    ] = None,
+    as_json: Annotated[bool, Flag("--json", help="Print the outcome to stdout as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check the files of an export against their hashes of then, and its function against the trained model.
+
+    Example: `pat-export verify pruned/ --ckpt run/`
+
+    Exit code 0 when all is well, 1 when a file or a figure is not, 2 for wrong usage.
+    """
+    from pat_serve.export.parity_report import parity_lines
+    from pat_serve.export.verify import verify_export
+    from pat_serve.progress import say
+    from pat_serve.server.scoring import score_with_vllm
+
+    found = verify_export(pruned, ckpt, base=base, walk=walk, scorer=score_with_vllm if vllm else None)
+    say(
+        f"{pruned}: {len(found.files)} files are those of the export"
+        if found.files
+        else f"{pruned}: no hashes recorded"
+    )
+    say("\n".join(parity_lines(found.parity)))
+    if as_json:
+        sys.stdout.write(json.dumps(found.as_dict(), indent=2) + "\n")
+    found.parity.require(pruned, "Export again; if the new export passes, these files were changed.")
+
+
+def main() -> None:
+    """Entry point; `pat-export` hands over to it."""
+    run_command(verify)

@@ -1,0 +1,181 @@
+"""What a model's shape is good for: tensor-parallel degrees, kernels, quantisation groups. Pure arithmetic.
+
+The rules are vLLM 0.32's; `tests/test_geometry.py` asks its own functions and kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pat_serve.architectures import EMBEDDING, HIDDEN
+from pat_serve.geometry import name_widths, nearest_widths, width_step
+
+if TYPE_CHECKING:
+    from pat_serve.checkpoint import Checkpoint
+
+# v1/attention/backends/cpu_attn.py
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+GROUP_SIZES = (32, 64, 128)
+# vLLM pads the vocabulary to this before it splits it.
+_VOCAB_PADDING = 64
+_CPU_VECTOR = 8
+_TENSOR_CORE = 64
+_CUTLASS = 16
+_AMX_DEPTH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a base and how its parameters depend on the width.
+
+    Attributes:
+        hidden_size: D, its width.
+        num_attention_heads: query heads.
+        num_key_value_heads: key-value heads.
+        head_dim: of one head.
+        ffn: width of the feed-forward layer.
+        vocab: rows of the embedding.
+        hidden_multiple_of_heads: the config class of an export wants it.
+        parameters_per_channel: parameters that each hidden channel carries.
+        other_parameters: those that the width does not change.
+    """
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    hidden_multiple_of_heads: bool
+    parameters_per_channel: int
+    other_parameters: int
+
+    def parameters(self, width: int) -> int:
+        """Parameters of the model cut to a width."""
+        return self.parameters_per_channel * width + self.other_parameters
+
+
+def shape_of(checkpoint: Checkpoint, *, unties_head: bool = False) -> Shape:
+    """The shape of a base.
+
+    Args:
+        checkpoint: the base.
+        unties_head: the export gets a head of its own where the base has none.
+    """
+    per_channel = other = 0
+    for name, entry in checkpoint.tensors.items():
+        spec, _, kind = checkpoint.family.match(name)
+        axes = spec.axes if kind == "weight" else spec.axes[:1]
+        size = 1
+        for length in entry.shape:
+            size *= length
+        if HIDDEN in axes:
+            per_channel += size // checkpoint.hidden_size
+        else:
+            other += size
+        if unties_head and name == f"{EMBEDDING}.weight":
+            per_channel += size // checkpoint.hidden_size
+    return Shape(
+        hidden_size=checkpoint.hidden_size,
+        num_attention_heads=checkpoint.num_attention_heads,
+        num_key_value_heads=checkpoint.num_key_value_heads,
+        head_dim=checkpoint.head_dim,
+        ffn=int(checkpoint.config["intermediate_size"]),
+        vocab=int(checkpoint.config["vocab_size"]),
+        hidden_multiple_of_heads=checkpoint.family.hidden_multiple_of_heads,
+        parameters_per_channel=per_channel,
+        other_parameters=other,
+    )
+
+
+def tensor_parallel_obstacles(shape: Shape, degree: int) -> list[str]:
+    """Why vLLM cannot split a model over `degree` devices; empty when it can.
+
+    The hidden width is no obstacle: every device holds all of it; what is split is heads,
+    feed-forward channels and vocabulary.
+    """
+    found = []
+    heads, kv_heads, padded = shape.num_attention_heads, shape.num_key_value_heads, _padded(shape.vocab)
+    if heads % degree:
+        found.append(f"{heads} heads are no multiple of {degree}")
+    if kv_heads % degree and degree % kv_heads:
+        found.append(f"{kv_heads} key-value heads neither divide by {degree} nor divide it")
+    if shape.ffn % degree:
+        found.append(f"intermediate_size {shape.ffn} is no multiple of {degree}")
+    if padded % degree:
+        found.append(f"the vocabulary, padded to {padded}, is no multiple of {degree}")
+    return found
+
+
+def tensor_parallel_degrees(shape: Shape) -> list[int]:
+    """The degrees up to the number of heads at which vLLM can serve a model."""
+    degrees = range(1, shape.num_attention_heads + 1)
+    return [degree for degree in degrees if not tensor_parallel_obstacles(shape, degree)]
+
+
+def group_sizes(shape: Shape, width: int) -> list[int]:
+    """Group sizes of 4-bit formats (GPTQ, AWQ) that fit every linear of a model cut to a width."""
+    inputs = (width, shape.num_attention_heads * shape.head_dim, shape.ffn)
+    return [size for size in GROUP_SIZES if all(length % size == 0 for length in inputs)]
+
+
+def slow_width(shape: Shape, width: int) -> str | None:
+    """What is slow about a legal width and which are not, in a sentence; None where nothing is.
+
+    Narrow bases have too few multiples of 64 to ask for one: there the multiple is what `--ratio` snaps to.
+    """
+    step = width_step(
+        shape.hidden_size, shape.num_attention_heads, hidden_multiple_of_heads=shape.hidden_multiple_of_heads
+    )
+    tile = min(_TENSOR_CORE, step)
+    if width % tile == 0:
+        return None
+    near = nearest_widths(width, step, shape.hidden_size)
+    return (
+        f"hidden_size {width} is no multiple of {tile}, so matrix tiles of GPUs and AMX are partly empty; "
+        f"faster are {name_widths(near, shape.parameters)}"
+    )
+
+
+def cautions(shape: Shape, width: int, degrees: tuple[int, ...] = (1,), *, eight_bit: bool = False) -> list[str]:
+    """What loads but runs slowly, or not everywhere, in sentences.
+
+    Args:
+        shape: the base's.
+        width: K.
+        degrees: tensor-parallel degrees to think of.
+        eight_bit: the linears are stored in 8 bits.
+    """
+    found = [text for text in (slow_width(shape, width),) if text]
+    if shape.head_dim not in CPU_HEAD_DIMS:
+        found.append(f"vLLM's CPU attention has no kernel for head_dim {shape.head_dim} (as in the base)")
+    if shape.head_dim % 8 or shape.head_dim > 256:
+        found.append(f"vLLM's FlashAttention has no kernel for head_dim {shape.head_dim} (as in the base)")
+    for degree in degrees or (1,):
+        at = f" at {degree}-fold tensor parallelism" if degree > 1 else ""
+        if (shape.ffn // degree) % _CPU_VECTOR:
+            found.append(f"vLLM's CPU kernels refuse {shape.ffn // degree} feed-forward channels{at}: no multiple of 8")
+        if not eight_bit:
+            continue
+        for depth, rows in set(_linears(shape, width, degree)):
+            if depth % _CUTLASS or rows % _CUTLASS:
+                found.append(f"a linear of {rows} x {depth}{at} is not in 16s: no CUTLASS kernel, so slower on GPUs")
+            elif depth % _AMX_DEPTH:
+                found.append(f"a linear of {rows} x {depth}{at} is not 32s deep: no AMX kernel, so slower on CPUs")
+    return found
+
+
+def _linears(shape: Shape, width: int, degree: int) -> Iterator[tuple[int, int]]:
+    """Inputs and outputs of every linear on one device."""
+    queries = shape.num_attention_heads * shape.head_dim // degree
+    keys = max(1, shape.num_key_value_heads // degree) * shape.head_dim
+    yield width, queries + 2 * keys
+    yield queries, width
+    yield width, 2 * (shape.ffn // degree)
+    yield shape.ffn // degree, width
+
+
+def _padded(vocab: int) -> int:
+    return -(-vocab // _VOCAB_PADDING) * _VOCAB_PADDING

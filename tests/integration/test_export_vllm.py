@@ -1,0 +1,46 @@
+"""Every class that an export is written as, in a real vLLM engine: the same logits and text as in transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pat_serve.export.exporter import export_run
+from pat_serve.export.parity import VLLM
+from pat_serve.server.scoring import score_with_vllm
+from tests.random_runs import random_run
+from tests.test_families import BASES
+from tests.tiny_models import save_tiny_family
+
+pytestmark = pytest.mark.vllm
+
+# By the class of the export. Each needs an engine of its own: two in one process tear down each other's groups.
+CLASSES = {
+    "LlamaForCausalLM, from a Qwen2": "Qwen2.5",
+    "LlamaForCausalLM": "Llama 3.2, tied",
+    "MistralForCausalLM": "Mistral",
+    "Qwen3ForCausalLM": "Qwen3",
+    "GemmaForCausalLM": "Gemma",
+    "Phi3ForCausalLM": "Phi-3",
+}
+QUICK = "LlamaForCausalLM, from a Qwen2"
+
+
+@pytest.mark.parametrize("name", [QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in CLASSES if n != QUICK)])
+def test_vllm_computes_what_was_trained(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Threads that spin for tiny matrices stand in each other's way.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model_type, settings = BASES[CLASSES[name]]
+    # Heads of 32: vLLM's CPU kernels know no smaller ones.
+    base = save_tiny_family(tmp_path / "base", model_type, **{**settings, "hidden_size": 128, "head_dim": 32})
+    done = export_run(random_run(tmp_path / "run", base, width=96), tmp_path / "out", scorer=score_with_vllm)
+    assert done.record["architecture"] == name.split(",")[0]
+    assert done.parity is not None
+    [outcome] = [comparison for comparison in done.parity.comparisons if comparison.runtime == VLLM]
+    assert outcome.dtype == "float32"
+    assert outcome.figures.positions > 100
+    assert outcome.figures.max_abs_over_std < 2e-5
+    assert outcome.figures.top1_agreement == 1
+    assert outcome.greedy.equal == outcome.greedy.prompts == 3
+    assert outcome.greedy.new_tokens == 32

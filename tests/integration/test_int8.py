@@ -1,0 +1,109 @@
+"""An int8 export in the real vLLM, on the CPU: it answers what the float export answers."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from pat_serve.export.exporter import export_run
+from pat_serve.training.data import encode_rows, load_rows
+from pat_serve.training.run import start
+from tests.conftest import tiny_recipe
+from tests.integration.conftest import free_port, spawn, tail, wait_until_ready
+from tests.tiny_models import save_tiny_llama, tiny_llama
+
+pytestmark = pytest.mark.vllm
+
+QUESTIONS, ANSWER_TOKENS = 16, 4
+# What int8 moves a logit by in this model is below 0.1; a token that leads by more than this must stay.
+SURE_NATS = 0.5
+
+
+@pytest.fixture(scope="module")
+def examples(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[int]]]:
+    """The rows as training sees them; -100 in the labels marks the question."""
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_llama(tmp_path_factory.mktemp("tokenizer")))
+    found, _ = encode_rows(load_rows(str(rows), "train", tokenizer), tokenizer, 256)
+    return found
+
+
+def train_base(folder: Path, examples: list[dict[str, list[int]]]) -> Path:
+    """A base that knows questions and answers by heart: unsure answers would show nothing."""
+    save_tiny_llama(folder)
+    model = tiny_llama().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids_NT = pad_sequence([torch.tensor(row["input_ids"]) for row in examples], batch_first=True, padding_value=2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        ids_BT = ids_NT[torch.randint(len(ids_NT), (8,), generator=generator)]
+        logits_BTV = model(input_ids=ids_BT).logits[:, :-1]
+        F.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], ignore_index=2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exports(rows: Path, examples: list[dict[str, list[int]]], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A run whose narrow model still answers, in float32 and in int8."""
+    folder = tmp_path_factory.mktemp("int8")
+    base = train_base(folder / "base", examples)
+    recipe = {"learning_rate": 5e-3, "rotate": "loss", "mask_start": "energy", "gate": "cut", "compensate": True}
+    start(tiny_recipe(base, rows, **recipe), folder / "run")
+    exact = export_run(folder / "run", folder / "exact")
+    done = export_run(folder / "run", folder / "int8", quantize="int8")
+    assert done.quality is not None
+    assert done.quality.perplexity_before < 5
+    return [exact.out, done.out]
+
+
+@pytest.fixture(scope="module")
+def url(exports: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
+    process = spawn(exports[1], port, log, "--dtype", "float32", "--kv-cache-gib", "0.25")
+    try:
+        wait_until_ready(process, f"http://127.0.0.1:{port}", log)
+        assert "Int8" in log.read_text(), tail(log)  # vLLM chose an int8 kernel and did not dequantise
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, ids: list[int]) -> tuple[list[int], list[float]]:
+    """The greedy answer, and how far ahead each of its tokens is of the second best, in nats."""
+    answer, leads = [], []
+    for _ in range(ANSWER_TOKENS):
+        best = model(input_ids=torch.tensor([ids + answer])).logits[0, -1].log_softmax(-1).topk(2)
+        answer.append(int(best.indices[0]))
+        leads.append(float(best.values[0] - best.values[1]))
+    return answer, leads
+
+
+def test_vllm_answers_as_the_float_model_does(
+    exports: list[Path], url: str, examples: list[dict[str, list[int]]]
+) -> None:
+    """Greedy tokens agree as long as the float model is surer of each than 8 bits can change."""
+    model = AutoModelForCausalLM.from_pretrained(exports[0], dtype=torch.float32).eval()
+    sure = right = 0
+    for example in examples[:QUESTIONS]:
+        question = [token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label < 0]
+        expected, leads = greedy(model, question)
+        body = {"prompt_token_ids": question, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True}
+        found = httpx.post(f"{url}/generate", json=body, timeout=60).raise_for_status().json()["token_ids"]
+        certain = next((at for at, lead in enumerate(leads) if lead < SURE_NATS), ANSWER_TOKENS)
+        assert found[:certain] == expected[:certain], (expected, found, leads)
+        sure += certain
+        right += found[:3] == example["input_ids"][len(question) : len(question) + 3]
+    assert sure >= QUESTIONS * ANSWER_TOKENS // 2  # else this test would see little
+    assert right >= 0.75 * QUESTIONS  # and the answers are the data's

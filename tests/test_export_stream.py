@@ -1,0 +1,104 @@
+"""The export in blocks: what comes out does not depend on them, a rotation included, and memory holds little of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pat_serve.errors import BrokenPlan, DiskFull
+from pat_serve.export import blocks, exporter
+from pat_serve.export.exporter import export_run
+from pat_serve.export.narrow import dry_run, narrow_shapes, narrow_tensors, rewriting_of
+from pat_serve.export.reader import open_run
+from pat_serve.hybrid import HybridFold
+from pat_serve.plan import PruningPlan
+from tests.test_export_parity import random_run
+from tests.tiny_models import save_tiny_llama
+
+
+@pytest.fixture(scope="module", params=["plain", "rotated", "rotated and diagonal"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Operators of rank 8, a rotation with them, and a rotation with scales alone, which is cut before it is used."""
+    folder = tmp_path_factory.mktemp("stream")
+    run = random_run(folder / "run", save_tiny_llama(folder / "base"))
+    plan = PruningPlan.load(run)
+    if request.param != "plain":
+        plan = replace(plan, rotation=torch.linalg.qr(torch.randn(64, 64)).Q.contiguous())
+    if request.param == "rotated and diagonal":
+        diagonal = {
+            site: HybridFold(l0_RD=torch.zeros(0, 64), l1_DR=torch.zeros(64, 0), scale_D=fold.scale_D)
+            for site, fold in plan.folds.items()
+        }
+        plan = replace(plan, folds=diagonal)
+    plan.save(run)
+    return run
+
+
+def test_the_blocks_change_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = open_run(run)
+    names = list(narrow_shapes(opened))
+    whole = dict(narrow_tensors(opened, names, torch.float32))
+    monkeypatch.setattr(blocks, "_BLOCK_NUMBERS", 700)
+    out = export_run(run, tmp_path / "out", max_shard_bytes=100_000, parity=False).out
+    written: dict[str, torch.Tensor] = {}
+    for path in out.glob("*.safetensors"):
+        assert path.stat().st_size < 110_000 or len(load_file(path)) == 1
+        written |= load_file(path)
+    assert written.keys() == whole.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(written[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_parity_of_what_was_cut_early(run: Path, tmp_path: Path):
+    """The gate's wide model shares no rewriting with the blocks."""
+    parity = export_run(run, tmp_path / "out").parity
+    assert parity is not None
+    assert parity.max_abs_over_std < 1e-4
+
+
+def test_a_plan_that_fits_no_tensor_fails_before_the_first_byte(run: Path, tmp_path: Path):
+    opened = open_run(run)
+    dry_run(opened, torch.bfloat16)
+    short = {name: replace(update, b_OR=update.b_OR[:-1]) for name, update in opened.adapter.items()}
+    with pytest.raises(BrokenPlan, match="to come out as"):
+        dry_run(replace(opened, adapter=short), torch.bfloat16)
+
+
+def test_a_disk_that_is_too_small_is_seen_before_the_first_byte(run: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(exporter, "_SPARE_BYTES", 2**60)
+    with pytest.raises(DiskFull, match="GB of free space, the float32 weights of the parity gate among them, found"):
+        export_run(run, tmp_path / "deep/out", dtype="bfloat16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_in_one_thread_ends_both(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(
+        "pat_serve.export.blocks.rewrite_tensor", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no more"))
+    )
+    monkeypatch.setattr(exporter, "dry_run", lambda *_: None)
+    with pytest.raises(MemoryError, match="no more"):
+        export_run(run, tmp_path / "out", parity=False)
+    assert list(tmp_path.iterdir()) == []
+    assert torch.get_num_threads() == threads
+
+
+def test_a_thread_keeps_little_in_memory(run: Path):
+    """An embedding or a reader comes in blocks, a residual writer alone is read whole."""
+    opened = open_run(run)
+    scratch = blocks.Scratch()
+    taken: list[int] = []
+    take = scratch.take
+    scratch.take = lambda use, size: (taken.append(size), take(use, size))[1]  # type: ignore[method-assign]
+    largest = max(entry.size_bytes for entry in opened.base.tensors.values() if entry.shape[0] == 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_BLOCK_NUMBERS", 256)
+        rewriting = rewriting_of(opened, torch.bfloat16)
+        for name in narrow_shapes(opened):
+            for _ in rewriting.blocks(name, scratch):
+                pass
+    assert max(taken) <= largest
