@@ -186,6 +186,7 @@ def test_prompts_that_fill_the_context(tiny_base: Path, rows: Path, tmp_path: Pa
         ({"model": "m", "data": "d", "max_steps": 0}, "max_steps (recipe)"),
         ({"model": "m", "data": "d", "ratio": 0.2, "hidden_size": 48}, "not both"),
         ({"model": "m", "data": "d", "lr_scheduler": "nonsense"}, "lr_scheduler (recipe): expected one of linear"),
+        ({"model": "m", "data": "d", "lr_scheduler": "cosine_with_min_lr"}, "lr_scheduler (recipe): expected one of"),
         ({"model": "m", "data": "d", "seed": 2**32}, "seed (recipe)"),
         ({"model": "m", "data": "d", "epochs": float("inf")}, "epochs (recipe)"),
         ({1: 2}, "model (recipe)"),
@@ -344,6 +345,7 @@ def test_a_row_that_is_no_utf_8(tiny_base: Path, tmp_path: Path):
         (["train", "--model", "{base}", "--data", "x.jsonl", "--ratio", "0.9", "--out", "run"], 2, "--ratio: expected"),
         (["train", "--model", "{base}"], 2, "expected --out for a new run"),
         (["train", "--resume", "run", "--seed", "1"], 2, "--seed"),
+        (["train", "--resume", "run", "--recipe", "paper", "--force"], 2, "found --recipe, --force"),
         (
             ["train", "--config", "{base}/model.safetensors", "--out", "run"],
             2,

@@ -96,6 +96,8 @@ def test_head_that_stays_tied_takes_no_adapter(rows: Path, tmp_path: Path) -> No
         ({"gate": "cut", "mask_start": "zero"}, "needs mask_start"),
         ({"compensate": True, "gate": "anneal"}, "gate cut"),
         ({"mask_start": "gradient", "rotate": "loss"}, "rotate none"),
+        ({"mask_start": "gradient", "quantize_base": "nf4"}, "mask_start energy"),
+        ({"compensate": True, "quantize_base": "nf4"}, "no compensate"),
     ],
 )
 def test_options_that_contradict_each_other(settings: dict[str, object], message: str) -> None:

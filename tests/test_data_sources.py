@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from pyarrow.parquet import write_table
 
 from pat_serve.errors import DataError, UsageError
 from pat_serve.perplexity import IGNORED_LABEL
-from pat_serve.training.data import Row, encode_rows, load_rows
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.data import Row, encode_rows, load_rows, read_training_data
 from pat_serve.training.data.streaming import ExampleStream
 from pat_serve.training.data.training_data import split_examples
 from tests.tiny_models import tiny_tokenizer
@@ -50,8 +52,10 @@ def test_a_bad_row_is_named_or_left_out(suffix: str, tmp_path: Path, capsys: pyt
     for number in (1, 3, 4, 6):
         bad[number]["output"] = " "
     path = write(tmp_path / f"rows{suffix}", bad)
-    place = {".jsonl": "line 2", ".json": "item 2"}.get(suffix, "row 2")
-    with pytest.raises(DataError, match=f"{place}: expected a text in the field 'output'"):
+    # In CSV, where a row here spans two lines after the header's one, the line in the file as well.
+    lines = {".jsonl": "line 2", ".json": "item 2", ".parquet": "row 2"}
+    place = lines.get(suffix, "row 2 (line 4)")
+    with pytest.raises(DataError, match=re.escape(f"{place}: expected a text in the field 'output'")):
         load_rows(str(path), "train", tiny_tokenizer())
     assert len(load_rows(str(path), "train", tiny_tokenizer(), skip_bad=True)) == 3
     said = capsys.readouterr().err
@@ -66,6 +70,21 @@ def test_a_line_that_is_no_json_is_left_out(tmp_path: Path):
     assert len(load_rows(str(path), "train", tiny_tokenizer(), skip_bad=True)) == 1
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
+def test_a_byte_order_mark_is_no_part_of_the_data(suffix: str, tmp_path: Path):
+    path = write(tmp_path / f"rows{suffix}", ROWS)
+    expected = load_rows(str(path), "train", tiny_tokenizer())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n" if suffix == ".jsonl" else b"\n"))
+    assert load_rows(str(path), "train", tiny_tokenizer()) == expected
+
+
+def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path):
+    path = write(tmp_path / "rows.jsonl", [*ROWS, {"instruction": "a \ud800", "output": "b"}])
+    with pytest.raises(DataError, match="line 8: expected text that can be written in UTF-8"):
+        load_rows(str(path), "train", tiny_tokenizer())
+    assert len(load_rows(str(path), "train", tiny_tokenizer(), skip_bad=True)) == 7
+
+
 def test_bad_rows_alone_are_no_data(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text("{}\n{}\n")
     with pytest.raises(DataError, match=r"none \(2 bad ones left out\)"):
@@ -74,7 +93,7 @@ def test_bad_rows_alone_are_no_data(tmp_path: Path):
 
 def test_a_csv_row_with_too_many_columns(tmp_path: Path):
     (tmp_path / "rows.csv").write_text("prompt,completion\na,b\na,b,c\n")
-    with pytest.raises(DataError, match="row 2: expected 2 columns, as the header has, found 3"):
+    with pytest.raises(DataError, match=r"row 2 \(line 3\): expected 2 columns, as the header has, found 3"):
         load_rows(str(tmp_path / "rows.csv"), "train", tiny_tokenizer())
 
 
@@ -128,6 +147,13 @@ def test_a_stream_repeats_by_its_seed_and_never_ends(tmp_path: Path):
     assert passes[0] != passes[1]
     assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
     assert max(map(len, take(0, packing=True))) > max(map(len, first))
+
+
+def test_a_stream_says_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = write(tmp_path / "rows.jsonl", [*ROWS, {"instruction": "x", "output": ""}])
+    recipe = TrainRecipe(model="m", data=str(path), streaming=True, skip_bad_rows=True, max_steps=12)
+    assert len(read_training_data(recipe, tiny_tokenizer()).samples) == 7
+    assert "1 bad rows left out" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_split_is_seeded():

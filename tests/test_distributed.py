@@ -25,6 +25,8 @@ SETTINGS = {
     "save-steps": 5, "gradient-accumulation-steps": 2,
 }  # fmt: skip
 
+TERMS = ("loss", "cross_entropy", "distillation", "identity_loss", "count_loss", "push_loss", "grad_norm")
+
 
 def arguments(base: Path, rows: Path, run: Path, batch_size: int) -> list[str]:
     flags = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value))]
@@ -42,11 +44,7 @@ def launched(config: str) -> dict[str, str]:
 
 def curve(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: line[name] for name in ("loss", "cross_entropy", "identity_loss", "grad_norm")}
-        for line in lines
-        if "loss" in line
-    ]
+    return [{name: line[name] for name in TERMS if name in line} for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +85,24 @@ def test_two_ranks_train_what_one_does(
     (run / "plan.json").unlink()
     assert trainings.run(command) == 1
     assert "processes" in trainings.log.read_text()
+
+
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_two_ranks_train_one_mask_after_one_teacher(
+    config: str, trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path
+):
+    """The default cuts from its first step; the published recipe's mask moves, here with a distance to the base."""
+    more = ["--recipe", "paper", "--distillation-weight", "0.5"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert trainings.run(arguments(tiny_base, rows, one, batch_size=4) + more) == 0, trainings.log.read_text()
+    ranks = trainings.run_ranks(arguments(tiny_base, rows, two, batch_size=2) + more, launched(config))
+    assert ranks == [0, 0], trainings.log.read_text()
+    expected = curve(one)
+    assert expected[0]["count_loss"] > 1
+    assert expected[-1]["distillation"] > 1e-3
+    assert curve(two) == [pytest.approx(line, rel=1e-4) for line in expected]
+    kept = [PruningPlan.load(run).axes["hidden"].kept.tolist() for run in (one, two)]
+    assert kept[0] == kept[1]
 
 
 def test_one_mistake_is_one_message(trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path):

@@ -45,9 +45,17 @@ def uninterrupted(trainings: Trainings, tiny_base: Path, rows: Path, tmp_path_fa
     return run
 
 
-def test_killed_again_and_again(trainings: Trainings, uninterrupted: Path, tiny_base: Path, rows: Path, tmp_path: Path):
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_killed_again_and_again(
+    recipe: str, trainings: Trainings, uninterrupted: Path, tiny_base: Path, rows: Path, tmp_path: Path
+):
+    """By default the adapter starts from a calibration; in the paper's recipe the mask moves between the kills."""
     run = tmp_path / "run"
-    auto = arguments(tiny_base, rows, run)
+    auto = [*arguments(tiny_base, rows, run), "--recipe", recipe]
+    if recipe == "paper":
+        uninterrupted = tmp_path / "whole"
+        whole = [*arguments(tiny_base, rows, uninterrupted), "--recipe", recipe]
+        assert trainings.run(whole) == 0, trainings.log.read_text()
     staging = run / "checkpoints/.partial"
 
     trainings.kill_at(r"os.mkdir .*/\.partial/checkpoint-3 ", auto)

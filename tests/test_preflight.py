@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import TooLarge
 from pat_serve.training import preflight
+from pat_serve.training.calibration import Calibration
+from pat_serve.training.config import PAPER, TrainRecipe
 from pat_serve.training.insert import adapt
 from pat_serve.training.preflight import estimate_training
 from pat_serve.training.run import start
@@ -35,6 +37,24 @@ def test_parameters_are_those_of_the_model_that_is_trained(method: str, checkpoi
     assert estimate.lora_parameters + estimate.method_parameters == trained
     assert estimate.base_parameters == sum(parameter.numel() for parameter in model.parameters()) - trained
     assert (estimate.method_parameters == 0) == (method == "lora")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_default_recipe_is_counted_as_it_is_trained(tied: bool, rows: Path, tmp_path: Path):
+    """Cut from the start its operators have no rank, and a rotation gives a tied base a head of its own."""
+    opened = open_checkpoint(str(save_tiny_llama(tmp_path / "base", tie_word_embeddings=tied)))
+    unset = {name: TrainRecipe.model_fields[name].default for name in (*PAPER, "hio_rank")}
+    recipe = tiny_recipe(opened.folder, rows, **unset | {"tied_embeddings": "untie" if tied else "auto"})
+    recipe = recipe.resolved(tied=tied)
+    estimate = estimate_training(opened, recipe, "float32", 48, 24, 64, "cpu")
+    base = AutoModelForCausalLM.from_pretrained(opened.folder, dtype=torch.float32)
+    measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=torch.eye(64))
+    model, _ = adapt(base, opened.family, recipe, 48, 24, measured)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert estimate.lora_parameters + estimate.method_parameters == trained
+    frozen = sum(p.numel() for name, p in model.named_parameters() if not p.requires_grad and "pat_mask" not in name)
+    assert estimate.base_parameters == frozen
+    assert estimate.weights_bytes == 4 * frozen
 
 
 def test_activations_are_what_autograd_keeps(checkpoint: Checkpoint):
@@ -74,7 +94,22 @@ def test_the_estimate_follows_its_causes(checkpoint: Checkpoint):
     assert size(gradient_checkpointing=True).activations_bytes < plain.activations_bytes
     assert size("bfloat16").weights_bytes * 2 == plain.weights_bytes
     assert size("bfloat16").trained_bytes == plain.trained_bytes
+    assert size("bfloat16", quantize_base="nf4").weights_bytes < 0.8 * size("bfloat16").weights_bytes
+    assert size(distillation_weight=0.5).logits_bytes > 2 * plain.logits_bytes
     assert size(lora_dropout=0.0).activations_bytes < size(device="cuda").activations_bytes < plain.activations_bytes
+
+
+def test_fsdp_holds_a_share(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch):
+    recipe = tiny_recipe(checkpoint.folder, Path("d"))
+    whole = estimate_training(checkpoint, recipe, "float32", 48, 24, 64, "cuda")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    every = estimate_training(checkpoint, recipe, "float32", 48, 24, 64, "cuda")
+    assert (every.weights_bytes, every.trained_bytes) == (whole.weights_bytes, whole.trained_bytes)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    share = estimate_training(checkpoint, recipe, "float32", 48, 24, 64, "cuda")
+    assert share.weights_bytes == pytest.approx(whole.weights_bytes * (1 / 8 + 1 / 2), rel=1e-3)
+    assert share.trained_bytes == whole.trained_bytes // 8
+    assert share.activations_bytes == whole.activations_bytes
 
 
 def test_what_cannot_fit_is_refused_before_it_loads(

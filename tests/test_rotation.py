@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pat_serve.architectures import LLAMA
@@ -95,3 +96,12 @@ def test_energy_start_keeps_the_strongest_channels_before_a_step_is_taken() -> N
     mask.start_from(torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6]))
     assert mask.kept_indices().tolist() == [1, 3, 5, 6, 7]
     assert mask.metrics()["gate_kept"] == 5
+
+
+def test_a_tied_base_starts_from_the_gradient_of_both_its_uses(rows: Path, tmp_path: Path) -> None:
+    """The embedding is the head: one tensor, one gradient."""
+    base = save_tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
+    start(tiny_recipe(base, rows, mask_start="gradient", max_steps=12), tmp_path / "run")
+    importance_D = load_file(tmp_path / "run/calibration.safetensors")["importance"]
+    assert torch.isfinite(importance_D).all()
+    assert importance_D.min() > 0

@@ -64,3 +64,20 @@ def test_quantizing_needs_its_library(tiny_base: Path, rows: Path, tmp_path: Pat
     with pytest.raises(MissingExtra, match="bitsandbytes"):
         start(tiny_recipe(tiny_base, rows, quantize_base="nf4"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_schedule_leaves_the_mask_alone_where_both_rates_are_equal(tiny_base: Path, rows: Path, tmp_path: Path):
+    """As in the paper: 5e-5 is both its learning rate and the mask's."""
+    train(tiny_base, rows, tmp_path / "run", mask_learning_rate=1e-3)
+    state = torch.load(tmp_path / "run/checkpoints/step-12/optimizer.pt", weights_only=True)
+    rates = sorted((group["lr"], len(group["params"])) for group in state["param_groups"])
+    assert rates[-1] == (1e-3, 1)
+    assert rates[0][0] < 1e-5
+
+
+def test_an_epoch_is_what_the_trainer_takes_for_one(tiny_base: Path, rows: Path, tmp_path: Path):
+    """64 rows in batches of 20: three whole ones and one of 4."""
+    recipe = tiny_recipe(tiny_base, rows, max_steps=None, epochs=3, gradient_accumulation_steps=5)
+    assert start(recipe, tmp_path / "run").steps == 12
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["epoch"] == pytest.approx(3)

@@ -77,7 +77,9 @@ def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> tup
     from pat_serve.training.insert import build_model
 
     recipe, inputs, checkpoint = prepared.recipe, prepared.inputs, prepared.checkpoint
-    batches = calibration_batches(prepared.data.samples, recipe.batch_size)
+    # The loss's gradient is taken without recomputation: one row at a time keeps what a whole batch would with it.
+    rows = 1 if recipe.gradient_checkpointing else recipe.batch_size
+    batches = calibration_batches(prepared.data.samples, rows)
     rotate = recipe.rotate
     assert rotate != "auto", "the recipe was not resolved"
 

@@ -141,7 +141,7 @@ def gradient_importance(model: Any, family: Family, num_layers: int, batches: It
     """
     total_D = torch.zeros(model.config.hidden_size, dtype=torch.float64)
     handles: list[RemovableHandle] = []
-    touched = []
+    touched: list[Any] = []
 
     def take(weight: Any, dimension: int) -> None:
         score = (weight.detach() * weight.grad).abs().float()
@@ -151,7 +151,8 @@ def gradient_importance(model: Any, family: Family, num_layers: int, batches: It
 
     for name, spec, _ in family.modules(num_layers):
         weight: Any = model.get_submodule(name).weight
-        if HIDDEN in spec.axes:
+        # A tied head is the embedding, and its gradient has both parts.
+        if HIDDEN in spec.axes and not any(weight is other for other in touched):
             weight.requires_grad_(True)
             touched.append(weight)
             dimension = spec.axes.index(HIDDEN)

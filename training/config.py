@@ -14,6 +14,17 @@ from pat_serve.run_folder import RECIPE_FILE
 
 TENSORBOARD: Literal["tensorboard"] = "tensorboard"
 
+# Of transformers' schedulers, those that need no arguments of their own and no metric.
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
 # PAT as published, where the defaults are what measured best (docs/ablation.md).
 PAPER: dict[str, Any] = {
     "rotate": "none",
@@ -112,6 +123,10 @@ class TrainRecipe(pydantic.BaseModel):
             raise ValueError("mask_start gradient ranks the base's own channels: rotate none")
         if self.quantize_base and self.rotate in ("energy", "loss"):
             raise ValueError("a quantized base cannot be rotated: rotate none")
+        if self.quantize_base and self.mask_start == "gradient":
+            raise ValueError("a quantized weight has no gradient: mask_start energy or zero")
+        if self.quantize_base and self.compensate:
+            raise ValueError("compensate reads weights, which a quantized base has packed: no compensate")
         if self.compensate and self.gate in ("anneal", "gradual"):
             raise ValueError("compensate makes up for a cut that is there from the start: gate cut")
         return self
@@ -137,11 +152,8 @@ class TrainRecipe(pydantic.BaseModel):
     @pydantic.field_validator("lr_scheduler")
     @classmethod
     def _known_scheduler(cls, name: str) -> str:
-        from transformers import SchedulerType
-
-        known = [kind.value for kind in SchedulerType]
-        if name not in known:
-            raise ValueError(f"one of {', '.join(known)}")
+        if name not in SCHEDULERS:
+            raise ValueError(f"one of {', '.join(SCHEDULERS)}")
         return name
 
     def with_absolute_paths(self) -> TrainRecipe:
@@ -165,8 +177,9 @@ class TrainRecipe(pydantic.BaseModel):
             return self.model_copy(update=UNPRUNED | {"lora_head": bool(self.lora_head)})
         rotate = self.rotate
         if rotate == "auto":
-            stays = (tied and self.tied_embeddings != "untie") or self.mask_start == "gradient" or self.quantize_base
-            rotate = "none" if stays else "loss"
+            # Of principal axes an undecided mask throws strong ones away.
+            stays = (tied and self.tied_embeddings != "untie") or self.mask_start in ("gradient", "zero")
+            rotate = "none" if stays or self.quantize_base else "loss"
         # Undecided means that the training decides.
         undecided = self.mask_start == "zero"
         gate = self.gate
@@ -176,7 +189,7 @@ class TrainRecipe(pydantic.BaseModel):
             "rotate": rotate,
             "mask_start": "energy" if self.mask_start == "auto" else self.mask_start,
             "gate": gate,
-            "compensate": gate == "cut" if self.compensate is None else self.compensate,
+            "compensate": gate == "cut" and not self.quantize_base if self.compensate is None else self.compensate,
             "lora_head": rotate != "none" if self.lora_head is None else self.lora_head,
         }
         return TrainRecipe.build(self.model_dump() | chosen, "recipe")

@@ -16,11 +16,15 @@ from pat_serve.checkpoint import Checkpoint
 from pat_serve.errors import TooLarge
 from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes
 from pat_serve.progress import say
+from pat_serve.rotation import untie_head
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.insert import adapt
+from pat_serve.training.ranks import sharded_by_fsdp
 
 # A float32 weight, its gradient and Adam's two moments.
 TRAINED_BYTES = 16
+# A weight in NF4, with its share of the scales, which are quantized too: 4.127 bits (arXiv 2305.14314).
+NF4_BYTES = 4.127 / 8
 # Threads' buffers and kernels that a first step brings along.
 OVERHEAD_BYTES = 100_000_000
 # glibc serves smaller blocks from a heap, where what is kept pins what is freed around it; larger ones mapped alone.
@@ -37,8 +41,8 @@ class Preflight:
         base_parameters: frozen ones, of the base.
         lora_parameters: trained ones, of the adapter.
         method_parameters: trained ones, of the method's modules (HSMs and mask).
-        weights_bytes: the base in the training's dtype.
-        trained_bytes: what is trained in float32, its gradients and Adam's moments.
+        weights_bytes: the base in the training's dtype; under FSDP one process's share and a layer in full.
+        trained_bytes: what is trained in float32, its gradients and Adam's moments; under FSDP one process's share.
         activations_bytes: what the backward pass needs of one micro-batch.
         logits_bytes: of one micro-batch, with log-probabilities and gradients.
         allocator_bytes: what a CPU's heap loses between small activations.
@@ -137,7 +141,12 @@ def estimate_training(
     base = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
     if checkpoint.tied:
         base -= math.prod(checkpoint.tensors["lm_head.weight"].shape) if "lm_head.weight" in checkpoint.tensors else 0
+    if _unties(checkpoint, recipe):
+        base += int(checkpoint.config["vocab_size"]) * checkpoint.hidden_size
     width = DTYPE_BYTES[dtype]
+    weights = base * width
+    if recipe.quantize_base:
+        weights -= round(_quantized_parameters(checkpoint) * (width - NF4_BYTES))
     tokens = recipe.batch_size * longest_tokens
     layer = _layer_bytes_per_token(checkpoint, recipe, width, device) * tokens
     if recipe.gradient_checkpointing:
@@ -148,14 +157,21 @@ def estimate_training(
     activations += tokens * checkpoint.hidden_size * (4 + (2 * width if recipe.method != "lora" else 0))
     on_heap = device == "cpu" and tokens * checkpoint.hidden_size * width < HEAP_BLOCK_BYTES
     # The log-probabilities and two gradients in float32; of a 16-bit head its own gradient as well.
-    logits = tokens * int(checkpoint.config["vocab_size"]) * (12 + (width if width < 4 else 0))
+    # To distil: both models' log-probabilities, the teacher's logits, and what the divergence keeps of each.
+    distilled = 16 + width if recipe.distillation_weight else 0
+    logits = tokens * int(checkpoint.config["vocab_size"]) * (12 + (width if width < 4 else 0) + distilled)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    trained = (lora + own) * TRAINED_BYTES
+    if sharded_by_fsdp() and processes > 1:
+        # Its share of everything, and the layer at work in full.
+        weights = weights // processes + weights // checkpoint.num_layers
+        trained //= processes
     return Preflight(
         base_parameters=base,
         lora_parameters=lora,
         method_parameters=own,
-        weights_bytes=base * width,
-        trained_bytes=(lora + own) * TRAINED_BYTES,
+        weights_bytes=weights,
+        trained_bytes=trained,
         activations_bytes=activations,
         logits_bytes=logits,
         allocator_bytes=round(HEAP_LOSS * (activations + logits)) if on_heap else 0,
@@ -170,14 +186,27 @@ def _trained_parameters(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     # Nothing is measured on the meta device, and what a calibration decides has no parameters.
-    uncalibrated = recipe.model_copy(update={"rotate": "none", "mask_start": "zero", "gate": "anneal"})
+    uncalibrated = recipe.model_copy(update={"rotate": "none", "mask_start": "zero"})
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
         base = AutoModelForCausalLM.from_config(config)
+        if _unties(checkpoint, recipe):
+            untie_head(base)
         model, _ = adapt(base, checkpoint.family, uncalibrated, target_width, total_steps)
     trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
     lora = sum(count for name, count in trained.items() if ".lora_" in name)
     return lora, sum(trained.values()) - lora
+
+
+def _unties(checkpoint: Checkpoint, recipe: TrainRecipe) -> bool:
+    """The run gives a tied base a head of its own."""
+    return checkpoint.tied and recipe.method != "lora" and recipe.rotate != "none"
+
+
+def _quantized_parameters(checkpoint: Checkpoint) -> int:
+    """Of the linears inside the layers; bitsandbytes leaves embedding, norms and head as they are."""
+    shapes = [entry.shape for name, entry in checkpoint.tensors.items() if ".layers." in name]
+    return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
 
 
 def _layer_bytes_per_token(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, device: str) -> int:

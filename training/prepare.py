@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,10 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
     data = read_training_data(recipe, tokenizer)
     batch = recipe.batch_size * recipe.gradient_accumulation_steps * ranks.count
     rows = data.rows()
-    total_steps = recipe.max_steps or max(1, round(recipe.epochs * (rows or 0) / batch))
+    # An epoch's last step may be a smaller one, as the Trainer takes it.
+    micro_batches = math.ceil((rows or 0) / (recipe.batch_size * ranks.count))
+    steps_per_epoch = math.ceil(micro_batches / recipe.gradient_accumulation_steps)
+    total_steps = recipe.max_steps or max(1, round(recipe.epochs * steps_per_epoch))
     if METHODS[recipe.method].prunes and total_steps < LEAST_STEPS:
         raise UsageError(
             "--max-steps" if recipe.max_steps else "--epochs",

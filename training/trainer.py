@@ -27,6 +27,8 @@ from pat_serve.training.ranks import overwrite, snapshot
 
 TRAINED_FILE = "trained.safetensors"
 LOSSES_FILE = "losses.json"
+# Of an optimizer's group: the method sets its rate, not the recipe's schedule.
+OWN_RATE = "own_rate"
 
 
 class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed by mypy
@@ -85,6 +87,9 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
             weight = self.method.recipe.distillation_weight
             if weight:
                 kl = self._distillation(model, inputs, outputs, num_items_in_batch if summed else None)
+                if summed:
+                    # Of the tokens of all ranks, which average their gradients: as transformers does above.
+                    kl = kl * self.accelerator.num_processes
                 self._record("distillation", kl, micro_batches if summed else 1)
                 loss = (1 - weight) * cross_entropy + weight * kl.to(loss.device)
             if self.accelerator.sync_gradients:
@@ -156,14 +161,17 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
                 if name in rates
                 for parameter in module.parameters()
             }
-            groups: dict[float, list[nn.Parameter]] = {}
+            # Apart even where the two rates are equal, as the paper's are: the schedule is for the recipe's alone.
+            groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
             for parameter in (model or self.model).parameters():
                 if parameter.requires_grad:
-                    groups.setdefault(own.get(id(parameter), self.args.learning_rate), []).append(parameter)
+                    rate = own.get(id(parameter), self.args.learning_rate)
+                    groups.setdefault((rate, id(parameter) in own), []).append(parameter)
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
             settings["weight_decay"] = self.args.weight_decay
             self.optimizer = optimizer_class(
-                [{"params": group, "lr": rate} for rate, group in groups.items()], **settings
+                [{"params": group, "lr": rate, OWN_RATE: is_own} for (rate, is_own), group in groups.items()],
+                **settings,
             )
         return self.optimizer
 
@@ -176,7 +184,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if isinstance(scheduler, LambdaLR):
             for index, group in enumerate(scheduler.optimizer.param_groups):
-                if group["initial_lr"] != self.args.learning_rate:
+                if group.get(OWN_RATE):
                     scheduler.lr_lambdas[index] = _constant
                     group["lr"] = group["initial_lr"]
         return scheduler

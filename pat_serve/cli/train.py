@@ -86,7 +86,7 @@ def train(
         str | None,
         Flag(
             help="Turn the residual stream to its principal axes first: none, energy (of its activations) or loss (and "
-            "of the loss's gradient). [default: loss, but none for a tied base]"
+            "of the loss's gradient). [default: loss; none for a tied base, and with --mask-start zero or gradient]"
         ),
     ] = None,
     mask_start: Annotated[
@@ -160,11 +160,12 @@ def train(
             found="neither" if out is None else "both",
             fix="Give one of them.",
         )
-    if resume is not None and not auto and (flags or config):
+    unheard = [*flags, *(["config"] if config else []), *(["recipe"] if recipe != "default" else [])]
+    if resume is not None and not auto and (unheard or force):
         raise UsageError(
             "--resume",
             expected="no other setting, since the run's recipe.yaml has them",
-            found=", ".join(f"--{name.replace('_', '-')}" for name in [*flags, *(["config"] if config else [])]),
+            found=", ".join(f"--{name.replace('_', '-')}" for name in [*unheard, *(["force"] if force else [])]),
             fix="Leave them out, or start a new run.",
         )
     from pat_serve.progress import say

@@ -50,6 +50,17 @@ def parse_row(row: dict[str, Any], where: str, tokenizer: Tokenizer) -> Row:
     Raises:
         DataError: it has no response, an empty one, or none of the supported forms.
     """
+    parsed = _parse(row, where, tokenizer)
+    try:
+        (parsed.prompt + parsed.completion).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise DataError(
+            where, expected="text that can be written in UTF-8", found=str(error), fix="Mend the row."
+        ) from error
+    return parsed
+
+
+def _parse(row: dict[str, Any], where: str, tokenizer: Tokenizer) -> Row:
     if "messages" in row:
         return _parse_messages(row["messages"], where, tokenizer)
     if "prompt" in row:

@@ -5,6 +5,7 @@ Everything is read row by row, so that a stream and a whole read share one path 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Iterator
@@ -119,7 +120,9 @@ def _jsonl_rows(path: Path) -> Iterator[RawRow]:
             if line.strip():
                 where = f"{path}, line {number}"
                 try:
-                    yield where, _json_object(json.loads(line.decode()), where)
+                    # Some editors begin a file with a byte-order mark.
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    yield where, _json_object(json.loads(text), where)
                 except ValueError as error:  # of the JSON, or of the UTF-8
                     yield where, DataError(where, expected="a JSON object", found=str(error), fix="Mend the line.")
 
@@ -127,7 +130,7 @@ def _jsonl_rows(path: Path) -> Iterator[RawRow]:
 def _json_rows(path: Path) -> Iterator[RawRow]:
     """A list of objects, as Alpaca's own file is; a .json file may also hold one object a line."""
     with path.open("rb") as file:
-        is_list = file.read(4096).lstrip()[:1] == b"["
+        is_list = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     if not is_list:
         yield from _jsonl_rows(path)
         return
@@ -153,8 +156,10 @@ def _csv_rows(path: Path) -> Iterator[RawRow]:
     number = 0
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            for number, fields in enumerate(csv.DictReader(file, delimiter=delimiter, strict=True), start=1):
-                where = f"{path}, row {number}"
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            for number, fields in enumerate(reader, start=1):
+                # A row may span lines; this is its last one.
+                where = f"{path}, row {number} (line {reader.line_num})"
                 yield where, _csv_fields(fields, where)
         except (csv.Error, UnicodeDecodeError) as error:  # the rest of the file cannot be told apart
             raise DataError(

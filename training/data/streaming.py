@@ -57,9 +57,13 @@ class ExampleStream(IterableDataset[Example]):
             examples = self._shuffled(random.Random(f"{self.seed} {epoch}"), first=epoch == 0)
             yield from pack_stream(examples, self.max_length_tokens) if self.packing else examples
 
-    def examples(self) -> Iterator[Example]:
-        """One pass in the source's order, unpacked, without rows that have nothing to learn from."""
-        return self._examples(SkippedRows() if self.skip_bad else None)
+    def examples(self, skipped: SkippedRows | None = None) -> Iterator[Example]:
+        """One pass in the source's order, unpacked, without rows that have nothing to learn from.
+
+        Args:
+            skipped: counts the bad rows, if they are to be left out.
+        """
+        return self._examples(skipped or SkippedRows() if self.skip_bad else None)
 
     def _shuffled(self, rng: random.Random, *, first: bool) -> Iterator[Example]:
         skipped = SkippedRows() if self.skip_bad else None

@@ -15,7 +15,7 @@ from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data.encoding import Example, encode_rows
 from pat_serve.training.data.packing import pack_examples
 from pat_serve.training.data.rows import Tokenizer
-from pat_serve.training.data.sources import load_rows
+from pat_serve.training.data.sources import SkippedRows, load_rows
 from pat_serve.training.data.streaming import ExampleStream
 
 # Of a stream, so many rows are checked and hashed before the training starts.
@@ -61,7 +61,9 @@ def read_training_data(recipe: TrainRecipe, tokenizer: Tokenizer) -> TrainingDat
         rows = load_rows(
             recipe.eval_data, recipe.eval_split, tokenizer, flag="--eval-data", skip_bad=recipe.skip_bad_rows
         )
-        held_out, _ = encode_rows(rows, tokenizer, recipe.max_length_tokens)
+        held_out, dropped = encode_rows(rows, tokenizer, recipe.max_length_tokens)
+        if dropped:
+            say(f"--eval-data: {dropped} of {len(rows)} rows left out: their prompt alone fills the length")
     if recipe.streaming:
         return _stream(recipe, tokenizer, held_out)
     rows = load_rows(recipe.data, recipe.data_split, tokenizer, skip_bad=recipe.skip_bad_rows)
@@ -121,7 +123,10 @@ def _stream(recipe: TrainRecipe, tokenizer: Tokenizer, held_out: list[Example] |
         packing=recipe.packing,
         skip_bad=recipe.skip_bad_rows,
     )
-    head = list(islice(stream.examples(), STREAM_HEAD))
+    skipped = SkippedRows()
+    head = list(islice(stream.examples(skipped), STREAM_HEAD))
+    # A run may end before its first pass through the source does, which reports the whole of it.
+    skipped.report(f"{recipe.data}, before its first {len(head)} examples end")
     if not head:
         raise DataError(
             f"--data {recipe.data}",
