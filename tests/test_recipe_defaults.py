@@ -28,7 +28,8 @@ def recipe(**settings: Any) -> TrainRecipe:
     ("settings", "tied", "expected"),
     [
         ({}, False, ("loss", "energy", "cut", True, True)),
-        ({}, True, ("none", "energy", "anneal", False, False)),
+        ({}, True, ("loss", "energy", "cut", True, True)),
+        ({"tied_embeddings": "keep"}, True, ("none", "energy", "cut", True, False)),
         ({"tied_embeddings": "untie"}, True, ("loss", "energy", "cut", True, True)),
         ({"rotate": "energy"}, True, ("energy", "energy", "cut", True, True)),
         ({"mask_start": "gradient"}, False, ("none", "gradient", "anneal", False, False)),
@@ -57,7 +58,7 @@ def test_dense_baseline_is_plain_lora() -> None:
 
 def test_a_choice_that_the_rest_rules_out_is_refused() -> None:
     with pytest.raises(UsageError, match="gate cut"):
-        recipe(compensate=True).resolved(tied=True)
+        recipe(compensate=True, mask_start="zero").resolved(tied=False)
 
 
 def test_operator_has_a_rank_where_the_mask_is_trained() -> None:

@@ -42,7 +42,7 @@ def test_a_recipe_is_legal_for_its_model(name: str):
     width = check_width(recipe.hidden_size, hidden_size, heads, hidden_multiple_of_heads=rule)
     # A quarter, as the paper cuts; a multiple that kernels like.
     assert (width, False) == snap_ratio(0.25, hidden_size, heads, hidden_multiple_of_heads=rule)
-    assert (recipe.tied_embeddings == "keep") == tied
+    assert recipe.resolved(tied=tied).rotate == "loss"
     exported = family.export_as.model_type if family.export_as else model_type
     config = CONFIG_MAPPING[exported](hidden_size=width, num_attention_heads=heads, head_dim=head_dim)
     assert (config.hidden_size, config.head_dim) == (width, head_dim)

@@ -166,8 +166,8 @@ class TrainRecipe(pydantic.BaseModel):
         """The recipe with every `auto` of the method decided by what measured best (docs/ablation.md).
 
         Args:
-            tied: the base's head is its embedding. A rotation would untie it, which costs vocab x width parameters,
-                more than the cut saves in many small models: such a base is not rotated unless it is to be untied.
+            tied: the base's head is its embedding. The rotation unties them: at equal parameters that keeps far more
+                than an unrotated model that stays tied, and what a step of decoding reads is the same.
             prunes: the method does; for one that does not there is nothing to decide.
 
         Raises:
@@ -178,13 +178,14 @@ class TrainRecipe(pydantic.BaseModel):
         rotate = self.rotate
         if rotate == "auto":
             # Of principal axes an undecided mask throws strong ones away.
-            stays = (tied and self.tied_embeddings != "untie") or self.mask_start in ("gradient", "zero")
+            stays = (tied and self.tied_embeddings == "keep") or self.mask_start in ("gradient", "zero")
             rotate = "none" if stays or self.quantize_base else "loss"
-        # Undecided means that the training decides.
-        undecided = self.mask_start == "zero"
         gate = self.gate
         if gate == "auto":
-            gate = "anneal" if rotate == "none" or undecided else "cut"
+            # Undecided means that the training decides; a 4-bit base cannot be compensated, nor was a gradient's choice
+            # measured with it.
+            trains = self.mask_start in ("zero", "gradient") or self.quantize_base
+            gate = "anneal" if trains else "cut"
         chosen = {
             "rotate": rotate,
             "mask_start": "energy" if self.mask_start == "auto" else self.mask_start,

@@ -86,7 +86,7 @@ def train(
         str | None,
         Flag(
             help="Turn the residual stream to its principal axes first: none, energy (of its activations) or loss (and "
-            "of the loss's gradient). [default: loss; none for a tied base, and with --mask-start zero or gradient]"
+            "of the loss's gradient). [default: loss; none with --tied-embeddings keep, --mask-start zero or gradient]"
         ),
     ] = None,
     mask_start: Annotated[
@@ -99,7 +99,7 @@ def train(
         str | None,
         Flag(
             help="anneal (the mask is trained), gradual (a channel after the other) or cut. [default: cut, but anneal "
-            "without a rotation]"
+            "with --mask-start zero or gradient, and on a 4-bit base]"
         ),
     ] = None,
     compensate: Annotated[
@@ -118,8 +118,8 @@ def train(
     tied_embeddings: Annotated[
         str | None,
         Flag(
-            help="Of a tied base: keep (mask and scale on the embedding), untie (full operator) or auto (keep, except "
-            "with --rotate)."
+            help="Of a tied base: keep (mask and scale on the embedding), untie (full operator) or auto (untied by "
+            "the rotation, kept without one)."
         ),
     ] = None,
     milestone_share: Annotated[
