@@ -23,10 +23,10 @@ demo: $(READY) ## train, prune, export, serve, ask, measure: the whole way on a 
 	$(BIN)/pat-demo --out $(OUT)
 
 test: $(READY) ## the tests, real vLLM included
-	$(BIN)/pytest -n 2 --dist loadgroup -m 'not slow and not docker'
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not docker'
 
 test-all: $(READY) ## the tests that take long too
-	$(BIN)/pytest -n 2 --dist loadgroup -m 'not docker'
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not docker'
 
 docker-test: $(READY) ## build the image, run it, ask it, stop it; needs a Docker engine
 	$(BIN)/pytest -s -m docker tests/docker

@@ -20,13 +20,6 @@ from tests.trainings import Trainings
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the tests: one has all that start vLLM, so that no two engines run at once."""
-    for item in items:
-        group = "vllm" if item.get_closest_marker("vllm") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 WORDS = ["list", "dict", "value", "file", "path", "name", "key", "return"]
 
 
