@@ -240,7 +240,7 @@ def test_layer_by_layer_gives_the_same_figures(variant: str, tmp_path: Path):
     if "tied" in variant:
         fold = plan.folds["model.embed_tokens"]
         diagonal = HybridFold(l0_RD=fold.l0_RD[:0], l1_DR=fold.l1_DR[:, :0], scale_D=fold.scale_D.clamp(min=0.5))
-        dataclasses.replace(plan, folds=plan.folds | {"model.embed_tokens": diagonal}).save(run_folder)
+        dataclasses.replace(plan, folds={**plan.folds, "model.embed_tokens": diagonal}).save(run_folder)
     out = export_run(run_folder, tmp_path / "out", dtype="bfloat16", parity=False).out
     run = open_run(run_folder)
     loaded, walked = (measure_parity(run, out, torch.bfloat16, walk=walk) for walk in (False, True))

@@ -185,10 +185,11 @@ def test_bad_generate_is_one_clear_400(client: httpx.Client, body: Any, param: s
         (b'{"prompt": "a"', "not valid JSON.*character 14"),
         (b'{"prompt": "a", "temperature": NaN}', "finite number"),
         (b'{"prompt": "\\ud800"}', "valid string"),
-        (b"[" * 100_000, "cannot be read as JSON"),
+        (b"[" * 100_000, "more than 50000 lists and objects"),
+        (b"[" * 40_000, "cannot be read as JSON|not valid JSON|levels"),
         (b"", "a JSON body is needed"),
     ],
-    ids=["malformed", "not a number", "lone surrogate", "too deep", "empty"],
+    ids=["malformed", "not a number", "lone surrogate", "too many lists", "too deep", "empty"],
 )
 def test_bad_json_is_one_clear_400(client: httpx.Client, content: bytes, told: str) -> None:
     response = client.post("/generate", content=content, headers={"Content-Type": "application/json"})
