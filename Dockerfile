@@ -1,4 +1,4 @@
-# pat-serve as an image: `docker build -t pat-serve .`, then `docker run -p 8000:8000 pat-serve` serves the model at /model.
+# pat-serve as an image: `docker build -t pat-serve .`; `docker run --shm-size 1g -p 8000:8000 pat-serve` serves /model.
 # Targets: cpu (the default) and cuda. See docs/containers.md.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 

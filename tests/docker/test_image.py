@@ -49,7 +49,17 @@ def container(image: str) -> Iterator[tuple[str, str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     name = f"pat-serve-test-{port}"
-    guarded = ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+    guarded = [
+        "--shm-size",
+        "1g",
+        "--read-only",
+        "--tmpfs",
+        "/tmp",
+        "--cap-drop",
+        "ALL",
+        "--security-opt",
+        "no-new-privileges",
+    ]
     flags = ["--host", "127.0.0.1", "--port", str(port), "--kv-cache-gib", "0.25"]
     environment = ["--env", f"PAT_SERVE_API_KEYS=tester={KEY}"]
     docker("run", "--detach", "--name", name, "--network", "host", *guarded, *environment, image, *flags)
