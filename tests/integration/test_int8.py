@@ -20,7 +20,7 @@ from tests.conftest import tiny_recipe
 from tests.integration.conftest import free_port, spawn, tail, wait_until_ready
 from tests.tiny_models import save_tiny_llama, tiny_llama
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 QUESTIONS, ANSWER_TOKENS = 16, 4
 # What int8 moves a logit by in this model is below 0.1; a token that leads by more than this must stay.
