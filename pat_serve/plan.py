@@ -125,6 +125,10 @@ class PruningPlan:
         path = folder / PLAN_JSON
         try:
             document = _Document.model_validate(parse(path.read_bytes()))
+        except pydantic.ValidationError as error:
+            fault = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, fault["loc"])) or "the document"
+            raise _broken(path, "a plan of version 1", f"{where}: {fault['msg']}") from error
         except (OSError, ValueError) as error:
             raise _broken(path, "a plan of version 1", first_line(error)) from error
         path = folder / PLAN_ARRAYS
