@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from asyncio import TimerHandle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -44,13 +44,14 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._receive_timer: TimerHandle | None = None
         self._send_timer: TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the clock of the first request."""
-        super().connection_made(transport)
+        # asyncio's own signature; uvicorn's names the kind that a server's connections are.
+        super().connection_made(cast(asyncio.Transport, transport))
         if len(self.connections) > self.policy.max_connections or not self.guarded():
             self.connections.discard(self)
             self._refused = True
-            transport.abort()
+            self.transport.abort()
             return
         self._await_request()
 

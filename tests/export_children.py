@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def _child(settings: dict[str, Any], number: int, report: int) -> None:
     if "fsize" in settings:
         resource.setrlimit(resource.RLIMIT_FSIZE, (settings["fsize"], settings["fsize"]))
     if settings.get("skip_dry_run"):
-        exporter._check_fits = lambda *_: None  # type: ignore[assignment]
+        exporter._check_fits = lambda *_: None
     events = 0
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -102,7 +103,7 @@ def _child(settings: dict[str, Any], number: int, report: int) -> None:
 def _serve() -> None:
     import torch
 
-    import pat_serve.export.exporter  # noqa: F401  (before the forks)
+    import_module("pat_serve.export.exporter")  # before the forks
 
     # The first products on the meta device import seconds of torch.
     torch.addmm(*(torch.empty(2, 2, device="meta") for _ in range(3))) @ torch.empty(2, 2, device="meta")

@@ -145,7 +145,7 @@ def test_an_index_and_shards_that_disagree(change: str, folder: Path):
     split(folder / "base")
     edit_index(
         folder / "base",
-        lambda weights: weights.pop(EMBEDDING) if change == "forgets" else weights.update(x=weights[EMBEDDING]),  # type: ignore[arg-type, func-returns-value]
+        lambda weights: weights.pop(EMBEDDING) if change == "forgets" else weights.update(x=weights[EMBEDDING]),
     )
     refuse(folder, BrokenCheckpoint, "no shard")
 
@@ -190,9 +190,9 @@ HEADERS: dict[str, tuple[Callable[[dict[str, dict[str, object]]], None], str]] =
     "true": (lambda h: h[EMBEDDING].update(shape=[True, 64]), "dtype, shape and data_offsets"),
     "a giant": (lambda h: h[EMBEDDING].update(shape=[2**62, 2**62]), "bytes for"),
     "another dtype": (lambda h: h[EMBEDDING].update(dtype="I8"), "in F64, F32, F16, BF16"),
-    "no dtype": (lambda h: h[EMBEDDING].pop("dtype"), "dtype, shape and data_offsets"),  # type: ignore[arg-type, return-value]
+    "no dtype": (lambda h: h[EMBEDDING].pop("dtype"), "dtype, shape and data_offsets"),
     "one more field": (lambda h: h[EMBEDDING].update(code="x"), "dtype, shape and data_offsets"),
-    "no object": (lambda h: h.update({EMBEDDING: 5}), "dtype, shape and data_offsets"),  # type: ignore[dict-item]
+    "no object": (lambda h: h.update({EMBEDDING: 5}), "dtype, shape and data_offsets"),
     "the same bytes twice": (lambda h: h.update(twin=dict(h[EMBEDDING])), "overlapping"),
 }
 
@@ -213,7 +213,7 @@ def test_a_gap_between_tensors(folder: Path):
     header, data = header_of(shard)
     for name, entry in header.items():
         if name != "__metadata__":
-            entry["data_offsets"] = [offset + 16 for offset in entry["data_offsets"]]  # type: ignore[attr-defined]
+            entry["data_offsets"] = [offset + 16 for offset in entry["data_offsets"]]
     write_header(shard, header, b"\0" * 16 + data)
     refuse(folder, BrokenCheckpoint, "a gap")
 
@@ -293,7 +293,7 @@ def test_a_dtype_that_overflows(tmp_path: Path):
 
 
 def edit_plan(run: Path, **changes: object) -> None:
-    replace(PruningPlan.load(run), **changes).save(run)  # type: ignore[arg-type]
+    replace(PruningPlan.load(run), **changes).save(run)
 
 
 @pytest.mark.parametrize("part", ["l0_RD", "l1_DR", "scale_D"])

@@ -93,7 +93,7 @@ def test_a_thread_keeps_little_in_memory(run: Path):
     scratch = blocks.Scratch()
     taken: list[int] = []
     take = scratch.take
-    scratch.take = lambda use, size: (taken.append(size), take(use, size))[1]  # type: ignore[method-assign]
+    scratch.take = lambda use, size: (taken.append(size), take(use, size))[1]
     largest = max(entry.size_bytes for entry in opened.base.tensors.values() if entry.shape[0] == 64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "_BLOCK_NUMBERS", 256)

@@ -31,7 +31,7 @@ class FakeEngine:
 
 
 def check(engine: FakeEngine) -> float:
-    return asyncio.run(Readiness(engine).check())  # type: ignore[arg-type]  # the part of Engine that is used
+    return asyncio.run(Readiness(engine).check())  # the part of Engine that is used
 
 
 def test_a_token_is_ready() -> None:
@@ -53,7 +53,7 @@ def test_a_hanging_engine_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_traffic_counts_as_a_probe() -> None:
     engine = FakeEngine([7])
-    ready = Readiness(engine)  # type: ignore[arg-type]  # the part of Engine that is used
+    ready = Readiness(engine)  # the part of Engine that is used
     ready.note_token()
     asyncio.run(ready.check())
     assert engine.asked == 0

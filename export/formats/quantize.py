@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from pat_serve.architectures import EMBEDDING, HEAD
-from pat_serve.checkpoint import read_tensor
 from pat_serve.export.formats.overflow import round_floats
 from pat_serve.export.formats.quality import QuantizationQuality, measure_quality
 from pat_serve.export.formats.schemes import SCALE_SUFFIX, Scheme, quantization_config, quantize_channels
@@ -26,6 +25,7 @@ from pat_serve.export.prompts import RANDOM_PROMPTS, parity_prompts
 from pat_serve.export.reader import Run
 from pat_serve.export.writer import shard_names
 from pat_serve.progress import track
+from pat_serve.shards import TensorEntry, read_header
 
 _INDEX = "model.safetensors.index.json"
 _HEADER_DTYPES = {
@@ -128,24 +128,16 @@ def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
     return kind == "weight" and len(shape) == 2 and module not in (EMBEDDING, HEAD)
 
 
-def _sources(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Shard and shape of every tensor of a checkpoint, in order."""
-    from safetensors import safe_open
-
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                entry = file.get_slice(name)
-                assert entry.get_dtype() == "F32", name
-                found[name] = (path, tuple(entry.get_shape()))
+def _sources(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a checkpoint, in order."""
+    found = {name: entry for path in sorted(folder.glob("*.safetensors")) for name, entry in read_header(path).items()}
+    assert {entry.dtype for entry in found.values()} == {torch.float32}
     return found
 
 
-def _stored(
-    where: dict[str, tuple[Path, tuple[int, ...]]], scheme: Scheme, floats: torch.dtype
-) -> Iterator[tuple[str, Stored]]:
-    for name, (_, shape) in where.items():
+def _stored(where: dict[str, TensorEntry], scheme: Scheme, floats: torch.dtype) -> Iterator[tuple[str, Stored]]:
+    for name, entry in where.items():
+        shape = entry.shape
         if is_quantized(name, shape):
             yield name, Stored(source=name, dtype=scheme.dtype, shape=shape)
             yield name + SCALE_SUFFIX, Stored(source=name, dtype=torch.float32, shape=(shape[0], 1))
@@ -167,7 +159,7 @@ def _plan_shards(entries: Iterator[tuple[str, Stored]], max_shard_bytes: int) ->
 
 def _tensors(
     shards: list[dict[str, Stored]],
-    where: dict[str, tuple[Path, tuple[int, ...]]],
+    where: dict[str, TensorEntry],
     scheme: Scheme,
     floats: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -179,7 +171,7 @@ def _tensors(
                 assert scale is not None
                 yield name, scale
                 continue
-            tensor = read_tensor(where[name][0], name)
+            tensor = where[name].read()
             if entry.dtype == scheme.dtype:
                 tensor, scale = quantize_channels(tensor, scheme)
             else:
