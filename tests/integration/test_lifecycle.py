@@ -180,6 +180,7 @@ def test_deadline_key_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, 
         os.kill(engine, signal.SIGCONT)
         until_status(f"{url}/ready", 200)
         # Killed.
+        began_s = time.monotonic()
         streams = [Stream(url), Stream(url, path="/v1/completions", model=tiny_model)]
         for stream in streams:
             assert stream.flowing.wait(60)
