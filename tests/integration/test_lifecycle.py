@@ -189,7 +189,8 @@ def test_deadline_key_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, 
         for stream in streams:
             last, done = stream.end()
             assert '"error"' in last
-            assert "deadline" not in last
+            # Unless this machine took so long that the deadline came first, which is right then.
+            assert "deadline" not in last or time.monotonic() - began_s >= 10
             assert done == "data: [DONE]"
         check_ended(process, 1, log)
         print(f"ended {time.monotonic() - killed_s:.1f} s after its engine")
