@@ -147,14 +147,35 @@ def test_a_signal_lets_requests_finish_and_a_second_one_ends_them(
         process.kill()
 
 
-def test_deadline_key_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, log: Path) -> None:
+def test_a_deadline_ends_a_request_and_gives_its_place_back(tiny_model: Path, log: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    flags = ["--kv-cache-gib", "0.25", "--request-timeout", "10", "--max-concurrency-per-key", "2"]
+    process = spawn(tiny_model, port, log, "--kv-cache-gib", "0.25", "--request-timeout", "10")
+    try:
+        wait_until_ready(process, url, log)
+        streams = [Stream(url), Stream(url, path="/v1/completions", model=tiny_model)]
+        for stream in streams:
+            last, done = stream.end()
+            assert '"deadline"' in last
+            assert done == "data: [DONE]"
+        with httpx.Client(base_url=url, timeout=60) as client:
+            wait_for(client, "vllm:num_requests_running", 0)
+            for path in ("/generate", "/v1/completions"):
+                late = client.post(path, json=streams[path != "/generate"].body | {"stream": False})
+                assert (late.status_code, late.json()["error"]["type"]) == (504, "deadline")
+                wait_for(client, "vllm:num_requests_running", 0)
+    finally:
+        process.kill()
+
+
+def test_a_key_s_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, log: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    # No deadline comes near, however slow the machine: only the kill can end these streams.
+    flags = ["--kv-cache-gib", "0.25", "--request-timeout", "3600", "--max-concurrency-per-key", "2"]
     process = spawn(tiny_model, port, log, *flags, "--api-key", f"tests={KEY}")
     try:
         wait_until_ready(process, url, log)
-        # The deadline, which ends two at the bound.
         streams = [Stream(url), Stream(url, path="/v1/completions", model=tiny_model)]
         for stream in streams:
             assert stream.flowing.wait(60)
@@ -162,16 +183,6 @@ def test_deadline_key_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, 
         assert refused.status_code == 429
         assert refused.json()["error"]["type"] == "too_many_requests"
         assert "retry-after" in refused.headers
-        for stream in streams:
-            last, done = stream.end()
-            assert '"deadline"' in last
-            assert done == "data: [DONE]"
-        with httpx.Client(base_url=url, timeout=60, headers=AUTHORIZATION) as client:
-            wait_for(client, "vllm:num_requests_running", 0)
-            for path in ("/generate", "/v1/completions"):
-                late = client.post(path, json=streams[path != "/generate"].body | {"stream": False})
-                assert (late.status_code, late.json()["error"]["type"]) == (504, "deadline")
-                wait_for(client, "vllm:num_requests_running", 0)
         # Stopped, and going on.
         engine = pid_of(process.pid, "EngineCore")
         os.kill(engine, signal.SIGSTOP)
@@ -180,17 +191,13 @@ def test_deadline_key_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, 
         os.kill(engine, signal.SIGCONT)
         until_status(f"{url}/ready", 200)
         # Killed.
-        began_s = time.monotonic()
-        streams = [Stream(url), Stream(url, path="/v1/completions", model=tiny_model)]
-        for stream in streams:
-            assert stream.flowing.wait(60)
+        assert all(stream.is_alive() for stream in streams)
         os.kill(engine, signal.SIGKILL)
         killed_s = time.monotonic()
         for stream in streams:
             last, done = stream.end()
             assert '"error"' in last
-            # Unless this machine took so long that the deadline came first, which is right then.
-            assert "deadline" not in last or time.monotonic() - began_s >= 10
+            assert "deadline" not in last
             assert done == "data: [DONE]"
         check_ended(process, 1, log)
         print(f"ended {time.monotonic() - killed_s:.1f} s after its engine")
