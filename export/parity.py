@@ -174,8 +174,8 @@ def measure_parity(
     # while a rewriting that is wrong stays as wrong as it was.
     again = measure(torch.float64)
     note = (
-        f"In float32 the logits differed by {first.figures.max_abs_over_std:.3g} of their standard deviation, above the "
-        "limit: all models were computed again in float64."
+        f"In float32 the logits differed by {first.figures.max_abs_over_std:.3g} of their standard deviation, above "
+        "the limit: all models were computed again in float64."
     )
     return replace(again, notes=(*again.notes, note))
 
