@@ -73,7 +73,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 router = APIRouter(route_class=ErrorShapeRoute, responses=_ERRORS, tags=["pat-serve"])
 
 
-@router.post("/generate", response_model=GenerateResponse)
+_STREAM = {"description": "One answer, or a stream of events.", "content": {"text/event-stream": {}}}
+
+
+@router.post("/generate", response_model=GenerateResponse, responses={200: _STREAM})
 async def generate_route(body: GenerateRequest, http: Request, service: ServiceDep) -> Response:
     """Generate text from a prompt or from token ids; `stream: true` answers with server-sent events."""
     return await generate(service.engine, service.readiness, body, http)

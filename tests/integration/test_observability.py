@@ -50,14 +50,8 @@ def ask(client: httpx.Client, server: Server, route: str, *, tokens: int, stream
     return answer
 
 
-@pytest.fixture(scope="module")
-def chat_server(server: Server) -> Server:
-    """The tokenizer has no chat template, and a request may not bring one: vLLM then refuses /v1/chat/completions."""
-    return server
-
-
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-@pytest.mark.parametrize("route", ["/generate", "/v1/completions"])
+@pytest.mark.parametrize("route", ROUTES)
 def test_a_request_is_counted_by_route_and_key(server: Server, client: httpx.Client, route: str, stream: bool) -> None:
     by, before = {"route": route, "key": "tests"}, Figures(client)
     timings: list[float] = []
@@ -88,10 +82,10 @@ def test_rejections_are_counted_by_reason(server: Server, client: httpx.Client) 
     assert [client.get(f"/no/{number}").status_code for number in range(4)] == [404] * 4
     with RawClient(server) as raw:
         raw.send("GET /health HTTP/1.1\r\nHost: x\r\nX-Big: " + "a" * 40_000)
-        raw.receive()
+        raw.answer()
     with RawClient(server) as raw:
         raw.send("no http\r\n\r\n")
-        raw.receive()
+        raw.answer()
     after = Figures(client)
     rejected = {
         (labels[0], labels[1]): after.samples[name, pairs] - before.samples[name, pairs]
@@ -136,19 +130,21 @@ def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_every_metric_of_the_dashboard_is_there(server: Server, client: httpx.Client) -> None:
     """A panel whose metric has another name stays empty without a word."""
-    for route in ("/generate", "/v1/completions"):
+    for route in ROUTES:
         ask(client, server, route, tokens=4, stream=True)
     client.post("/generate", json={})
     dashboard = json.loads((MONITORING / "grafana-dashboard.json").read_text())
-    variables = [variable["query"]["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
+    variables = [
+        variable["query"]["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"
+    ]
     queries = [target["expr"] for panel in panels(dashboard) for target in panel["targets"]] + variables
-    names = {name for query in queries for name in re.findall(r"\b(?:pat_serve_|vllm:)[a-z_:]+", query)}
+    names = {name for query in queries for name in re.findall(r"\b(?:pat_serve_|vllm:|process_)[a-z_:]+", query)}
     assert len(names) > 15
     samples = {name: {label for label, _ in pairs} for name, pairs in Figures(client).samples}
     assert names - samples.keys() == set()
     # And the labels that a query filters or groups by are labels of its metric.
     for query in queries:
-        for name, inside in re.findall(r"((?:pat_serve_|vllm:)[a-z_:]+)\{([^}]*)\}", query):
+        for name, inside in re.findall(r"((?:pat_serve_|vllm:|process_)[a-z_:]+)\{([^}]*)\}", query):
             assert set(re.findall(r"(\w+)\s*[=!]~?\s*\"", inside)) - {"job", "instance"} <= samples[name], query
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids))
@@ -161,12 +157,9 @@ def test_prometheus_scrapes_with_a_key() -> None:
 
 
 def test_request_ids_come_back_and_are_vllms_too(server: Server, client: httpx.Client) -> None:
-    for route in ("/generate", "/v1/completions"):
-        named = client.post(
-            route, json={"model": str(server.model), "prompt": "a", "max_tokens": 1} | {}, headers={"X-Request-Id": "me:1"}
-        ) if route != "/generate" else client.post(
-            route, json={"prompt": "a", "max_tokens": 1}, headers={"X-Request-Id": "me:1"}
-        )
+    for route, model in (("/generate", {}), ("/v1/completions", {"model": str(server.model)})):
+        body = model | {"prompt": "a", "max_tokens": 1}
+        named = client.post(route, json=body, headers={"X-Request-Id": "me:1"})
         assert named.headers.get_list("x-request-id") == ["me:1"]
     assert named.json()["id"] == "cmpl-me:1"
     made = client.get("/health").headers["x-request-id"]
@@ -178,13 +171,13 @@ def test_the_access_log(server: Server, client: httpx.Client) -> None:
     client.get(forged, headers={"X-Request-Id": "log-1"})
     with RawClient(server) as raw:
         raw.send("GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\x1b[31m\r\nConnection: close\r\n\r\n")
-        raw.receive()
+        raw.answer()
     ask(client, server, "/v1/completions", tokens=5, stream=True, request_id="body-id")
     text = server.log.read_text(errors="strict")
     lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"time"')]
     [lost] = [line for line in lines if line["request_id"] == "log-1"]
     assert (lost["route"], lost["status"], lost["key"]) == ("other", 404, "tests")
-    assert lost["path"] == '/no\\x0d\\x0a{\\x22status\\x22:1}\\x1b[31m\\x9b'
+    assert lost["path"] == "/no\\x0d\\x0a{\\x22status\\x22:1}\\x1b[31m\\x9b"
     assert "\x1b[31m" not in text
     assert {"status": 1} not in lines
     last = lines[-1]

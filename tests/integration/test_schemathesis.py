@@ -1,0 +1,129 @@
+"""Requests made from the server's own OpenAPI document, good ones and broken ones, against the real engine.
+
+Derandomised: a run in CI repeats the last one. `PAT_SERVE_SCHEMATHESIS_EXAMPLES` asks for more of each kind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.integration.conftest import KEY, Server
+
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("serves_afterwards")]
+
+EXAMPLES = int(os.environ.get("PAT_SERVE_SCHEMATHESIS_EXAMPLES", "0"))
+OURS = [
+    ("POST", "/generate", 40),
+    ("POST", "/benchmark/latency", 15),
+    ("POST", "/benchmark/throughput", 15),
+    ("GET", "/ready", 5),
+    ("GET", "/health", 5),
+]
+VLLMS = [
+    ("POST", "/v1/completions", 10),
+    ("POST", "/v1/chat/completions", 10),
+    ("POST", "/v1/responses", 6),
+    ("POST", "/v1/messages", 6),
+    ("POST", "/tokenize", 6),
+    ("POST", "/detokenize", 6),
+    ("GET", "/v1/models", 3),
+    ("GET", "/v1/responses/{response_id}", 5),
+]
+# What a document cannot say: how many tokens a text has, and how many of them this model takes.
+BY_THE_MODEL = {"prompt", "prompt_token_ids", "prompt_token_ids.0", "max_tokens", "prompt_tokens", "output_tokens"}
+# Enough for a route to do all that it does.
+SMALL = {
+    "max_tokens": 2, "max_completion_tokens": 2, "max_output_tokens": 2, "batch_size": 2, "rounds": 2, "warmup": 1,
+    "concurrency": 2, "num_requests": 2, "duration_s": 0.1, "prompt_tokens": 4, "output_tokens": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def schema(server: Server) -> Any:
+    return schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers={"Authorization": f"Bearer {KEY}"})
+
+
+def small(body: Any) -> Any:
+    """The same body with numbers that would keep the engine busy for minutes made small."""
+    if not isinstance(body, dict):
+        return body
+    return {
+        name: min(value, SMALL[name]) if name in SMALL and type(value) in (int, float) else value
+        for name, value in body.items()
+    }
+
+
+def explore(
+    schema: Any, method: str, path: str, mode: GenerationMode, examples: int, check: Callable[..., None]
+) -> int:
+    """Send requests; returns how many."""
+    sent = 0
+
+    @settings(
+        max_examples=EXAMPLES or examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=schema[path][method].as_strategy(generation_mode=mode))
+    def one(case: Any) -> None:
+        nonlocal sent
+        sent += 1
+        case.body = small(case.body)
+        answer = case.call(headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+        check(case, answer)
+
+    one()
+    return sent
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["good", "broken"])
+@pytest.mark.parametrize(("method", "path", "examples"), OURS, ids=[path for _, path, _ in OURS])
+def test_our_routes_keep_their_promise(
+    schema: Any, method: str, path: str, examples: int, mode: GenerationMode
+) -> None:
+    if mode is GenerationMode.NEGATIVE and method == "GET":
+        pytest.skip("nothing of the request is read, so nothing of it can be wrong")
+
+    def check(case: Any, answer: Any) -> None:
+        checks = [not_a_server_error, status_code_conformance, content_type_conformance]
+        if not answer.headers["content-type"][0].startswith("text/event-stream"):
+            checks.append(response_schema_conformance)
+        if mode is GenerationMode.NEGATIVE:
+            checks.append(negative_data_rejection)
+        case.validate_response(answer, checks=checks)
+        if mode is GenerationMode.POSITIVE and answer.status_code != 200:
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["param"] in BY_THE_MODEL, answer.text
+
+    assert explore(schema, method, path, mode, examples, check) > 0
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["good", "broken"])
+@pytest.mark.parametrize(("method", "path", "examples"), VLLMS, ids=[path for _, path, _ in VLLMS])
+def test_vllms_routes_never_fail(schema: Any, method: str, path: str, examples: int, mode: GenerationMode) -> None:
+    def check(case: Any, answer: Any) -> None:
+        assert answer.status_code in (200, 400, 404, 405), (
+            f"{answer.status_code} {answer.text}\n{json.dumps(case.body)}"
+        )
+        if answer.status_code != 200:
+            assert answer.json()["error"]["message"]
+
+    assert explore(schema, method, path, mode, examples, check) > 0
