@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+import threading
+import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -14,7 +18,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from pat_serve.version import __version__
-from tests.integration.conftest import EXPORT_RECORD, KEY, Server
+from tests.integration.conftest import EXPORT_RECORD, KEY, Server, free_port, spawn, tail, wait_until_ready
 from tests.integration.raw_http import RawClient
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("serves_afterwards")]
@@ -185,3 +189,47 @@ def test_the_access_log(server: Server, client: httpx.Client) -> None:
     assert (last["output_tokens"], last["key"]) == (5, "tests")
     assert 0 <= last["queue_s"] < last["ttft_s"] < last["duration_s"]
     assert last["response_bytes"] > last["request_bytes"] > 50
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Takes spans by OTLP over HTTP."""
+
+    received: ClassVar[list[bytes]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.received.append(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_traces_reach_a_collector(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+    endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+    port, log = free_port(), tmp_path / "log.txt"
+    flags = ["--dtype", "float32", "--kv-cache-gib", "0.02"]
+    process = spawn(tiny_model, port, log, *flags, "--", "--otlp-traces-endpoint", endpoint)
+    try:
+        wait_until_ready(process, f"http://127.0.0.1:{port}", log)
+        trace = "0af7651916cd43dd8448eb211c80319c"
+        headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01", "X-Request-Id": "traced-1"}
+        body = {"model": str(tiny_model), "prompt": "a", "max_tokens": 3}
+        httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, headers=headers, timeout=60).raise_for_status()
+        deadline_s = time.monotonic() + 30
+        while not any(b"traced-1" in spans for spans in Collector.received):
+            assert time.monotonic() < deadline_s, tail(log)
+            time.sleep(0.1)
+        [spans] = [spans for spans in Collector.received if b"traced-1" in spans]
+        assert bytes.fromhex(trace) in spans
+    finally:
+        process.terminate()
+        process.wait(60)
+        collector.shutdown()
