@@ -65,7 +65,9 @@ class GenerateRequest(Body):
     top_k: Annotated[int, Field(ge=0, le=MAX_MODEL_TOKENS, description="0 keeps all tokens.")] = 0
     stop: Annotated[
         list[StopString],
-        BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+        BeforeValidator(
+            _as_list, json_schema_input_type=StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+        ),
         Field(max_length=MAX_STOPS),
     ] = []
     seed: Seed | None = None
