@@ -22,7 +22,7 @@ from pat_serve.errors import EngineError, UsageError
 from pat_serve.server.admission import RETRY_AFTER_S
 from pat_serve.server.generation import EngineTimes, Piece, Sampling
 from pat_serve.server.http_errors import HttpError, InvalidRequestError
-from pat_serve.server.sequence_watch import SequenceWatch
+from pat_serve.server.sequence_watch import watch
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Engine:
         self.vocab_size: int = client.model_config.get_vocab_size()
         self.max_num_seqs: int = client.vllm_config.scheduler_config.max_num_seqs
         self.hidden_size: int = client.model_config.get_hidden_size()
-        self.watch = SequenceWatch(client.output_processor.request_states)
+        watch(client.output_processor)
         # Of any request, whichever route it came by; on the monotonic clock.
         self.last_token_s: float | None = None
         # Called once, in a thread of its own, before a signal's shutdown stops the engine; may block.
@@ -254,23 +254,14 @@ def attach(client: Any, args: Namespace) -> Engine:
         requests.abort_requests(list(requests.request_states), internal=True)
 
     client.shutdown = note_and_shut_down
-    process_outputs, add_request = client.output_processor.process_outputs, client.output_processor.add_request
+    process_outputs = client.output_processor.process_outputs
 
     def note_and_process(outputs: Any, *more: Any, **options: Any) -> Any:
         if any(output.new_token_ids for output in outputs):
             engine.last_token_s = time.monotonic()
-        return engine.watch.process(process_outputs, outputs, *more, **options)
-
-    def watch_and_add(
-        request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None
-    ) -> None:
-        # The n sequences of one request share its prompt.
-        prompt_tokens = 0 if request_index else len(request.prompt_token_ids or ())
-        engine.watch.add(request.request_id, prompt_tokens)
-        add_request(request, prompt, parent_req, request_index, queue)
+        return process_outputs(outputs, *more, **options)
 
     client.output_processor.process_outputs = note_and_process
-    client.output_processor.add_request = watch_and_add
     return engine
 
 

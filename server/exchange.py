@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -29,7 +30,7 @@ class Exchange:
         queue_s: what the first of them to be scheduled had waited in the engine; None without engine statistics.
         decode_s: over all sequences, from the first token to the last.
         decoded_tokens: over all sequences, those that came after the first.
-        open_sequences: ids of those that the engine works on.
+        open_sequences: those that an engine works on, by id, each with what is to be called when nobody waits for it.
     """
 
     method: str
@@ -51,7 +52,15 @@ class Exchange:
     queue_s: float | None = None
     decode_s: float = 0.0
     decoded_tokens: int = 0
-    open_sequences: set[str] = field(default_factory=set)
+    open_sequences: dict[str, Callable[[str], None]] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Its answer has ended, or the client has left."""
+        self.duration_s = time.monotonic() - self.arrival_s
+        self.closed = True
+        # An engine may have dropped some unheard.
+        for request_id, end in tuple(self.open_sequences.items()):
+            end(request_id)
 
     @property
     def ttft_s(self) -> float | None:

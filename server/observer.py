@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from uuid import uuid4
 
 from pydantic_core import from_json
@@ -15,7 +14,6 @@ from pat_serve.server.exchange import CLIENT_LEFT, Exchange, current
 from pat_serve.server.http_errors import HttpError
 from pat_serve.server.metrics import ServerMetrics
 from pat_serve.server.route_names import UNPARSED, RouteNames
-from pat_serve.server.sequence_watch import SequenceWatch
 
 REQUEST_ID = b"x-request-id"
 # How an error begins in a stream of ours or vLLM's; text that a model makes stands further in.
@@ -31,14 +29,12 @@ class Observation:
         metrics: counts it.
         log: writes it down; None writes nothing.
         routes: names of the app's routes.
-        watch: knows the engine's part of it.
     """
 
-    def __init__(self, metrics: ServerMetrics, log: AccessLog | None, routes: RouteNames, watch: SequenceWatch) -> None:
+    def __init__(self, metrics: ServerMetrics, log: AccessLog | None, routes: RouteNames) -> None:
         self.metrics = metrics
         self.log = log
         self.routes = routes
-        self.watch = watch
 
     def begin(self, scope: Scope) -> Exchange:
         """A request has come. Its id is told to what is behind, so that vLLM's own log has the same."""
@@ -54,8 +50,7 @@ class Observation:
 
     def end(self, exchange: Exchange) -> None:
         """Its answer has ended, or the client has left."""
-        exchange.duration_s = time.monotonic() - exchange.arrival_s
-        self.watch.close(exchange)
+        exchange.close()
         self.metrics.record(exchange)
         if self.log is not None:
             self.log.write(exchange)

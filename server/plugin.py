@@ -151,7 +151,7 @@ class PatServePlugin:
             metrics.model(model_labels(args.model, engine.model_name, engine.hidden_size))
             metrics.admission(admission, engine.max_num_seqs)
             routes = RouteNames(getattr(route, "path", "") for route in self._app.routes)
-            observation = Observation(metrics, access_log(args), routes, engine.watch)
+            observation = Observation(metrics, access_log(args), routes)
             state.pat_serve_observation = args.pat_serve_observation = observation
             args.pat_serve_guarded = True
 

@@ -42,7 +42,7 @@ class SequenceWatch:
         if exchange is None or exchange.closed or request_id in self._sequences:
             return
         exchange.prompt_tokens += prompt_tokens
-        exchange.open_sequences.add(request_id)
+        exchange.open_sequences[request_id] = self.end
         self._sequences[request_id] = _Sequence(exchange=exchange)
 
     def process(self, process: Callable[..., Any], outputs: Sequence[Any], *more: Any, **options: Any) -> Any:
@@ -69,22 +69,41 @@ class SequenceWatch:
             if output.new_token_ids:
                 _note(sequence, len(output.new_token_ids), now_s, states.get(output.request_id))
             if output.finish_reason is not None:
-                self._end(output.request_id)
+                self.end(output.request_id)
         return result
 
-    def close(self, exchange: Exchange) -> None:
-        """Forget the sequences of a request whose answer has ended; the engine may have dropped some unheard."""
-        exchange.closed = True
-        for request_id in tuple(exchange.open_sequences):
-            self._end(request_id)
-
-    def _end(self, request_id: str) -> None:
+    def end(self, request_id: str) -> None:
+        """Follow a sequence no longer, if it still is."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return
-        sequence.exchange.open_sequences.discard(request_id)
+        sequence.exchange.open_sequences.pop(request_id, None)
         if sequence.first_token_s is not None:
             sequence.exchange.decode_s += sequence.last_token_s - sequence.first_token_s
+
+
+def watch(processor: Any) -> None:
+    """Follow the sequences of an engine.
+
+    Args:
+        processor: its vLLM OutputProcessor, two methods of which are wrapped.
+    """
+    sequences = SequenceWatch(processor.request_states)
+    process_outputs, add_request = processor.process_outputs, processor.add_request
+
+    def watch_and_process(outputs: Any, *more: Any, **options: Any) -> Any:
+        return sequences.process(process_outputs, outputs, *more, **options)
+
+    def watch_and_add(
+        request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None
+    ) -> None:
+        # The n sequences of one request share its prompt.
+        prompt_tokens = 0 if request_index else len(request.prompt_token_ids or ())
+        sequences.add(request.request_id, prompt_tokens)
+        add_request(request, prompt, parent_req, request_index, queue)
+
+    processor.process_outputs = watch_and_process
+    processor.add_request = watch_and_add
 
 
 def _note(sequence: _Sequence, tokens: int, now_s: float, state: Any) -> None:

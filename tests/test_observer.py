@@ -26,7 +26,6 @@ from pat_serve.server.metrics import ServerMetrics
 from pat_serve.server.observer import Observation, Observer, error_type
 from pat_serve.server.provenance import model_labels
 from pat_serve.server.route_names import RouteNames
-from pat_serve.server.sequence_watch import SequenceWatch
 from pat_serve.version import __version__
 
 
@@ -44,7 +43,7 @@ class App:
         self.app.get("/defect")(self.defect)
         routes = RouteNames(route.path for route in self.app.routes)  # type: ignore[attr-defined]
         log = AccessLog(LogFormat.JSON)
-        self.app.state.pat_serve_observation = Observation(self.metrics, log, routes, SequenceWatch({}))
+        self.app.state.pat_serve_observation = Observation(self.metrics, log, routes)
 
     async def file(self, name: str) -> str:
         return name

@@ -63,7 +63,7 @@ def test_two_sequences_of_one_request(engine: Engine, exchange: Exchange) -> Non
     assert (exchange.ttft_s, exchange.queue_s) == (1.0, 0.75)
     # a: two tokens in 3 s; b: one in 2 s after its first two, which came together.
     assert exchange.tpot_s == pytest.approx(5 / 3)
-    assert (len(engine.watch), exchange.open_sequences) == (0, set())
+    assert (len(engine.watch), exchange.open_sequences) == (0, {})
 
 
 def test_one_token_alone_has_no_pace(engine: Engine, exchange: Exchange) -> None:
@@ -77,7 +77,7 @@ def test_what_the_engine_drops_unheard_is_forgotten_with_its_request(engine: Eng
     engine.add("b")
     engine.step(1.0, ("a", 1, None))
     engine.step(3.0, ("a", 1, None))
-    engine.watch.close(exchange)
+    exchange.close()
     assert len(engine.watch) == 0
     assert (exchange.output_tokens, exchange.tpot_s) == (2, 2.0)
     # What still comes, and what a task that outlives the request begins, is nobody's.
@@ -97,3 +97,27 @@ def test_sequences_of_no_request(engine: Engine) -> None:
     engine.add("a")
     assert len(engine.watch) == 0
     engine.step(1.0, ("a", 1, "stop"))
+
+
+def test_an_engines_own_methods_are_wrapped(exchange: Exchange) -> None:
+    class Processor:
+        def __init__(self) -> None:
+            self.request_states: dict[str, Any] = {}
+            self.calls: list[Any] = []
+
+        def add_request(self, *arguments: Any) -> None:
+            self.calls.append(arguments)
+
+        def process_outputs(self, outputs: list[Any], timestamp: float) -> float:
+            return timestamp
+
+    processor = Processor()
+    sequence_watch.watch(processor)
+    request = SimpleNamespace(request_id="0_a", prompt_token_ids=[1, 2, 3])
+    processor.add_request(request, "text", None, 0, "queue")
+    processor.add_request(SimpleNamespace(request_id="1_a", prompt_token_ids=[1, 2, 3]), "text", "parent", 1)
+    assert processor.calls == [(request, "text", None, 0, "queue"), (processor.calls[1][0], "text", "parent", 1, None)]
+    output = SimpleNamespace(request_id="0_a", new_token_ids=[7], finish_reason=None)
+    assert processor.process_outputs([output], 2.5) == 2.5
+    assert (exchange.prompt_tokens, exchange.output_tokens) == (3, 1)
+    assert exchange.open_sequences.keys() == {"0_a", "1_a"}
