@@ -78,6 +78,7 @@ def measure(model: Path, scratch: Path, options: argparse.Namespace) -> dict[str
             throughput(up[name], str(model), options)
             latencies(clients[name], str(model), 20)
         spent = {name: http_cpu_s(up[name]) for name in NAMES}
+        before = {name: memory(up[name]) for name in NAMES}
         for name in turns(options.rounds):
             tokens[name].append(throughput(up[name], str(model), options))
         for name in NAMES:
@@ -87,7 +88,13 @@ def measure(model: Path, scratch: Path, options: argparse.Namespace) -> dict[str
             latency[name] += latencies(clients[name], str(model), 1)
         for name in NAMES:
             cpu[name]["single"] = (http_cpu_s(up[name]) - spent[name]) / options.pairs
-    return summary(ready, tokens, latency) | {"http_cpu_s_per_request": cpu}
+        requests = options.rounds * options.requests + options.pairs
+        grown = {
+            name: {role: round((after - before[name][role]) / requests) for role, after in memory(up[name]).items()}
+            for name in NAMES
+        }
+    more = {"http_cpu_s_per_request": cpu, "grown_bytes_per_request": grown, "rss_bytes": before}
+    return summary(ready, tokens, latency) | more
 
 
 def summary(
@@ -130,6 +137,16 @@ def http_cpu_s(served: Served) -> float:
     process = psutil.Process(served.process.pid)
     times = (process.children()[0] if served.name == "pat-serve" else process).cpu_times()
     return float(times.user + times.system)
+
+
+def memory(served: Served) -> dict[str, int]:
+    """Resident bytes of the process that answers, and of all others."""
+    process = psutil.Process(served.process.pid)
+    http = process.children()[0] if served.name == "pat-serve" else process
+    return {
+        "http": http.memory_info().rss,
+        "engine": sum(one.memory_info().rss for one in http.children(recursive=True)),
+    }
 
 
 def tree_cpu_s(served: Served) -> float:
