@@ -201,7 +201,12 @@ def test_lm_eval_local_completions(server: Server, tmp_path: Path) -> None:
     local = evaluate(
         "local", "--model", "hf", "--model_args", f"pretrained={server.model},dtype=float32", "--device", "cpu"
     )
-    assert served["local_text"] == local["local_text"]
+
+    def whole(task: list[Any]) -> list[str]:
+        # Where the last token ends within a character, vLLM leaves the character out.
+        return [text.rstrip("\ufffd") for [text] in task]
+
+    assert whole(served["local_text"]) == whole(local["local_text"])
     for ours, theirs in zip(served["local_choice"], local["local_choice"], strict=True):
         for (likelihood, greedy), (expected, expected_greedy) in zip(ours, theirs, strict=True):
             assert float(likelihood) == pytest.approx(float(expected), abs=2e-3)

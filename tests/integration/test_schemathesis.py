@@ -46,8 +46,6 @@ VLLMS = [
 ]
 # What a document cannot say: how many tokens a text has, and how many of them this model takes.
 BY_THE_MODEL = {"prompt", "prompt_token_ids", "prompt_token_ids.0", "max_tokens", "prompt_tokens", "output_tokens"}
-# To JSON Schema 7.0 is an integer, to a strict parser it is not.
-INTEGERS = {"top_k", "seed"}
 # Enough for a route to do all that it does; as a default too where the route's own would take seconds.
 LIMIT = {
     "/v1/completions": {"max_tokens": 2}, "/v1/chat/completions": {"max_completion_tokens": 2},
@@ -58,6 +56,8 @@ LIMIT = {
 SMALL = {
     "max_tokens": 2, "max_completion_tokens": 2, "max_output_tokens": 2, "batch_size": 2, "rounds": 2, "warmup": 1,
     "concurrency": 2, "num_requests": 2, "duration_s": 0.1, "prompt_tokens": 4, "output_tokens": 2,
+    # FastAPI writes bounds as floats, which have no 2**63 - 1.
+    "seed": 2**62,
 }  # fmt: skip
 
 
@@ -80,9 +80,16 @@ def small(path: str, body: Any) -> Any:
     for name, value in made.items():
         if name in SMALL and type(value) in (int, float):
             made[name] = min(value, SMALL[name])
-        elif name in INTEGERS and isinstance(value, float) and value.is_integer():
-            made[name] = int(value)
-    return made
+    return plain(made)
+
+
+def plain(value: Any) -> Any:
+    """The same JSON with 7.0 written as 7: to JSON Schema both are integers, to a strict parser one is."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def explore(
