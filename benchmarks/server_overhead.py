@@ -73,16 +73,18 @@ def measure(model: Path, scratch: Path, options: argparse.Namespace) -> dict[str
                 up[name] = kept.enter_context(start)
                 ready[name].append((up[name].ready_s, tree_cpu_s(up[name])))
             print(f"{name}: ready after {ready[name][-1][0]:.2f} s, {ready[name][-1][1]:.2f} s of CPU", flush=True)
-        clients = {name: Client(up[name].port) for name in NAMES}
         for name in NAMES:
             throughput(up[name], str(model), options)
-            latencies(clients[name], str(model), 20)
         spent = {name: http_cpu_s(up[name]) for name in NAMES}
         before = {name: memory(up[name]) for name in NAMES}
         for name in turns(options.rounds):
             tokens[name].append(throughput(up[name], str(model), options))
         for name in NAMES:
             cpu[name]["stream"] = (http_cpu_s(up[name]) - spent[name]) / (options.rounds * options.requests)
+        # Not before: a server closes a connection on which nothing happens for 5 s.
+        clients = {name: Client(up[name].port) for name in NAMES}
+        for name in NAMES:
+            latencies(clients[name], str(model), 20)
         spent = {name: http_cpu_s(up[name]) for name in NAMES}
         for name in turns(options.pairs):
             latency[name] += latencies(clients[name], str(model), 1)
