@@ -7,8 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= demo-out
+MINUTES ?= 30
 
-.PHONY: help demo test test-all docker-test check fix docs lock setup clean
+.PHONY: help demo test test-all docker-test soak check fix docs lock setup clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -30,6 +31,9 @@ test-all: $(READY) ## the tests that take long too
 
 docker-test: $(READY) ## build the image, run it, ask it, stop it; needs a Docker engine
 	$(BIN)/pytest -s -m docker tests/docker
+
+soak: $(READY) ## half an hour of mixed load; MINUTES=5 for less
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 check: $(READY) ## ruff, mypy strict, import rules
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pat_serve.server.http_errors import HttpError, InvalidRequestError
@@ -32,6 +32,8 @@ class Admission:
         self.sequences = 0
         self.requests = 0
         self._by_key: Counter[str] = Counter()
+        # Called whenever a place was taken or given back.
+        self.changed: Callable[[], None] = lambda: None
 
     @contextmanager
     def admit(self, key: str, sequences: int) -> Iterator[None]:
@@ -66,6 +68,7 @@ class Admission:
         self.sequences += sequences
         self.requests += 1
         self._by_key[key] += 1
+        self.changed()
         try:
             yield
         finally:
@@ -74,3 +77,4 @@ class Admission:
             self._by_key[key] -= 1
             if not self._by_key[key]:
                 del self._by_key[key]
+            self.changed()

@@ -22,6 +22,7 @@ from pat_serve.errors import EngineError, UsageError
 from pat_serve.server.admission import RETRY_AFTER_S
 from pat_serve.server.generation import EngineTimes, Piece, Sampling
 from pat_serve.server.http_errors import HttpError, InvalidRequestError
+from pat_serve.server.sequence_watch import watch
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Engine:
         self.max_model_len: int = client.model_config.max_model_len
         self.vocab_size: int = client.model_config.get_vocab_size()
         self.max_num_seqs: int = client.vllm_config.scheduler_config.max_num_seqs
+        self.hidden_size: int = client.model_config.get_hidden_size()
+        watch(client.output_processor)
         # Of any request, whichever route it came by; on the monotonic clock.
         self.last_token_s: float | None = None
         # Called once, in a thread of its own, before a signal's shutdown stops the engine; may block.

@@ -18,6 +18,7 @@ from pat_serve.errors import EngineError, PortInUse, UsageError
 from pat_serve.hardware import available_memory_bytes, serving_dtype
 from pat_serve.locate import locate
 from pat_serve.server import engine
+from pat_serve.server.access_log import LogFormat
 from pat_serve.server.keys import KeyRing, collect_keys
 from pat_serve.server.policy import Feature, Policy
 from pat_serve.server.supervisor import adopt_orphans, end_children, supervise
@@ -45,6 +46,7 @@ class ServeSettings:
         policy: bounds of the HTTP side; its keys are added by `run`.
         api_keys: KEY or NAME=KEY each; never shown.
         api_key_file: file with one key a line.
+        log_format: of the access log.
     """
 
     model: str
@@ -58,6 +60,7 @@ class ServeSettings:
     policy: Policy = field(default_factory=Policy)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_key_file: Path | None = None
+    log_format: LogFormat = LogFormat.TEXT
 
 
 def run(settings: ServeSettings) -> None:
@@ -96,6 +99,7 @@ def run(settings: ServeSettings) -> None:
             policy = replace(policy, shutdown_timeout_s=float(args.shutdown_timeout))
             args.shutdown_timeout = 0
         args.pat_serve_policy = policy
+        args.pat_serve_log_format = settings.log_format
         engine.serve(args, uvicorn_options(policy, args))
     finally:
         end_children()
@@ -123,8 +127,13 @@ def uvicorn_options(policy: Policy, args: Namespace) -> dict[str, Any]:
     """What uvicorn is told beside what vLLM tells it."""
     from pat_serve.server.http_protocol import bounded_protocol
 
+    protocol = bounded_protocol(
+        policy,
+        guarded=lambda: getattr(args, "pat_serve_guarded", False),
+        refused=lambda error: args.pat_serve_observation.refused(error),
+    )
     return {
-        "http": bounded_protocol(policy, guarded=lambda: getattr(args, "pat_serve_guarded", False)),
+        "http": protocol,
         # No route of ours is one.
         "ws": "none",
         "server_header": False,

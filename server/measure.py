@@ -127,7 +127,7 @@ async def measure_throughput(
 
     Args:
         num_requests: timed requests in all; exactly one of this and `duration_s` is given.
-        duration_s: seconds after which no request is started.
+        duration_s: seconds after which no request is started but the first.
         warmup: untimed rounds of `concurrency` requests before.
     """
     generator = random.Random(seed)
@@ -142,7 +142,7 @@ async def measure_throughput(
     async def client() -> None:
         nonlocal started
         while (num_requests is None or started < num_requests) and (
-            deadline_s is None or time.monotonic() < deadline_s
+            deadline_s is None or not started or time.monotonic() < deadline_s
         ):
             started += 1
             prompt = random_prompt(generator, shape)

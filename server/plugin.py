@@ -13,8 +13,10 @@ from argparse import Namespace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from starlette.middleware import Middleware
 
 from pat_serve.server import benchmark
+from pat_serve.server.access_log import AccessLog, LogFormat, start_log
 from pat_serve.server.admission import Admission
 from pat_serve.server.body_check import ModelBounds
 from pat_serve.server.drain import Drain
@@ -23,8 +25,12 @@ from pat_serve.server.front import Front, Gate
 from pat_serve.server.generate import generate
 from pat_serve.server.http_errors import ErrorShapeRoute, HttpError, shape_routing_errors, shape_vllm_errors
 from pat_serve.server.keys import collect_keys
+from pat_serve.server.metrics import ServerMetrics
+from pat_serve.server.observer import Observation, Observer
 from pat_serve.server.policy import Policy
+from pat_serve.server.provenance import model_labels
 from pat_serve.server.readiness import Readiness
+from pat_serve.server.route_names import RouteNames
 from pat_serve.server.schemas import (
     ErrorBody,
     GenerateRequest,
@@ -67,7 +73,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 router = APIRouter(route_class=ErrorShapeRoute, responses=_ERRORS, tags=["pat-serve"])
 
 
-@router.post("/generate", response_model=GenerateResponse)
+_STREAM = {"description": "One answer, or a stream of events.", "content": {"text/event-stream": {}}}
+
+
+@router.post("/generate", response_model=GenerateResponse, responses={200: _STREAM})
 async def generate_route(body: GenerateRequest, http: Request, service: ServiceDep) -> Response:
     """Generate text from a prompt or from token ids; `stream: true` answers with server-sent events."""
     return await generate(service.engine, service.readiness, body, http)
@@ -136,5 +145,23 @@ class PatServePlugin:
         state.pat_serve_gate = Gate(policy, admission, bounds)
         if self._app is not None:
             # Only now: vLLM registers its own after the routes.
+            self._app.user_middleware.insert(0, Middleware(Observer))
             shape_vllm_errors(self._app)
+            metrics = ServerMetrics()
+            metrics.model(model_labels(args.model, engine.model_name, engine.hidden_size))
+            metrics.admission(admission, engine.max_num_seqs)
+            routes = RouteNames(getattr(route, "path", "") for route in self._app.routes)
+            observation = Observation(metrics, access_log(args), routes)
+            state.pat_serve_observation = args.pat_serve_observation = observation
             args.pat_serve_guarded = True
+
+
+def access_log(args: Namespace) -> AccessLog | None:
+    """The access log, in place of uvicorn's; the two flags of vLLM's that hold for that one hold for ours."""
+    if args.disable_uvicorn_access_log:
+        return None
+    # Read when uvicorn starts, which is later.
+    args.disable_uvicorn_access_log = True
+    start_log()
+    quiet = (args.disable_access_log_for_endpoints or "").split(",")
+    return AccessLog(getattr(args, "pat_serve_log_format", LogFormat.TEXT), [path.strip() for path in quiet])

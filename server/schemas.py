@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict, JsonValue
 
 from pat_serve.server.limits import (
     MAX_BATCH_SIZE,
@@ -31,6 +32,15 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _exactly_one(first: str, second: str) -> JsonDict:
+    """For the document: one of two fields is there and not null."""
+
+    def given(name: str, other: str) -> JsonValue:
+        return {"required": [name], "properties": {name: {"not": {"type": "null"}}, other: {"type": "null"}}}
+
+    return {"oneOf": [given(first, second), given(second, first)]}
+
+
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_MODEL_TOKENS)]
@@ -39,6 +49,8 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 class GenerateRequest(Body):
     """`POST /generate`: exactly one of `prompt` and `prompt_token_ids`, and how to sample."""
+
+    model_config = ConfigDict(json_schema_extra=_exactly_one("prompt", "prompt_token_ids"))
 
     prompt: Annotated[str | None, Field(min_length=1, max_length=MAX_PROMPT_CHARS)] = None
     # The first wrong item is enough: a list of wrong ones would make an error of each.
@@ -53,7 +65,9 @@ class GenerateRequest(Body):
     top_k: Annotated[int, Field(ge=0, le=MAX_MODEL_TOKENS, description="0 keeps all tokens.")] = 0
     stop: Annotated[
         list[StopString],
-        BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+        BeforeValidator(
+            _as_list, json_schema_input_type=StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+        ),
         Field(max_length=MAX_STOPS),
     ] = []
     seed: Seed | None = None
@@ -165,6 +179,8 @@ class ThroughputRequest(Body):
 
     Exactly one of `num_requests` and `duration_s`; after `duration_s` no request is started, those under way finish.
     """
+
+    model_config = ConfigDict(json_schema_extra=_exactly_one("num_requests", "duration_s"))
 
     concurrency: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] = 4
     num_requests: Annotated[int | None, Field(ge=1, le=MAX_REQUESTS)] = None

@@ -51,4 +51,4 @@ def test_openapi_describes_the_routes(app: FastAPI) -> None:
     schema = app.openapi()
     assert {"/generate", "/health", "/ready", "/benchmark/latency", "/benchmark/throughput"} == schema["paths"].keys()
     stop = schema["components"]["schemas"]["GenerateRequest"]["properties"]["stop"]
-    assert {"type": "string"} in stop["anyOf"]
+    assert {"type": "string", "minLength": 1, "maxLength": 256} in stop["anyOf"]

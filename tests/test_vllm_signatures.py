@@ -58,7 +58,9 @@ def test_outputs_of_the_engine_client() -> None:
     from vllm.v1.engine.output_processor import OutputProcessor
 
     assert parameters(OutputProcessor.process_outputs)[1] == "engine_core_outputs"
-    assert "new_token_ids" in EngineCoreOutput.__struct_fields__
+    assert {"request_id", "new_token_ids", "finish_reason"} <= set(EngineCoreOutput.__struct_fields__)
+    added = ["self", "request", "prompt", "parent_req", "request_index", "queue"]
+    assert parameters(OutputProcessor.add_request) == added
     # Looked up anew for each batch, so that it can be wrapped while the engine runs.
     assert "output_processor.process_outputs(" in inspect.getsource(AsyncLLM._run_output_handler)
 

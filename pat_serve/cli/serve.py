@@ -67,6 +67,7 @@ def serve(
         list[str] | None,
         Flag(help="structured-output, chat-template, media or prompt-embeds: let requests have it; repeatable."),
     ] = None,
+    log_format: Annotated[str, Flag(help="text or json: one line a request on stdout.")] = "text",
     debug: Debug = False,
 ) -> None:
     """Serve a model over HTTP: /generate, /ready, /benchmark/latency, /benchmark/throughput and OpenAI's /v1 routes.
@@ -104,8 +105,11 @@ def serve(
             found="no module vllm",
             fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
         )
+    from pat_serve.server.access_log import LogFormat
     from pat_serve.server.launch import ServeSettings, run
 
+    if log_format not in list(LogFormat):
+        raise UsageError("--log-format", expected=", ".join(LogFormat), found=log_format, fix="Choose one of them.")
     run(
         ServeSettings(
             model=model,
@@ -131,6 +135,7 @@ def serve(
             ),
             api_keys=tuple(api_key or ()),
             api_key_file=api_key_file,
+            log_format=LogFormat(log_format),
         )
     )
 

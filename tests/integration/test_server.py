@@ -278,6 +278,11 @@ def test_benchmark_throughput_by_time(client: httpx.Client) -> None:
     assert max(request["start_s"] for request in answer["requests"]) < 2.0 <= answer["duration_s"]
 
 
+def test_benchmark_throughput_of_no_time_is_one_request(client: httpx.Client) -> None:
+    body = {"duration_s": 5e-324, "concurrency": 3, "prompt_tokens": 8, "output_tokens": 4, "warmup": 0}
+    assert len(client.post("/benchmark/throughput", json=body).raise_for_status().json()["requests"]) == 1
+
+
 def test_second_benchmark_is_refused_until_the_first_ones_client_leaves(server: Server, client: httpx.Client) -> None:
     endless = {"rounds": 100, "prompt_tokens": 8, "output_tokens": 1000}
     short = {"rounds": 1, "warmup": 0, "prompt_tokens": 8, "output_tokens": 2}
