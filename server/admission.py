@@ -31,6 +31,8 @@ class Admission:
         self.draining = False
         self.sequences = 0
         self.requests = 0
+        # Since the start.
+        self.admitted = 0
         self._by_key: Counter[str] = Counter()
 
     @contextmanager
@@ -65,6 +67,7 @@ class Admission:
             )
         self.sequences += sequences
         self.requests += 1
+        self.admitted += 1
         self._by_key[key] += 1
         try:
             yield

@@ -42,6 +42,9 @@ class Engine:
         self.max_model_len: int = client.model_config.max_model_len
         self.vocab_size: int = client.model_config.get_vocab_size()
         self.max_num_seqs: int = client.vllm_config.scheduler_config.max_num_seqs
+        self.config: dict[str, Any] = client.model_config.hf_text_config.to_dict()
+        self.dtype = str(client.model_config.dtype).removeprefix("torch.")
+        self.quantized = client.model_config.quantization is not None
         # Of any request, whichever route it came by; on the monotonic clock.
         self.last_token_s: float | None = None
         # Called once, in a thread of its own, before a signal's shutdown stops the engine; may block.

@@ -6,7 +6,6 @@ ours replaces one of vLLM's with the same path and method, which is meant for `/
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from argparse import Namespace
@@ -19,6 +18,7 @@ from pat_serve.server.admission import Admission
 from pat_serve.server.body_check import ModelBounds
 from pat_serve.server.drain import Drain
 from pat_serve.server.engine import Engine, attach
+from pat_serve.server.exclusive import Exclusive
 from pat_serve.server.front import Front, Gate
 from pat_serve.server.generate import generate
 from pat_serve.server.http_errors import ErrorShapeRoute, HttpError, shape_routing_errors, shape_vllm_errors
@@ -46,7 +46,8 @@ class Service:
         self.engine = engine
         self.admission = admission
         self.readiness = Readiness(engine)
-        self.benchmark_lock = asyncio.Lock()
+        self.exclusive = Exclusive(admission)
+        self.baseline: Engine | None = None
 
 
 def _service(request: Request) -> Service:
@@ -90,14 +91,16 @@ async def ready_route(service: ServiceDep) -> ReadyResponse:
 
 @router.post("/benchmark/latency")
 async def latency_route(body: LatencyRequest, http: Request, service: ServiceDep) -> LatencyResponse:
-    """Time batches of random prompts, one batch after the other. 409 while another benchmark runs."""
-    return await benchmark.latency(service.engine, service.readiness, service.benchmark_lock, body, http)
+    """Time batches of random prompts, one after the other. 409 while another benchmark runs or users are served."""
+    return await benchmark.latency(service.engine, service.baseline, service.readiness, service.exclusive, body, http)
 
 
 @router.post("/benchmark/throughput")
 async def throughput_route(body: ThroughputRequest, http: Request, service: ServiceDep) -> ThroughputResponse:
-    """Keep a number of requests under way and count what comes out. 409 while another benchmark runs."""
-    return await benchmark.throughput(service.engine, service.readiness, service.benchmark_lock, body, http)
+    """Keep a number of requests under way and count what comes out. 409 as for latency."""
+    return await benchmark.throughput(
+        service.engine, service.baseline, service.readiness, service.exclusive, body, http
+    )
 
 
 # Scaling, aborting other people's requests, handing work between engines: for an operator's own tools, not for clients.
