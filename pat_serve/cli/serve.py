@@ -19,6 +19,10 @@ def serve(
     vllm_flags: Annotated[
         list[str] | None, typer.Argument(metavar="[-- VLLM_FLAGS]", help="Flags for vLLM's own server, after --.")
     ] = None,
+    baseline: Annotated[
+        str | None,
+        Flag(help="Dense parent: runs beside the model, for /benchmark/speedup, /baseline/generate and the page."),
+    ] = None,
     host: Annotated[str, Flag(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, Flag(min=1, max=65535)] = 8000,
     dtype: Annotated[
@@ -131,6 +135,7 @@ def serve(
             ),
             api_keys=tuple(api_key or ()),
             api_key_file=api_key_file,
+            baseline=baseline,
         )
     )
 
