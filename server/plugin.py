@@ -40,6 +40,7 @@ from pat_serve.server.schemas import (
     ThroughputResponse,
 )
 from pat_serve.server.speedup_request import LiveSpeedupResult, SpeedupRequest
+from pat_serve.server.web_page import PageModel, page_router, read_card
 from pat_serve.version import __version__
 
 
@@ -56,6 +57,7 @@ class Service:
         self.side = Side(engine, processes, self.readiness, start_s=processes.age_s())
         self.baseline: Baseline | None = None
         self.last_speedup: LiveSpeedupResult | None = None
+        self.card: str | None = None
 
     @property
     def baseline_engine(self) -> Engine | None:
@@ -141,6 +143,18 @@ async def baseline_generate_route(body: GenerateRequest, http: Request, service:
     return await generate(baseline.engine, baseline.readiness, body, http)
 
 
+@router.get("/page/model")
+async def page_model_route(service: ServiceDep) -> PageModel:
+    """What the page shows of the model: names, length, card."""
+    return PageModel(
+        model=service.engine.model_name,
+        baseline=None if service.baseline is None else service.baseline.engine.model_name,
+        max_model_len=service.engine.max_model_len,
+        has_speedup=service.last_speedup is not None,
+        card=service.card,
+    )
+
+
 # Scaling, aborting other people's requests, handing work between engines: for an operator's own tools, not for clients.
 _STEERING = re.compile(r"/(inference|scale_elastic_ep|is_scaling_elastic_ep|kv_event_sources)\b|.*/(de)?render$")
 
@@ -158,6 +172,7 @@ class PatServePlugin:
         """Add the routes to vLLM's app, and take away those that steer the engine itself."""
         app.router.routes[:] = [route for route in app.router.routes if not _STEERING.match(getattr(route, "path", ""))]
         app.include_router(router)
+        app.include_router(page_router())
         app.add_middleware(Front)
         shape_routing_errors(app)
         self._app = app
@@ -174,6 +189,7 @@ class PatServePlugin:
         drain = Drain(admission, grace_s=policy.shutdown_timeout_s)
         bounds = ModelBounds(max_model_len=engine.max_model_len, vocab_size=engine.vocab_size)
         service = Service(engine, admission)
+        service.card = read_card(args.model)
         if model := getattr(args, "pat_serve_baseline", None):
             service.baseline = start_baseline(args, model)
 

@@ -49,6 +49,7 @@ def serve(
     ] = None,
     api_key_file: Annotated[Path | None, Flag(help="File with a [NAME=]KEY a line.")] = None,
     public_metrics: Annotated[bool, Flag("--public-metrics", help="/metrics asks for no key.")] = False,
+    public_page: Annotated[bool, Flag("--public-page", help="The page's files ask for no key; the page does.")] = False,
     max_body_mib: Annotated[float, Flag(min=0.001, help="MiB of a request's body.")] = 4.0,
     max_sequences: Annotated[int, Flag(min=1, help="Prompts times n of one request.")] = 128,
     max_queue: Annotated[
@@ -122,6 +123,7 @@ def serve(
             vllm_flags=flags,
             policy=Policy(
                 public_metrics=public_metrics,
+                public_page=public_page,
                 max_body_bytes=int(max_body_mib * MIB),
                 max_sequences=max_sequences,
                 max_queue=max_queue,
