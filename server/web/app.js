@@ -31,6 +31,7 @@ async function start() {
     return;
   }
   $("key-form").hidden = true;
+  $("main").hidden = false;
   const name = model.model.replace(/\/+$/, "").split("/").pop();
   document.title = `${name} · pat-serve`;
   const ready = model.baseline ? `${name}, beside its baseline` : name;

@@ -3,7 +3,7 @@
 import { getJson, postJson } from "/page/api.js";
 import { $, draw, make } from "/page/dom.js";
 
-const WIDTH = 420;
+const WIDTH = 340;
 const EDGE = 16;
 
 function interval(regime, claim) {
@@ -20,6 +20,7 @@ function interval(regime, claim) {
   return draw("svg", { viewBox: `0 0 ${WIDTH} 82`, role: "img", "aria-label": told },
     draw("line", { class: "axis", x1: EDGE, x2: WIDTH - EDGE, y1: 42, y2: 42 }),
     draw("line", { class: "grid", x1: x(1), x2: x(1), y1: 34, y2: 50 }),
+    draw("text", { x: x(1), y: 66, "text-anchor": anchor(x(1)) }, "1×"),
     draw("line", { class: "interval", x1: x(low), x2: Math.max(x(high), x(low) + 2), y1: 42, y2: 42 }),
     ...mark(claim, "claim", `claim ${claim}`, 16),
     ...mark(regime.ceiling, "ceiling", `ceiling ${regime.ceiling.toFixed(2)}`, 76),
