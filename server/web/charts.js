@@ -25,10 +25,10 @@ function meanTtft(now, last) {
 }
 
 const CHARTS = [
-  { title: "Output tokens per second", value: rate("vllm:generation_tokens_total"), show: (v) => v.toFixed(1) },
+  { title: "Output tokens/s", value: rate("vllm:generation_tokens_total"), show: (v) => v.toFixed(1) },
   { title: "Requests running", value: (now) => now.get("vllm:num_requests_running"), show: (v) => String(v) },
   { title: "Requests waiting", value: (now) => now.get("vllm:num_requests_waiting"), show: (v) => String(v) },
-  { title: "Time to first token, mean", value: meanTtft, show: (v) => (v < 1 ? `${Math.round(v * 1000)} ms` : `${v.toFixed(2)} s`) },
+  { title: "Mean TTFT", value: meanTtft, show: (v) => (v < 1 ? `${Math.round(v * 1000)} ms` : `${v.toFixed(2)} s`) },
   { title: "KV cache in use", value: (now) => 100 * now.get("vllm:kv_cache_usage_perc"), show: (v) => `${v.toFixed(1)} %` },
 ];
 
@@ -39,7 +39,7 @@ class Chart {
     this.area = draw("path", { class: "area" });
     this.line = draw("path");
     this.svg = draw("svg", { viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": title }, this.area, this.line);
-    this.scale = make("p", {}, "last 2 minutes");
+    this.scale = make("p", {}, "2 min");
     this.element = make("article", { class: "chart" }, make("h3", {}, title), this.now, this.svg, this.scale);
   }
 
@@ -52,7 +52,7 @@ class Chart {
     const latest = this.show(known[known.length - 1]);
     const most = Math.max(...known);
     this.now.textContent = latest;
-    this.scale.textContent = `last 2 minutes, at most ${this.show(most)}`;
+    this.scale.textContent = `2 min, peak ${this.show(most)}`;
     this.svg.setAttribute("aria-label", `${this.title}: now ${latest}, at most ${this.show(most)}`);
     const offset = POINTS - this.points.length;
     const places = this.points
