@@ -379,12 +379,15 @@ def test_it_is_usable_by_keyboard_eye_and_ear(page: Page) -> None:
     page.js("document.activeElement.blur()")
     for _ in range(40):
         page.driver.switch_to.active_element.send_keys(Keys.TAB)
-        focused = "const e = document.activeElement; return [e.id || e.textContent.slice(0, 30), "
+        focused = (
+            "const e = document.activeElement; return [e !== document.body && (e.id || e.ariaLabel || e.textContent), "
+        )
         name, outline = page.js(focused + "getComputedStyle(e).outlineStyle]")
-        if name in seen:
+        if not name:  # past the end
             break
         assert outline == "solid", name
         seen.append(name)
+    assert len(seen) == len(set(seen)) < 40
     order = ["prompt", "max-tokens", "temperature", "turns", "send", "claim", "rounds", "check-run"]
     assert seen[0] == "Skip to the playground"
     assert [name for name in seen if name in order] == order
