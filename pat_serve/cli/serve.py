@@ -74,13 +74,15 @@ def serve(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Serve a model over HTTP: /generate, /ready, /benchmark/latency, /benchmark/throughput and OpenAI's /v1 routes.
+    """Serve a model over HTTP: a page at /, /generate, /ready, /benchmark/* and OpenAI's /v1 routes.
 
     Example:
 
         pat-serve --model pruned/ --port 8000
 
         curl localhost:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "Hello", "max_tokens": 16}'
+
+    With its dense parent beside it, to check the speed-up live: pat-serve --model pruned/ --baseline dense/
 
     Anything after -- goes to vLLM: pat-serve --model pruned/ -- --max-num-seqs 8
     """

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,21 +55,27 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """In the place of the shared one: half as wide a model beside its baseline, and a page that a browser can open."""
-    model = tmp_path_factory.mktemp("pruned") / "pruned"
+    with running(dense, tmp_path_factory.mktemp("pair")) as server:
+        yield server
+        # Both engines end with the server.
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.terminate()
+        assert server.process.wait(60) == 0, tail(server.log)
+        assert psutil.wait_procs(family, timeout=5)[1] == []
+
+
+@contextmanager
+def running(dense: Path, folder: Path) -> Iterator[Server]:
+    model, log = folder / "pruned", folder / "log.txt"
     save_tiny_llama(model, hidden_size=32, max_position_embeddings=MAX_MODEL_LEN)
     (model / "README.md").write_text(CARD)
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
+    port = free_port()
     flags = ["--baseline", str(dense), "--dtype", "float32", "--kv-cache-gib", "0.05"]
     process = spawn(model, port, log, *flags, "--api-key", f"tests={KEY}", "--public-page")
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(process, url, log)
         yield Server(process=process, url=url, model=model, log=log)
-        # Both engines end with the server.
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        assert process.wait(60) == 0, tail(log)
-        assert psutil.wait_procs(family, timeout=5)[1] == []
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
@@ -409,8 +415,7 @@ def test_it_fits_a_phone(page: Page) -> None:
 
 
 def test_a_dead_baseline_ends_no_server(server: Server, client: httpx.Client) -> None:
-    engines = [child for child in psutil.Process(server.process.pid).children(recursive=True) if _is_core(child)]
-    _, second = sorted(engines, key=lambda child: child.create_time())
+    _, second = cores(server)
     family = [second, *second.children(recursive=True)]
     second.kill()
     deadline_s = time.monotonic() + 30
@@ -424,5 +429,20 @@ def test_a_dead_baseline_ends_no_server(server: Server, client: httpx.Client) ->
     assert left == []
 
 
-def _is_core(process: psutil.Process) -> bool:
-    return any("EngineCore" in part for part in process.cmdline())
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["served engine", "supervisor", "server"])
+def test_nothing_is_left_whoever_is_killed(dense: Path, tmp_path: Path, killed: str) -> None:
+    with running(dense, tmp_path) as server:
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        victims = {"served engine": cores(server)[0], "supervisor": server.process, "server": family[0]}
+        victims[killed].kill()
+        assert server.process.wait(60) != 0
+        assert psutil.wait_procs(family, timeout=60)[1] == []
+
+
+def cores(server: Server) -> list[psutil.Process]:
+    """The served engine's process and the baseline's, which is started after it."""
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    found = [child for child in family if any("EngineCore" in part for part in child.cmdline())]
+    assert len(found) == 2
+    return sorted(found, key=lambda child: float(child.create_time()))
