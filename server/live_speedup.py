@@ -230,7 +230,7 @@ def _settings(body: SpeedupRequest, engine: Engine) -> SpeedupSettings:
         prompt_tokens=body.prompt_tokens,
         output_tokens=body.output_tokens,
         rounds=body.rounds,
-        regimes=tuple(regime for regime in Regime if regime in body.regimes),
+        regimes=tuple(regime for regime in Regime if regime.value in body.regimes),
         dtype=engine.dtype,
         enforce_eager=engine.eager,
         seed=body.seed,
