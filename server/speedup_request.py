@@ -11,7 +11,6 @@ from pat_serve.server.schemas import Body, TokenCount
 from pat_serve.server.speedup_result import SpeedupResult
 from pat_serve.server.verdict import MIN_ROUNDS
 
-
 # Strict types take no plain string for a Regime.
 RegimeName = Literal["prefill", "decode"]
 
