@@ -36,7 +36,8 @@ function regimeCard(regime, claim) {
     make("p", { class: "ratio" }, `${median.toFixed(2)}×`, make("small", {}, ` [${low.toFixed(3)}, ${high.toFixed(3)}]`)),
     interval(regime, claim),
     make("p", {}, `Dense ${milli(regime.baseline.median)}, pruned ${milli(regime.candidate.median)}` +
-      ` (${regime.regime === "prefill" ? "to the first tokens" : "a token"}); ${Math.round(regime.of_ceiling * 100)} % of the ceiling.`));
+      ` (${regime.regime === "prefill" ? "to the first tokens" : "a token"}); ${Math.round(regime.of_ceiling * 100)} % of the ceiling.`),
+    make("p", {}, `${regime.verdict}: ${regime.reason}.`));
 }
 
 const milli = (value) => `${(value * 1000).toPrecision(3)} ms`;
