@@ -31,6 +31,8 @@ class Admission:
         self.draining = False
         self.sequences = 0
         self.requests = 0
+        # Since the start.
+        self.admitted = 0
         self._by_key: Counter[str] = Counter()
         # Called whenever a place was taken or given back.
         self.changed: Callable[[], None] = lambda: None
@@ -67,6 +69,7 @@ class Admission:
             )
         self.sequences += sequences
         self.requests += 1
+        self.admitted += 1
         self._by_key[key] += 1
         self.changed()
         try:

@@ -16,7 +16,7 @@ from pat_serve.server.policy import Policy
 from pat_serve.server.request_bounds import check_headers, check_length, header, read_body, replay
 
 # Whose bodies pydantic checks in full, in the routes' own models.
-_OWN = ("/generate", "/benchmark/")
+_OWN = ("/generate", "/baseline/generate", "/benchmark/")
 # A benchmark has bounds of its own and takes longer than a request may.
 _UNTIMED = ("/benchmark/",)
 # The engine does not hear of these.

@@ -172,6 +172,7 @@ class LatencyRequest(Body):
     rounds: Annotated[int, Field(ge=1, le=MAX_ROUNDS)] = 5
     warmup: Annotated[int, Field(ge=0, le=MAX_WARMUP, description="Rounds before the timed ones.")] = 1
     seed: Seed = 0
+    force: Annotated[bool, Field(description="Also while users are being served.")] = False
 
 
 class ThroughputRequest(Body):
@@ -189,6 +190,7 @@ class ThroughputRequest(Body):
     output_tokens: TokenCount = 64
     warmup: Annotated[int, Field(ge=0, le=MAX_WARMUP, description="Rounds of `concurrency` requests.")] = 1
     seed: Seed = 0
+    force: Annotated[bool, Field(description="Also while users are being served.")] = False
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -198,11 +200,14 @@ class ThroughputRequest(Body):
 
 
 class SummaryBody(BaseModel):
-    """Statistics of a list of figures."""
+    """Statistics of a list of figures; `median_low` to `median_high` is the bootstrap interval of the median."""
 
     count: int
     mean: float
     median: float
+    median_low: float
+    median_high: float
+    confidence: float
     p50: float
     p90: float
     p99: float
@@ -226,6 +231,36 @@ class RoundFigures(BaseModel):
     requests: list[RequestFigures]
 
 
+class PrefillRoofline(BaseModel):
+    """FLOPs until the whole batch has its first tokens, and what a pruned model can gain on its baseline at most.
+
+    `achieved_flops_per_s` is null in the throughput benchmark, where prefill and decode mix.
+    """
+
+    prompt_tokens: int
+    flops: float
+    achieved_flops_per_s: float | None
+    speedup_ceiling: float | None
+
+
+class DecodeRoofline(BaseModel):
+    """Bytes that one decode step of the whole batch reads, and what a pruned model can gain on its baseline at most."""
+
+    context_tokens: float
+    bytes_per_step: float
+    achieved_bytes_per_s: float | None
+    speedup_ceiling: float | None
+
+
+class RooflineBody(BaseModel):
+    """Work counted from the model's config for this batch and context; the ceilings are null without a baseline."""
+
+    batch_size: int
+    dtype: str
+    prefill: PrefillRoofline
+    decode: DecodeRoofline
+
+
 class LatencySummary(BaseModel):
     """Over all timed requests (the three latencies) and over all rounds (the two rates)."""
 
@@ -237,10 +272,12 @@ class LatencySummary(BaseModel):
 
 
 class LatencyResponse(BaseModel):
-    """The answer of `POST /benchmark/latency`."""
+    """The answer of `POST /benchmark/latency`; `other_requests` of users ran meanwhile."""
 
     model: str
     settings: LatencyRequest
+    other_requests: int
+    roofline: RooflineBody | None
     rounds: list[RoundFigures]
     summary: LatencySummary
 
@@ -257,10 +294,12 @@ class ThroughputSummary(BaseModel):
 
 
 class ThroughputResponse(BaseModel):
-    """The answer of `POST /benchmark/throughput`."""
+    """The answer of `POST /benchmark/throughput`; `other_requests` of users ran meanwhile."""
 
     model: str
     settings: ThroughputRequest
+    other_requests: int
+    roofline: RooflineBody | None
     duration_s: float
     requests: list[RequestFigures]
     summary: ThroughputSummary

@@ -65,6 +65,19 @@ def test_outputs_of_the_engine_client() -> None:
     assert "output_processor.process_outputs(" in inspect.getsource(AsyncLLM._run_output_handler)
 
 
+def test_second_engine() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
+
+    assert {"stat_loggers", "disable_log_stats"} <= set(parameters(AsyncLLM.from_vllm_config))
+    assert {"args"} <= set(parameters(AsyncEngineArgs.from_cli_args))
+    assert "usage_context" in parameters(AsyncEngineArgs.create_engine_config)
+    # Why the second engine has a silent one: another would unregister the first engine's metrics.
+    assert "unregister_vllm_metrics()" in inspect.getsource(PrometheusStatLogger.__init__)
+    assert "isinstance(global_stat_logger, PrometheusStatLogger)" in inspect.getsource(StatLoggerManager.__init__)
+
+
 def test_uvicorn_is_told_by_us() -> None:
     import uvicorn
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker
