@@ -136,3 +136,16 @@ def prefill_ceiling(baseline: ModelShape, candidate: ModelShape, *, batch_size: 
     return prefill_flops(baseline, batch_size=batch_size, prompt_tokens=prompt_tokens) / prefill_flops(
         candidate, batch_size=batch_size, prompt_tokens=prompt_tokens
     )
+
+
+def decode_flops(shape: ModelShape, *, batch_size: int, context_tokens: float) -> float:
+    """FLOPs of one decode step: 2 per weight and request, and the attention over each request's context."""
+    matrices = 2 * (shape.num_layers * shape.layer_weights + shape.head_weights)
+    return batch_size * (matrices + 4 * shape.num_layers * shape.num_heads * shape.head_dim * context_tokens)
+
+
+def prefill_bytes(shape: ModelShape, *, batch_size: int, prompt_tokens: int, dtype_bytes: int) -> float:
+    """Bytes that a prefill must read at least: all matrices once, an embedding row a token, and the KV values."""
+    weights = shape.num_layers * shape.layer_weights + shape.norm_weights + shape.head_weights
+    tokens = batch_size * prompt_tokens
+    return dtype_bytes * (weights + tokens * (shape.hidden_size + shape.kv_values_per_token))

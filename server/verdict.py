@@ -59,9 +59,7 @@ def judge(*, claim: float, low: float, high: float, rounds: int, noise: float) -
         return Judgement(verdict=Verdict.PASS, reason=f"the interval {interval} lies wholly at or above {claim:g}")
     if high < claim:
         return Judgement(verdict=Verdict.FAIL, reason=f"the interval {interval} lies wholly below {claim:g}")
-    return Judgement(
-        verdict=Verdict.INCONCLUSIVE, reason=f"the interval {interval} contains {claim:g}: more rounds would narrow it"
-    )
+    return Judgement(verdict=Verdict.INCONCLUSIVE, reason=f"the interval {interval} contains {claim:g}")
 
 
 def overall(verdicts: Sequence[Verdict]) -> Verdict:

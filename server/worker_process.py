@@ -19,8 +19,20 @@ import psutil
 from pat_serve.errors import EngineError
 from pat_serve.hardware import compute_cores
 from pat_serve.scores import ScoreRequest, Scores
-from pat_serve.server.trace import BatchTrace
-from pat_serve.server.worker_protocol import Decode, Failed, Prefill, Ready, Reply, Score, Scored, Start, Stepped
+from pat_serve.server.trace import BatchTrace, RequestTrace
+from pat_serve.server.worker_protocol import (
+    Decode,
+    Failed,
+    Prefill,
+    Ready,
+    Reply,
+    Score,
+    Scored,
+    Serve,
+    Served,
+    Start,
+    Stepped,
+)
 
 START_TIMEOUT_S = 3600.0
 STEP_TIMEOUT_S = 3600.0
@@ -76,6 +88,12 @@ class EngineProcess:
         times = psutil.Process(self.pid).cpu_times()
         return float(times.user + times.system)
 
+    def peak_memory_bytes(self) -> int:
+        """The most host memory that it has held so far."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        # In KiB, as the kernel writes it.
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
+
     def prefill(self, prompts: list[list[int]], *, output_tokens: int) -> BatchTrace | None:
         """Submit a batch and wait until each request has its first token.
 
@@ -101,7 +119,13 @@ class EngineProcess:
         assert isinstance(reply, Scored)
         return reply.scores
 
-    def send(self, command: Start | Prefill | Decode | Score) -> None:
+    def serve(self, prompts: list[list[int]], *, output_tokens: int, concurrency: int) -> list[RequestTrace]:
+        """Answer all prompts, so many of them at a time; raises as `prefill` does."""
+        reply = self._ask(Serve(prompts=prompts, output_tokens=output_tokens, concurrency=concurrency))
+        assert isinstance(reply, Served)
+        return reply.requests
+
+    def send(self, command: Start | Prefill | Decode | Score | Serve) -> None:
         """Give it a command; `poll` takes the answer.
 
         Raises:
@@ -113,7 +137,7 @@ class EngineProcess:
         except BrokenPipeError:
             raise self._death() from None
 
-    def poll(self, timeout_s: float) -> Ready | Stepped | Scored | None:
+    def poll(self, timeout_s: float) -> Ready | Stepped | Scored | Served | None:
         """Its answer, or None if there is none within the time.
 
         Raises:
@@ -161,7 +185,7 @@ class EngineProcess:
         assert isinstance(reply, Stepped)
         return reply.trace
 
-    def _ask(self, command: Prefill | Decode | Score) -> Ready | Stepped | Scored:
+    def _ask(self, command: Prefill | Decode | Score | Serve) -> Ready | Stepped | Scored | Served:
         self.send(command)
         reply = self.poll(STEP_TIMEOUT_S)
         if reply is None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from pat_serve.scores import ScoreRequest, Scores
-from pat_serve.server.trace import BatchTrace
+from pat_serve.server.trace import BatchTrace, RequestTrace
 
 
 class _Message(BaseModel):
@@ -51,6 +51,15 @@ class Score(_Message):
     request: ScoreRequest
 
 
+class Serve(_Message):
+    """Keep so many requests in flight until all prompts are answered. Answered by `Served` or `Failed`."""
+
+    kind: Literal["serve"] = "serve"
+    prompts: list[list[int]]
+    output_tokens: int
+    concurrency: int
+
+
 class Ready(_Message):
     """The engine can run."""
 
@@ -73,6 +82,13 @@ class Scored(_Message):
     scores: Scores
 
 
+class Served(_Message):
+    """All requests' timestamps, in the order of their prompts."""
+
+    kind: Literal["served"] = "served"
+    requests: list[RequestTrace]
+
+
 class Failed(_Message):
     """The command raised; the traceback is in the worker's log."""
 
@@ -80,9 +96,9 @@ class Failed(_Message):
     error: str
 
 
-Command: TypeAdapter[Start | Prefill | Decode | Score] = TypeAdapter(
-    Annotated[Start | Prefill | Decode | Score, Field(discriminator="kind")]
+Command: TypeAdapter[Start | Prefill | Decode | Score | Serve] = TypeAdapter(
+    Annotated[Start | Prefill | Decode | Score | Serve, Field(discriminator="kind")]
 )
-Reply: TypeAdapter[Ready | Stepped | Scored | Failed] = TypeAdapter(
-    Annotated[Ready | Stepped | Scored | Failed, Field(discriminator="kind")]
+Reply: TypeAdapter[Ready | Stepped | Scored | Served | Failed] = TypeAdapter(
+    Annotated[Ready | Stepped | Scored | Served | Failed, Field(discriminator="kind")]
 )
