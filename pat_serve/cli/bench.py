@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pat_serve.cli.app import Debug, new_app, run_app
+from pat_serve.cli.bench_load import load
 from pat_serve.cli.bench_measure import latency, throughput
 from pat_serve.cli.bench_options import (
     Force,
@@ -128,6 +129,7 @@ def speedup(
 
 app.command()(latency)
 app.command()(throughput)
+app.command()(load)
 
 
 def main() -> None:
