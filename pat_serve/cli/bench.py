@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pat_serve.cli.app import Debug, new_app, run_app
+from pat_serve.cli.bench_compare import compare
 from pat_serve.cli.bench_load import load
 from pat_serve.cli.bench_measure import latency, throughput
 from pat_serve.cli.bench_options import (
@@ -28,7 +29,7 @@ BOTH = ("prefill", "decode")
 
 @app.callback()
 def bench() -> None:
-    """Measure two checkpoints against each other, and check claims about them.
+    """Measure checkpoints and servers, compare them, and check claims about them.
 
     Example: `pat-bench speedup --baseline dense/ --candidate pruned/ --claim 1.33`
     """
@@ -130,6 +131,7 @@ def speedup(
 app.command()(latency)
 app.command()(throughput)
 app.command()(load)
+app.command()(compare)
 
 
 def main() -> None:

@@ -77,14 +77,12 @@ def load(
 
 
 def _key(file: Path | None) -> str | None:
-    """The first line of the file that is no comment, without a NAME= before it; else the environment's."""
+    """The file's first key, else the environment's."""
     if file is None:
         return os.environ.get("PAT_BENCH_API_KEY") or None
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise UsageError(f"--api-key-file {file}", expected="a line with a key", found="none", fix="Write one.")
-    return keys[0].split("=", 1)[-1]
+    from pat_serve.server.keys import first_key
+
+    return first_key(file)
 
 
 def _bound(word: str) -> tuple[str, float]:
