@@ -117,9 +117,9 @@ def measure_throughput(model: str, settings: ThroughputSettings, *, progress: Pr
         def serve(concurrency: int, waves: int) -> ThroughputRun:
             vocabulary, count = source.shape.vocab_size, concurrency * waves
             prompts = [[draw.randrange(vocabulary) for _ in range(settings.prompt_tokens)] for _ in range(count)]
-            requests = engine.serve(prompts, output_tokens=settings.output_tokens, concurrency=concurrency)
+            served = engine.serve(prompts, output_tokens=settings.output_tokens, concurrency=concurrency)
             return throughput_run(
-                requests,
+                served.requests,
                 concurrency=concurrency,
                 settings=settings,
                 shape=source.shape,

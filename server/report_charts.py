@@ -69,6 +69,7 @@ def ratio_chart(result: SpeedupResult) -> go.Figure:
     low = min([claim, *(ratio.low for ratio in ratios)])
     high = max([claim, *(ratio.high for ratio in ratios), *(one.ceiling for one in result.regimes)])
     room = 0.25 * (high - low)
+    figure.update_xaxes(range=[-0.6, len(names) - 0.2])
     figure.update_yaxes(title="speed-up", range=[low - room, high + room])
     return figure
 
@@ -107,7 +108,7 @@ def memory_chart(named: Mapping[str, tuple[int, int]]) -> go.Figure:
 
 def latency_chart(named: Sequence[tuple[str, LatencyResult]], figure_name: str) -> go.Figure:
     """Distribution of TTFT or of the time between tokens, over the cells, a box for each model."""
-    figure = go.Figure(layout=_LAYOUT | {"boxmode": "group"})
+    figure = go.Figure(layout=_LAYOUT | {"boxmode": "group", "scattermode": "group"})
     for index, (name, result) in enumerate(named):
         x: list[str] = []
         y: list[float] = []
@@ -130,6 +131,7 @@ def latency_chart(named: Sequence[tuple[str, LatencyResult]], figure_name: str) 
         if floors:
             figure.add_scatter(
                 x=list(floors), y=list(floors.values()), mode="markers", name=f"floor of {name}",
+                offsetgroup=str(index),
                 marker={"symbol": "line-ew-open", "size": 30, "color": color(index), "line": {"width": 2}},
             )  # fmt: skip
     figure.update_xaxes(title="batch x prompt + output tokens")
@@ -175,7 +177,10 @@ def load_chart(named: Sequence[tuple[str, LoadResult]], figure_name: str) -> go.
         bounds |= {bound for bound in [result.settings.slo.get(figure_name.lower())] if bound is not None}
     for bound_s in sorted(bounds):
         figure.add_hline(
-            y=1000 * bound_s, line={"dash": "dash", "color": "#374151"}, annotation_text=f"bound {1000 * bound_s:g} ms"
+            y=1000 * bound_s,
+            line={"dash": "dash", "color": "#374151"},
+            annotation_text=f"bound {1000 * bound_s:g} ms",
+            annotation_position="top left",
         )
     figure.update_xaxes(title="requests answered / s", rangemode="tozero")
     figure.update_yaxes(title=f"{figure_name} (ms)", rangemode="tozero")

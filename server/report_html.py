@@ -291,8 +291,8 @@ def _method(results: Sequence[tuple[str, Any]]) -> str:
     )
     note = (
         "<p class='note'>Speed-ups: one process per model, the same random token ids, no end of text, warm-up until "
-        "two runs agree, interleaved turns (ABBA), ratio of each pair, bootstrap interval of the median. Raw timestamps of "
-        "every figure are in the JSON results. docs/benchmarking.md has the method.</p>"
+        "two runs agree, interleaved turns (ABBA), ratio of each pair, bootstrap interval of the median. Raw "
+        "timestamps of every figure are in the JSON results. docs/benchmarking.md has the method.</p>"
     )
     return _section("How this was measured", _table(head, rows, text_columns=range(7)) + note)
 
@@ -303,7 +303,7 @@ def _section(title: str, body: str) -> str:
 
 def _figure(figure: go.Figure) -> str:
     html: str = figure.to_html(
-        full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
+        full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
     )
     return f"<div class='figure'>{html}</div>"
 

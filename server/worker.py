@@ -62,7 +62,8 @@ class _Worker:
             if isinstance(command, Score):
                 return Scored(scores=self._engine.score(command.request))
             if isinstance(command, Serve):
-                return Served(requests=self._engine.serve(**command.model_dump(exclude={"kind"})))
+                requests, token_ids = self._engine.serve(**command.model_dump(exclude={"kind"}))
+                return Served(requests=requests, token_ids=token_ids)
             if isinstance(command, Prefill):
                 self._engine.prefill(command.prompts, output_tokens=command.output_tokens)
             else:

@@ -19,7 +19,7 @@ import psutil
 from pat_serve.errors import EngineError
 from pat_serve.hardware import compute_cores
 from pat_serve.scores import ScoreRequest, Scores
-from pat_serve.server.trace import BatchTrace, RequestTrace
+from pat_serve.server.trace import BatchTrace
 from pat_serve.server.worker_protocol import (
     Decode,
     Failed,
@@ -119,11 +119,11 @@ class EngineProcess:
         assert isinstance(reply, Scored)
         return reply.scores
 
-    def serve(self, prompts: list[list[int]], *, output_tokens: int, concurrency: int) -> list[RequestTrace]:
+    def serve(self, prompts: list[list[int]], *, output_tokens: int, concurrency: int) -> Served:
         """Answer all prompts, so many of them at a time; raises as `prefill` does."""
         reply = self._ask(Serve(prompts=prompts, output_tokens=output_tokens, concurrency=concurrency))
         assert isinstance(reply, Served)
-        return reply.requests
+        return reply
 
     def send(self, command: Start | Prefill | Decode | Score | Serve) -> None:
         """Give it a command; `poll` takes the answer.

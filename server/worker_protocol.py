@@ -27,6 +27,8 @@ class Start(_Message):
     kv_cache_bytes: int
     enforce_eager: bool
     seed: int
+    draft: str | None = None
+    draft_tokens: int = 0
 
 
 class Prefill(_Message):
@@ -83,10 +85,11 @@ class Scored(_Message):
 
 
 class Served(_Message):
-    """All requests' timestamps, in the order of their prompts."""
+    """All requests' timestamps and answers, in the order of their prompts."""
 
     kind: Literal["served"] = "served"
     requests: list[RequestTrace]
+    token_ids: list[list[int]]
 
 
 class Failed(_Message):

@@ -21,6 +21,7 @@ from pat_serve.cli.bench_options import (
     progress_line,
     write_report,
 )
+from pat_serve.cli.bench_speculative import speculative
 
 app = new_app()
 
@@ -131,6 +132,7 @@ def speedup(
 app.command()(latency)
 app.command()(throughput)
 app.command()(load)
+app.command()(speculative)
 app.command()(compare)
 
 
