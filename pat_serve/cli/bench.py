@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from pat_serve.cli.app import Debug, new_app, run_app
-from pat_serve.cli.bench_compare import compare
-from pat_serve.cli.bench_load import load
-from pat_serve.cli.bench_measure import latency, throughput
-from pat_serve.cli.bench_options import (
+from pat_serve.cli.bench_commands.compare import compare
+from pat_serve.cli.bench_commands.load import load
+from pat_serve.cli.bench_commands.measure import latency, throughput
+from pat_serve.cli.bench_commands.options import (
     Force,
     Html,
     Json,
@@ -21,7 +21,7 @@ from pat_serve.cli.bench_options import (
     progress_line,
     write_report,
 )
-from pat_serve.cli.bench_speculative import speculative
+from pat_serve.cli.bench_commands.speculative import speculative
 
 app = new_app()
 

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from pat_serve.cli.app import Debug
-from pat_serve.cli.bench_options import Force, Html, Json, Out, check_outputs, choices, progress_line, write_report
+from pat_serve.cli.bench_commands.options import (
+    Force,
+    Html,
+    Json,
+    Out,
+    check_outputs,
+    choices,
+    progress_line,
+    write_report,
+)
 from pat_serve.errors import EngineError, UsageError
 
 

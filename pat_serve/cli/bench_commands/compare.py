@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pat_serve.cli.app import Debug
-from pat_serve.cli.bench_options import Force, Html, check_outputs
+from pat_serve.cli.bench_commands.options import Force, Html, check_outputs
 from pat_serve.errors import UsageError
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pat_serve.cli.app import Debug
-from pat_serve.cli.bench_options import Force, Json, Out, check_outputs, choices, progress_line, write_report
+from pat_serve.cli.bench_commands.options import Force, Json, Out, check_outputs, choices, progress_line, write_report
 from pat_serve.errors import UsageError
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pat_serve.cli.app import Debug
-from pat_serve.cli.bench_options import (
+from pat_serve.cli.bench_commands.options import (
     Force,
     Html,
     Json,
