@@ -37,12 +37,12 @@ def memory_for(shape: ModelShape, *, requests: int, tokens: int, dtype_bytes: in
         tokens: prompt and output of each.
         dtype_bytes: bytes of a weight and of a KV value.
     """
-    return dtype_bytes * (shape.parameters + requests * tokens * shape.kv_values_per_token)
+    return shape.weight_bytes(dtype_bytes) + dtype_bytes * requests * tokens * shape.kv_values_per_token
 
 
 def capacity(shape: ModelShape, *, memory_bytes: int, tokens: int, dtype_bytes: int) -> Capacity:
     """What fits of a model into a budget: no request where the weights alone are too big. Arguments as `memory_for`."""
-    weights = dtype_bytes * shape.parameters
+    weights = shape.weight_bytes(dtype_bytes)
     per_request = dtype_bytes * tokens * shape.kv_values_per_token
     return Capacity(
         memory_bytes=memory_bytes,

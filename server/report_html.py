@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from pat_serve.hardware import DTYPE_BYTES
 from pat_serve.server import report_charts as charts
 from pat_serve.server.load_result import LoadResult
 from pat_serve.server.measure_result import Distribution, LatencyResult, Roof, ThroughputResult
@@ -238,8 +239,7 @@ def _memory(
             bars[model.name] = (model.capacity.weight_bytes, model.peak_memory_bytes)
         notes += memory_lines(result)[-1:]
     for label, single in singles:
-        value_bytes = 4 if single.dtype == "float32" else 2
-        bars.setdefault(label, (value_bytes * single.parameters, single.peak_memory_bytes))
+        bars.setdefault(label, (single.shape.weight_bytes(DTYPE_BYTES[single.dtype]), single.peak_memory_bytes))
     if not bars:
         return ""
     text = "".join(f"<p>{escape(line.removeprefix('memory  ').capitalize())}.</p>" for line in notes)

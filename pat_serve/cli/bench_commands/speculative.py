@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,8 @@ def speculative(
     draft: Annotated[str, typer.Option(help="Pruned model that proposes tokens; likewise.")],
     draft_tokens: Annotated[int, typer.Option(help="Tokens that it proposes a step.")] = 3,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file with a prompt a line. [default: random token ids]")
+        Path | None,
+        typer.Option(help="A prompt a line, as text or JSONL with a field prompt. [default: random tokens]"),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, at most.")] = 64,
     output_tokens: Annotated[int, typer.Option(help="Tokens that each request generates.")] = 48,
@@ -55,14 +57,21 @@ def speculative(
             "seed": seed,
         }
     )
-    texts = (
-        [] if prompts is None else [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    )
-    if prompts is not None and not texts:
-        raise UsageError(f"--prompts {prompts}", expected="a prompt a line", found="none", fix="Write some.")
+    texts = [] if prompts is None else _prompts(prompts)
     check_outputs(out, force=force)
     with progress_line() as progress:
         result = measure_speculative(model, draft, settings, texts, progress=progress)
     write_report(result, out=out, html=None, as_json=as_json, show=lambda: print_speculative(result))
     if dtype == "float32" and result.identical < len(result.rounds):
         raise typer.Exit(1)
+
+
+def _prompts(file: Path) -> list[str]:
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        texts = [str(json.loads(line)["prompt"]) for line in lines] if file.suffix == ".jsonl" else lines
+    except (ValueError, KeyError, TypeError):
+        texts = []
+    if not texts:
+        raise UsageError(f"--prompts {file}", expected="a prompt a line", found="none", fix="Write some.")
+    return texts
