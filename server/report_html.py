@@ -236,8 +236,9 @@ def _memory(
     notes: list[str] = []
     for _, result in speedups:
         for model in (result.baseline, result.candidate):
-            bars[model.name] = (model.capacity.weight_bytes, model.peak_memory_bytes)
-        notes += memory_lines(result)[-1:]
+            weights = model.shape.weight_bytes(DTYPE_BYTES[result.dtype])
+            bars[model.name] = (weights, model.peak_memory_bytes)
+        notes += [line for line in memory_lines(result) if "requests of" in line]
     for label, single in singles:
         bars.setdefault(label, (single.shape.weight_bytes(DTYPE_BYTES[single.dtype]), single.peak_memory_bytes))
     if not bars:

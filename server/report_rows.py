@@ -100,16 +100,15 @@ def _speedup(result: SpeedupResult) -> Iterator[Row]:
             value=average.median, low=average.low, high=average.high,
         )  # fmt: skip
     for model in (result.baseline, result.candidate):
-        for figure, value in (
-            ("weights", model.capacity.weight_bytes),
-            ("process peak", model.peak_memory_bytes),
-            ("KV cache of a request", model.capacity.kv_bytes_per_request),
-        ):
-            yield Row(kind="speedup", model=model.name, where="memory", figure=figure, unit="bytes", value=value)
-        yield Row(
-            kind="speedup", model=model.name, where="memory", figure="requests in equal memory", unit="",
-            value=model.capacity.requests,
-        )  # fmt: skip
+        figures = [("process peak", "bytes", model.peak_memory_bytes)]
+        if model.capacity is not None:
+            figures += [
+                ("weights", "bytes", model.capacity.weight_bytes),
+                ("KV cache of a request", "bytes", model.capacity.kv_bytes_per_request),
+                ("requests in equal memory", "", model.capacity.requests),
+            ]
+        for figure, unit, value in figures:
+            yield Row(kind="speedup", model=model.name, where="memory", figure=figure, unit=unit, value=value)
 
 
 def _latency(result: LatencyResult) -> Iterator[Row]:

@@ -145,9 +145,9 @@ class ModelRecord(_Record):
         parameters: number of parameters, cut as measured.
         start_s: from starting the engine to its being ready.
         peak_memory_bytes: of the engine's process on the host, over its whole life.
-        batch_size: requests at once, the most that it was given.
-        capacity: requests that would fit into the memory that the baseline takes.
         warm_up: its runs before the first round.
+        batch_size: requests at once, the most that it was given.
+        capacity: requests that would fit into the memory that the baseline takes; None where nobody counted.
     """
 
     name: str
@@ -156,9 +156,9 @@ class ModelRecord(_Record):
     parameters: int
     start_s: float
     peak_memory_bytes: int
-    batch_size: int
-    capacity: Capacity
     warm_up: WarmUp
+    batch_size: int = 1
+    capacity: Capacity | None = None
 
 
 class RegimeResult(_Record):

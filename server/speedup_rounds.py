@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Sequence
 
 from pat_serve.server.cpu_watch import CpuWatch
 from pat_serve.server.offline import prompts_digest
@@ -15,7 +16,7 @@ from pat_serve.server.worker_process import EngineProcess
 
 # Two runs that differ by less than this count as the same: smaller changes are noise on most machines.
 _STATIONARY = 0.1
-_MIN_WARMUP_RUNS, _MAX_WARMUP_RUNS = 2, 4
+_MIN_WARMUP_RUNS, MAX_WARMUP_RUNS = 2, 4
 # A warm-up needs each kind of step, not many of them.
 _WARMUP_TOKENS = 5
 
@@ -36,28 +37,37 @@ def _warm_up_batch(engine: EngineProcess, settings: SpeedupSettings, vocab_size:
     tokens = min(settings.generated_tokens, _WARMUP_TOKENS)
     traces: list[BatchTrace] = []
     stationary = False
-    while not stationary and len(traces) < _MAX_WARMUP_RUNS:
+    while not stationary and len(traces) < MAX_WARMUP_RUNS:
         prompts = round_prompts(settings, vocab_size, -1 - len(traces))
         trace = engine.prefill(prompts, output_tokens=tokens) or engine.decode(tokens)
         # A batch prefilled in pieces needs some steps more than it has tokens.
         while trace is None:
             trace = engine.decode(1)
         traces.append(trace)
-        stationary = len(traces) >= _MIN_WARMUP_RUNS and all(
-            abs(latency_s(trace, regime) / latency_s(traces[-2], regime) - 1) < _STATIONARY
-            for regime in settings.regimes
-        )
+        stationary = is_stationary(traces, settings)
     return WarmUp(traces=tuple(traces), stationary=stationary)
 
 
-def steps_per_turn(warm_ups: list[WarmUp], batch_sizes: tuple[int, ...]) -> int:
+def is_stationary(traces: Sequence[BatchTrace], settings: SpeedupSettings) -> bool:
+    """Whether the last two warm-up runs agree."""
+    return len(traces) >= _MIN_WARMUP_RUNS and all(
+        abs(latency_s(traces[-1], regime) / latency_s(traces[-2], regime) - 1) < _STATIONARY
+        for regime in settings.regimes
+    )
+
+
+def steps_per_turn(warm_ups: list[WarmUp], batch_sizes: tuple[int, ...] | None = None) -> int:
     """Decode steps that an engine makes before it is the other's turn; the same for both, so that pairs match.
 
     Args:
         warm_ups: of both engines.
-        batch_sizes: that are about to be measured against each other, at most one for each engine.
+        batch_sizes: that are about to be measured against each other, at most one for each engine; None for any.
     """
-    last = [trace for warm in warm_ups for trace in [one for one in warm.traces if one.batch_size in batch_sizes][-1:]]
+    last = [
+        trace
+        for warm in warm_ups
+        for trace in [one for one in warm.traces if batch_sizes is None or one.batch_size in batch_sizes][-1:]
+    ]
     steps_s = [step_s for trace in last for step_s in trace.decode_steps_s]
     return math.ceil(_TURN_S / max(steps_s)) if steps_s else 1
 

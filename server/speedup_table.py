@@ -60,19 +60,23 @@ def noise_line(result: RegimeResult) -> str:
 
 def memory_lines(result: SpeedupResult) -> list[str]:
     """Memory of both models, and the requests that the same memory holds of each."""
-    tokens = result.settings.tokens_per_request
-    lines = [
-        f"memory  {label}: weights {model.capacity.weight_bytes / 2**30:.2f} GiB, KV cache "
-        f"{model.capacity.kv_bytes_per_request / 2**20:.1f} MiB a request, process peak "
-        f"{model.peak_memory_bytes / 2**30:.2f} GiB"
-        for label, model in (("baseline", result.baseline), ("candidate", result.candidate))
-    ]
-    budget = result.baseline.capacity
-    return [
-        *lines,
-        f"memory  in the {budget.memory_bytes / 2**30:.2f} GiB of baseline and its batch, requests of {tokens} tokens: "
-        f"baseline {budget.requests}, candidate {result.candidate.capacity.requests}",
-    ]
+    lines, held = [], []
+    for label, model in (("baseline", result.baseline), ("candidate", result.candidate)):
+        line = f"memory  {label}: process peak {model.peak_memory_bytes / 2**30:.2f} GiB"
+        if model.capacity is not None:
+            fits = model.capacity
+            line += f", weights {fits.weight_bytes / 2**30:.2f} GiB"
+            line += f", KV cache {fits.kv_bytes_per_request / 2**20:.1f} MiB a request"
+            held.append(f"{label} {fits.requests}")
+        lines.append(line)
+    if result.baseline.capacity is not None:
+        budget_gib = result.baseline.capacity.memory_bytes / 2**30
+        tokens = result.settings.tokens_per_request
+        lines.append(
+            f"memory  in the {budget_gib:.2f} GiB of baseline and its batch, requests of {tokens} tokens: "
+            + ", ".join(held)
+        )
+    return lines
 
 
 _COLUMNS = (
