@@ -5,8 +5,8 @@ Not run yet: no GPU was at hand when it was written.
     python -m benchmarks.gpu_shapes --batch 1,8,32 --context 128,1024 --out gpu.json
 
 Random bfloat16 weights; decode steps as CUDA graphs over a static cache, prefill eager. Both models are on the GPU at
-once (13.5 and 10.1 GB beside their caches) and take turns, ABBA; ratios are paired, beside the ceiling that counted bytes
-(decode) or FLOPs (prefill) give.
+once (13.5 and 10.1 GB beside their caches) and take turns, ABBA; ratios are paired, beside the ceiling that counted
+bytes (decode) or FLOPs (prefill) give.
 """
 
 from __future__ import annotations

@@ -52,8 +52,9 @@ def main() -> None:
                     times[width].append(taken_s)
         for width in WIDTHS:
             ratio, ceiling = paired_ratio(times[DENSE], times[width]), DENSE / width
+            median_ms = 1000 * percentile(times[width], 50)
             print(
-                f"rows {rows:4d}  width {width}: {1000 * percentile(times[width], 50):8.2f} ms  ratio {ratio.median:.3f} "
+                f"rows {rows:4d}  width {width}: {median_ms:8.2f} ms  ratio {ratio.median:.3f} "
                 f"[{ratio.low:.3f}, {ratio.high:.3f}]  ceiling {ceiling:.3f}  reached {ratio.median / ceiling:.0%}"
             )
 

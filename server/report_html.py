@@ -16,6 +16,7 @@ from pat_serve.server.measure_result import Distribution, LatencyResult, Roof, T
 from pat_serve.server.measure_table import milliseconds
 from pat_serve.server.report_read import QualityFigure
 from pat_serve.server.report_style import STYLE
+from pat_serve.server.speculative_result import SpeculativeResult
 from pat_serve.server.speedup_result import SpeedupResult
 from pat_serve.server.speedup_table import memory_lines, noise_line
 
@@ -86,6 +87,9 @@ def _head(results: Sequence[tuple[str, Any]]) -> str:
             what = "best goodput" if result.settings.slo else "most requests"
             value = goodput if result.settings.slo else max(run.requests_per_s for run in result.runs)
             cards.append(_card(f"{value:.3g} /s", f"{what}, {label}"))
+        elif isinstance(result, SpeculativeResult):
+            text = f"with a draft, {result.acceptance:.0%} accepted, {result.identical} of {len(result.rounds)} outputs equal"
+            cards.append(_card(f"{result.ratio.median:.3f}x", f"{text}, {label}"))
     dates = sorted({str(result.date)[:16].replace("T", " ") for _, result in results})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     machines = sorted({_machine(result.machine) for _, result in results})

@@ -12,14 +12,16 @@ from pydantic import BaseModel, ValidationError
 from pat_serve.errors import UsageError
 from pat_serve.server.load_result import LoadResult
 from pat_serve.server.measure_result import LatencyResult, ThroughputResult
+from pat_serve.server.speculative_result import SpeculativeResult
 from pat_serve.server.speedup_result import SpeedupResult
 
-Recorded = SpeedupResult | LatencyResult | ThroughputResult | LoadResult
+Recorded = SpeedupResult | LatencyResult | ThroughputResult | LoadResult | SpeculativeResult
 _KINDS: dict[str, type[BaseModel]] = {
     "speedup": SpeedupResult,
     "latency": LatencyResult,
     "throughput": ThroughputResult,
     "load": LoadResult,
+    "speculative": SpeculativeResult,
 }
 
 

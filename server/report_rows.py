@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from pat_serve.server.load_result import LoadResult
 from pat_serve.server.measure_result import Distribution, LatencyResult, ThroughputResult
+from pat_serve.server.speculative_result import SpeculativeResult
 from pat_serve.server.speedup_result import SpeedupResult
 from pat_serve.server.statistics import Summary
 
@@ -56,6 +57,8 @@ def rows_of(result: BaseModel) -> Iterator[Row]:
         yield from _throughput(result)
     elif isinstance(result, LoadResult):
         yield from _load(result)
+    elif isinstance(result, SpeculativeResult):
+        yield from _speculative(result)
 
 
 def csv_text(results: Iterable[BaseModel]) -> str:
@@ -157,6 +160,15 @@ def _load(result: LoadResult) -> Iterator[Row]:
         for name, times in (("TTFT", run.ttft), ("TPOT", run.tpot), ("E2E", run.e2e)):
             yield from _times("load", result.model, run.name, name, times)
         yield Row(kind="load", model=result.model, where=run.name, figure="errors", unit="", value=run.errored)
+
+
+def _speculative(result: SpeculativeResult) -> Iterator[Row]:
+    where, ratio = f"{result.settings.draft_tokens} proposed by {result.draft}", result.ratio
+    common = {"kind": "speculative", "model": result.model, "where": where, "unit": ""}
+    yield Row(**common, figure="speed-up", value=ratio.median, low=ratio.low, high=ratio.high)
+    yield Row(**common, figure="accepted share", value=result.acceptance)
+    yield Row(**common, figure="tokens per step", value=result.tokens_per_step)
+    yield Row(**common, figure="identical outputs", value=result.identical / len(result.rounds))
 
 
 def _times(kind: str, model: str, where: str, name: str, times: Distribution | None) -> Iterator[Row]:
