@@ -34,7 +34,7 @@ def advise(
         if result.noise.spread > MAX_NOISE and (result.verdict is Verdict.INCONCLUSIVE or average is not None):
             others = f" (they took {other_cpu_share:.0%} of it)" if other_cpu_share >= 0.01 else ""
             advice.append(
-                f"{name}: a machine on which rounds spread by at most {MAX_NOISE:.0%}, not {result.noise.spread:.0%}: "
+                f"{name}: a machine on which rounds spread by at most {MAX_NOISE:.0%}, not {result.noise.spread:.1%}: "
                 f"end other processes{others}, or rent one whose cores nobody shares"
             )
         elif result.verdict is Verdict.INCONCLUSIVE and average is None:

@@ -88,8 +88,9 @@ def _head(results: Sequence[tuple[str, Any]]) -> str:
             value = goodput if result.settings.slo else max(run.requests_per_s for run in result.runs)
             cards.append(_card(f"{value:.3g} /s", f"{what}, {label}"))
         elif isinstance(result, SpeculativeResult):
-            text = f"with a draft, {result.acceptance:.0%} accepted, {result.identical} of {len(result.rounds)} outputs equal"
-            cards.append(_card(f"{result.ratio.median:.3f}x", f"{text}, {label}"))
+            equal = f"{result.identical} of {len(result.rounds)} outputs equal"
+            text = f"with a draft, {result.acceptance:.0%} accepted, {equal}, {label}"
+            cards.append(_card(f"{result.ratio.median:.3f}x", text))
     dates = sorted({str(result.date)[:16].replace("T", " ") for _, result in results})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     machines = sorted({_machine(result.machine) for _, result in results})

@@ -53,7 +53,7 @@ def judge(*, claim: float, low: float, high: float, rounds: int, noise: float) -
     if noise > MAX_NOISE:
         return Judgement(
             verdict=Verdict.INCONCLUSIVE,
-            reason=f"a model's rounds spread by {noise:.0%}, more than {MAX_NOISE:.0%}: the machine was not quiet",
+            reason=f"a model's rounds spread by {noise:.1%}, more than {MAX_NOISE:.0%}: the machine was not quiet",
         )
     if low >= claim:
         return Judgement(verdict=Verdict.PASS, reason=f"the interval {interval} lies wholly at or above {claim:g}")

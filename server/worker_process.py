@@ -34,6 +34,8 @@ from pat_serve.server.worker_protocol import (
     Stepped,
 )
 
+# The module that an engine process runs; tests put one of known latency in its place.
+WORKER = "pat_serve.server.worker"
 START_TIMEOUT_S = 3600.0
 STEP_TIMEOUT_S = 3600.0
 _LOG_LINES, _LINE_CHARACTERS = 12, 300
@@ -54,7 +56,7 @@ class EngineProcess:
         command_read, command_write = os.pipe()
         reply_read, reply_write = os.pipe()
         # -P: a file called like a standard module in the user's current folder must not be imported.
-        command = [sys.executable, "-P", "-m", "pat_serve.server.worker", str(command_read), str(reply_write)]
+        command = [sys.executable, "-P", "-m", WORKER, str(command_read), str(reply_write)]
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
