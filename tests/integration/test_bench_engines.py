@@ -16,6 +16,8 @@ import httpx
 import pytest
 
 from pat_serve.server import speedup_series
+from pat_serve.server.load import run_load
+from pat_serve.server.load_result import LoadSettings
 from pat_serve.server.measure_result import LatencySettings, ThroughputSettings
 from pat_serve.server.measure_run import measure_latency, measure_throughput
 from pat_serve.server.speculative import measure_speculative
@@ -24,7 +26,7 @@ from pat_serve.server.speedup import check_speedup
 from pat_serve.server.speedup_result import SpeedupSettings
 from pat_serve.server.speedup_rounds import run_round
 from pat_serve.server.verdict import Verdict
-from tests.integration.conftest import free_port, spawn, wait_until_ready
+from tests.integration.conftest import KEY, Server, free_port, spawn, wait_until_ready
 from tests.tiny_models import save_tiny_llama, tiny_config
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -167,3 +169,15 @@ def test_the_server_answers_with_a_draft_as_without(tmp_path: Path) -> None:
             server.wait(60)
     assert answers[0] == answers[1]
     assert all(answers[0])
+
+
+def test_guidellm_loads_a_real_server(server: Server) -> None:
+    """Model name and tokenizer from /v1/models, the key in a file, exact output lengths."""
+    settings = LoadSettings(url=server.url, rates=(2.0,), seconds=8, prompt_tokens=24, output_tokens=8, slo={"e2e": 60})
+    result = run_load(settings, api_key=KEY)
+    [run] = result.runs
+    assert result.tokenizer == str(server.model)
+    assert run.errored == 0
+    assert run.completed >= 5
+    assert all(one.output_tokens == 8 for one in run.requests if one.outcome == "completed")
+    assert run.good_share == 1.0
