@@ -164,11 +164,16 @@ def _load(result: LoadResult) -> Iterator[Row]:
 
 def _speculative(result: SpeculativeResult) -> Iterator[Row]:
     where, ratio = f"{result.settings.draft_tokens} proposed by {result.draft}", result.ratio
-    common = {"kind": "speculative", "model": result.model, "where": where, "unit": ""}
-    yield Row(**common, figure="speed-up", value=ratio.median, low=ratio.low, high=ratio.high)
-    yield Row(**common, figure="accepted share", value=result.acceptance)
-    yield Row(**common, figure="tokens per step", value=result.tokens_per_step)
-    yield Row(**common, figure="identical outputs", value=result.identical / len(result.rounds))
+
+    def row(figure: str, value: float, low: float | None = None, high: float | None = None) -> Row:
+        return Row(
+            kind="speculative", model=result.model, where=where, figure=figure, unit="", value=value, low=low, high=high
+        )
+
+    yield row("speed-up", ratio.median, ratio.low, ratio.high)
+    yield row("accepted share", result.acceptance)
+    yield row("tokens per step", result.tokens_per_step)
+    yield row("identical outputs", result.identical / len(result.rounds))
 
 
 def _times(kind: str, model: str, where: str, name: str, times: Distribution | None) -> Iterator[Row]:
