@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, TypeVar
 
-import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from pat_serve.hardware import DTYPE_BYTES
 from pat_serve.server import report_charts as charts
 from pat_serve.server.load_result import LoadResult
-from pat_serve.server.measure_result import Distribution, LatencyResult, Roof, ThroughputResult
+from pat_serve.server.measure_result import LatencyResult, ThroughputResult
 from pat_serve.server.measure_table import milliseconds
+from pat_serve.server.report_markup import figure_html, machine_line, section, table_html
 from pat_serve.server.report_read import QualityFigure
+from pat_serve.server.report_sections import latency_section, load_section, speedup_section, throughput_section
 from pat_serve.server.report_style import STYLE
 from pat_serve.server.speculative_result import SpeculativeResult
 from pat_serve.server.speedup_result import SpeedupResult
-from pat_serve.server.speedup_table import memory_lines, noise_line
+from pat_serve.server.speedup_table import memory_lines
 
 T = TypeVar("T")
-Cells = Sequence[str]
 
 
 def render(results: Sequence[tuple[str, Any]], *, quality: Sequence[QualityFigure] = ()) -> str:
@@ -36,10 +36,10 @@ def render(results: Sequence[tuple[str, Any]], *, quality: Sequence[QualityFigur
     loads = _of(results, LoadResult)
     sections = [
         _head(results),
-        *(_speedup(label, result, many=len(speedups) > 1) for label, result in speedups),
-        _latency(latencies),
-        _throughput(throughputs),
-        _load(loads),
+        *(speedup_section(label, result, many=len(speedups) > 1) for label, result in speedups),
+        latency_section(latencies),
+        throughput_section(throughputs),
+        load_section(loads),
         _memory(speedups, [*latencies, *throughputs]),
         _quality(quality),
         _method(results),
@@ -93,144 +93,13 @@ def _head(results: Sequence[tuple[str, Any]]) -> str:
             cards.append(_card(f"{result.ratio.median:.3f}x", text))
     dates = sorted({str(result.date)[:16].replace("T", " ") for _, result in results})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    machines = sorted({_machine(result.machine) for _, result in results})
+    machines = sorted({machine_line(result.machine) for _, result in results})
     lead = f"{when} UTC &middot; {escape(' / '.join(machines))}"
     return f"<h1>pat-bench report</h1><p class='lead'>{lead}</p><div class='cards'>{''.join(cards)}</div>"
 
 
-def _machine(machine: Mapping[str, Any]) -> str:
-    cpu = f"{machine['cpu_model']}, {machine['cpu_cores']} cores"
-    return cpu if machine["accelerator"] == "none" else f"{machine['accelerator']}, {cpu}"
-
-
 def _card(value: str, text: str) -> str:
     return f"<div class='card'><b>{value}</b><span>{escape(text)}</span></div>"
-
-
-def _speedup(label: str, result: SpeedupResult, *, many: bool) -> str:
-    rows = [
-        (
-            one.regime.value,
-            str(one.batch_size)
-            if one.batch_size == one.candidate_batch_size
-            else f"{one.batch_size} / {one.candidate_batch_size}",
-            f"{one.context_tokens:g}",
-            milliseconds(one.baseline.p50),
-            milliseconds(one.candidate.p50),
-            f"<b>{one.ratio.median:.3f}</b>",
-            f"{one.ratio.low:.3f} to {one.ratio.high:.3f}",
-            f"{one.ceiling:.3f}",
-            f"{one.of_ceiling:.0%}",
-            f"<span class='{one.verdict.value}'>{one.verdict.value}</span>",
-        )
-        for one in result.regimes
-    ]
-    head = ("regime", "batch", "context", "baseline ms", "candidate ms", "ratio", "95 % interval", "ceiling", "reached",
-            "verdict")  # fmt: skip
-    average = ""
-    if result.average is not None:
-        average = (
-            f"<p>Prefill averaged over batch sizes (geometric mean): <b>{result.average.median:.3f}</b> "
-            f"({result.average.low:.3f} to {result.average.high:.3f}).</p>"
-        )
-    notes = [*(noise_line(one) for one in result.regimes), f"rounds  {result.stopped}"]
-    advice = "".join(f"<p class='note'>To decide: {escape(line)}</p>" for line in result.advice)
-    title = f"Speed-up of {result.candidate.name} over {result.baseline.name}" + (f" ({label})" if many else "")
-    return _section(
-        title,
-        f"<p><span class='badge {result.verdict.value}'>{result.verdict.value}</span> {escape(result.reason)}.</p>"
-        f"{advice}"
-        f"<div class='two'>{_figure(charts.ratio_chart(result))}{_figure(charts.rounds_chart(result))}</div>"
-        f"{_table(head, rows, text_columns=(0, 9))}{average}<pre>{escape(chr(10).join(notes))}</pre>",
-    )
-
-
-def _latency(named: Sequence[tuple[str, LatencyResult]]) -> str:
-    if not named:
-        return ""
-    rows = []
-    for label, result in named:
-        for cell in result.cells:
-            figures: tuple[tuple[str, Distribution | None, Roof | None], ...] = (
-                ("TTFT", cell.ttft, cell.ttft_roof),
-                ("TPOT", cell.tpot, cell.tpot_roof),
-                ("ITL", cell.itl, None),
-                ("E2E", cell.e2e, None),
-            )
-            for name, times, roof in figures:
-                if times is not None:
-                    rows.append(
-                        (
-                            escape(label),
-                            f"{cell.batch_size} x {cell.prompt_tokens} + {cell.output_tokens}",
-                            name,
-                            *(milliseconds(value) for value in (times.p50, times.p90, times.p99, times.p99_9)),
-                            milliseconds(roof.floor_s) if roof else "",
-                            f"{roof.reached:.0%}" if roof else "",
-                            str(times.count),
-                        )
-                    )
-    head = ("model", "batch x prompt + output", "ms", "p50", "p90", "p99", "p99.9", "floor", "reached", "samples")
-    body = (
-        f"<div class='two'>{_figure(charts.latency_chart(named, 'TTFT'))}"
-        f"{_figure(charts.latency_chart(named, 'time between tokens'))}</div>"
-        f"{_table(head, rows, text_columns=(0, 1, 2))}"
-        "<p class='note'>The floor is what counted bytes and FLOPs take at least on the probed machine; a percentile "
-        "beyond what the number of samples resolves is near the maximum.</p>"
-    )
-    return _section("Latency of a batch by itself", body)
-
-
-def _throughput(named: Sequence[tuple[str, ThroughputResult]]) -> str:
-    if not named:
-        return ""
-    rows = [
-        (
-            escape(label) + (" (saturated)" if run.concurrency == result.saturation else ""),
-            str(run.concurrency),
-            f"{run.output_tokens_per_s:.4g}",
-            f"{run.requests_per_s:.3g}",
-            f"{run.roof_tokens_per_s:.4g}" if run.roof_tokens_per_s else "",
-            f"{run.output_tokens_per_s / run.roof_tokens_per_s:.0%}" if run.roof_tokens_per_s else "",
-            milliseconds(run.ttft.p50),
-            milliseconds(run.ttft.p99),
-            milliseconds(run.tpot.p50) if run.tpot else "",
-            milliseconds(run.tpot.p99) if run.tpot else "",
-        )
-        for label, result in named
-        for run in result.runs
-    ]
-    head = ("model", "in flight", "tokens/s", "requests/s", "ceiling", "reached", "TTFT p50 ms", "p99", "TPOT p50 ms",
-            "p99")  # fmt: skip
-    return _section("Throughput", _figure(charts.throughput_chart(named)) + _table(head, rows, text_columns=(0,)))
-
-
-def _load(named: Sequence[tuple[str, LoadResult]]) -> str:
-    if not named:
-        return ""
-    rows = [
-        (
-            escape(label),
-            escape(run.name) + ("" if run.kept_schedule else " (client late)"),
-            f"{run.requests_per_s:.3g}",
-            f"{run.output_tokens_per_s:.4g}",
-            f"{run.concurrency:.3g}",
-            *((milliseconds(run.ttft.p50), milliseconds(run.ttft.p99)) if run.ttft else ("", "")),
-            *((milliseconds(run.tpot.p50), milliseconds(run.tpot.p99)) if run.tpot else ("", "")),
-            "" if run.good_share is None else f"{run.good_share:.0%}",
-            "" if run.goodput_per_s is None else f"{run.goodput_per_s:.3g}",
-            str(run.errored),
-        )
-        for label, result in named
-        for run in result.runs
-    ]
-    head = ("model", "run", "requests/s", "tokens/s", "in flight", "TTFT p50 ms", "p99", "TPOT p50 ms", "p99", "good",
-            "goodput/s", "errors")  # fmt: skip
-    figures = [charts.load_chart(named, "TTFT"), charts.load_chart(named, "TPOT")]
-    if any(result.settings.slo for _, result in named):
-        figures.append(charts.goodput_chart(named))
-    shown = "".join(map(_figure, figures))
-    return _section("Latency under load", f"<div class='two'>{shown}</div>{_table(head, rows, text_columns=(0, 1))}")
 
 
 def _memory(
@@ -249,17 +118,17 @@ def _memory(
     if not bars:
         return ""
     text = "".join(f"<p>{escape(line.removeprefix('memory  ').capitalize())}.</p>" for line in notes)
-    return _section("Memory", _figure(charts.memory_chart(bars)) + text)
+    return section("Memory", figure_html(charts.memory_chart(bars)) + text)
 
 
 def _quality(figures: Sequence[QualityFigure]) -> str:
     measures = dict.fromkeys(one.measure for one in figures)
     shown = [
-        _figure(charts.quality_chart(measure, [one for one in figures if one.measure == measure]))
+        figure_html(charts.quality_chart(measure, [one for one in figures if one.measure == measure]))
         for measure in measures
     ]
     note = "<p class='note'>Bars with two standard errors, from pat-eval.</p>"
-    return _section("Quality", f"<div class='two'>{''.join(shown)}</div>{note}") if shown else ""
+    return section("Quality", f"<div class='two'>{''.join(shown)}</div>{note}") if shown else ""
 
 
 def _method(results: Sequence[tuple[str, Any]]) -> str:
@@ -281,7 +150,7 @@ def _method(results: Sequence[tuple[str, Any]]) -> str:
                 escape(result.kind),
                 escape(str(result.date)),
                 f"{result.duration_s:.0f} s",
-                escape(f"{_machine(machine)}; vLLM {machine['vllm']}, torch {machine['torch']}"),
+                escape(f"{machine_line(machine)}; vLLM {machine['vllm']}, torch {machine['torch']}"),
                 configs,
                 escape(given or "defaults"),
             )
@@ -300,27 +169,4 @@ def _method(results: Sequence[tuple[str, Any]]) -> str:
         "two runs agree, interleaved turns (ABBA), ratio of each pair, bootstrap interval of the median. Raw "
         "timestamps of every figure are in the JSON results. docs/benchmarking.md has the method.</p>"
     )
-    return _section("How this was measured", _table(head, rows, text_columns=range(7)) + note)
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
-
-
-def _figure(figure: go.Figure) -> str:
-    html: str = figure.to_html(
-        full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
-    )
-    return f"<div class='figure'>{html}</div>"
-
-
-def _table(head: Cells, rows: Sequence[Cells], *, text_columns: Iterable[int]) -> str:
-    """Columns of numbers are flushed right; cells are HTML already."""
-    text = set(text_columns)
-
-    def line(tag: str, cells: Cells) -> str:
-        made = (f"<{tag}{'' if index in text else ' class=n'}>{cell}</{tag}>" for index, cell in enumerate(cells))
-        return f"<tr>{''.join(made)}</tr>"
-
-    body = "".join(line("td", row) for row in rows)
-    return f"<div class='wide'><table><thead>{line('th', head)}</thead><tbody>{body}</tbody></table></div>"
+    return section("How this was measured", table_html(head, rows, text_columns=range(7)) + note)
