@@ -117,7 +117,7 @@ def _memory(
         bars.setdefault(label, (single.shape.weight_bytes(DTYPE_BYTES[single.dtype]), single.peak_memory_bytes))
     if not bars:
         return ""
-    text = "".join(f"<p>{escape(line.removeprefix('memory  ').capitalize())}.</p>" for line in notes)
+    text = "".join(f"<p>I{escape(line.removeprefix('memory  i'))}.</p>" for line in notes)
     return section("Memory", figure_html(charts.memory_chart(bars)) + text)
 
 
@@ -148,7 +148,7 @@ def _method(results: Sequence[tuple[str, Any]]) -> str:
             (
                 escape(label),
                 escape(result.kind),
-                escape(str(result.date)),
+                escape(str(result.date)[:16].replace("T", " ")),
                 f"{result.duration_s:.0f} s",
                 escape(f"{machine_line(machine)}; vLLM {machine['vllm']}, torch {machine['torch']}"),
                 configs,
