@@ -347,6 +347,8 @@ def offline_llm(
     kv_cache_bytes: int,
     enforce_eager: bool,
     seed: int,
+    draft: str | None = None,
+    draft_tokens: int = 0,
 ) -> Any:
     """A vllm.LLM for timing: token ids in, token ids out, nothing remembered between batches.
 
@@ -362,6 +364,8 @@ def offline_llm(
         kv_cache_bytes: size of the KV cache.
         enforce_eager: run without torch.compile.
         seed: of dummy weights.
+        draft: folder or hub id of a smaller model that proposes tokens; None without.
+        draft_tokens: that it proposes a step.
     """
     from vllm import LLM
 
@@ -381,7 +385,13 @@ def offline_llm(
         async_scheduling=False,
         enforce_eager=enforce_eager,
         seed=seed,
+        speculative_config=None if draft is None else speculative_config(draft, draft_tokens),
     )
+
+
+def speculative_config(draft: str, draft_tokens: int) -> dict[str, Any]:
+    """What vLLM is told to let a small model propose tokens that the large one checks in one step."""
+    return {"method": "draft_model", "model": draft, "num_speculative_tokens": draft_tokens}
 
 
 def submit(

@@ -77,6 +77,17 @@ def collect_keys(flags: Sequence[str], *, environment: MutableMapping[str, str],
     return KeyRing(keys=tuple(keys.values()))
 
 
+def first_key(file: Path) -> str:
+    """The first key of a key file, without its name: for a client of the server that reads the same file.
+
+    Raises:
+        UsageError: an unreadable file, or none in it.
+    """
+    text = _lines(file)[0].strip()
+    named = _NAMED.fullmatch(text)
+    return named[2] if named else text
+
+
 def _lines(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 from pat_serve.errors import EngineError, PortInUse, UsageError
 from pat_serve.hardware import available_memory_bytes, serving_dtype
-from pat_serve.locate import locate
+from pat_serve.locate import locate, read_config
 from pat_serve.server import engine
 from pat_serve.server.access_log import LogFormat
 from pat_serve.server.baseline import check_comparable, check_memory
@@ -43,6 +44,8 @@ class ServeSettings:
         max_model_len: tokens of prompt and output together; None takes it from the model.
         kv_cache_gib: memory for keys and values; None chooses by the machine's memory (CPU) or leaves it to vLLM.
         compiled: let torch compile the model at the start (CPU only; vLLM decides elsewhere).
+        draft: folder or hub id of a smaller model that proposes tokens for this one to check; None without.
+        draft_tokens: that it proposes a step.
         vllm_flags: handed to vLLM's own parser.
         policy: bounds of the HTTP side; its keys are added by `run`.
         api_keys: KEY or NAME=KEY each; never shown.
@@ -58,6 +61,8 @@ class ServeSettings:
     max_model_len: int | None
     kv_cache_gib: float | None
     compiled: bool
+    draft: str | None = None
+    draft_tokens: int = 3
     vllm_flags: tuple[str, ...] = ()
     policy: Policy = field(default_factory=Policy)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -91,6 +96,8 @@ def run(settings: ServeSettings) -> None:
         if settings.baseline is not None:
             check_trusted(settings.baseline, locate(settings.baseline, weights=False))
             check_comparable(settings.model, settings.baseline)
+        if settings.draft is not None:
+            check_draft(settings.model, settings.draft)
         check_address(settings.host, settings.port)
         prepare_environment(os.environ)
         check_plugin()
@@ -237,6 +244,11 @@ def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
     if Feature.PROMPT_EMBEDS in settings.policy.allowed:
         arguments.append("--enable-prompt-embeds")
     arguments += ["--dtype", serving_dtype() if on_cpu and settings.dtype == "auto" else settings.dtype]
+    if settings.draft is not None:
+        arguments += [
+            "--speculative-config",
+            json.dumps(engine.speculative_config(settings.draft, settings.draft_tokens)),
+        ]
     if settings.max_model_len is not None:
         arguments += ["--max-model-len", str(settings.max_model_len)]
     if settings.kv_cache_gib is not None:
@@ -255,6 +267,26 @@ def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
         # 120 M parameters takes 51 ms a token compiled and 58 ms eager (LOG.md).
         arguments.append("--enforce-eager")
     return arguments + list(settings.vllm_flags)
+
+
+def check_draft(model: str, draft: str) -> None:
+    """Refuse a draft that is not there, brings code, or speaks of other tokens, before vLLM loads either.
+
+    Raises:
+        MissingModel: no such folder, or no such model on the hub.
+        UnsupportedModel: it brings pickles or code.
+        UsageError: its vocabulary is another one.
+    """
+    folder = locate(draft, weights=False)
+    check_trusted(draft, folder)
+    sizes = [read_config(path).get("vocab_size") for path in (locate(model, weights=False), folder)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            f"--draft {draft}",
+            expected=f"the vocabulary of {sizes[0]} of {model}",
+            found=f"a vocab_size of {sizes[1]}",
+            fix="Draft with a model that was pruned from it.",
+        )
 
 
 def default_kv_cache_gib(available_gib: float) -> float:

@@ -18,6 +18,7 @@ import psutil
 from fastapi import Request
 
 from pat_serve.hardware import DTYPE_BYTES, describe
+from pat_serve.server.advice import advise
 from pat_serve.server.baseline import Baseline, available
 from pat_serve.server.benchmark_roofline import countable_shape
 from pat_serve.server.cpu_watch import CpuWatch
@@ -34,6 +35,7 @@ from pat_serve.server.speedup_analysis import analyse, conclude
 from pat_serve.server.speedup_request import LiveSpeedupResult, SpeedupRequest
 from pat_serve.server.speedup_result import ModelRecord, Regime, Round, SpeedupSettings, WarmUp
 from pat_serve.server.speedup_rounds import MAX_WARMUP_RUNS, is_stationary, round_prompts
+from pat_serve.server.statistics import percentile
 from pat_serve.server.trace import BatchTrace
 from pat_serve.server.verdict import Verdict
 
@@ -181,11 +183,19 @@ def _judge(
         for regime in settings.regimes
     )
     verdict, reason = conclude(regimes, rounds, settings.claim)
+    advice = advise(
+        regimes,
+        None,
+        claim=settings.claim,
+        seconds_per_round=(time.monotonic() - begun_s) / len(rounds),
+        other_cpu_share=percentile([one.other_cpu_share for one in rounds], 50),
+    )
     if others:
         # Users' work runs on the served engine alone, beside the baseline's turns and in the batches of its own: what
         # is compared is no longer alike, however quiet the rounds look.
         measured, verdict = reason, Verdict.INCONCLUSIVE
         reason = f"{others} requests of users ran meanwhile, which the two engines do not share alike; {measured}"
+        advice = ("without `force`, while no users are being served", *advice)
     return LiveSpeedupResult(
         date=date,
         duration_s=time.monotonic() - begun_s,
@@ -195,8 +205,11 @@ def _judge(
         baseline=_record(dense, shapes[0], warm_ups[0]),
         candidate=_record(pruned, shapes[1], warm_ups[1]),
         regimes=regimes,
+        average=None,
+        stopped=f"{len(rounds)} rounds, as asked for",
         verdict=verdict,
         reason=reason,
+        advice=advice if verdict is Verdict.INCONCLUSIVE else (),
         rounds=tuple(rounds),
         other_requests=others,
     )

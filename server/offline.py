@@ -9,7 +9,7 @@ from typing import Any
 
 from pat_serve.scores import LISTED_TOKENS, ListedScores, ScoreRequest, Scores
 from pat_serve.server.engine import offline_llm, submit
-from pat_serve.server.trace import BatchTrace
+from pat_serve.server.trace import BatchTrace, RequestTrace
 
 
 class OfflineEngine:
@@ -53,6 +53,44 @@ class OfflineEngine:
         trace = self._batch.trace()
         self._batch = None
         return trace
+
+    def serve(
+        self, prompts: Sequence[Sequence[int]], *, output_tokens: int, concurrency: int
+    ) -> tuple[list[RequestTrace], list[list[int]]]:
+        """Keep so many requests in flight until all are answered: as one ends the next one is submitted.
+
+        Args:
+            prompts: token ids, one sequence for each request.
+            output_tokens: of each request, exactly.
+            concurrency: requests at once; the engine must be made for so many.
+
+        Returns:
+            timestamps and token ids of each request.
+        """
+        assert self._batch is None, "the last batch is not finished"
+        engine = self._llm.llm_engine
+        submitted_s: list[float] = []
+        tokens_s: list[list[float]] = [[] for _ in prompts]
+        token_ids: list[list[int]] = [[] for _ in prompts]
+        finished = 0
+        while finished < len(prompts):
+            while len(submitted_s) < min(finished + concurrency, len(prompts)):
+                index = len(submitted_s)
+                submitted_s.append(time.monotonic())
+                submit(self._llm, str(index), prompts[index], output_tokens=output_tokens)
+            outputs = engine.step()
+            now_s = time.monotonic()
+            for output in outputs:
+                index = int(output.request_id)
+                token_ids[index] = list(output.outputs[0].token_ids)
+                # A step gives several tokens where a draft has proposed them.
+                tokens_s[index].extend([now_s] * (len(token_ids[index]) - len(tokens_s[index])))
+                finished += output.finished
+        traces = [
+            RequestTrace(submitted_s=begun_s, tokens_s=tuple(times))
+            for begun_s, times in zip(submitted_s, tokens_s, strict=True)
+        ]
+        return traces, token_ids
 
     def score(self, request: ScoreRequest) -> Scores:
         """Judge prompts and continue others, all at once."""

@@ -17,7 +17,10 @@ from pat_serve.errors import BrokenCheckpoint
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes of a Llama-like decoder that decide what a step costs."""
+    """The sizes of a Llama-like decoder that decide what a step costs.
+
+    `linear_bytes` is set where the layers' matrices are stored in fewer bytes than the rest (int8, fp8).
+    """
 
     hidden_size: int
     num_layers: int
@@ -27,6 +30,7 @@ class ModelShape:
     ffn_size: int
     vocab_size: int
     tied_head: bool
+    linear_bytes: int | None = None
 
     @property
     def layer_weights(self) -> int:
@@ -49,6 +53,15 @@ class ModelShape:
         """All parameters: layers, norms, embedding table, and lm_head where it is not tied to the table."""
         tables = self.head_weights * (1 if self.tied_head else 2)
         return self.num_layers * self.layer_weights + self.norm_weights + tables
+
+    def layer_bytes(self, dtype_bytes: int) -> int:
+        """Bytes of one layer's matrices, in a model that is otherwise served with so many bytes a weight."""
+        return self.layer_weights * (self.linear_bytes or dtype_bytes)
+
+    def weight_bytes(self, dtype_bytes: int) -> int:
+        """Bytes of all parameters, likewise."""
+        others = self.parameters - self.num_layers * self.layer_weights
+        return self.num_layers * self.layer_bytes(dtype_bytes) + others * dtype_bytes
 
     @property
     def kv_values_per_token(self) -> int:
@@ -90,7 +103,15 @@ def shape_of(config: Mapping[str, Any], source: object) -> ModelShape:
         ffn_size=size("intermediate_size"),
         vocab_size=size("vocab_size"),
         tied_head=bool(config.get("tie_word_embeddings", False)),
+        linear_bytes=_linear_bytes(config),
     )
+
+
+def _linear_bytes(config: Mapping[str, Any]) -> int | None:
+    """Bytes of a quantised weight, from compressed-tensors' entry in a config.json; None where there is none."""
+    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+    bits = [(group.get("weights") or {}).get("num_bits") for group in groups.values()]
+    return bits[0] // 8 if bits and bits[0] in (8, 16) else None
 
 
 def decode_bytes(shape: ModelShape, *, batch_size: int, context_tokens: float, dtype_bytes: int) -> float:
@@ -103,8 +124,8 @@ def decode_bytes(shape: ModelShape, *, batch_size: int, context_tokens: float, d
         dtype_bytes: bytes of one weight and of one KV value.
     """
     rows = batch_size * shape.hidden_size
-    weights = shape.num_layers * shape.layer_weights + shape.norm_weights + shape.head_weights + rows
-    return dtype_bytes * (weights + batch_size * context_tokens * shape.kv_values_per_token)
+    others = shape.norm_weights + shape.head_weights + rows + batch_size * context_tokens * shape.kv_values_per_token
+    return shape.num_layers * shape.layer_bytes(dtype_bytes) + dtype_bytes * others
 
 
 def prefill_flops(shape: ModelShape, *, batch_size: int, prompt_tokens: int) -> float:
@@ -136,3 +157,16 @@ def prefill_ceiling(baseline: ModelShape, candidate: ModelShape, *, batch_size: 
     return prefill_flops(baseline, batch_size=batch_size, prompt_tokens=prompt_tokens) / prefill_flops(
         candidate, batch_size=batch_size, prompt_tokens=prompt_tokens
     )
+
+
+def decode_flops(shape: ModelShape, *, batch_size: int, context_tokens: float) -> float:
+    """FLOPs of one decode step: 2 per weight and request, and the attention over each request's context."""
+    matrices = 2 * (shape.num_layers * shape.layer_weights + shape.head_weights)
+    return batch_size * (matrices + 4 * shape.num_layers * shape.num_heads * shape.head_dim * context_tokens)
+
+
+def prefill_bytes(shape: ModelShape, *, batch_size: int, prompt_tokens: int, dtype_bytes: int) -> float:
+    """Bytes that a prefill must read at least: all matrices once, an embedding row a token, and the KV values."""
+    others = shape.norm_weights + shape.head_weights
+    tokens = batch_size * prompt_tokens * (shape.hidden_size + shape.kv_values_per_token)
+    return shape.num_layers * shape.layer_bytes(dtype_bytes) + dtype_bytes * (others + tokens)

@@ -13,22 +13,31 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pat_serve.errors import EngineError, MissingExtra
 from pat_serve.hardware import DTYPE_BYTES, describe, serving_dtype
+from pat_serve.server.advice import advise
 from pat_serve.server.model_source import ModelSource, resolve
-from pat_serve.server.speedup_analysis import analyse, conclude
-from pat_serve.server.speedup_checks import check_memory, check_pair, check_settings, kv_cache_bytes, step_tokens
+from pat_serve.server.speedup_analysis import conclude, conclude_average
+from pat_serve.server.speedup_checks import (
+    candidate_settings,
+    check_memory,
+    check_pair,
+    check_settings,
+    fitting_requests,
+    kv_cache_bytes,
+    step_tokens,
+)
 from pat_serve.server.speedup_result import ModelRecord, SpeedupResult, SpeedupSettings, WarmUp
-from pat_serve.server.speedup_rounds import run_round, steps_per_turn, warm_up
+from pat_serve.server.speedup_rounds import warm_up
+from pat_serve.server.speedup_series import Pair, Progress, measure_rounds
+from pat_serve.server.statistics import percentile
+from pat_serve.server.verdict import Verdict
 from pat_serve.server.worker_process import EngineProcess, start_together
 from pat_serve.server.worker_protocol import Ready, Start
-
-# (stage, steps done, steps in all)
-Progress = Callable[[str, int, int], None]
 
 
 def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, progress: Progress) -> SpeedupResult:
@@ -88,6 +97,14 @@ def _measure(
     progress: Progress,
 ) -> SpeedupResult:
     date, begun_s = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    others = candidate_settings(baseline, candidate, settings, dtype)
+    pair = Pair(
+        baseline=baseline.shape,
+        candidate=candidate.shape,
+        candidate_batch=others.batch_size if settings.fixed_memory else None,
+        settings=settings,
+        dtype_bytes=DTYPE_BYTES[dtype],
+    )
     with (
         EngineProcess("baseline", log=scratch / "baseline.log", offline=baseline.on_disk) as first,
         EngineProcess("candidate", log=scratch / "candidate.log", offline=candidate.on_disk) as second,
@@ -96,41 +113,57 @@ def _measure(
         ready = start_together(
             {
                 first: _start_command(baseline, settings, dtype),
-                second: _start_command(candidate, settings, dtype),
+                second: _start_command(candidate, others, dtype),
             }
         )
         progress("warming up", 0, settings.rounds)
-        vocab_size = baseline.shape.vocab_size
-        warm_ups = [warm_up(engine, settings, vocab_size) for engine in (first, second)]
-        turn_steps = steps_per_turn(warm_ups)
-        rounds = []
-        for index in range(settings.rounds):
-            progress("measuring rounds", index, settings.rounds)
-            rounds.append(run_round(first, second, settings, vocab_size=vocab_size, index=index, turn_steps=turn_steps))
-        progress("measuring rounds", settings.rounds, settings.rounds)
-    regimes = tuple(
-        analyse(
-            regime,
-            rounds,
-            settings,
-            baseline=baseline.shape,
-            candidate=candidate.shape,
-            dtype_bytes=DTYPE_BYTES[dtype],
+        warm_ups = (
+            warm_up(first, settings, baseline.shape.vocab_size),
+            warm_up(second, others, baseline.shape.vocab_size),
         )
-        for regime in settings.regimes
+        rounds, stopped, rounds_s = measure_rounds(first, second, pair, warm_ups, progress)
+        peaks = [engine.peak_memory_bytes() for engine in (first, second)]
+    regimes = pair.analyse(rounds)
+    average = pair.average(regimes)
+    if average is not None and settings.judge_average:
+        verdict, reason = conclude_average(average, regimes, settings.claim)
+    else:
+        verdict, reason = conclude(regimes, rounds, settings.claim)
+    advice = advise(
+        regimes,
+        average if settings.judge_average else None,
+        claim=settings.claim,
+        seconds_per_round=rounds_s * len(settings.batches) / len(rounds),
+        other_cpu_share=percentile([one.other_cpu_share for one in rounds], 50),
     )
-    verdict, reason = conclude(regimes, rounds, settings.claim)
+
+    def record(source: ModelSource, own: SpeedupSettings, start: Ready, peak: int, warmed: WarmUp) -> ModelRecord:
+        return ModelRecord(
+            name=source.name,
+            config_sha256=config_sha256(source.config),
+            shape=source.shape,
+            parameters=source.shape.parameters,
+            start_s=start.start_s,
+            peak_memory_bytes=peak,
+            batch_size=own.largest_batch,
+            capacity=fitting_requests(baseline, source, settings, dtype),
+            warm_up=warmed,
+        )
+
     return SpeedupResult(
         date=date,
         duration_s=time.monotonic() - begun_s,
         machine=describe(),
         dtype=dtype,
         settings=settings,
-        baseline=_model_record(baseline, ready[first], warm_ups[0]),
-        candidate=_model_record(candidate, ready[second], warm_ups[1]),
+        baseline=record(baseline, settings, ready[first], peaks[0], warm_ups[0]),
+        candidate=record(candidate, others, ready[second], peaks[1], warm_ups[1]),
         regimes=regimes,
+        average=average,
+        stopped=stopped,
         verdict=verdict,
         reason=reason,
+        advice=advice if verdict is Verdict.INCONCLUSIVE else (),
         rounds=tuple(rounds),
     )
 
@@ -140,8 +173,8 @@ def _start_command(source: ModelSource, settings: SpeedupSettings, dtype: str) -
         model=source.path,
         dtype=dtype,
         load_format=settings.load_format,
-        batch_size=settings.batch_size,
-        max_model_tokens=settings.prompt_tokens + settings.generated_tokens,
+        batch_size=settings.largest_batch,
+        max_model_tokens=settings.tokens_per_request,
         max_step_tokens=step_tokens(settings),
         kv_cache_bytes=kv_cache_bytes(source, settings, dtype),
         enforce_eager=settings.enforce_eager,
@@ -149,14 +182,6 @@ def _start_command(source: ModelSource, settings: SpeedupSettings, dtype: str) -
     )
 
 
-def _model_record(source: ModelSource, ready: Ready, warmed: WarmUp) -> ModelRecord:
-    text = json.dumps(source.config, sort_keys=True)
-    return ModelRecord(
-        name=source.name,
-        config_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        shape=source.shape,
-        parameters=source.shape.parameters,
-        start_s=ready.start_s,
-        peak_memory_bytes=ready.peak_memory_bytes,
-        warm_up=warmed,
-    )
+def config_sha256(config: Mapping[str, object]) -> str:
+    """Digest of a config.json, keys sorted."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

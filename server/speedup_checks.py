@@ -6,6 +6,7 @@ import math
 
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes
+from pat_serve.server.capacity import Capacity, capacity, memory_for
 from pat_serve.server.model_source import ModelSource
 from pat_serve.server.speedup_result import Regime, SpeedupSettings
 from pat_serve.server.verdict import MIN_ROUNDS
@@ -33,14 +34,22 @@ def check_settings(settings: SpeedupSettings) -> None:
 
     claim_fine = math.isfinite(settings.claim) and settings.claim > 0
     want("--claim", claim_fine, "a ratio above 0", settings.claim, "Try --claim 1.33.")
-    batch_fine = 1 <= settings.batch_size < MAX_STEP_TOKENS
-    want("--batch-size", batch_fine, f"1 to {MAX_STEP_TOKENS - 1}", settings.batch_size, "Try --batch-size 1.")
+    for size in settings.batches:
+        want("--batch-size", 1 <= size < MAX_STEP_TOKENS, f"1 to {MAX_STEP_TOKENS - 1}", size, "Try --batch-size 1.")
+    one_size = len(settings.batches) == 1 or not settings.fixed_memory
+    want("--fixed-memory", one_size, "one batch size", "several", "Give --batch-size one number, the baseline's.")
+    if settings.precision is not None:
+        fine = math.isfinite(settings.precision) and 0 < settings.precision < 1
+        want("--precision", fine, "a share between 0 and 1", settings.precision, "Try --precision 0.02.")
+        enough = settings.max_rounds >= settings.rounds
+        want("--max-rounds", enough, f"at least --rounds, {settings.rounds}", settings.max_rounds, "Raise it.")
+        want("--max-minutes", settings.max_seconds > 0, "above 0", settings.max_seconds / 60, "Try --max-minutes 15.")
     want("--seed", 0 <= settings.seed < 2**32, "0 to 4294967295", settings.seed, "Try --seed 0.")
     want("--prompt-tokens", settings.prompt_tokens >= 1, "at least 1", settings.prompt_tokens, "Try 128.")
     want("--rounds", settings.rounds >= MIN_ROUNDS, f"at least {MIN_ROUNDS}", settings.rounds, "Try --rounds 12.")
     want("--regime", bool(settings.regimes), "prefill, decode or both", "none", "Leave --regime out for both.")
     if Regime.DECODE in settings.regimes:
-        least = least_output_tokens(settings.batch_size, settings.prompt_tokens)
+        least = least_output_tokens(settings.largest_batch, settings.prompt_tokens)
         want(
             "--output-tokens",
             settings.output_tokens >= least,
@@ -75,7 +84,7 @@ def check_pair(baseline: ModelSource, candidate: ModelSource, settings: SpeedupS
             found=f"a vocab_size of {candidate.shape.vocab_size}",
             fix="Compare a model with one that was pruned from it.",
         )
-    tokens = settings.prompt_tokens + settings.generated_tokens
+    tokens = settings.tokens_per_request
     for source in (baseline, candidate):
         limit = source.config.get("max_position_embeddings")
         if isinstance(limit, int) and tokens > limit:
@@ -87,13 +96,43 @@ def check_pair(baseline: ModelSource, candidate: ModelSource, settings: SpeedupS
             )
 
 
+def candidate_settings(
+    baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings, dtype: str
+) -> SpeedupSettings:
+    """What the candidate gets: the baseline's batch, or with fixed memory as many requests as fit.
+
+    Raises:
+        UsageError: with fixed memory, a batch beyond a step's tokens, or a candidate whose weights do not fit.
+    """
+    if not settings.fixed_memory:
+        return settings
+    fits = fitting_requests(baseline, candidate, settings, dtype).requests
+    if not 1 <= fits < MAX_STEP_TOKENS:
+        raise UsageError(
+            "--fixed-memory",
+            expected=f"1 to {MAX_STEP_TOKENS - 1} requests of {candidate.name} in the memory of {baseline.name}",
+            found=str(fits),
+            fix="Change --batch-size, which gives the memory, or leave --fixed-memory out.",
+        )
+    return settings.with_batch(fits)
+
+
+def fitting_requests(baseline: ModelSource, source: ModelSource, settings: SpeedupSettings, dtype: str) -> Capacity:
+    """What fits of a model into the memory that the baseline's weights and its largest batch take."""
+    value_bytes, tokens = DTYPE_BYTES[dtype], settings.tokens_per_request
+    budget = memory_for(baseline.shape, requests=settings.largest_batch, tokens=tokens, dtype_bytes=value_bytes)
+    return capacity(source.shape, memory_bytes=budget, tokens=tokens, dtype_bytes=value_bytes)
+
+
 def check_memory(baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings, dtype: str) -> None:
     """Refuse to start two engines that the machine cannot hold; a machine that swaps measures its disk.
 
     Raises:
         EngineError: with both amounts.
     """
-    needed = sum(engine_memory_bytes(source, settings, dtype) for source in (baseline, candidate))
+    needed = engine_memory_bytes(baseline, settings, dtype) + engine_memory_bytes(
+        candidate, candidate_settings(baseline, candidate, settings, dtype), dtype
+    )
     available = available_memory_bytes()
     if needed > available:
         raise EngineError(
@@ -116,11 +155,10 @@ def engine_memory_bytes(source: ModelSource, settings: SpeedupSettings, dtype: s
 
 def step_tokens(settings: SpeedupSettings) -> int:
     """Tokens of the widest step: the whole batch's prompts at once, as far as that is sensible."""
-    return min(settings.batch_size * settings.prompt_tokens, MAX_STEP_TOKENS)
+    return min(settings.largest_batch * settings.prompt_tokens, MAX_STEP_TOKENS)
 
 
 def kv_cache_bytes(source: ModelSource, settings: SpeedupSettings, dtype: str) -> int:
     """Size of the KV cache that holds the batch to its last token."""
-    tokens = settings.prompt_tokens + settings.generated_tokens
-    blocks = settings.batch_size * math.ceil(tokens / _KV_BLOCK_TOKENS) + 1
+    blocks = settings.largest_batch * math.ceil(settings.tokens_per_request / _KV_BLOCK_TOKENS) + 1
     return blocks * _KV_BLOCK_TOKENS * source.shape.kv_values_per_token * DTYPE_BYTES[dtype]

@@ -26,7 +26,14 @@ _TURN_S = 0.2
 
 
 def warm_up(engine: EngineProcess, settings: SpeedupSettings, vocab_size: int) -> WarmUp:
-    """Run until two runs in a row agree, within bounds."""
+    """Run each batch size until two runs in a row agree, within bounds; the largest comes last."""
+    warmed = [_warm_up_batch(engine, settings.with_batch(size), vocab_size) for size in sorted(settings.batches)]
+    return WarmUp(
+        traces=tuple(trace for one in warmed for trace in one.traces), stationary=all(one.stationary for one in warmed)
+    )
+
+
+def _warm_up_batch(engine: EngineProcess, settings: SpeedupSettings, vocab_size: int) -> WarmUp:
     tokens = min(settings.generated_tokens, _WARMUP_TOKENS)
     traces: list[BatchTrace] = []
     stationary = False
@@ -49,9 +56,19 @@ def is_stationary(traces: Sequence[BatchTrace], settings: SpeedupSettings) -> bo
     )
 
 
-def steps_per_turn(warm_ups: list[WarmUp]) -> int:
-    """Decode steps that an engine makes before it is the other's turn; the same for both, so that pairs match."""
-    steps_s = [step_s for warm in warm_ups for step_s in warm.traces[-1].decode_steps_s]
+def steps_per_turn(warm_ups: list[WarmUp], batch_sizes: tuple[int, ...] | None = None) -> int:
+    """Decode steps that an engine makes before it is the other's turn; the same for both, so that pairs match.
+
+    Args:
+        warm_ups: of both engines.
+        batch_sizes: that are about to be measured against each other, at most one for each engine; None for any.
+    """
+    last = [
+        trace
+        for warm in warm_ups
+        for trace in [one for one in warm.traces if batch_sizes is None or one.batch_size in batch_sizes][-1:]
+    ]
+    steps_s = [step_s for trace in last for step_s in trace.decode_steps_s]
     return math.ceil(_TURN_S / max(steps_s)) if steps_s else 1
 
 
@@ -60,6 +77,7 @@ def run_round(
     candidate: EngineProcess,
     settings: SpeedupSettings,
     *,
+    candidate_batch: int | None = None,
     vocab_size: int,
     index: int,
     turn_steps: int,
@@ -72,11 +90,16 @@ def run_round(
         baseline: first engine.
         candidate: second engine.
         settings: gives batch, prompt and output.
+        candidate_batch: the candidate's batch where it is another one, at least the baseline's; it then gets the
+            baseline's prompts and more.
         vocab_size: of both models.
         index: of the round.
         turn_steps: decode steps in a turn.
     """
-    prompts = round_prompts(settings, vocab_size, index)
+    prompts = {
+        engine: round_prompts(settings.with_batch(size), vocab_size, index)
+        for engine, size in ((baseline, settings.batch_size), (candidate, candidate_batch or settings.batch_size))
+    }
     order = (baseline, candidate) if index % 2 == 0 else (candidate, baseline)
     watch = CpuWatch()
     traces: dict[EngineProcess, BatchTrace] = {}
@@ -89,7 +112,7 @@ def run_round(
                 trace = (
                     running.decode(turn_steps)
                     if turn
-                    else running.prefill(prompts, output_tokens=settings.generated_tokens)
+                    else running.prefill(prompts[running], output_tokens=settings.generated_tokens)
                 )
             if trace is not None:
                 traces[running] = trace
@@ -97,7 +120,7 @@ def run_round(
             break
     return Round(
         first="baseline" if order[0] is baseline else "candidate",
-        prompts_sha256=prompts_digest(prompts),
+        prompts_sha256=prompts_digest(prompts[baseline]),
         baseline=traces[baseline],
         candidate=traces[candidate],
         other_cpu_share=watch.other_share,

@@ -25,16 +25,58 @@ def print_result(result: SpeedupResult) -> None:
     if result.machine["accelerator"] != "none":
         machine = f"{result.machine['accelerator']}, {machine}"
     kind = "random weights" if settings.load_format == "dummy" else "real weights"
-    console.print(
-        f"{result.dtype}, {kind}, {settings.rounds} paired rounds, vLLM {result.machine['vllm']}, {machine}\n"
-    )
+    rounds = len(result.rounds) // len(settings.batches)
+    console.print(f"{result.dtype}, {kind}, {rounds} paired rounds, vLLM {result.machine['vllm']}, {machine}\n")
     table = Table(*_COLUMNS)
     for regime in result.regimes:
         table.add_row(*_row(regime))
     console.print(table)
+    if result.average is not None:
+        average = result.average
+        interval = f"{average.median:.3f} \\[{average.low:.3f}, {average.high:.3f}]"
+        console.print(f"average over batches (prefill, geometric mean)  {interval}")
+    for regime in result.regimes:
+        console.print(noise_line(regime), markup=False, soft_wrap=True)
+    for line in memory_lines(result):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"rounds  {result.stopped}\n", markup=False, soft_wrap=True)
     colour = _COLOURS[result.verdict]
     console.print(f"claim {settings.claim:g}x: [bold {colour}]{result.verdict.value.upper()}[/]")
     console.print(result.reason, markup=False, soft_wrap=True)
+    for line in result.advice:
+        console.print(f"to decide: {line}", markup=False, soft_wrap=True)
+
+
+def noise_line(result: RegimeResult) -> str:
+    """The noise report of a regime in a line."""
+    noise = result.noise
+    order = "" if noise.order_effect is None else f", order {noise.order_effect:+.1%}"
+    return (
+        f"noise   {result.regime.value}, batch {result.batch_size}: spread {noise.baseline_spread:.1%} and "
+        f"{noise.candidate_spread:.1%}, of the ratios {noise.ratio_spread:.1%}, drift {noise.drift:+.1%}, "
+        f"{noise.stalls} stalls{order}"
+    )
+
+
+def memory_lines(result: SpeedupResult) -> list[str]:
+    """Memory of both models, and the requests that the same memory holds of each."""
+    lines, held = [], []
+    for label, model in (("baseline", result.baseline), ("candidate", result.candidate)):
+        line = f"memory  {label}: process peak {model.peak_memory_bytes / 2**30:.2f} GiB"
+        if model.capacity is not None:
+            fits = model.capacity
+            line += f", weights {fits.weight_bytes / 2**30:.2f} GiB"
+            line += f", KV cache {fits.kv_bytes_per_request / 2**20:.1f} MiB a request"
+            held.append(f"{label} {fits.requests}")
+        lines.append(line)
+    if result.baseline.capacity is not None:
+        budget_gib = result.baseline.capacity.memory_bytes / 2**30
+        tokens = result.settings.tokens_per_request
+        lines.append(
+            f"memory  in the {budget_gib:.2f} GiB of baseline and its batch, requests of {tokens} tokens: "
+            + ", ".join(held)
+        )
+    return lines
 
 
 _COLUMNS = (
@@ -56,7 +98,9 @@ def _row(result: RegimeResult) -> tuple[str, ...]:
     ratio = result.ratio
     return (
         result.regime.value,
-        str(result.batch_size),
+        str(result.batch_size)
+        if result.candidate_batch_size == result.batch_size
+        else f"{result.batch_size}/{result.candidate_batch_size}",
         f"{result.context_tokens:g}",
         f"{result.baseline.median:.4f} s",
         f"{result.candidate.median:.4f} s",

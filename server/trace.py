@@ -58,3 +58,21 @@ class BatchTrace:
             ValueError: no pure decode step in this trace.
         """
         return percentile(self.decode_steps_s, 50)
+
+    @property
+    def e2e_s(self) -> float:
+        """Seconds from submission until the last token. Meaningless where another engine had turns meanwhile."""
+        return self.steps_ended_s[-1] - self.submitted_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestTrace:
+    """When one request got its tokens, on the machine's monotonic clock.
+
+    Attributes:
+        submitted_s: when the engine was given it.
+        tokens_s: the end of the step that gave each token.
+    """
+
+    submitted_s: float
+    tokens_s: tuple[float, ...]

@@ -53,15 +53,13 @@ def judge(*, claim: float, low: float, high: float, rounds: int, noise: float) -
     if noise > MAX_NOISE:
         return Judgement(
             verdict=Verdict.INCONCLUSIVE,
-            reason=f"a model's rounds spread by {noise:.0%}, more than {MAX_NOISE:.0%}: the machine was not quiet",
+            reason=f"a model's rounds spread by {noise:.1%}, more than {MAX_NOISE:.0%}: the machine was not quiet",
         )
     if low >= claim:
         return Judgement(verdict=Verdict.PASS, reason=f"the interval {interval} lies wholly at or above {claim:g}")
     if high < claim:
         return Judgement(verdict=Verdict.FAIL, reason=f"the interval {interval} lies wholly below {claim:g}")
-    return Judgement(
-        verdict=Verdict.INCONCLUSIVE, reason=f"the interval {interval} contains {claim:g}: more rounds would narrow it"
-    )
+    return Judgement(verdict=Verdict.INCONCLUSIVE, reason=f"the interval {interval} contains {claim:g}")
 
 
 def overall(verdicts: Sequence[Verdict]) -> Verdict:

@@ -14,7 +14,19 @@ import time
 import traceback
 
 from pat_serve.server.offline import OfflineEngine
-from pat_serve.server.worker_protocol import Command, Decode, Failed, Prefill, Ready, Score, Scored, Start, Stepped
+from pat_serve.server.worker_protocol import (
+    Command,
+    Decode,
+    Failed,
+    Prefill,
+    Ready,
+    Score,
+    Scored,
+    Serve,
+    Served,
+    Start,
+    Stepped,
+)
 
 
 def main() -> None:
@@ -42,13 +54,16 @@ class _Worker:
     def __init__(self) -> None:
         self._engine: OfflineEngine | None = None
 
-    def obey(self, command: Start | Prefill | Decode | Score) -> Ready | Stepped | Scored | Failed:
+    def obey(self, command: Start | Prefill | Decode | Score | Serve) -> Ready | Stepped | Scored | Served | Failed:
         try:
             if isinstance(command, Start):
                 return self._start(command)
             assert self._engine is not None, "the first command must be start"
             if isinstance(command, Score):
                 return Scored(scores=self._engine.score(command.request))
+            if isinstance(command, Serve):
+                requests, token_ids = self._engine.serve(**command.model_dump(exclude={"kind"}))
+                return Served(requests=requests, token_ids=token_ids)
             if isinstance(command, Prefill):
                 self._engine.prefill(command.prompts, output_tokens=command.output_tokens)
             else:

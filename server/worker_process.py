@@ -20,8 +20,22 @@ from pat_serve.errors import EngineError
 from pat_serve.hardware import compute_cores
 from pat_serve.scores import ScoreRequest, Scores
 from pat_serve.server.trace import BatchTrace
-from pat_serve.server.worker_protocol import Decode, Failed, Prefill, Ready, Reply, Score, Scored, Start, Stepped
+from pat_serve.server.worker_protocol import (
+    Decode,
+    Failed,
+    Prefill,
+    Ready,
+    Reply,
+    Score,
+    Scored,
+    Serve,
+    Served,
+    Start,
+    Stepped,
+)
 
+# The module that an engine process runs; tests put one of known latency in its place.
+WORKER = "pat_serve.server.worker"
 START_TIMEOUT_S = 3600.0
 STEP_TIMEOUT_S = 3600.0
 _LOG_LINES, _LINE_CHARACTERS = 12, 300
@@ -42,7 +56,7 @@ class EngineProcess:
         command_read, command_write = os.pipe()
         reply_read, reply_write = os.pipe()
         # -P: a file called like a standard module in the user's current folder must not be imported.
-        command = [sys.executable, "-P", "-m", "pat_serve.server.worker", str(command_read), str(reply_write)]
+        command = [sys.executable, "-P", "-m", WORKER, str(command_read), str(reply_write)]
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
@@ -76,6 +90,12 @@ class EngineProcess:
         times = psutil.Process(self.pid).cpu_times()
         return float(times.user + times.system)
 
+    def peak_memory_bytes(self) -> int:
+        """The most host memory that it has held so far."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        # In KiB, as the kernel writes it.
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
+
     def prefill(self, prompts: list[list[int]], *, output_tokens: int) -> BatchTrace | None:
         """Submit a batch and wait until each request has its first token.
 
@@ -101,7 +121,13 @@ class EngineProcess:
         assert isinstance(reply, Scored)
         return reply.scores
 
-    def send(self, command: Start | Prefill | Decode | Score) -> None:
+    def serve(self, prompts: list[list[int]], *, output_tokens: int, concurrency: int) -> Served:
+        """Answer all prompts, so many of them at a time; raises as `prefill` does."""
+        reply = self._ask(Serve(prompts=prompts, output_tokens=output_tokens, concurrency=concurrency))
+        assert isinstance(reply, Served)
+        return reply
+
+    def send(self, command: Start | Prefill | Decode | Score | Serve) -> None:
         """Give it a command; `poll` takes the answer.
 
         Raises:
@@ -113,7 +139,7 @@ class EngineProcess:
         except BrokenPipeError:
             raise self._death() from None
 
-    def poll(self, timeout_s: float) -> Ready | Stepped | Scored | None:
+    def poll(self, timeout_s: float) -> Ready | Stepped | Scored | Served | None:
         """Its answer, or None if there is none within the time.
 
         Raises:
@@ -161,7 +187,7 @@ class EngineProcess:
         assert isinstance(reply, Stepped)
         return reply.trace
 
-    def _ask(self, command: Prefill | Decode | Score) -> Ready | Stepped | Scored:
+    def _ask(self, command: Prefill | Decode | Score | Serve) -> Ready | Stepped | Scored | Served:
         self.send(command)
         reply = self.poll(STEP_TIMEOUT_S)
         if reply is None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from pat_serve.scores import ScoreRequest, Scores
-from pat_serve.server.trace import BatchTrace
+from pat_serve.server.trace import BatchTrace, RequestTrace
 
 
 class _Message(BaseModel):
@@ -27,6 +27,8 @@ class Start(_Message):
     kv_cache_bytes: int
     enforce_eager: bool
     seed: int
+    draft: str | None = None
+    draft_tokens: int = 0
 
 
 class Prefill(_Message):
@@ -51,6 +53,15 @@ class Score(_Message):
     request: ScoreRequest
 
 
+class Serve(_Message):
+    """Keep so many requests in flight until all prompts are answered. Answered by `Served` or `Failed`."""
+
+    kind: Literal["serve"] = "serve"
+    prompts: list[list[int]]
+    output_tokens: int
+    concurrency: int
+
+
 class Ready(_Message):
     """The engine can run."""
 
@@ -73,6 +84,14 @@ class Scored(_Message):
     scores: Scores
 
 
+class Served(_Message):
+    """All requests' timestamps and answers, in the order of their prompts."""
+
+    kind: Literal["served"] = "served"
+    requests: list[RequestTrace]
+    token_ids: list[list[int]]
+
+
 class Failed(_Message):
     """The command raised; the traceback is in the worker's log."""
 
@@ -80,9 +99,9 @@ class Failed(_Message):
     error: str
 
 
-Command: TypeAdapter[Start | Prefill | Decode | Score] = TypeAdapter(
-    Annotated[Start | Prefill | Decode | Score, Field(discriminator="kind")]
+Command: TypeAdapter[Start | Prefill | Decode | Score | Serve] = TypeAdapter(
+    Annotated[Start | Prefill | Decode | Score | Serve, Field(discriminator="kind")]
 )
-Reply: TypeAdapter[Ready | Stepped | Scored | Failed] = TypeAdapter(
-    Annotated[Ready | Stepped | Scored | Failed, Field(discriminator="kind")]
+Reply: TypeAdapter[Ready | Stepped | Scored | Served | Failed] = TypeAdapter(
+    Annotated[Ready | Stepped | Scored | Served | Failed, Field(discriminator="kind")]
 )

@@ -66,6 +66,23 @@ def test_decode_bytes_by_hand() -> None:
     assert step == 4 * (weights + 3 * 8 + 3 * 5.5 * kv)
 
 
+def test_int8_layers_are_read_in_a_byte_a_weight() -> None:
+    plain = tiny_config().to_dict()
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int"}}
+    packed = {
+        **plain,
+        "quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}},
+    }
+    dense, int8 = shape_of(plain, "tiny"), shape_of(packed, "tiny")
+    assert (dense.linear_bytes, int8.linear_bytes) == (None, 1)
+    layers = dense.num_layers * dense.layer_weights
+    saved = [decode_bytes(shape, batch_size=2, context_tokens=8, dtype_bytes=4) for shape in (dense, int8)]
+    assert saved[0] - saved[1] == 3 * layers
+    assert dense.weight_bytes(4) == 4 * dense.parameters
+    assert dense.weight_bytes(4) - int8.weight_bytes(4) == 3 * layers
+    assert shape_of({**plain, "quantization_config": {"quant_method": "gptq"}}, "tiny").linear_bytes is None
+
+
 def test_prefill_flops_by_hand() -> None:
     shape = ModelShape(
         hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4, ffn_size=4, vocab_size=10, tied_head=True

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pat_serve.cli.app import Debug, new_app, run_app
-from pat_serve.errors import UsageError
+from pat_serve.cli.bench_commands.compare import compare
+from pat_serve.cli.bench_commands.load import load
+from pat_serve.cli.bench_commands.measure import latency, throughput
+from pat_serve.cli.bench_commands.options import (
+    Force,
+    Html,
+    Json,
+    Out,
+    check_outputs,
+    choices,
+    integers,
+    progress_line,
+    write_report,
+)
+from pat_serve.cli.bench_commands.speculative import speculative
 
 app = new_app()
 
@@ -19,7 +30,7 @@ BOTH = ("prefill", "decode")
 
 @app.callback()
 def bench() -> None:
-    """Measure two checkpoints against each other, and check claims about them.
+    """Measure checkpoints and servers, compare them, and check claims about them.
 
     Example: `pat-bench speedup --baseline dense/ --candidate pruned/ --claim 1.33`
     """
@@ -32,10 +43,31 @@ def speedup(
     ],
     candidate: Annotated[str, typer.Option(help="The model that is claimed to be faster; likewise.")],
     claim: Annotated[float, typer.Option(help="The speed-up to check.")] = 1.33,
-    batch_size: Annotated[int, typer.Option(help="Requests at once.")] = 1,
+    batch_size: Annotated[str, typer.Option(help="Requests at once; several as 1,4,16.")] = "1",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(help="Tokens that each request generates, for decode.")] = 9,
     rounds: Annotated[int, typer.Option(help="Pairs of runs, at least 5.")] = 12,
+    precision: Annotated[
+        float | None, typer.Option(help="Make rounds until every interval is at most this wide: 0.02 is 2 %.")
+    ] = None,
+    max_rounds: Annotated[int, typer.Option(help="With --precision: at most so many.")] = 60,
+    max_minutes: Annotated[float, typer.Option(help="With --precision: begin no round after so long.")] = 15.0,
+    fixed_memory: Annotated[
+        bool,
+        typer.Option(
+            "--fixed-memory",
+            help="Equal memory instead of an equal batch: the candidate gets as many requests as fit into what the "
+            "baseline takes with --batch-size of them; the ratio is that of throughputs.",
+        ),
+    ] = False,
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper",
+            help="The paper's measure: time to the first tokens of batches of 128-token prompts, averaged over batch "
+            "sizes (1,2,4,8 unless --batch-size names several).",
+        ),
+    ] = False,
     regime: Annotated[str, typer.Option(help="What to judge: prefill, decode or both.")] = "prefill,decode",
     layers: Annotated[int | None, typer.Option(help="Cut both models to so many layers; random weights only.")] = None,
     load_format: Annotated[
@@ -44,9 +76,10 @@ def speedup(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     enforce_eager: Annotated[bool, typer.Option(help="Run the models without torch.compile.")] = True,
     seed: Annotated[int, typer.Option(help="Of prompts, random weights and bootstrap.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON, and nothing else.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")] = False,
+    as_json: Json = False,
+    out: Out = None,
+    html: Html = None,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Check a claimed speed-up: pass (exit 0), fail (exit 1) or inconclusive (exit 3).
@@ -59,60 +92,48 @@ def speedup(
         pat-bench speedup --baseline llama2-7b --candidate llama2-7b-pat25 --layers 2 --load-format dummy
     """
     # Imported here: pydantic, numpy and torch would make --help slow.
-    from pat_serve.atomic import check_vacant, write_text
-    from pat_serve.progress import progress_bar
     from pat_serve.server.speedup import check_speedup
-    from pat_serve.server.speedup_result import SpeedupSettings
+    from pat_serve.server.speedup_result import PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS, SpeedupSettings
     from pat_serve.server.speedup_table import print_result
 
+    sizes = integers("--batch-size", batch_size)
+    regimes = choices("--regime", regime.split(","), BOTH) if regime != "both" else BOTH
+    if paper:
+        sizes = sizes if len(sizes) > 1 else PAPER_BATCH_SIZES
+        regimes, prompt_tokens = ("prefill",), PAPER_PROMPT_TOKENS
     settings = SpeedupSettings.model_validate(
         {
             "claim": claim,
-            "batch_size": batch_size,
+            "batch_size": sizes[0],
+            "batch_sizes": sizes if len(sizes) > 1 else (),
+            "judge_average": paper,
+            "fixed_memory": fixed_memory,
             "prompt_tokens": prompt_tokens,
             "output_tokens": output_tokens,
             "rounds": rounds,
-            "regimes": _choices("--regime", regime.split(","), BOTH) if regime != "both" else BOTH,
+            "precision": precision,
+            "max_rounds": max_rounds,
+            "max_seconds": max_minutes * 60,
+            "regimes": regimes,
             "layers": layers,
-            "load_format": _choices("--load-format", [load_format], ("auto", "dummy"))[0],
+            "load_format": choices("--load-format", [load_format], ("auto", "dummy"))[0],
             "dtype": dtype,
             "enforce_eager": enforce_eager,
             "seed": seed,
         }
     )
-    if out is not None:
-        check_vacant(out, force=force, folder=False)
-    # As an exception, so that the engines are ended on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with progress_bar() as bar:
-        task = bar.add_task("checking the models", total=rounds)
-        result = check_speedup(
-            baseline,
-            candidate,
-            settings,
-            progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
-        )
-    text = result.model_dump_json(indent=2) + "\n"
-    if out is not None:
-        write_text(out, text)
-    if as_json:
-        sys.stdout.write(text)
-    else:
-        print_result(result)
+    check_outputs(out, html, force=force)
+    with progress_line() as progress:
+        result = check_speedup(baseline, candidate, settings, progress=progress)
+    write_report(result, out=out, html=html, as_json=as_json, show=lambda: print_result(result))
     raise typer.Exit(result.verdict.exit_code)
 
 
-def _choices(flag: str, given: list[str], allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """Check words against those that a flag takes; each counts once, in the order of `allowed`."""
-    for word in given:
-        if word not in allowed:
-            raise UsageError(
-                flag,
-                expected=" or ".join(allowed),
-                found=repr(word),
-                fix=f"Try {flag} {allowed[0]}.",
-            )
-    return tuple(word for word in allowed if word in given)
+app.command()(latency)
+app.command()(throughput)
+app.command()(load)
+app.command()(speculative)
+app.command()(compare)
 
 
 def main() -> None:

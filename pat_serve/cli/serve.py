@@ -39,6 +39,10 @@ def serve(
     compiled: Annotated[
         bool, Flag("--compile", help="CPU: compile the model at the start; needs g++, adds a minute, decodes faster.")
     ] = False,
+    draft: Annotated[
+        str | None, Flag(help="Pruned model that proposes tokens for this one to check: same output, often sooner.")
+    ] = None,
+    draft_tokens: Annotated[int, Flag(min=1, max=16, help="Tokens that the draft proposes a step.")] = 3,
     api_key: Annotated[
         list[str] | None,
         Flag(
@@ -126,6 +130,8 @@ def serve(
             max_model_len=max_model_len,
             kv_cache_gib=kv_cache_gib,
             compiled=compiled,
+            draft=draft,
+            draft_tokens=draft_tokens,
             vllm_flags=flags,
             policy=Policy(
                 public_metrics=public_metrics,

@@ -1,0 +1,1 @@
+"""The commands of pat-bench, one file each."""

@@ -1,0 +1,154 @@
+"""Whole checks on engines of known latency, in processes of their own: from the command's settings to the verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pat_serve.errors import EngineError
+from pat_serve.server import worker_process
+from pat_serve.server.measure_result import LatencySettings, ThroughputSettings
+from pat_serve.server.measure_run import measure_latency, measure_throughput
+from pat_serve.server.speculative import measure_speculative
+from pat_serve.server.speculative_result import SpeculativeSettings
+from pat_serve.server.speedup import check_speedup
+from pat_serve.server.speedup_result import Regime, SpeedupResult, SpeedupSettings
+from pat_serve.server.verdict import Verdict
+from tests.tiny_models import tiny_config
+
+Model = Callable[..., str]
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """Makes model folders for engines of known latency."""
+    monkeypatch.setattr(worker_process, "WORKER", "tests.fake_worker")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def make(name: str, *, hidden_size: int = 64, **truth: Any) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(tiny_config(hidden_size=hidden_size).to_dict()))
+        (folder / "fake.json").write_text(json.dumps({"prefill_s": 0.4, "step_s": 0.1, **truth}))
+        return str(folder)
+
+    return make
+
+
+def quiet(*_: Any) -> None:
+    """No progress."""
+
+
+def check(baseline: str, candidate: str, **settings: Any) -> SpeedupResult:
+    chosen = SpeedupSettings.model_validate({"load_format": "dummy", "prompt_tokens": 16, **settings})
+    return check_speedup(baseline, candidate, chosen, progress=quiet)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "disturbance", "verdict"),
+    [
+        (1.40, {"noise": 0.02}, Verdict.PASS),
+        (1.25, {"noise": 0.02}, Verdict.FAIL),
+        (1.00, {"noise": 0.02}, Verdict.FAIL),
+        # Twice as slow at the end as at the beginning.
+        (1.40, {"noise": 0.01, "drift": 0.03}, Verdict.PASS),
+        (1.40, {"noise": 0.02, "stalls": (5, 9)}, Verdict.PASS),
+        (2.00, {"noise": 0.6}, Verdict.INCONCLUSIVE),
+    ],
+)
+def test_known_latencies_in_known_verdict_out(
+    ratio: float, disturbance: dict[str, Any], verdict: Verdict, model: Model
+) -> None:
+    dense = model("dense", **disturbance)
+    narrow = model("narrow", hidden_size=48, prefill_s=0.4 / ratio, step_s=0.1 / ratio, **disturbance)
+    result = check(dense, narrow, rounds=16)
+    assert result.verdict is verdict, result.reason
+    assert [len(result.rounds), result.stopped] == [16, "16 rounds were asked for"]
+    assert (result.advice == ()) == (verdict is not Verdict.INCONCLUSIVE)
+    if verdict is not Verdict.INCONCLUSIVE:
+        for regime in result.regimes:
+            assert regime.ratio.median == pytest.approx(ratio, rel=0.03)
+    if "stalls" in disturbance:
+        assert sum(regime.noise.stalls for regime in result.regimes) >= 4
+    if "drift" in disturbance:
+        assert all(regime.noise.drift > 0.2 for regime in result.regimes)
+
+
+def test_a_wanted_precision_takes_the_rounds_that_it_needs(model: Model) -> None:
+    dense, narrow = model("dense", noise=0.05), model("narrow", hidden_size=48, prefill_s=0.3, step_s=0.075, noise=0.05)
+    result = check(dense, narrow, rounds=6, precision=0.04, max_rounds=200)
+    assert 8 < len(result.rounds) <= 200
+    assert all((one.ratio.high - one.ratio.low) / one.ratio.median <= 0.04 for one in result.regimes)
+    assert "was asked for" in result.stopped
+
+
+def test_the_paper_s_measure_and_equal_memory(model: Model) -> None:
+    dense, narrow = model("dense"), model("narrow", hidden_size=48, prefill_s=0.2, step_s=0.1)
+    paper = check(dense, narrow, rounds=5, batch_sizes=(1, 2, 4), judge_average=True, regimes=(Regime.PREFILL,))
+    assert [regime.batch_size for regime in paper.regimes] == [1, 2, 4]
+    assert len(paper.rounds) == 15
+    assert paper.average is not None
+    assert paper.average.median == pytest.approx(2.0)
+    assert paper.verdict is Verdict.PASS
+    memory = check(dense, narrow, rounds=5, batch_size=4, fixed_memory=True, regimes=(Regime.DECODE,))
+    [regime] = memory.regimes
+    assert memory.candidate.capacity is not None
+    assert regime.candidate_batch_size == memory.candidate.capacity.requests == memory.candidate.batch_size > 4
+    # The steps take as long; more requests share them.
+    assert regime.ratio.median == pytest.approx(regime.candidate_batch_size / 4)
+
+
+@pytest.mark.parametrize(
+    ("truth", "message"),
+    [({"dies_at": 4}, "exit code 7"), ({"fails_at": 4}, "told to fail"), ({"dies_at": 0}, "exit code 7")],
+)
+def test_an_engine_that_fails_or_dies_is_named_with_its_log(truth: dict[str, int], message: str, model: Model) -> None:
+    with pytest.raises(EngineError, match=message) as caught:
+        check(model("dense"), model("narrow", hidden_size=48, **truth))
+    assert "candidate" in caught.value.subject
+    assert ".log" in caught.value.fix
+
+
+def test_latency_and_throughput_of_known_engines(model: Model) -> None:
+    settings = LatencySettings(
+        load_format="dummy", batch_sizes=(1, 2), prompt_tokens=(8,), output_tokens=(1, 5), rounds=3, roofline=False
+    )
+    latency = measure_latency(model("steady"), settings, progress=quiet)
+    assert [(cell.batch_size, cell.output_tokens) for cell in latency.cells] == [(1, 1), (1, 5), (2, 1), (2, 5)]
+    for cell in latency.cells:
+        assert cell.ttft.p99_9 == pytest.approx(0.4)
+        if cell.output_tokens == 1:
+            assert cell.tpot is None
+        else:
+            assert cell.tpot is not None
+            assert cell.tpot.p50 == pytest.approx(0.1)
+            assert cell.e2e.p50 == pytest.approx(0.8)
+    # The more in flight, the more tokens a step: it never saturates.
+    load = ThroughputSettings(
+        load_format="dummy", concurrencies=(1, 2), max_concurrency=8, prompt_tokens=8, output_tokens=5, roofline=False
+    )
+    throughput = measure_throughput(model("endless"), load, progress=quiet)
+    assert [run.concurrency for run in throughput.runs] == [1, 2, 4, 8]
+    assert throughput.saturation is None
+    assert [run.output_tokens_per_s for run in throughput.runs] == pytest.approx(
+        [5 / 0.8, 10 / 0.8, 20 / 0.8, 40 / 0.8]
+    )
+
+
+def test_a_draft_of_known_acceptance(model: Model) -> None:
+    settings = SpeculativeSettings(load_format="dummy", draft_tokens=3, output_tokens=21, prompt_tokens=8, rounds=6)
+    dense = model("dense", step_s=0.1, accepted=2, noise=0.01)
+    result = measure_speculative(dense, model("narrow", hidden_size=48), settings, (), progress=quiet)
+    # The same steps, with three tokens in each instead of one.
+    assert result.ratio.median == pytest.approx(20 / 7, rel=0.1)
+    assert result.tokens_per_step == pytest.approx(3.0)
+    assert result.acceptance == pytest.approx(2 / 3)
+    assert result.identical == 6
+    changed = model("changed", accepted=2, changes_output=True)
+    wrong = measure_speculative(changed, model("other", hidden_size=48), settings, (), progress=quiet)
+    assert wrong.identical == 0

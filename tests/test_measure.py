@@ -1,0 +1,105 @@
+"""Latency and throughput from made-up timestamps, and the real probe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pat_serve.errors import EngineError, UsageError
+from pat_serve.server.measure_result import LatencySettings, ThroughputSettings, distribution
+from pat_serve.server.measure_run import measure_latency, measure_throughput
+from pat_serve.server.measure_summary import decode_floor_s, latency_cell, prefill_floor_s, throughput_run
+from pat_serve.server.probe import MachineRates, probe_machine
+from pat_serve.server.roofline import decode_bytes, decode_flops, prefill_bytes, prefill_flops
+from pat_serve.server.trace import RequestTrace
+from tests.speedup_records import DENSE, trace
+
+RATES = MachineRates(dtype="float32", bytes_per_s=20e9, flops_per_s=100e9)
+
+
+def test_distribution_reaches_into_the_tail() -> None:
+    times = distribution([float(value) for value in range(1, 1002)])
+    assert (times.min, times.p50, times.p90, times.p99, times.p99_9, times.max) == (1, 501, 901, 991, 1000, 1001)
+
+
+def test_a_cell_of_known_timestamps() -> None:
+    traces = [trace(ttft_s=0.5, step_s=step_s, batch_size=2, output_tokens=9) for step_s in (0.1, 0.2, 0.3)]
+    cell = latency_cell(traces, prompt_tokens=64, output_tokens=9, shape=DENSE, rates=RATES, dtype_bytes=4)
+    assert cell.ttft.p50 == pytest.approx(0.5)
+    assert cell.tpot is not None
+    assert cell.itl is not None
+    assert (cell.tpot.count, cell.itl.count) == (3, 24)
+    assert cell.tpot.p50 == pytest.approx(0.2)
+    assert cell.e2e.p50 == pytest.approx(0.5 + 8 * 0.2)
+    assert cell.tpot_roof is not None
+    floor_s = decode_floor_s(DENSE, RATES, batch_size=2, context_tokens=64 + 4.5, dtype_bytes=4)
+    assert cell.tpot_roof.floor_s == floor_s
+    assert cell.tpot_roof.reached == pytest.approx(floor_s / 0.2)
+
+
+def test_one_token_has_no_time_between_tokens_and_no_rates_no_ceiling() -> None:
+    traces = [trace(ttft_s=0.5, step_s=0.1, output_tokens=1)]
+    cell = latency_cell(traces, prompt_tokens=64, output_tokens=1, shape=DENSE, rates=None, dtype_bytes=4)
+    assert cell.tpot is cell.itl is cell.ttft_roof is cell.tpot_roof is None
+    assert cell.e2e == cell.ttft
+
+
+def test_the_floor_is_the_roof_that_is_met_first() -> None:
+    # One request's step reads everything for a few operations; a long prefill reuses what it has read.
+    step_s = decode_floor_s(DENSE, RATES, batch_size=1, context_tokens=64, dtype_bytes=4)
+    assert step_s == decode_bytes(DENSE, batch_size=1, context_tokens=64, dtype_bytes=4) / 20e9
+    prompt_s = prefill_floor_s(DENSE, RATES, batch_size=4, prompt_tokens=128, dtype_bytes=4)
+    assert prompt_s == prefill_flops(DENSE, batch_size=4, prompt_tokens=128) / 100e9
+    many = decode_flops(DENSE, batch_size=256, context_tokens=64)
+    assert decode_floor_s(DENSE, RATES, batch_size=256, context_tokens=64, dtype_bytes=4) == many / 100e9
+    assert (
+        prefill_bytes(DENSE, batch_size=1, prompt_tokens=1, dtype_bytes=4) > 4 * DENSE.num_layers * DENSE.layer_weights
+    )
+
+
+def test_throughput_of_known_timestamps() -> None:
+    # Two in flight, each 4 tokens: 0.5 s to the first and 0.1 s to each other; then two more.
+    requests = [
+        RequestTrace(submitted_s=begun, tokens_s=tuple(begun + 0.5 + 0.1 * index for index in range(4)))
+        for begun in (0.0, 0.0, 0.8, 0.8)
+    ]
+    settings = ThroughputSettings(prompt_tokens=64, output_tokens=4)
+    run = throughput_run(requests, concurrency=2, settings=settings, shape=DENSE, rates=RATES, dtype_bytes=4)
+    assert run.duration_s == pytest.approx(1.6)
+    assert run.output_tokens_per_s == pytest.approx(16 / 1.6)
+    assert run.requests_per_s == pytest.approx(4 / 1.6)
+    assert run.ttft.p50 == pytest.approx(0.5)
+    assert run.tpot is not None
+    assert run.tpot.p50 == pytest.approx(0.1)
+    wave_s = prefill_floor_s(DENSE, RATES, batch_size=2, prompt_tokens=64, dtype_bytes=4) + 3 * decode_floor_s(
+        DENSE, RATES, batch_size=2, context_tokens=66, dtype_bytes=4
+    )
+    assert run.roof_tokens_per_s == pytest.approx(8 / wave_s)
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(UsageError, match="--rounds"):
+        measure_latency("llama2-7b", LatencySettings(rounds=0), progress=lambda *_: None)
+    settings = LatencySettings(load_format="dummy", prompt_tokens=(4090,))
+    with pytest.raises(UsageError, match="at most 4096"):
+        measure_latency("llama2-7b", settings, progress=lambda *_: None)
+    with pytest.raises(UsageError, match="at least"):
+        measure_latency(
+            "llama2-7b",
+            LatencySettings(batch_sizes=(64,), prompt_tokens=(2048,), output_tokens=(3,)),
+            progress=lambda *_: None,
+        )
+    huge = ThroughputSettings(load_format="dummy", concurrencies=(4096,), prompt_tokens=2048, output_tokens=2048)
+    with pytest.raises(EngineError, match="GiB available"):
+        measure_throughput("llama2-7b", huge, progress=lambda *_: None)
+
+
+@pytest.mark.slow
+def test_the_probe_of_this_machine(tmp_path: Path) -> None:
+    rates = probe_machine("float32", scratch=tmp_path)
+    # Any machine that runs this reads 0.5 GB/s and multiplies 1 GFLOP/s; none reads 100 TB/s.
+    assert 5e8 < rates.bytes_per_s < 1e14
+    assert 1e9 < rates.flops_per_s < 1e17
+    with pytest.raises(EngineError, match="probe of the machine"):
+        probe_machine("int3", scratch=tmp_path)

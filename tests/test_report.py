@@ -1,0 +1,137 @@
+"""Results written, read back, compared, and shown on a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pat_serve.cli.bench import app
+from pat_serve.errors import OutputExists, PatServeError, UsageError
+from pat_serve.server.compare_table import compared
+from pat_serve.server.report_read import read_quality, read_result
+from pat_serve.server.report_rows import csv_text, rows_of
+from tests.speedup_records import latency_result, load_result, speedup_result, throughput_result
+
+RESULTS = {
+    "speedup": speedup_result(),
+    "latency": latency_result("dense"),
+    "throughput": throughput_result("dense"),
+    "load": load_result("dense"),
+}
+
+
+def written(folder: Path, name: str, result: Any) -> Path:
+    path = folder / f"{name}.json"
+    path.write_text(result.model_dump_json(indent=2))
+    return path
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_a_result_is_read_back_as_it_was(kind: str, tmp_path: Path) -> None:
+    path = written(tmp_path, kind, RESULTS[kind])
+    assert read_result(path) == RESULTS[kind]
+    assert json.loads(path.read_text())["schema_version"] >= 1
+    assert json.loads(path.read_text())["machine"]["vllm"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("{", "no JSON"),
+        ("[]", "another kind"),
+        ('{"kind": "training"}', "another kind"),
+        ('{"kind": "speedup", "schema_version": 1}', "schema_version 1"),
+        ('{"kind": "load", "schema_version": 1}', "Field required"),
+    ],
+)
+def test_what_is_no_result_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_result(path)
+
+
+def test_csv_has_every_figure_with_its_ceiling() -> None:
+    rows = list(csv.DictReader(io.StringIO(csv_text(RESULTS.values()))))
+    assert len(rows) == sum(len(list(rows_of(result))) for result in RESULTS.values())
+    [ratio] = [row for row in rows if row["figure"] == "speed-up" and row["where"].startswith("decode")]
+    regime = RESULTS["speedup"].regimes[1]
+    assert float(ratio["value"]) == regime.ratio.median
+    assert float(ratio["ceiling"]) == regime.ceiling
+    assert {row["figure"] for row in rows if row["kind"] == "latency"} >= {
+        "TTFT p99.9",
+        "TPOT p50",
+        "ITL p99",
+        "E2E p90",
+    }
+    assert {row["kind"] for row in rows} == set(RESULTS)
+
+
+def test_quality_of_either_form_of_pat_eval_s_report(tmp_path: Path) -> None:
+    old = {"data": "x/held.jsonl", "results": [{"model": "a", "perplexity": 10.0, "nll_standard_error_nats": 0.1}]}
+    new = {"measures": [{"name": "acc(arc)", "results": [{"model": "a", "value": 0.5, "standard_error": None}]}]}
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(old))
+    [figure] = read_quality(path)
+    assert (figure.measure, figure.model, figure.value) == ("ppl(held.jsonl)", "a", 10.0)
+    assert figure.standard_error == pytest.approx(1.0)
+    path.write_text(json.dumps(new))
+    [figure] = read_quality(path)
+    assert (figure.measure, figure.value, figure.standard_error) == ("acc(arc)", 0.5, None)
+    path.write_text('{"something": "else"}')
+    with pytest.raises(UsageError, match="pat-eval"):
+        read_quality(path)
+
+
+def test_results_side_by_side_meet_point_by_point() -> None:
+    dense, pruned = latency_result("dense"), latency_result("pruned", faster=1.25)
+    table = compared([("dense", dense), ("pruned", pruned)])
+    ttft = [columns for head, columns in table if head.figure == "TTFT p50"]
+    assert len(ttft) == len(dense.cells)
+    for first, second in ttft:
+        assert first is not None
+        assert second is not None
+        assert first.value / second.value == pytest.approx(1.25)
+    mixed = compared([("dense", dense), ("load", load_result("x"))])
+    assert all(columns.count(None) == 1 for _, columns in mixed)
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    files = [written(tmp_path, name, result) for name, result in RESULTS.items()]
+    files.append(written(tmp_path, "pruned", latency_result("pruned", faster=1.25)))
+    quality, page, table = tmp_path / "eval.json", tmp_path / "page.html", tmp_path / "all.csv"
+    figure = {"name": "ppl(held)", "results": [{"model": "<b>dense</b>", "value": 9.0, "standard_error": 0.1}]}
+    quality.write_text(json.dumps({"measures": [figure]}))
+    arguments = ["compare", *map(str, files), "--quality", str(quality), "--html", str(page), "--csv", str(table)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "TTFT p99.9" in done.output
+    assert table.read_text().count("\n") > 50
+    html = page.read_text()
+    for title in ("Speed-up of", "Latency of a batch", "Throughput", "Latency under load", "Memory", "Quality"):
+        assert f"<h2>{title}" in html
+    body = html[html.index("</script></head>") :]
+    assert body.count("plotly-graph-div") == 2 + 2 + 1 + 3 + 1 + 1
+    # Nothing is fetched, and nothing that a file says becomes markup.
+    assert not re.search(r"""<(script|link|img)[^>]*(src|href)=""", html)
+    assert "<td><b>dense" not in body
+    again = CliRunner().invoke(app, arguments)
+    assert isinstance(again.exception, OutputExists)
+
+
+def test_labels_must_tell_results_apart(tmp_path: Path) -> None:
+    one = written(tmp_path, "one", RESULTS["load"])
+    for labels in (["--label", "a"], ["--label", "a", "--label", "a"]):
+        done = CliRunner().invoke(app, ["compare", str(one), str(one), *labels])
+        assert isinstance(done.exception, PatServeError)
+    assert isinstance(CliRunner().invoke(app, ["compare", str(one), str(one)]).exception, UsageError)
