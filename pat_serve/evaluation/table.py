@@ -1,0 +1,43 @@
+"""The report as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from pat_serve.evaluation.gate import describe
+from pat_serve.evaluation.report import Measure, Report, Result
+
+_PERPLEXITIES = ("ppl", "answer_ppl")
+
+
+def print_report(report: Report, console: Console) -> None:
+    """One table a report: a row for each measure and model, each model against the first."""
+    table = Table("measure", "model", "value ± s.e.", "kept", "to the first (95 %)", "p", "items")
+    for measure in report.measures:
+        for number, result in enumerate(measure.results):
+            table.add_row(measure.name if number == 0 else "", result.model, *cells(measure, result))
+        table.add_section()
+    console.print(table)
+    for measure in report.measures:
+        for note in measure.notes:
+            console.print(f"{measure.name}: {note}", markup=False, highlight=False, soft_wrap=True)
+    for bound in report.gate:
+        console.print(describe(bound), markup=False, highlight=False, soft_wrap=True)
+
+
+def cells(measure: Measure, result: Result) -> list[str]:
+    """value ± standard error, retention, ratio with its interval, p-value, items."""
+    form = "{:.3f}" if measure.metric in _PERPLEXITIES else "{:.4f}"
+    value = form.format(result.value)
+    if result.standard_error is not None:
+        value += f" ± {form.format(result.standard_error)}"
+    kept = "" if result.retention_percent is None else f"{result.retention_percent:.1f} %"
+    versus, ratio, p_value = result.versus_first, "", ""
+    if versus is not None and versus.ratio is not None:
+        ratio = f"{versus.ratio:.4f}x"
+        if versus.low is not None and versus.high is not None:
+            ratio += f" ({versus.low:.4f} to {versus.high:.4f})"
+    if versus is not None and versus.p_value is not None:
+        p_value = f"{versus.p_value:.2g}"
+    return [value, kept, ratio, p_value, str(result.items)]
