@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -175,6 +174,4 @@ def _check_bounds(bounds: list[Bound], models: list[str], plan: Plan) -> None:
 
 def main() -> None:
     """Entry point."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws bars of its own; read when tqdm is imported
     run_command(evaluate)

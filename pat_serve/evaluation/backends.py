@@ -77,7 +77,8 @@ def token_nll(lm: Any, examples: Sequence[dict[str, list[int]]]) -> tuple[list[f
     Returns:
         sums in nats, and numbers of labelled tokens.
     """
-    requests, counts = [], []
+    requests: list[tuple[tuple[str, str], list[int], list[int]]] = []
+    counts: list[int] = []
     for example in examples:
         labels = example["labels"]
         # Nothing predicts the first token, labelled or not.
@@ -190,6 +191,9 @@ def alias_distribution(wanted: str, actual: str) -> None:
         sys.meta_path.append(_Alias(wanted, actual))
 
 
+_EVERY_NAME = importlib.metadata.DistributionFinder.Context()
+
+
 class _Alias(importlib.metadata.DistributionFinder):
     """Finds no module, and one distribution under another's name."""
 
@@ -200,7 +204,7 @@ class _Alias(importlib.metadata.DistributionFinder):
         """No module is found here."""
 
     def find_distributions(
-        self, context: importlib.metadata.DistributionFinder.Context = importlib.metadata.DistributionFinder.Context()
+        self, context: importlib.metadata.DistributionFinder.Context = _EVERY_NAME
     ) -> list[importlib.metadata.Distribution]:
         """The other distribution, when this name is asked for."""
         if context.name != self._wanted:

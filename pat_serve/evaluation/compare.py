@@ -57,7 +57,8 @@ def answer_measures(
         notes: for the report.
 
     Returns:
-        the main metric; acc_norm, where all have it; answer_ppl, the perplexity of the right answers, likewise.
+        the main metric; acc_norm, where all have it; answer_nll likewise, the mean negative log-likelihood of a right
+        answer in nats, which moves before an accuracy does.
     """
     parts = [answers for each in outcomes.values() for answers in each]
     metric = parts[0].metric
@@ -65,7 +66,7 @@ def answer_measures(
     if all(answers.normalized is not None for answers in parts):
         measures.append(_mean_measure(of, "acc_norm", _side(outcomes, "normalized"), outcomes, settings, notes))
     if all(answers.gold_nll is not None for answers in parts):
-        measures.append(_answer_perplexity(of, _side(outcomes, "gold_nll"), outcomes, settings, notes))
+        measures.append(_mean_measure(of, "answer_nll", _side(outcomes, "gold_nll"), outcomes, settings, notes))
     return measures
 
 
@@ -86,6 +87,7 @@ def _mean_measure(
 ) -> Measure:
     results, told = [], list(notes)
     first = next(iter(scores))
+    higher_is_better = metric != "answer_nll"
     for model, tasks in scores.items():
         result = Result(
             model=model,
@@ -103,34 +105,11 @@ def _mean_measure(
                 comparison = comparison.model_copy(
                     update={"p_value": p_value, "test": "McNemar, exact", "won": won, "lost": lost}
                 )
-            result = _compared(result, comparison, higher_is_better=True)
+            result = _compared(result, comparison, higher_is_better=higher_is_better)
         results.append(result)
     return Measure(
-        name=f"{metric}({of})", metric=metric, of=of, higher_is_better=True, settings=settings,
+        name=f"{metric}({of})", metric=metric, of=of, higher_is_better=higher_is_better, settings=settings,
         notes=list(dict.fromkeys(told)), results=results,
-    )  # fmt: skip
-
-
-def _answer_perplexity(
-    of: str,
-    sums: dict[str, list[Floats]],
-    outcomes: Mapping[str, Sequence[Answers]],
-    settings: dict[str, Any],
-    notes: Sequence[str],
-) -> Measure:
-    """exp of the mean negative log-likelihood of a right answer: it moves before an accuracy does."""
-    results = []
-    pooled = {model: np.concatenate(tasks) for model, tasks in sums.items()}
-    first = next(iter(pooled))
-    for model, nll_N in pooled.items():
-        result = _perplexity(model, nll_N, np.ones_like(nll_N)).model_copy(update={"tokens": None})
-        if model != first and _same_items(outcomes[first], outcomes[model]):
-            found = perplexity_ratio(pooled[first], nll_N, np.ones_like(nll_N))
-            result = _compared(result, _comparison(found), higher_is_better=False)
-        results.append(result)
-    return Measure(
-        name=f"answer_ppl({of})", metric="answer_ppl", of=of, higher_is_better=False, settings=settings,
-        notes=list(notes), results=results,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Bounds on what a model may have lost: `ppl <= 1.02x`, `acc(arc_easy) >= 0.97x`, `acc(pat14_ll) >= 0.4`.
 
-A bound is judged by the 95 % interval of what it bounds: pass or fail when all of it is on one side, inconclusive when it
-straddles the bound, for then the data cannot say. More items make the interval narrower.
+A bound is judged by the 95 % interval of what it bounds: pass or fail when all of it is on one side, inconclusive when
+it straddles the bound, for then the data cannot say. More items make the interval narrower.
 """
 
 from __future__ import annotations

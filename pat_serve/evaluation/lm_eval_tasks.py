@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from pat_serve.errors import DataError, HubError, MissingExtra, PatServeError, UsageError, first_line
 from pat_serve.evaluation.outcomes import Answers
 from pat_serve.evaluation.paper14 import PREFIX
+from pat_serve.progress import console
 
 TASK_FOLDER = Path(__file__).parent / "paper14" / "tasks"
 # A task's main figure is the first of these that it has.
@@ -35,12 +37,16 @@ def require_lm_eval() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval logs at length, about nothing that the user can mend."""
+    """lm-eval logs at length, about nothing that the user can mend, and draws bars: not where nobody looks."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with ExitStack() as stack:
+            if not console.is_terminal:
+                # Its bars have no switch: they are told to show themselves, whatever TQDM_DISABLE says.
+                stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+            yield
     finally:
         logger.setLevel(level)
 
@@ -152,14 +158,15 @@ def _pooled(name: str, samples: dict[str, list[dict[str, Any]]], versions: dict[
 
 
 def _main_metric(name: str, sample: dict[str, Any]) -> str:
-    scores = [metric for metric in sample.get("metrics", ()) if isinstance(sample.get(metric), int | float)]
+    told: list[str] = list(sample.get("metrics", ()))
+    scores = [metric for metric in told if isinstance(sample.get(metric), int | float)]
     for metric in (*_MAIN_METRICS, *scores):
         if metric in scores:
             return metric
     raise DataError(
         f"task {name}",
         expected="a score for each item",
-        found=f"{', '.join(sample.get('metrics', ())) or 'none'}",
+        found=", ".join(told) or "none",
         fix="Choose a task with acc or exact_match; for perplexity use --text or --wikitext2.",
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -87,19 +88,23 @@ class Plan:
     out: Path | None = None
 
 
-def measure_models(names: Sequence[str], plan: Plan) -> tuple[list[Model], list[Measure]]:
+def measure_models(
+    names: Sequence[str], plan: Plan, places: Mapping[str, Path] | None = None
+) -> tuple[list[Model], list[Measure]]:
     """Everything that a plan asks for, of every model.
 
     Args:
         names: folders, hub ids or URLs of servers; the first is the reference.
         plan: what to measure.
+        places: folders of models whose names do not tell where they lie now.
 
     Raises:
         PatServeError: a model, its data or a setting is wrong.
     """
     if len(set(names)) < len(names):
         raise UsageError("MODEL", expected="different models", found="one of them twice", fix="Give each once.")
-    subjects = [Subject(name, plan.backend, plan.load_tokenizer) for name in names]
+    places = places or {}
+    subjects = [Subject(name, places.get(name, name), plan.backend, plan.load_tokenizer) for name in names]
     work = _Work(subjects, plan)
     for subject in subjects:
         work.measure(subject)
@@ -140,7 +145,7 @@ class _Work:
         for text in plan.texts:
             settings = {"context_tokens": self.context_tokens, "stride": plan.stride, "limit": plan.limit}
             key = common | {"measure": "text", "text": text.identity, **settings}
-            self._likelihoods(subject, text.name, key, lambda subject, text=text: self._windows(subject, text))
+            self._likelihoods(subject, text.name, key, partial(self._windows, text))
         for task in self.tasks:
             if task not in self.missing:
                 self._answers(subject, task, common)
@@ -154,7 +159,7 @@ class _Work:
                 continue
             parts = [task for task in members(name) if task not in self.missing]
             for task in parts:
-                found += answer_measures(task, _listed(self.answers[task]), self.settings[task])
+                found += answer_measures(task, _listed(self.answers[task]), self.settings[task])[:1]
             if parts:
                 found += self._mean(name, parts)
         return found
@@ -187,7 +192,7 @@ class _Work:
         sums, counts = subject.nll(examples, self.plan.backend.batch_size)
         return Likelihoods(sums=sums, counts=counts, sha256=examples_sha256(examples), unit="row", left_out=left_out)
 
-    def _windows(self, subject: Subject, text: Text) -> Likelihoods:
+    def _windows(self, text: Text, subject: Subject) -> Likelihoods:
         # All at once, special tokens included, as the protocol has it.
         ids = subject.tokenizer(text.read(), verbose=False)["input_ids"]
         windows = cut_windows(ids, self.context_tokens, self.plan.stride)[: self.plan.limit]

@@ -12,7 +12,8 @@ from pat_serve.evaluation.report import Measure, Report
 from pat_serve.evaluation.table import cells
 
 _STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1f2937; max-width: 1040px; margin: 2.5rem auto; padding: 0 1.2rem; }
+body { font: 16px/1.55 system-ui, sans-serif; color: #1f2937; max-width: 1040px; margin: 2.5rem auto;
+       padding: 0 1.2rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 .soft { color: #6b7280; font-size: .92rem; } .pass { color: #15803d; } .fail { color: #b91c1c; }
 .inconclusive { color: #a16207; }

@@ -5,7 +5,7 @@ Items are drawn together, so what makes one of them hard cancels; a comparison o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import comb
 
@@ -75,12 +75,13 @@ def perplexity_ratio(
     differences_N = np.asarray(candidate_sums_N, dtype=np.float64) - np.asarray(reference_sums_N, dtype=np.float64)
     counts_N = np.asarray(counts_N, dtype=np.float64)
 
-    def logarithm(picks_RN: NDArray[np.intp]) -> Floats:
-        shares: Floats = differences_N[picks_RN].sum(1) / counts_N[picks_RN].sum(1)
-        return shares
-
     point = float(differences_N.sum() / counts_N.sum())
-    samples_R = _resample(len(counts_N), logarithm, seed, resamples)
+    samples_R = np.concatenate(
+        [
+            differences_N[picks_RN].sum(1) / counts_N[picks_RN].sum(1)
+            for picks_RN in _draws(len(counts_N), seed, resamples)
+        ]
+    )
     return _interval(float(np.exp(point)), np.exp(samples_R))
 
 
@@ -97,12 +98,10 @@ def mean_ratio(
         resamples: number of bootstrap samples.
     """
     sums_2R = np.zeros((2, resamples))
-    for number, pair in enumerate(zip(reference, candidate, strict=True)):
-        for side, scores_N in enumerate(pair):
-            # The same seed for both sides: the same items are drawn.
-            sums_2R[side] += _resample(
-                len(scores_N), lambda picks_RN, s=scores_N: s[picks_RN].mean(1), seed + number, resamples
-            )
+    for number, (before_N, after_N) in enumerate(zip(reference, candidate, strict=True)):
+        # The same seed for both sides: the same items are drawn.
+        sums_2R[0] += _resampled_means(before_N, seed + number, resamples)
+        sums_2R[1] += _resampled_means(after_N, seed + number, resamples)
     points = [sum(float(scores.mean()) for scores in side) for side in (reference, candidate)]
     if points[0] == 0:
         return Interval(ratio=float("nan"), low=float("nan"), high=float("nan"), p_value=float("nan"))
@@ -111,9 +110,8 @@ def mean_ratio(
     return _interval(points[1] / points[0], samples_R[np.isfinite(samples_R)])
 
 
-def _resample(items: int, statistic: Callable[[NDArray[np.intp]], Floats], seed: int, resamples: int) -> Floats:
-    """A statistic of so many bootstrap samples, given the indices of the items drawn."""
-    return np.concatenate([statistic(picks_RN) for picks_RN in _draws(items, seed, resamples)])
+def _resampled_means(scores_N: Floats, seed: int, resamples: int) -> Floats:
+    return np.concatenate([scores_N[picks_RN].mean(1) for picks_RN in _draws(len(scores_N), seed, resamples)])
 
 
 def _draws(items: int, seed: int, resamples: int) -> Iterator[NDArray[np.intp]]:

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-REPORT_VERSION = 2
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,13 +57,13 @@ class Result(_Part):
 
     Attributes:
         model: its name.
-        value: perplexity, or a mean score in [0, 1].
+        value: perplexity, a mean score in [0, 1], or for answer_nll nats.
         standard_error: of `value`; for a perplexity, its mean nats' times the value.
         items: rows, windows or questions.
         tokens: that were scored (perplexity only).
         nll_nats: mean negative log-likelihood of a token (perplexity only).
         nll_standard_error_nats: of that mean, over items.
-        retention_percent: of the first model's figure that is kept; a perplexity's is the inverse ratio.
+        retention_percent: of the first model's figure that is kept; where less is better, the inverse ratio.
         versus_first: None for the first model, and where the items differ.
     """
 
@@ -84,8 +82,8 @@ class Measure(_Part):
     """One figure of merit over all models.
 
     Attributes:
-        name: as a gate names it: ppl(wikitext2), acc(arc_easy), acc_norm(arc_easy), answer_ppl(arc_easy).
-        metric: ppl, acc, acc_norm, answer_ppl, or what the task calls its own.
+        name: as a gate names it: ppl(wikitext2), acc(arc_easy), acc_norm(arc_easy), answer_nll(arc_easy).
+        metric: ppl, acc, acc_norm, answer_nll, or what the task calls its own.
         of: the data or task.
         higher_is_better: whether more is better.
         settings: what the figure depends on.
@@ -135,7 +133,7 @@ class Report(_Part):
         gate: empty without one.
     """
 
-    version: Literal[2] = REPORT_VERSION
+    version: Literal[2] = 2
     date: str
     pat_serve: str
     machine: dict[str, Any]

@@ -21,16 +21,20 @@ class Subject:
     """A model that is being measured; what takes long is done when it is first needed.
 
     Args:
-        name: folder, hub id or URL.
+        name: in the report.
+        source: folder, hub id or URL.
         backend: how it is asked.
         load_tokenizer: from a folder.
     """
 
-    def __init__(self, name: str, backend: BackendSettings, load_tokenizer: Callable[[Path], Any]) -> None:
+    def __init__(
+        self, name: str, source: str | Path, backend: BackendSettings, load_tokenizer: Callable[[Path], Any]
+    ) -> None:
         self.name = name
+        self._source = str(source)
         self.backend = backend
         self._load_tokenizer = load_tokenizer
-        self._checkpoint = None if is_url(name) else open_checkpoint(name)
+        self._checkpoint = None if is_url(str(source)) else open_checkpoint(str(source))
         self.folder = None if self._checkpoint is None else self._checkpoint.folder
 
     @cached_property
@@ -41,7 +45,7 @@ class Subject:
     @cached_property
     def lm(self) -> Any:
         """For lm-eval."""
-        return open_backend(self.name, self.folder, self.backend)
+        return open_backend(self._source, self.folder, self.backend)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -1,9 +1,9 @@
 """Text for perplexity: read, joined and cut the way the literature does, so that figures can be compared.
 
-The WikiText-2 protocol (GPTQ, SparseGPT, SliceGPT): the rows of the raw test split, each with its line feed and blank ones
-empty, are joined by two line feeds; the whole is tokenized at once, with the tokenizer's own special tokens; the ids are cut
-into windows of a fixed length that do not overlap; what is left at the end is dropped. Every window is scored from its
-second token on, and the perplexity is exp of the mean over all scored tokens.
+The WikiText-2 protocol (GPTQ, SparseGPT, SliceGPT): the rows of the raw test split, each with its line feed and blank
+ones empty, are joined by two line feeds; the whole is tokenized at once, with the tokenizer's own special tokens; the
+ids are cut into windows of a fixed length that do not overlap; what is left at the end is dropped. Every window is
+scored from its second token on, and the perplexity is exp of the mean over all scored tokens.
 """
 
 from __future__ import annotations
