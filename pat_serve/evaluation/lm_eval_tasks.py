@@ -16,6 +16,8 @@ from pat_serve.evaluation.paper14 import PREFIX
 from pat_serve.progress import console
 
 TASK_FOLDER = Path(__file__).parent / "paper14" / "tasks"
+# lm-eval's own.
+_FEWSHOT_SEED = 1234
 # A task's main figure is the first of these that it has.
 _MAIN_METRICS = ("acc", "exact_match", "mcc", "f1")
 
@@ -102,25 +104,24 @@ class Tasks:
             HubError: the data could not be had.
         """
         with quiet():
-            from lm_eval.evaluator import simple_evaluate
+            from lm_eval.evaluator import evaluate
 
-            tasks = self._load(name)
-            found = simple_evaluate(
-                lm,
-                tasks=list(tasks.values()),
-                limit=limit,
-                num_fewshot=num_fewshot,
-                bootstrap_iters=0,
-                log_samples=True,
-                task_manager=self._manager,
-            )
+            loaded = self._load(name)
+            for task in loaded["tasks"].values():
+                # As lm-eval's simple_evaluate does, which would also ask pip for all versions, each time for a second.
+                own = task.get_config("num_fewshot")
+                task.set_config(key="num_fewshot", value=own if own == 0 or num_fewshot is None else num_fewshot)
+                if task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+            found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
         assert found is not None, "lm-eval answers in the first process, which this one is"
         return _pooled(name, found["samples"], found["versions"])
 
     def _load(self, name: str) -> dict[str, Any]:
         if name not in self._loaded:
             try:
-                self._loaded[name] = self._manager.load([name])["tasks"]
+                self._loaded[name] = self._manager.load([name])
             except PatServeError:
                 raise
             # A data set's loader can raise anything; that it is the data's, and not ours, the name says.
