@@ -110,9 +110,8 @@ class Tasks:
             for task in loaded["tasks"].values():
                 # As lm-eval's simple_evaluate does, which would also ask pip for all versions, each time for a second.
                 own = task.get_config("num_fewshot")
-                task.set_config(key="num_fewshot", value=own if own == 0 or num_fewshot is None else num_fewshot)
-                if task.get_config("num_fewshot") is None:
-                    task.set_config(key="num_fewshot", value=0)
+                shots = own if own == 0 or num_fewshot is None else num_fewshot
+                task.set_config(key="num_fewshot", value=shots or 0)
                 task.set_fewshot_seed(seed=_FEWSHOT_SEED)
             found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
         assert found is not None, "lm-eval answers in the first process, which this one is"

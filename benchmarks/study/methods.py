@@ -1,0 +1,40 @@
+"""What the study compares, and the sweeps beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.ablation.variants import SHARED, VARIANTS
+from pat_serve.training.config import PAPER
+
+DENSE = "dense LoRA"
+RATIOS = (0.125, 0.25, 0.375, 0.5)
+
+METHODS: dict[str, dict[str, Any]] = {
+    "PAT as published": VARIANTS["PAT as published"],
+    "the default": VARIANTS["loss axes, cut, compensated, head (the default)"],
+    "activation magnitude, then LoRA": VARIANTS["baseline: activation magnitude, cut, LoRA"],
+    "LLM-Pruner score, then LoRA": VARIANTS["baseline: LLM-Pruner score, cut, LoRA"],
+    "PCA slice, then LoRA": VARIANTS["baseline: PCA slice, cut, LoRA"],
+}
+
+# The paper leaves the operator's rank open; at a quarter of the width, in both recipes.
+HIO_RANKS = (0, 8, 16, 32, 64)
+SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
+    "hio": {
+        **{f"PAT as published, HIO {rank}": {**PAPER, "hio_rank": rank} for rank in HIO_RANKS},
+        **{f"the default, HIO {rank}": {**METHODS["the default"], "hio_rank": rank} for rank in HIO_RANKS},
+    },
+}
+
+
+def settings(name: str, method: dict[str, Any], width: int | None) -> dict[str, Any]:
+    """A recipe's settings.
+
+    Args:
+        name: of the method, for nothing but telling the dense one.
+        method: what is its own.
+        width: of the pruned model; None for the dense one.
+    """
+    own = {"method": "lora"} if name == DENSE else {**method, "hidden_size": width}
+    return SHARED | own
