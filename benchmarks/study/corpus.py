@@ -50,15 +50,16 @@ class Corpus:
             (folder / "items" / name).write_text(json.dumps(items), encoding="utf-8")
 
 
-def build(data: Path | None, seed: int = 0) -> Corpus:
+def build(data: Path | None, seed: int = 0, library: Path | None = None) -> Corpus:
     """Split the texts with a seed.
 
     Args:
         data: folder with wikitext2.{valid,test}.txt and eval/*.json; None for the documentation alone.
         seed: of the split.
+        library: Python's standard library; the running interpreter's when None.
     """
     shuffler = random.Random(seed)
-    documentation = build_documentation()
+    documentation = build_documentation(library)
     base, tune = list(documentation.base_texts), list(documentation.train_rows)
     texts = {"python": "\n\n".join(f"{row['prompt']}{row['completion']}" for row in documentation.held_out_rows)}
     held: dict[str, dict[str, dict[str, str]]] = {}
