@@ -12,6 +12,7 @@ from benchmarks.study.__main__ import SIZES, _jobs
 from benchmarks.study.methods import DENSE, METHODS, RATIOS, settings
 from pat_serve.evaluation.paper14.local_items import local_questions
 from pat_serve.training.config import TrainRecipe
+from tests.conftest import tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,8 @@ def test_what_is_saved_is_what_the_tasks_read(built: corpus.Corpus, tmp_path: Pa
 
 
 def test_every_job_is_a_recipe():
-    jobs = _jobs(2, ["hio"])
-    assert len(jobs) == 2 * (1 + len(METHODS) * len(RATIOS) + 10)
+    jobs = _jobs(2, ["hio", "identity"])
+    assert len(jobs) == 2 * (1 + len(METHODS) * len(RATIOS) + 10 + 2)
     assert jobs[0][:3] == (DENSE, 0.0, 0)
     for base in SIZES.values():
         for name, ratio, _, method in jobs:
@@ -77,6 +78,16 @@ def test_every_job_is_a_recipe():
                 settings(name, method, width) | {"model": "m", "data": "d", "max_steps": 9}, name
             )
             assert recipe.hidden_size == (None if name == DENSE else width)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_without_the_identity_loss(weight: float, tiny_base: Path, rows: Path, tmp_path: Path):
+    from pat_serve.training.run import start
+
+    start(tiny_recipe(tiny_base, rows, identity_weight=weight, max_steps=4), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert any("identity_loss" in line for line in lines) == (weight > 0)
+    assert any("count_loss" in line for line in lines)
 
 
 def test_table_pairs_by_seed():

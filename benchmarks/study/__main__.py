@@ -17,7 +17,7 @@ import typer
 
 from benchmarks.study import measuring, report
 from benchmarks.study.corpus import build
-from benchmarks.study.methods import DENSE, METHODS, RATIOS, SWEEPS, settings
+from benchmarks.study.methods import DENSE, METHODS, RATIOS, SWEEP_RATIOS, SWEEPS, settings
 from pat_serve.demo.base_model import BaseSettings, train_base
 from pat_serve.hardware import describe
 
@@ -77,7 +77,12 @@ def _jobs(seeds: int, sweeps: list[str]) -> list[tuple[str, float, int, dict[str
     for seed in range(seeds):
         jobs.append((DENSE, 0.0, seed, {}))
         jobs += [(name, ratio, seed, method) for ratio in RATIOS for name, method in METHODS.items()]
-        jobs += [(name, 0.25, seed, method) for sweep in sweeps for name, method in SWEEPS[sweep].items()]
+        jobs += [
+            (name, ratio, seed, method)
+            for sweep in sweeps
+            for ratio in SWEEP_RATIOS[sweep]
+            for name, method in SWEEPS[sweep].items()
+        ]
     return jobs
 
 

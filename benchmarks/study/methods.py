@@ -18,14 +18,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "PCA slice, then LoRA": VARIANTS["baseline: PCA slice, cut, LoRA"],
 }
 
-# The paper leaves the operator's rank open; at a quarter of the width, in both recipes.
+# The paper leaves the operator's rank open, and the seeds ask what the identity loss is worth; each at all the ratios
+# would be hours: the rank at a quarter of the width, the identity loss at a quarter and a half.
 HIO_RANKS = (0, 8, 16, 32, 64)
 SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     "hio": {
         **{f"PAT as published, HIO {rank}": {**PAPER, "hio_rank": rank} for rank in HIO_RANKS},
         **{f"the default, HIO {rank}": {**METHODS["the default"], "hio_rank": rank} for rank in HIO_RANKS},
     },
+    "identity": {"PAT as published, no identity loss": {**METHODS["PAT as published"], "identity_weight": 0.0}},
 }
+SWEEP_RATIOS = {"hio": (0.25,), "identity": (0.25, 0.5)}
 
 
 def settings(name: str, method: dict[str, Any], width: int | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from pat_serve.errors import MissingExtra
 from pat_serve.evaluation.gate import describe
 from pat_serve.evaluation.report import Measure, Report
-from pat_serve.evaluation.table import cells
+from pat_serve.evaluation.table import cells, short_names
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1f2937; max-width: 1040px; margin: 2.5rem auto;
@@ -77,6 +77,7 @@ def _chart(report: Report) -> str:
         "yaxis": {"title": "kept of the first model (%)"},
     }
     figure = go.Figure(layout=layout)
+    names = short_names([model.name for model in report.models])
     for number, model in enumerate(report.models[1:], start=1):
         points = [
             (measure.name, *_kept(measure, number))
@@ -94,7 +95,7 @@ def _chart(report: Report) -> str:
                 },
                 mode="markers",
                 marker={"size": 10},
-                name=model.name,
+                name=names[model.name],
             )
     if not figure.data:
         return ""
@@ -118,11 +119,16 @@ def _measure(measure: Measure) -> str:
     head = "".join(
         f"<th>{title}</th>" for title in ("model", "value ± s.e.", "kept", "to the first (95 %)", "p", "items")
     )
+    names = short_names([result.model for result in measure.results])
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in [result.model, *cells(measure, result)]) + "</tr>"
+        "<tr>"
+        + "".join(f"<td>{escape(cell)}</td>" for cell in [names[result.model], *cells(measure, result)])
+        + "</tr>"
         for result in measure.results
     )
-    settings = ", ".join(f"{key} {value}" for key, value in measure.settings.items())
+    # Hashes are for the cache and the JSON, not for a reader.
+    shown = {key: value for key, value in measure.settings.items() if value is not None and len(str(value)) < 32}
+    settings = ", ".join(f"{key} {value}" for key, value in shown.items())
     notes = "".join(f"<p class='soft'>{escape(note)}</p>" for note in measure.notes)
     return (
         f"<h2>{escape(measure.name)}</h2><p class='soft'>{escape(settings)}</p>"
