@@ -84,7 +84,7 @@ def test_every_job_is_a_recipe():
 def test_without_the_identity_loss(weight: float, tiny_base: Path, rows: Path, tmp_path: Path):
     from pat_serve.training.run import start
 
-    start(tiny_recipe(tiny_base, rows, identity_weight=weight, max_steps=4), tmp_path / "run")
+    start(tiny_recipe(tiny_base, rows, identity_weight=weight, max_steps=12), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert any("identity_loss" in line for line in lines) == (weight > 0)
     assert any("count_loss" in line for line in lines)

@@ -25,7 +25,7 @@ BASE = "the base, untuned"
 # Widths and layers; the first is what an hour on two cores holds.
 SIZES = {
     "tiny": BaseSettings(
-        hidden_size=128, intermediate_size=352, layers=3, heads=4, kv_heads=2, batch_size=16, steps=600
+        hidden_size=128, intermediate_size=352, layers=3, heads=4, kv_heads=2, batch_size=16, steps=400
     ),
     "small": BaseSettings(batch_size=16, steps=900),
     "large": BaseSettings(

@@ -85,9 +85,9 @@ def _chart(report: Report) -> str:
             if measure.results[number].retention_percent is not None
         ]
         if points:
-            names, kept, low, high = zip(*points, strict=True)
+            titles, kept, low, high = zip(*points, strict=True)
             figure.add_scatter(
-                x=names,
+                x=titles,
                 y=kept,
                 error_y={
                     "array": [top - value for top, value in zip(high, kept, strict=True)],
