@@ -168,3 +168,13 @@ def test_export_gate_usage(flags: list[str], message: str, rows: Path, tmp_path:
     filled = [str(rows) if word == "ROWS" else word for word in flags]
     assert run(monkeypatch, export_command, "--ckpt", tmp_path, "--out", tmp_path / "out", *filled) == 2
     assert message in capsys.readouterr().err
+
+
+def test_quantized_exports_are_measured_too(models: list[Path], rows: Path, tmp_path: Path, monkeypatch, capsys):
+    pytest.importorskip("compressed_tensors")
+    out = tmp_path / "out"
+    arguments = ["--ckpt", random_run(tmp_path / "run", models[0]), "--out", out, "--quantize", "int8", "--no-parity"]
+    gate = ["--quality-data", rows, "--require-quality", "ppl<=1000x"]
+    assert run(monkeypatch, export_command, *arguments, *gate) == 0
+    [measure] = json.loads((out / "pat_export.json").read_text())["quality"]["measures"]
+    assert measure["results"][1]["value"] > 1

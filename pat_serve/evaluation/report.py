@@ -20,7 +20,7 @@ class Model(_Part):
     Attributes:
         name: what the user called it.
         sha256: of its config, weights and tokenizer; None for a server, whose files are not seen.
-        parameters: numbers in its weight files; None for a server.
+        parameters: numbers in its weight files; None for a server and for quantized weights.
         hidden_size: of its config.json; None for a server.
     """
 

@@ -12,7 +12,7 @@ from pat_serve.checkpoint import open_checkpoint
 from pat_serve.evaluation.backends import BackendSettings, is_url, open_backend, token_nll
 from pat_serve.evaluation.cache import checkpoint_sha256
 from pat_serve.evaluation.report import Model
-from pat_serve.locate import read_config
+from pat_serve.locate import check_plain_folder, locate, read_config
 
 Examples = list[dict[str, list[int]]]
 
@@ -34,8 +34,7 @@ class Subject:
         self._source = str(source)
         self.backend = backend
         self._load_tokenizer = load_tokenizer
-        self._checkpoint = None if is_url(str(source)) else open_checkpoint(str(source))
-        self.folder = None if self._checkpoint is None else self._checkpoint.folder
+        self.folder, self._parameters = (None, None) if is_url(str(source)) else _open(str(source))
 
     @cached_property
     def sha256(self) -> str | None:
@@ -78,9 +77,20 @@ class Subject:
 
     def describe(self) -> Model:
         """For the report."""
-        if self._checkpoint is None:
+        if self.folder is None:
             return Model(name=self.name, sha256=None, parameters=None, hidden_size=None)
-        parameters = sum(prod(entry.shape) for entry in self._checkpoint.tensors.values())
-        return Model(
-            name=self.name, sha256=self.sha256, parameters=parameters, hidden_size=self._checkpoint.hidden_size
-        )
+        width = int(read_config(self.folder)["hidden_size"])
+        return Model(name=self.name, sha256=self.sha256, parameters=self._parameters, hidden_size=width)
+
+
+def _open(source: str) -> tuple[Path, int | None]:
+    """A checkpoint's folder, once everything in it is checked, and how many numbers its weights are.
+
+    Quantized weights are not in the architecture table: transformers has to know them, and the count stays out.
+    """
+    folder = locate(source)
+    if "quantization_config" in read_config(folder):
+        check_plain_folder(folder)
+        return folder, None
+    checkpoint = open_checkpoint(source)
+    return checkpoint.folder, sum(prod(entry.shape) for entry in checkpoint.tensors.values())
