@@ -178,3 +178,13 @@ def test_quantized_exports_are_measured_too(models: list[Path], rows: Path, tmp_
     assert run(monkeypatch, export_command, *arguments, *gate) == 0
     [measure] = json.loads((out / "pat_export.json").read_text())["quality"]["measures"]
     assert measure["results"][1]["value"] > 1
+
+
+def test_the_demo_reads_the_report(models: list[Path], rows: Path, tmp_path: Path, monkeypatch, capsys):
+    from pat_serve.demo.findings import _perplexities
+
+    assert run(monkeypatch, eval_command, *models, "--data", rows, "--json") == 0
+    (tmp_path / "quality.json").write_text(capsys.readouterr().out)
+    first, second = _perplexities(tmp_path / "quality.json")
+    assert first["examples"] == second["examples"] == 64
+    assert set(first) == {"perplexity", "examples", "tokens", "nll_nats", "nll_standard_error_nats"}
