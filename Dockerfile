@@ -1,4 +1,4 @@
-# pat-serve as an image: `docker build -t pat-serve .`; `docker run --shm-size 1g -p 8000:8000 pat-serve` serves /model.
+# pat-serve as an image: `docker build -t pat-serve .`; `docker run -p 8000:8000 pat-serve` serves /model.
 # Targets: cpu (the default) and cuda. See docs/containers.md.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
@@ -28,8 +28,8 @@ RUN /opt/venv/bin/pip install --no-cache-dir --quiet --no-deps --no-build-isolat
     && /opt/venv/bin/pat-demo --out /demo --model-only \
     && mv /demo/pruned /model && chmod -R a+rX /model && rm -rf /demo
 
-FROM base AS cpu
-COPY --from=packages-cpu /opt/venv /opt/venv
+# What both images end in, without their packages.
+FROM base AS runtime
 COPY --from=model /model /model
 COPY docker/ready.py /opt/ready.py
 # A user without a name of its own: everything that is written goes to /tmp, so the root file system may be read-only.
@@ -37,9 +37,13 @@ ENV PATH=/opt/venv/bin:$PATH HOME=/tmp
 USER 10001:10001
 WORKDIR /tmp
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=10s --start-period=180s --retries=3 CMD ["python", "/opt/ready.py"]
+# Until the start period is over only success counts: a large model takes its time.
+HEALTHCHECK --interval=10s --timeout=10s --start-period=600s --retries=3 CMD ["python", "/opt/ready.py"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["pat-serve", "--model", "/model", "--host", "0.0.0.0"]
+
+FROM runtime AS cpu
+COPY --from=packages-cpu /opt/venv /opt/venv
 
 # ---- cuda: the CUDA libraries come as packages; the driver comes from the host (nvidia-container-toolkit)
 FROM base AS packages-cuda
@@ -48,19 +52,12 @@ RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --no-deps --require-hashes -r requirements/serve-cuda.lock \
     && /opt/venv/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
 
-FROM base AS cuda
+FROM runtime AS cuda
+USER root
 # Triton compiles launchers when the engine starts: the one thing that needs a compiler at run time.
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-COPY --from=packages-cuda /opt/venv /opt/venv
-COPY --from=model /model /model
-COPY docker/ready.py /opt/ready.py
-ENV PATH=/opt/venv/bin:$PATH HOME=/tmp
 USER 10001:10001
-WORKDIR /tmp
-EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=10s --start-period=600s --retries=3 CMD ["python", "/opt/ready.py"]
-STOPSIGNAL SIGTERM
-ENTRYPOINT ["pat-serve", "--model", "/model", "--host", "0.0.0.0"]
+COPY --from=packages-cuda /opt/venv /opt/venv
 
 # The last stage is what a build without --target makes.
 FROM cpu AS default

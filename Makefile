@@ -11,7 +11,7 @@ STUDY_OUT ?= study-out
 SIZE ?= small
 TEXTS ?=
 
-.PHONY: help demo study test test-all docker-test check fix lock setup clean
+.PHONY: help demo study test test-all docker-test check fix docs lock setup clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -47,8 +47,11 @@ fix: $(READY) ## let ruff mend and format what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY) ## build the documentation into site/, and fail on any warning
+	$(BIN)/mkdocs build --strict --site-dir site
+
 lock: $(READY) ## resolve the dependencies anew into requirements/cpu.lock
 	requirements/lock.sh $(PYTHON)
 
 clean: ## delete the virtual environment and caches, never demo-out/
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist site *.egg-info

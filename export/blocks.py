@@ -77,7 +77,7 @@ class Rewriting:
         self._device = device
         # The meta device has no memory to spare, and takes milliseconds for each operation.
         self._block_numbers = _BLOCK_NUMBERS if device != "meta" else 1 << 62
-        self._compute = torch.float64 if run.base.dtype == torch.float64 else torch.float32
+        self._compute = torch.float64 if torch.float64 in (run.base.dtype, dtype) else torch.float32
         cut = run.plan.axes[HIDDEN]
         self._cut = AxisCut(width=cut.width, kept=cut.kept.to(device))
         self._kept_first = AxisCut(width=cut.width, kept=torch.arange(len(cut.kept), device=device))

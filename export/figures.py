@@ -33,12 +33,20 @@ class Tolerance:
     mean_kl_nats: float
     top1_agreement: float
 
+    def or_wider(self, other: Tolerance) -> Tolerance:
+        """The wider of both, figure by figure."""
+        return Tolerance(
+            max_abs_over_std=max(self.max_abs_over_std, other.max_abs_over_std),
+            mean_kl_nats=max(self.mean_kl_nats, other.mean_kl_nats),
+            top1_agreement=min(self.top1_agreement, other.top1_agreement),
+        )
 
-# float32: the rewriting is exact up to the order of additions. The 16-bit rows are no proof of it: there a lost scale
-# moves logits by less than some models' rounding does (LOG.md, 2026-11-22), so the exporter proves the rewriting in
-# float32 first, and these only tell a rounding that ruins the model. docs/parity.md has the measurements.
+
+# float64 and float32: the rewriting is exact up to the order of additions. The 16-bit rows are no proof of it: there a
+# lost scale moves logits by less than some models' rounding does (LOG.md, 2026-11-22), so the exporter proves the
+# rewriting in float32 first, and these only tell a rounding that ruins the model. docs/parity.md has the measurements.
 TOLERANCES = {
-    torch.float64: Tolerance(max_abs_over_std=1e-4, mean_kl_nats=1e-6, top1_agreement=0.999),
+    torch.float64: Tolerance(max_abs_over_std=1e-7, mean_kl_nats=1e-10, top1_agreement=0.999),
     torch.float32: Tolerance(max_abs_over_std=1e-4, mean_kl_nats=1e-6, top1_agreement=0.999),
     torch.float16: Tolerance(max_abs_over_std=0.1, mean_kl_nats=1e-3, top1_agreement=0.97),
     torch.bfloat16: Tolerance(max_abs_over_std=0.5, mean_kl_nats=1e-2, top1_agreement=0.9),

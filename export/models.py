@@ -17,6 +17,7 @@ from pat_serve.export.answers import Answers, answer, answer_layerwise, answers_
 from pat_serve.export.narrow import narrow_shapes, narrow_tensors
 from pat_serve.export.prompts import Prompts
 from pat_serve.export.reader import Run
+from pat_serve.float64_norms import compute_norms_in_float64
 from pat_serve.hardware import available_memory_bytes
 from pat_serve.layerwise import LayerwiseModel, StoredWeights, Weights, meta_model
 from pat_serve.masked import load_masked_model, open_masked_layerwise, round_normalizer
@@ -63,7 +64,7 @@ class LoadedModels:
     def trained(self, dtype: torch.dtype, prompts: Prompts) -> Answers:
         """Base, adapter and operators; see `pat_serve.masked`."""
         wide = load_masked_model(self._run.base.folder, self._run.folder, self._run.plan, dtype)
-        return self._ask(wide, prompts, f"trained model in {dtype}")
+        return self._ask(wide, dtype, prompts, f"trained model in {dtype}")
 
     def exact(self, dtype: torch.dtype, prompts: Prompts) -> Answers:
         """The rewritten tensors in a model of the files' config."""
@@ -71,7 +72,7 @@ class LoadedModels:
         tensors = narrow_tensors(self._run, list(narrow_shapes(self._run)), dtype, self._target)
         model.load_state_dict(dict(tensors), strict=False, assign=True)
         model.tie_weights()
-        return self._ask(model, prompts, "rewriting before it is rounded")
+        return self._ask(model, dtype, prompts, "rewriting before it is rounded")
 
     def exported(self, dtype: torch.dtype, prompts: Prompts) -> Answers:
         """The files, which must hold the tensors of their class and no others."""
@@ -83,10 +84,12 @@ class LoadedModels:
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if report[kind]:
                 raise _misfit(self._folder, f"{kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[0]}")
-        return self._ask(model.eval(), prompts, f"exported model in {dtype}")
+        return self._ask(model.eval(), dtype, prompts, f"exported model in {dtype}")
 
-    def _ask(self, model: Any, prompts: Prompts, description: str) -> Answers:
+    def _ask(self, model: Any, dtype: torch.dtype, prompts: Prompts, description: str) -> Answers:
         round_normalizer(model, self._target)
+        if dtype == torch.float64:
+            compute_norms_in_float64(model, self._run.base.family.norm_offset)
         return answer(model, prompts, description.replace("torch.", ""))
 
 
@@ -99,7 +102,7 @@ class WalkedModels:
     def trained(self, dtype: torch.dtype, prompts: Prompts) -> Answers:
         """Base, adapter and operators; see `pat_serve.masked`."""
         wide = open_masked_layerwise(self._run.base, self._run.folder, self._run.plan, dtype)
-        return self._ask(wide, prompts, f"trained model in {dtype}")
+        return self._ask(wide, dtype, prompts, f"trained model in {dtype}")
 
     def exact(self, dtype: torch.dtype, prompts: Prompts) -> Answers:
         """Every layer is rewritten when its turn comes."""
@@ -115,10 +118,13 @@ class WalkedModels:
         return self._narrow(StoredWeights(checkpoint), dtype, prompts, f"exported model in {dtype}")
 
     def _narrow(self, weights: Weights, dtype: torch.dtype, prompts: Prompts, description: str) -> Answers:
-        return self._ask(LayerwiseModel(meta_model(_config(self._folder)), weights, dtype), prompts, description)
+        model = LayerwiseModel(meta_model(_config(self._folder)), weights, dtype)
+        return self._ask(model, dtype, prompts, description)
 
-    def _ask(self, model: LayerwiseModel, prompts: Prompts, description: str) -> Answers:
+    def _ask(self, model: LayerwiseModel, dtype: torch.dtype, prompts: Prompts, description: str) -> Answers:
         round_normalizer(model.model, self._target)
+        if dtype == torch.float64:
+            compute_norms_in_float64(model.model, self._run.base.family.norm_offset)
         return answer_layerwise(model, prompts, description.replace("torch.", ""))
 
 

@@ -1,4 +1,4 @@
-"""16-bit files are the rewriting's nearest values, tensor by tensor."""
+"""Files are the rewriting's nearest values, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REORDERING = 1e-5
 
 
 def check_rounding(run: Run, folder: Path, dtype: torch.dtype, out: Path, *, same_machine: bool = True) -> None:
-    """Every tensor of 16-bit files is the float32 one's nearest value.
+    """Every tensor of the files is the float32 one's nearest value.
 
     Args:
         run: the run that they come from.

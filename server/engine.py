@@ -337,3 +337,18 @@ def submit(
         prompt_logprobs=prompt_logprobs,
     )
     llm.llm_engine.add_request(request_id, tokens_input(list(prompt)), sampling)
+
+
+def bound_message_queues(max_chunk_bytes: int) -> None:
+    """Give the queues that this process makes from now on chunks of at most so many bytes; there are ten to a queue."""
+    from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+
+    make = ShmRingBuffer.__init__
+
+    def make_bounded(
+        self: Any, n_reader: int, chunk_bytes: int, max_chunks: int, name: str | None = None, **others: Any
+    ) -> None:
+        # A queue that another process has made, and that is opened by name, keeps its size.
+        make(self, n_reader, chunk_bytes if name else min(chunk_bytes, max_chunk_bytes), max_chunks, name, **others)
+
+    ShmRingBuffer.__init__ = make_bounded

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.training.data import ALPACA, ALPACA_INPUT, encode_row, load_rows, parse_row
 from tests.tiny_models import tiny_tokenizer
@@ -27,6 +29,42 @@ def test_forms_of_a_row():
         (ALPACA.format(instruction="i"), "r"),
         ("[user] q [assistant] ", "a"),
     ]
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+STRIPPING = CHATML.replace("m.content", "m.content | trim")
+THINKING = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "ending"),
+    [
+        pytest.param(CHATML, "a b", "a b<|im_end|>", id="ChatML"),
+        pytest.param(LLAMA_2, "a b", "a b </s>", id="Llama 2"),
+        pytest.param(STRIPPING, "a b\n", "a b\n</s>", id="content changed"),
+        pytest.param(THINKING, "a b", "a b</s>", id="another opening than in the history"),
+        pytest.param("{% for m in messages %}{{ m.content }}|{% endfor %}", "a b", "a b</s>", id="no token at the end"),
+    ],
+)
+def test_a_chat_s_answer_ends_as_the_template_ends_a_turn(template: str, content: str, ending: str):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    row = parse_row(
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]}, "", tokenizer
+    )
+    example = encode_row(row, tokenizer, 200)
+    assert example is not None
+    labelled = [token for token in example["labels"] if token != IGNORED_LABEL]
+    assert tokenizer.decode(labelled).lstrip() == ending
+    assert labelled[-1] in tokenizer.added_tokens_decoder
 
 
 def test_the_loss_covers_the_response_and_its_end_alone():

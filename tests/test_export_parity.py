@@ -130,6 +130,54 @@ def test_the_gate_refuses_the_published_mistakes(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def amplifying_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose base multiplies rounding from layer to layer: in float32 even a right export is off by 1.2e-4."""
+    folder = tmp_path_factory.mktemp("amplifying")
+    base = save_tiny_llama(folder / "base", num_hidden_layers=16)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.3, generator=generator)
+    model.save_pretrained(base)
+    return random_run(folder / "run", base, scale_spread=1e-3)
+
+
+@pytest.mark.parametrize("walk", [False, True])
+def test_float64_judges_a_model_that_float32_cannot(walk: bool, amplifying_run: Path, tmp_path: Path):
+    parity = export_run(amplifying_run, tmp_path / "out", walk=walk).parity
+    assert parity is not None
+    exact = parity.comparisons[0]
+    assert (exact.model, exact.dtype) == ("exported, not rounded", "float64")
+    assert exact.figures.max_abs_over_std < 1e-10
+    own = next(found for found in parity.comparisons if found.model == "trained")
+    assert own.figures.max_abs_over_std > TOLERANCES[torch.float32].max_abs_over_std
+    assert "again in float64" in parity.notes[-1]
+
+
+@pytest.mark.parametrize("mistake", ["eps", "one number"])
+def test_a_mistake_does_not_hide_in_a_model_that_amplifies(
+    mistake: str, amplifying_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if mistake == "eps":
+        monkeypatch.setattr("pat_serve.export.narrow.narrow_eps", lambda eps, cut: eps)
+    else:
+        write = exporter._write_model
+
+        def write_damaged(run, folder: Path, *arguments, **settings) -> None:
+            write(run, folder, *arguments, **settings)
+            tensors = load_file(folder / "model.safetensors")
+            tensors["model.embed_tokens.weight"][7, 7] *= 1.00001
+            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+        monkeypatch.setattr(exporter, "_write_model", write_damaged)
+    with pytest.raises(ParityError, match="found"):
+        export_run(amplifying_run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_files_are_the_float32_ones_rounded(dtype: str, finished_run: Path, tmp_path: Path):
     export_run(finished_run, tmp_path / "exact", dtype="float32")

@@ -50,8 +50,6 @@ def container(image: str) -> Iterator[tuple[str, str]]:
         port = probe.getsockname()[1]
     name = f"pat-serve-test-{port}"
     guarded = [
-        "--shm-size",
-        "1g",
         "--read-only",
         "--tmpfs",
         "/tmp",

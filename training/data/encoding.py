@@ -70,6 +70,8 @@ class PadBatch:
 def encode_row(row: Row, tokenizer: Tokenizer, max_length_tokens: int) -> Example | None:
     """Token ids and labels of one example: <s> prompt completion </s>, labels on the completion and </s> alone.
 
+    A chat's prompt begins and its answer ends as its template has it.
+
     Returns:
         input_ids, attention_mask and labels of at most `max_length_tokens`; None when the prompt leaves no room for the
         response.
@@ -77,7 +79,7 @@ def encode_row(row: Row, tokenizer: Tokenizer, max_length_tokens: int) -> Exampl
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and not row.chat else []
     prompt = start + tokenizer.encode(row.prompt, add_special_tokens=False)
     completion = tokenizer.encode(row.completion, add_special_tokens=False)
-    if tokenizer.eos_token_id is not None:
+    if tokenizer.eos_token_id is not None and not row.ended:
         completion = [*completion, tokenizer.eos_token_id]
     if len(prompt) >= max_length_tokens:
         return None

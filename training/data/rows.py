@@ -30,6 +30,9 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     chat_template: Any
 
+    @property
+    def added_tokens_decoder(self) -> Any: ...  # noqa: D102
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...  # noqa: D102
 
     def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> str: ...  # noqa: D102
@@ -37,11 +40,19 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One example as text. `chat` prompts carry their own special tokens."""
+    """One example as text.
+
+    Attributes:
+        prompt: what is asked.
+        completion: the response.
+        chat: the prompt carries its own special tokens.
+        ended: the completion carries the end of its turn, so no end of text follows.
+    """
 
     prompt: str
     completion: str
     chat: bool = False
+    ended: bool = False
 
 
 def parse_row(row: dict[str, Any], where: str, tokenizer: Tokenizer) -> Row:
@@ -104,8 +115,10 @@ def _parse_messages(messages: Any, where: str, tokenizer: Tokenizer) -> Row:
             found="a tokenizer without one",
             fix="Use prompt/completion rows, or a chat model's tokenizer.",
         )
+    content = _text(messages[-1], "content", where)
     try:
         prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     # A template is a program of the model's author and may raise what it likes.
     except Exception as error:
         raise DataError(
@@ -114,7 +127,29 @@ def _parse_messages(messages: Any, where: str, tokenizer: Tokenizer) -> Row:
             found=first_line(error),
             fix="Change the row's roles, or leave it out.",
         ) from error
-    return Row(prompt=prompt, completion=_text(messages[-1], "content", where), chat=True)
+    turn = _ended_turn(whole.removeprefix(prompt), content, tokenizer) if whole.startswith(prompt) else None
+    return Row(prompt=prompt, completion=turn or content, chat=True, ended=turn is not None)
+
+
+def _ended_turn(turn: str, content: str, tokenizer: Tokenizer) -> str | None:
+    """The assistant's turn up to the token that a template ends it with: <|im_end|>, <|eot_id|>, </s>.
+
+    Args:
+        turn: what the template makes of it, without its opening.
+        content: the text in it.
+        tokenizer: knows which texts are tokens of their own.
+
+    Returns:
+        None of a template that ends a turn with no such token, or changes the content: the end of text is as good then.
+        What separates the turn from a next one, a line feed mostly, is not the model's to say.
+    """
+    before, found, rest = turn.partition(content)
+    if not found or before.strip():
+        return None
+    ends = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    end = max((token for token in ends if rest.lstrip().startswith(token)), key=len, default=None)
+    space = rest[: len(rest) - len(rest.lstrip())]
+    return None if end is None else before + content + space + end
 
 
 def _text(row: dict[str, Any], field: str, where: str) -> str:

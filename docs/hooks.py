@@ -1,0 +1,74 @@
+"""mkdocs hooks: pages that are made from what is elsewhere in the tree, and links for file names.
+
+The start page is README.md, the commands' page is what `--help` knows, by typer's own generator.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+# Command, its module, and its function where the module holds one command.
+COMMANDS = (
+    ("pat-train", "pat_serve.cli.train", "train"),
+    ("pat-export", "pat_serve.cli.export", "export"),
+    ("pat-export verify", "pat_serve.cli.verify", "verify"),
+    ("pat-export card", "pat_serve.cli.card", "card"),
+    ("pat-serve", "pat_serve.cli.serve", "serve"),
+    ("pat-bench", "pat_serve.cli.bench", None),
+    ("pat-eval", "pat_serve.cli.eval", "evaluate"),
+    ("pat-demo", "pat_serve.cli.demo", "demo"),
+)
+# typer's own, which the commands do not have.
+_COMPLETION = re.compile(r"^\* `--(install|show)-completion`.*\n", re.M)
+_PAGE = re.compile(r"`docs/([\w-]+)\.md`")
+# A list that follows a paragraph's line is one on GitHub, and needs a blank line before it in a page.
+_LIST = re.compile(r"^(?![-*] |\d+\. |\s|\||#|$)(.*)\n(?=[-*] )", re.M)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made."""
+    pages = {
+        "index.md": (ROOT / "README.md").read_text(encoding="utf-8"),
+        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "commands.md": "# Commands\n\n" + "\n".join(_help(*command) for command in COMMANDS),
+        "recipes.md": _recipes(),
+    }
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: MkDocsConfig, files: Files) -> str:
+    """Turn the names of pages into links to them."""
+    linked = _PAGE.sub(
+        lambda name: f"[`docs/{name[1]}.md`]({name[1]}.md)" if files.src_uris.get(f"{name[1]}.md") else name[0],
+        markdown,
+    )
+    # README's links and pictures start at the root of the tree.
+    return _LIST.sub(r"\1\n\n", linked.replace("](docs/", "]("))
+
+
+def _help(command: str, module: str, function: str | None) -> str:
+    chosen = ["--func", function] if function else []
+    typer = [sys.executable, "-m", "typer", *chosen, module, "utils", "docs", "--name", command]
+    done = subprocess.run(typer, capture_output=True, text=True, check=True, cwd=ROOT)
+    # One level down: each is a chapter of the page.
+    return _COMPLETION.sub("", re.sub(r"^(#+ )", r"#\1", done.stdout, flags=re.M))
+
+
+def _recipes() -> str:
+    texts = [
+        "# Recipes by family and size\n",
+        "`pat-train --config recipes/NAME.yaml --data train.jsonl --out run/`:\n",
+    ]
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        texts.append(f"## {path.stem}\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```\n")
+    return "\n".join(texts)

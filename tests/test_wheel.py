@@ -1,0 +1,91 @@
+"""What a release holds: a wheel built from these sources, installed away from them, runs every command."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pat_serve.version import __version__
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pat_serve", "training", "export", "server")
+SCRIPTS = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"])
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy, since a build leaves folders beside its sources; the links lead to the copies of what they link to.
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            skip = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / "source" / name, symlinks=True, ignore=skip)
+        else:
+            (folder / "source").mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, folder / "source")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
+    subprocess.run([*build, "--wheel-dir", str(folder)], cwd=folder / "source", check=True)
+    [built] = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of commands of an environment that has the wheel; what it depends on is lent by this one."""
+    venv = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    site = next((venv / "lib").glob("python3.*/site-packages"))
+    # Before the .pth file, else pip would find the editable install and call it done.
+    install = [sys.executable, "-m", "pip", "--python", str(venv / "bin/python"), "install", "--quiet", "--no-deps"]
+    subprocess.run([*install, str(wheel)], check=True)
+    # A plain path: it comes after this environment's own packages, and the .pth of the editable install is not read.
+    (site / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return venv / "bin"
+
+
+def test_contents(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.name == f"pat_serve-{__version__}-py3-none-any.whl"
+    assert {name.split("/")[0] for name in names} == {"pat_serve", f"pat_serve-{__version__}.dist-info"}
+    # Every module, through the links too, and every file that is no module.
+    shipped = {name for name in names if name.startswith("pat_serve/")}
+    sources = {
+        f"pat_serve/{path.relative_to(ROOT) if stage else path.relative_to(ROOT / 'pat_serve')}"
+        for folder, stage in ((ROOT / "pat_serve", False), *((ROOT / name, True) for name in SOURCES[-3:]))
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not (stage is False and _linked(path))
+    }
+    assert shipped == sources
+
+
+def _linked(path: Path) -> bool:
+    return any(parent.is_symlink() for parent in path.parents)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_command_helps(installed: Path, tmp_path: Path, script: str) -> None:
+    assert {path.name for path in installed.glob("pat-*")} == set(SCRIPTS)
+    done = subprocess.run([installed / script, "--help"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    assert "Example" in done.stdout or script == "pat-demo"
+
+
+def test_the_installed_package_is_the_wheels(installed: Path, tmp_path: Path) -> None:
+    script = (
+        "import pat_serve, importlib.metadata as m; print(pat_serve.__file__); "
+        "print(sorted({e.group for e in m.distribution('pat-serve').entry_points}))"
+    )
+    done = subprocess.run(
+        [installed / "python", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    location, groups = done.stdout.splitlines()
+    assert location.startswith(str(installed.parent))
+    assert groups == "['console_scripts', 'vllm.endpoint_plugins', 'vllm.general_plugins']"
