@@ -34,7 +34,10 @@ class Subject:
         self._source = str(source)
         self.backend = backend
         self._load_tokenizer = load_tokenizer
-        self.folder, self._parameters = (None, None) if is_url(str(source)) else _open(str(source))
+        self.folder: Path | None = None
+        self._parameters: int | None = None
+        if not is_url(self._source):
+            self.folder, self._parameters = _open(self._source)
 
     @cached_property
     def sha256(self) -> str | None:
