@@ -105,13 +105,17 @@ def test_gate(bound: str, code: int, models: list[Path], text: Path, tmp_path: P
         (["--text", "TEXT", "--context-tokens", "64", "--stride", "65"], "at most --context-tokens 64"),
         (["--tasks", "pat14_cope"], "Near it|lm-eval ls tasks"),
         (["--text", "TEXT", "--gate", "GATE"], "a reference and a model"),
+        (["--tasks", "pat14_copa", "--gate", "GATE", "SECOND"], "something that is measured: none is"),
     ],
 )
 def test_usage(arguments: list[str], message: str, models: list[Path], text: Path, tmp_path, monkeypatch, capsys):
     import re
 
     (tmp_path / "gate.yaml").write_text("bounds: [ppl <= 1x]")
-    filled = [{"TEXT": str(text), "GATE": str(tmp_path / "gate.yaml")}.get(word, word) for word in arguments]
+    filled = [
+        {"TEXT": str(text), "GATE": str(tmp_path / "gate.yaml"), "SECOND": str(models[1])}.get(word, word)
+        for word in arguments
+    ]
     assert run(monkeypatch, eval_command, models[0], *filled) in (1, 2)
     assert re.search(message, capsys.readouterr().err)
 

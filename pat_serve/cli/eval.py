@@ -162,13 +162,17 @@ def _check_bounds(bounds: list[Bound], models: list[str], plan: Plan) -> None:
         raise UsageError(
             "--gate", expected="a reference and a model", found="one model", fix="Name the reference first."
         )
+    texts = [part.name for part in (plan.responses, *plan.texts) if part is not None]
     for bound in bounds:
-        if bound.metric == "ppl" and not (plan.responses or plan.texts):
+        known = texts if bound.metric == "ppl" else list(plan.tasks)
+        # Of a task's measures only lm-eval knows the names, and a group has members.
+        named = bound.of is None or bound.of in known or bound.metric != "ppl"
+        if not (known and named):
             raise UsageError(
                 f"the bound {bound.text}",
-                expected="text to measure",
-                found="none of --data, --text, --wikitext2",
-                fix="Give the one that it is about.",
+                expected=f"something that is measured: {', '.join(known) or 'none is'}",
+                found=bound.of or bound.metric,
+                fix="Give the --data, --text, --wikitext2 or --tasks that it is about.",
             )
 
 
