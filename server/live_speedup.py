@@ -206,7 +206,7 @@ def _judge(
         candidate=_record(pruned, shapes[1], warm_ups[1]),
         regimes=regimes,
         average=None,
-        stopped=f"{len(rounds)} rounds, as asked for",
+        stopped=f"{len(rounds)} rounds were asked for",
         verdict=verdict,
         reason=reason,
         advice=advice if verdict is Verdict.INCONCLUSIVE else (),
