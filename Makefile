@@ -7,8 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= demo-out
+MINUTES ?= 30
+STUDY_OUT ?= study-out
+SIZE ?= small
+TEXTS ?=
 
-.PHONY: help demo test test-all docker-test check fix docs lock setup clean
+.PHONY: help demo study test test-all docker-test soak check fix docs lock setup clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -22,6 +26,9 @@ $(READY): requirements/cpu.lock pyproject.toml requirements/setup.sh
 demo: $(READY) ## train, prune, export, serve, ask, measure: the whole way on a CPU, into demo-out/
 	$(BIN)/pat-demo --out $(OUT)
 
+study: $(READY) ## quality against speed at four ratios, with seeds: hours, goes on where it stopped; TEXTS=folder SIZE=tiny
+	$(BIN)/python -m benchmarks.study --out $(STUDY_OUT) --size $(SIZE) $(if $(TEXTS),--data $(TEXTS)) --sweep hio --sweep identity
+
 test: $(READY) ## the tests, real vLLM included
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not docker'
 
@@ -30,6 +37,9 @@ test-all: $(READY) ## the tests that take long too
 
 docker-test: $(READY) ## build the image, run it, ask it, stop it; needs a Docker engine
 	$(BIN)/pytest -s -m docker tests/docker
+
+soak: $(READY) ## half an hour of mixed load; MINUTES=5 for less
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 check: $(READY) ## ruff, mypy strict, import rules
 	$(BIN)/ruff check .

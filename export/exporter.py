@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +23,7 @@ from pat_serve.export.formats.quality import QuantizationQuality, require_compre
 from pat_serve.export.formats.quantize import quantize_export
 from pat_serve.export.formats.schemes import scheme_named
 from pat_serve.export.hashes import hash_files
+from pat_serve.export.measured import quality_section
 from pat_serve.export.narrow import dry_run, narrow_config, narrow_shapes, rewriting_of
 from pat_serve.export.parity import EXACT, Parity, measure_parity
 from pat_serve.export.reader import Run, open_run
@@ -68,6 +69,7 @@ def export_run(
     quantize: str | None = None,
     tp: tuple[int, ...] = (),
     gguf: bool = False,
+    accept: Callable[[Path, Path], dict[str, Any]] | None = None,
 ) -> Exported:
     """Rewrite a run's base as a standard narrower checkpoint.
 
@@ -84,6 +86,8 @@ def export_run(
         quantize: "int8" or "fp8" for the decoder's linears; `dtype` is then that of everything else.
         tp: tensor-parallel degrees that the model has to serve at.
         gguf: write model.gguf too.
+        accept: looks at the finished model, given its folder and the base's, and raises when it shall not be; what it
+            returns, pat-eval's report as JSON, goes into the record and the card.
 
     Raises:
         PatServeError: anything that a user can mend; `out` is as it was then.
@@ -114,9 +118,12 @@ def export_run(
         _carry_files(run, staging)
         if gguf:
             write_gguf(staging)
-        record = provenance(run, _name(target), outcome, scheme, quality, fitness) | {"files": hash_files(staging)}
+        kept = {"quality": accept(staging, run.base.folder)} if accept else {}
+        record = provenance(run, _name(target), outcome, scheme, quality, fitness) | kept
+        record["files"] = hash_files(staging)
         (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (staging / "README.md").write_text(model_card(record), encoding="utf-8")
+        measured = quality_section(record["quality"]) if kept else None
+        (staging / "README.md").write_text(model_card(record, measured), encoding="utf-8")
     return Exported(out=out, record=record, parity=outcome, quality=quality)
 
 

@@ -28,7 +28,9 @@ def rewrite_card(folder: Path, *, speedup: Path | None = None, quality: Path | N
         if speedup is not None:
             sections.append(_speed(_read(speedup, "JSON of pat-bench speedup"), record, speedup))
         if quality is not None:
-            sections.append(_quality(_read(quality, "JSON of pat-eval --json")))
+            sections.append(_quality(_read(quality, "JSON of pat-eval --json"), record, quality))
+        elif record.get("quality"):
+            sections.append(quality_section(record["quality"]))
         card = model_card(record, "\n\n".join(sections) or None)
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
@@ -63,22 +65,35 @@ def _speed(result: dict[str, Any], record: dict[str, Any], path: Path) -> str:
     )
 
 
-def _quality(result: dict[str, Any]) -> str:
-    first = result["results"][0]["perplexity"]
-    rows = [
-        f"| {Path(line['model']).name} | {line['perplexity']:.3f} | {line['perplexity'] / first:.3f}x "
-        f"| {line['tokens']} |"
-        for line in result["results"]
-    ]
+def quality_section(report: dict[str, Any]) -> str:
+    """Every measure of a report of pat-eval, as a table of the card."""
+    rows = []
+    for measure in report["measures"]:
+        for result in measure["results"]:
+            versus = result["versus_first"] or {}
+            interval = f"{versus['low']:.3f} to {versus['high']:.3f}" if versus.get("low") is not None else ""
+            ratio = f"{versus['ratio']:.3f}x" if versus.get("ratio") is not None else ""
+            rows.append(
+                f"| {measure['name']} | {Path(result['model']).name} | {result['value']:.4g} | {ratio} | {interval} "
+                f"| {result['items']} |"
+            )
     return "\n".join(
         [
-            f"Perplexity of the responses in {Path(result['data']).name}:",
+            f"Quality, by pat-eval, {report['date'][:10]}; each model against the first on the same items:",
             "",
-            "| model | perplexity | to the first | tokens |",
-            "|---|---|---|---|",
+            "| measure | model | value | to the first | 95 % interval | items |",
+            "|---|---|---|---|---|---|",
             *rows,
         ]
     )
+
+
+def _quality(report: dict[str, Any], record: dict[str, Any], path: Path) -> str:
+    width = record["hidden_size"]["exported"]
+    widths = [model["hidden_size"] for model in report["models"]]
+    if width not in widths:
+        raise _mismatch(path, f"a report with a model of hidden_size {width} in it", f"hidden_size {widths}")
+    return quality_section(report)
 
 
 def _read(path: Path, expected: str) -> dict[str, Any]:

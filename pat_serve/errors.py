@@ -19,6 +19,8 @@
     │   ├── Diverged                       training came to numbers that are not finite
     │   └── EmptyMask                      the gate closed on every channel
     ├── ParityError               exit 1   the exported model is not the trained one
+    ├── QualityError              exit 1   the exported model lost more than was allowed
+    │   └── UnclearQuality        exit 3   the data cannot say whether it did
     ├── HubError                  exit 1   the Hugging Face hub was not reached or refused
     ├── EngineError               exit 1   a vLLM engine did not start, or died
     ├── MissingExtra              exit 1   an optional dependency is not installed
@@ -109,6 +111,13 @@ class EmptyMask(RunError): ...
 
 
 class ParityError(PatServeError): ...
+
+
+class QualityError(PatServeError): ...
+
+
+class UnclearQuality(QualityError):
+    exit_code = 3
 
 
 class HubError(PatServeError): ...

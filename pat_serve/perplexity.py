@@ -38,13 +38,23 @@ class Perplexity:
 def measure_perplexity(
     folder: Path, examples: Sequence[dict[str, list[int]]], *, dtype: torch.dtype, batch_size: int = 16
 ) -> Perplexity:
-    """Load a checkpoint with AutoModelForCausalLM and measure it.
+    """Load a checkpoint with AutoModelForCausalLM and measure it; see `measure_nll` for the arguments."""
+    return summarize_nll(*measure_nll(folder, examples, dtype=dtype, batch_size=batch_size))
+
+
+def measure_nll(
+    folder: Path, examples: Sequence[dict[str, list[int]]], *, dtype: torch.dtype, batch_size: int = 16
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of every example, by a checkpoint that AutoModelForCausalLM loads.
 
     Args:
         folder: a local checkpoint.
         examples: `input_ids` and `labels` each, where -100 marks a token that does not count.
         dtype: to compute in; log-likelihoods are summed in float64.
         batch_size: examples at a time.
+
+    Returns:
+        sums_N in nats and counts_N of labelled tokens, in the examples' order.
     """
     from transformers import AutoModelForCausalLM
 
@@ -52,15 +62,13 @@ def measure_perplexity(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     # Neighbours in length share a batch, so that little is padding.
-    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
-    batches = [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
-    sums: list[Tensor] = []
-    counts: list[Tensor] = []
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    sums_N = torch.zeros(len(examples), dtype=torch.float64)
+    counts_N = torch.zeros(len(examples), dtype=torch.long)
     for batch in track(batches, f"perplexity of {folder.name}", len(batches)):
-        nll, count = _batch_nll(model, batch, device)
-        sums.append(nll)
-        counts.append(count)
-    return summarize_nll(torch.cat(sums), torch.cat(counts))
+        sums_N[batch], counts_N[batch] = _batch_nll(model, [examples[index] for index in batch], device)
+    return sums_N, counts_N
 
 
 def summarize_nll(sums_N: Tensor, counts_N: Tensor) -> Perplexity:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pat_serve.server.http_errors import HttpError, InvalidRequestError
@@ -31,7 +31,11 @@ class Admission:
         self.draining = False
         self.sequences = 0
         self.requests = 0
+        # Since the start.
+        self.admitted = 0
         self._by_key: Counter[str] = Counter()
+        # Called whenever a place was taken or given back.
+        self.changed: Callable[[], None] = lambda: None
 
     @contextmanager
     def admit(self, key: str, sequences: int) -> Iterator[None]:
@@ -65,7 +69,9 @@ class Admission:
             )
         self.sequences += sequences
         self.requests += 1
+        self.admitted += 1
         self._by_key[key] += 1
+        self.changed()
         try:
             yield
         finally:
@@ -74,3 +80,4 @@ class Admission:
             self._by_key[key] -= 1
             if not self._by_key[key]:
                 del self._by_key[key]
+            self.changed()

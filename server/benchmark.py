@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 
-from pat_serve.server.connection import while_connected
+from pat_serve.server.benchmark_roofline import roofline
 from pat_serve.server.engine import Engine
+from pat_serve.server.exclusive import Exclusive
 from pat_serve.server.generation import RequestTimes
-from pat_serve.server.http_errors import HttpError, InvalidRequestError
-from pat_serve.server.limits import BENCHMARK_TIMEOUT_S, LimitError, check_benchmark
+from pat_serve.server.http_errors import InvalidRequestError
+from pat_serve.server.limits import LimitError, check_benchmark
 from pat_serve.server.measure import Run, Shape, measure_latency, measure_throughput
 from pat_serve.server.readiness import Readiness
 from pat_serve.server.schemas import (
@@ -27,18 +28,22 @@ from pat_serve.server.schemas import (
     ThroughputResponse,
     ThroughputSummary,
 )
-from pat_serve.server.statistics import summarize
-
-T = TypeVar("T")
+from pat_serve.server.statistics import median_interval, percentile, summarize
 
 
 async def latency(
-    engine: Engine, readiness: Readiness, lock: asyncio.Lock, body: LatencyRequest, http: Request
+    engine: Engine,
+    baseline: Engine | None,
+    readiness: Readiness,
+    exclusive: Exclusive,
+    body: LatencyRequest,
+    http: Request,
 ) -> LatencyResponse:
     """Run the latency benchmark.
 
     Raises:
-        HttpError: 400 the requests do not fit the model, 409 another benchmark runs, 503 it took too long.
+        HttpError: 400 the requests do not fit the model, 409 another benchmark runs or users are being served, 503 it
+            took too long.
         ClientGoneError: the client left; nothing of the benchmark runs on.
     """
     work = measure_latency(
@@ -50,11 +55,23 @@ async def latency(
         seed=body.seed,
         on_token=readiness.note_token,
     )
-    runs = await _alone(lock, http, work)
-    requests = [times for run in runs for times in run.requests]
+    runs, others = await exclusive.run(http, work, force=body.force)
+    groups = [run.requests for run in runs]
+    latencies = await asyncio.to_thread(_latencies, groups)
+    tpot: SummaryBody | None = latencies["tpot_s"]
     return LatencyResponse(
         model=engine.model_name,
         settings=body,
+        other_requests=others,
+        roofline=roofline(
+            engine,
+            baseline,
+            batch_size=body.batch_size,
+            prompt_tokens=body.prompt_tokens,
+            output_tokens=body.output_tokens,
+            prefill_s=percentile([max(times.ttft_s or 0.0 for times in group) for group in groups], 50),
+            decode_step_s=None if tpot is None else tpot.median,
+        ),
         rounds=[
             RoundFigures(
                 duration_s=run.duration_s,
@@ -65,20 +82,26 @@ async def latency(
             for run in runs
         ],
         summary=LatencySummary(
-            **_latencies(requests),
-            output_tokens_per_s=_summary([run.output_tokens_per_s for run in runs]),
-            requests_per_s=_summary([run.requests_per_s for run in runs]),
+            **latencies,
+            output_tokens_per_s=_summary([[run.output_tokens_per_s] for run in runs]),
+            requests_per_s=_summary([[run.requests_per_s] for run in runs]),
         ),
     )
 
 
 async def throughput(
-    engine: Engine, readiness: Readiness, lock: asyncio.Lock, body: ThroughputRequest, http: Request
+    engine: Engine,
+    baseline: Engine | None,
+    readiness: Readiness,
+    exclusive: Exclusive,
+    body: ThroughputRequest,
+    http: Request,
 ) -> ThroughputResponse:
     """Run the throughput benchmark.
 
     Raises:
-        HttpError: 400 the requests do not fit the model, 409 another benchmark runs, 503 it took too long.
+        HttpError: 400 the requests do not fit the model, 409 another benchmark runs or users are being served, 503 it
+            took too long.
         ClientGoneError: the client left; nothing of the benchmark runs on.
     """
     work = measure_throughput(
@@ -91,15 +114,23 @@ async def throughput(
         seed=body.seed,
         on_token=readiness.note_token,
     )
-    run = await _alone(lock, http, work)
+    run, others = await exclusive.run(http, work, force=body.force)
     tokens = run.output_tokens + body.prompt_tokens * len(run.requests)
     return ThroughputResponse(
         model=engine.model_name,
         settings=body,
+        other_requests=others,
+        roofline=roofline(
+            engine,
+            baseline,
+            batch_size=body.concurrency,
+            prompt_tokens=body.prompt_tokens,
+            output_tokens=body.output_tokens,
+        ),
         duration_s=run.duration_s,
         requests=_figures(run),
         summary=ThroughputSummary(
-            **_latencies(run.requests),
+            **await asyncio.to_thread(_latencies, [[times] for times in run.requests]),
             output_tokens_per_s=run.output_tokens_per_s,
             total_tokens_per_s=tokens / run.duration_s,
             requests_per_s=run.requests_per_s,
@@ -113,19 +144,6 @@ def _shape(engine: Engine, body: LatencyRequest | ThroughputRequest) -> Shape:
     except LimitError as error:
         raise InvalidRequestError(str(error), error.param) from error
     return Shape(prompt_tokens=body.prompt_tokens, output_tokens=body.output_tokens, vocab_size=engine.vocab_size)
-
-
-async def _alone(lock: asyncio.Lock, http: Request, work: Coroutine[Any, Any, T]) -> T:
-    if lock.locked():
-        work.close()
-        raise HttpError(409, "busy", "another benchmark is running; two at once would measure each other")
-    async with lock:
-        try:
-            async with asyncio.timeout(BENCHMARK_TIMEOUT_S):
-                return await while_connected(http, work)
-        except TimeoutError:
-            message = f"the benchmark took longer than {BENCHMARK_TIMEOUT_S:g} s and was stopped; ask for less"
-            raise HttpError(503, "benchmark_timeout", message) from None
 
 
 def _figures(run: Run) -> list[RequestFigures]:
@@ -142,14 +160,21 @@ def _figures(run: Run) -> list[RequestFigures]:
     ]
 
 
-def _latencies(requests: Sequence[RequestTimes]) -> dict[str, Any]:
-    tpots = [times.tpot_s for times in requests if times.tpot_s is not None]
+def _latencies(groups: Sequence[Sequence[RequestTimes]]) -> dict[str, Any]:
+    """Summaries of requests; those of a group ran together."""
+    tpots = [[times.tpot_s for times in group if times.tpot_s is not None] for group in groups]
     return {
-        "ttft_s": _summary([times.ttft_s for times in requests if times.ttft_s is not None]),
-        "tpot_s": _summary(tpots) if tpots else None,
-        "e2e_s": _summary([times.e2e_s for times in requests]),
+        "ttft_s": _summary([[times.ttft_s for times in group if times.ttft_s is not None] for group in groups]),
+        "tpot_s": _summary(tpots) if any(tpots) else None,
+        "e2e_s": _summary([[times.e2e_s for times in group] for group in groups]),
     }
 
 
-def _summary(samples: Sequence[float]) -> SummaryBody:
-    return SummaryBody(**asdict(summarize(samples)))
+def _summary(groups: Sequence[Sequence[float]]) -> SummaryBody:
+    interval = median_interval(groups)
+    return SummaryBody(
+        **asdict(summarize([sample for group in groups for sample in group])),
+        median_low=interval.low,
+        median_high=interval.high,
+        confidence=interval.confidence,
+    )

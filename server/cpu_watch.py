@@ -5,24 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import psutil
 
-from pat_serve.server.worker_process import EngineProcess
+
+class Runner(Protocol):
+    """Processes whose CPU time can be told."""
+
+    def cpu_s(self) -> float:
+        """CPU seconds that they have used so far."""
+        ...
 
 
 class CpuWatch:
-    """Adds up CPU time over turns. The kernel counts in ticks of about 10 ms: too coarse for a few tiny turns."""
+    """Adds up CPU time over turns. The kernel counts in ticks of about 10 ms: too coarse for a few tiny turns.
 
-    def __init__(self) -> None:
+    Args:
+        front: works for whichever engine has its turn, so its time is nobody else's.
+    """
+
+    def __init__(self, front: Runner | None = None) -> None:
+        self._front = front
         self._elapsed_s = self._other_s = self._waiting_s = 0.0
 
     @contextmanager
-    def turn(self, running: EngineProcess, waiting: EngineProcess) -> Iterator[None]:
+    def turn(self, running: Runner, waiting: Runner) -> Iterator[None]:
         """One engine's turn."""
-        begun_s, before = time.monotonic(), _count(running, waiting)
+        begun_s, before = time.monotonic(), self._count(running, waiting)
         yield
-        busy_s, running_s, waiting_s = (now - then for now, then in zip(_count(running, waiting), before, strict=True))
+        busy_s, running_s, waiting_s = (
+            now - then for now, then in zip(self._count(running, waiting), before, strict=True)
+        )
         self._elapsed_s += time.monotonic() - begun_s
         self._other_s += busy_s - running_s - waiting_s
         self._waiting_s += waiting_s
@@ -38,9 +52,10 @@ class CpuWatch:
         """Share of one core that the waiting engine used."""
         return self._waiting_s / self._elapsed_s
 
-
-def _count(running: EngineProcess, waiting: EngineProcess) -> tuple[float, float, float]:
-    times = psutil.cpu_times()
-    # Linux counts a guest's time in user as well, so the two guest columns stay out.
-    busy_s = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
-    return float(busy_s), running.cpu_s(), waiting.cpu_s()
+    def _count(self, running: Runner, waiting: Runner) -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        # Linux counts a guest's time in user as well, so the two guest columns stay out.
+        busy_s = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
+        if self._front is not None:
+            busy_s -= self._front.cpu_s()
+        return float(busy_s), running.cpu_s(), waiting.cpu_s()

@@ -22,6 +22,7 @@ from pat_serve.errors import EngineError, UsageError
 from pat_serve.server.admission import RETRY_AFTER_S
 from pat_serve.server.generation import EngineTimes, Piece, Sampling
 from pat_serve.server.http_errors import HttpError, InvalidRequestError
+from pat_serve.server.sequence_watch import watch
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,15 @@ class Engine:
         self.max_model_len: int = client.model_config.max_model_len
         self.vocab_size: int = client.model_config.get_vocab_size()
         self.max_num_seqs: int = client.vllm_config.scheduler_config.max_num_seqs
+        self.hidden_size: int = client.model_config.get_hidden_size()
+        watch(client.output_processor)
+        self.max_step_tokens: int = client.vllm_config.scheduler_config.max_num_batched_tokens
+        self.config: dict[str, Any] = client.model_config.hf_text_config.to_dict()
+        self.dtype = str(client.model_config.dtype).removeprefix("torch.")
+        self.quantized = client.model_config.quantization is not None
+        self.eager = bool(client.model_config.enforce_eager)
+        # `error.type` and message of what it is asked once it is dead.
+        self.death = "engine_dead", "the engine has stopped; the server is shutting down"
         # Of any request, whichever route it came by; on the monotonic clock.
         self.last_token_s: float | None = None
         # Called once, in a thread of its own, before a signal's shutdown stops the engine; may block.
@@ -51,6 +61,18 @@ class Engine:
     def dead(self) -> bool:
         """Whether the engine's process has ended or reported a fatal error."""
         return bool(self._client.errored)
+
+    def abort_all(self) -> None:
+        """End all its requests, on the event loop; vLLM stops reading an engine's output before it has said so."""
+        requests = self._client.output_processor
+        requests.abort_requests(list(requests.request_states), internal=True)
+
+    def stop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End its requests and its processes, from another thread than the loop's."""
+        _expect_its_end()
+        with suppress(RuntimeError):  # the loop has ended: nobody waits
+            loop.call_soon_threadsafe(self.abort_all)
+        self._client.shutdown(timeout=0)
 
     async def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, whole and with the special tokens that the tokenizer adds. Off the event loop."""
@@ -90,7 +112,7 @@ class Engine:
             headers = {"Retry-After": str(RETRY_AFTER_S)}
             raise HttpError(int(error.http_status), "overloaded", str(error), headers=headers) from error
         except EngineDeadError as error:
-            raise HttpError(503, "engine_dead", "the engine has stopped; the server is shutting down") from error
+            raise HttpError(503, *self.death) from error
         except VLLMError as error:
             logger.exception("a generation failed")
             raise HttpError(
@@ -191,6 +213,8 @@ def serve(args: Namespace, uvicorn_options: Mapping[str, Any]) -> None:
         # Inherited by every connection. Left alone the kernel keeps megabytes for a client that does not read.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         uvloop.run(run_server_worker(address, listener, args, **uvicorn_options))
+    except EngineError:
+        raise
     except Exception as error:
         logger.debug("the server ended with an error", exc_info=True)
         raise EngineError(
@@ -234,9 +258,7 @@ def attach(client: Any, args: Namespace) -> Engine:
             if not args.engine_died and threading.current_thread() is not threading.main_thread():
                 engine.before_stop()
         if not args.engine_died:
-            # vLLM's reader of the engine's output may see the engine go before it is stopped itself, and would log a
-            # traceback of what is an orderly end.
-            logging.getLogger("vllm.v1.engine.async_llm").addFilter(lambda record: record.levelno < logging.ERROR)
+            _expect_its_end()
             if not timeout:
                 end_requests()
         shut_down(timeout=timeout)
@@ -244,11 +266,7 @@ def attach(client: Any, args: Namespace) -> Engine:
 
     def end_requests() -> None:
         with suppress(RuntimeError):  # the loop has ended: nobody waits
-            loop.call_soon_threadsafe(abort_all)
-
-    def abort_all() -> None:
-        requests = client.output_processor
-        requests.abort_requests(list(requests.request_states), internal=True)
+            loop.call_soon_threadsafe(engine.abort_all)
 
     client.shutdown = note_and_shut_down
     process_outputs = client.output_processor.process_outputs
@@ -260,6 +278,53 @@ def attach(client: Any, args: Namespace) -> Engine:
 
     client.output_processor.process_outputs = note_and_process
     return engine
+
+
+def _expect_its_end() -> None:
+    # vLLM's reader of an engine's output may see the engine go before it is stopped itself, and would log a traceback
+    # of what is an orderly end.
+    logging.getLogger("vllm.v1.engine.async_llm").addFilter(lambda record: record.levelno < logging.ERROR)
+
+
+def second_engine(args: Namespace, model: str) -> Engine:
+    """Start another model in processes of its own, with the flags of the server's. Blocks; on the event loop.
+
+    It keeps the statistics of each request, as the first does, and reports no metrics: vLLM's have one engine's place.
+
+    Raises:
+        EngineError: it does not start.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    class Silent(PrometheusStatLogger):  # type: ignore[misc]  # vLLM's sources are not followed by mypy
+        """In the place of vLLM's own, which would unregister the first engine's metrics."""
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def record(self, *_: Any, **__: Any) -> None: ...
+
+        def log_engine_initialized(self) -> None: ...
+
+    own = {"model": model, "served_model_name": None, "tokenizer": None, "revision": None, "tokenizer_revision": None}
+    engine_args = AsyncEngineArgs.from_cli_args(Namespace(**(vars(args) | own)))
+    try:
+        client = AsyncLLM.from_vllm_config(
+            engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER),
+            stat_loggers=[] if args.disable_log_stats else [Silent],
+            disable_log_stats=True,
+        )
+    except Exception as error:
+        logger.debug("the second engine did not start", exc_info=True)
+        raise EngineError(
+            f"--baseline {model}",
+            expected="a second vLLM engine that starts",
+            found=_one_line(error),
+            fix="The engine's log above has the root cause; without --baseline the server starts alone.",
+        ) from error
+    return Engine(client, model)
 
 
 def _one_line(error: Exception) -> str:

@@ -5,21 +5,18 @@ A plain ASGI class: a function middleware would hide a client's disconnect from 
 
 from __future__ import annotations
 
-import logging
-
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pat_serve.server.admission import Admission
 from pat_serve.server.body_check import ModelBounds, check_body, check_containers
 from pat_serve.server.deadline import within_deadline
+from pat_serve.server.exchange import NO_KEY, current
 from pat_serve.server.http_errors import HttpError
 from pat_serve.server.policy import Policy
 from pat_serve.server.request_bounds import check_headers, check_length, header, read_body, replay
 
-logger = logging.getLogger(__name__)
-
 # Whose bodies pydantic checks in full, in the routes' own models.
-_OWN = ("/generate", "/benchmark/")
+_OWN = ("/generate", "/baseline/generate", "/benchmark/")
 # A benchmark has bounds of its own and takes longer than a request may.
 _UNTIMED = ("/benchmark/",)
 # The engine does not hear of these.
@@ -54,20 +51,23 @@ class Front:
             await send({"type": "websocket.close", "code": 1008})
             return
         gate: Gate = scope["app"].state.pat_serve_gate
-        key = None
+        exchange = current.get()
         try:
             check_headers(scope)
             key = authorize(scope, gate.policy)
+            if exchange is not None:
+                exchange.key = key
             await self._admitted(gate, key, scope, receive, send)
         except HttpError as error:
-            # %r: a path may hold anything.
-            logger.info("%s %r refused: %d %s, key %s", scope["method"], scope["path"], error.status, error.kind, key)
             await error.response()(scope, receive, send)
 
     async def _admitted(self, gate: Gate, key: str, scope: Scope, receive: Receive, send: Send) -> None:
         body = await read_body(scope, receive, gate.policy)
         if body is None:
             return
+        exchange = current.get()
+        if exchange is not None:
+            exchange.request_bytes = len(body)
         check_length(scope, body)
         path, sequences = scope["path"], 1
         check_containers(body)
@@ -94,7 +94,7 @@ def authorize(scope: Scope, policy: Policy) -> str:
         HttpError: 401.
     """
     if not policy.keys.keys or scope["path"] in policy.open_paths:
-        return "none"
+        return NO_KEY
     owner = policy.keys.owner(header(scope, b"authorization"))
     if owner is None:
         raise HttpError(

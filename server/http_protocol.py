@@ -21,20 +21,25 @@ from pat_serve.server.policy import MAX_HEADER_BYTES, Policy
 _LINGER_S = 2.0
 
 
-def bounded_protocol(policy: Policy, *, guarded: Callable[[], bool]) -> type[HttpToolsProtocol]:
+def bounded_protocol(
+    policy: Policy, *, guarded: Callable[[], bool], refused: Callable[[HttpError], None] = lambda error: None
+) -> type[HttpToolsProtocol]:
     """The protocol class for a policy: uvicorn makes the instances.
 
     Args:
         policy: bounds of a connection.
         guarded: whether the app behind it has its `Front`. vLLM goes on without a plugin that it cannot load, and would
             serve with neither keys nor bounds: no connection is taken then.
+        refused: is told of what the app never hears of.
     """
-    return type("BoundedProtocol", (_BoundedProtocol,), {"policy": policy, "guarded": staticmethod(guarded)})
+    settings = {"policy": policy, "guarded": staticmethod(guarded), "refused": staticmethod(refused)}
+    return type("BoundedProtocol", (_BoundedProtocol,), settings)
 
 
 class _BoundedProtocol(HttpToolsProtocol):
     policy: Policy
     guarded: Callable[[], bool]
+    refused: Callable[[HttpError], None]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -90,6 +95,11 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._stop_timer("_receive_timer")
         super().on_headers_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP."""
+        self.refused(HttpError(400, "not_http", msg))
+        super().send_400_response(msg)
+
     def pause_writing(self) -> None:
         """The client has stopped reading, or is slower than the answer."""
         super().pause_writing()
@@ -120,6 +130,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         """Answer without an app; what still comes is thrown away."""
         self._refused = True
         self._stop_timer("_receive_timer")
+        self.refused(error)
         body = error.body().model_dump_json().encode()
         fields = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         if not self.transport.is_closing():

@@ -19,6 +19,8 @@ from pat_serve.errors import EngineError, PortInUse, UsageError
 from pat_serve.hardware import available_memory_bytes, serving_dtype
 from pat_serve.locate import locate, read_config
 from pat_serve.server import engine
+from pat_serve.server.access_log import LogFormat
+from pat_serve.server.baseline import check_comparable, check_memory
 from pat_serve.server.keys import KeyRing, collect_keys
 from pat_serve.server.policy import Feature, Policy
 from pat_serve.server.supervisor import adopt_orphans, end_children, supervise
@@ -48,6 +50,8 @@ class ServeSettings:
         policy: bounds of the HTTP side; its keys are added by `run`.
         api_keys: KEY or NAME=KEY each; never shown.
         api_key_file: file with one key a line.
+        log_format: of the access log.
+        baseline: dense parent that runs beside the model; folder or hub id.
     """
 
     model: str
@@ -63,6 +67,8 @@ class ServeSettings:
     policy: Policy = field(default_factory=Policy)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_key_file: Path | None = None
+    log_format: LogFormat = LogFormat.TEXT
+    baseline: str | None = None
 
 
 def run(settings: ServeSettings) -> None:
@@ -87,6 +93,9 @@ def run(settings: ServeSettings) -> None:
         keys = collect_keys(settings.api_keys, environment=os.environ, file=settings.api_key_file)
         # Before vLLM spends half a minute on a model that is not there.
         check_trusted(settings.model, locate(settings.model, weights=False))
+        if settings.baseline is not None:
+            check_trusted(settings.baseline, locate(settings.baseline, weights=False))
+            check_comparable(settings.model, settings.baseline)
         if settings.draft is not None:
             check_draft(settings.model, settings.draft)
         check_address(settings.host, settings.port)
@@ -94,6 +103,11 @@ def run(settings: ServeSettings) -> None:
         check_plugin()
         args = engine.parse_serve_arguments(serve_arguments(settings, on_cpu=engine.is_cpu_backend()))
         check_flags(args, settings)
+        args.pat_serve_baseline = settings.baseline
+        if settings.baseline is not None and engine.is_cpu_backend():
+            # Elsewhere vLLM itself refuses an engine for which the accelerator has no room.
+            kv_cache_bytes = args.kv_cache_memory_bytes or int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0) * GIB
+            check_memory(settings.model, settings.baseline, dtype=args.dtype, kv_cache_bytes=kv_cache_bytes)
         check_certificate(args.ssl_certfile, args.ssl_keyfile)
         # vLLM would guard some routes only, and keep the keys as they are.
         more = collect_keys([f"vllm-{index}={key}" for index, key in enumerate(args.api_key or [], 1)], environment={})
@@ -103,6 +117,7 @@ def run(settings: ServeSettings) -> None:
             policy = replace(policy, shutdown_timeout_s=float(args.shutdown_timeout))
             args.shutdown_timeout = 0
         args.pat_serve_policy = policy
+        args.pat_serve_log_format = settings.log_format
         engine.serve(args, uvicorn_options(policy, args))
     finally:
         end_children()
@@ -130,8 +145,13 @@ def uvicorn_options(policy: Policy, args: Namespace) -> dict[str, Any]:
     """What uvicorn is told beside what vLLM tells it."""
     from pat_serve.server.http_protocol import bounded_protocol
 
+    protocol = bounded_protocol(
+        policy,
+        guarded=lambda: getattr(args, "pat_serve_guarded", False),
+        refused=lambda error: args.pat_serve_observation.refused(error),
+    )
     return {
-        "http": bounded_protocol(policy, guarded=lambda: getattr(args, "pat_serve_guarded", False)),
+        "http": protocol,
         # No route of ours is one.
         "ws": "none",
         "server_header": False,
@@ -236,8 +256,11 @@ def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         arguments += ["--kv-cache-memory-bytes", str(int(settings.kv_cache_gib * GIB))]
     elif on_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        available_gib = available_memory_bytes() / GIB
+        available_gib = available_memory_bytes() / GIB / (1 if settings.baseline is None else 2)
         arguments += ["--kv-cache-memory-bytes", str(int(default_kv_cache_gib(available_gib) * GIB))]
+    if settings.baseline is not None and not on_cpu:
+        # Of all its memory, for each of the two engines.
+        arguments += ["--gpu-memory-utilization", "0.45"]
     if on_cpu and not settings.compiled:
         # Measured on 2 busy cores, float32: a first start takes 160 s compiled and 48 s eager (a second one 88 s and
         # 41 s: vLLM compiles again when its cached graph does not load), and needs a C++ compiler. Decoding a model of

@@ -108,7 +108,7 @@ async def measure_latency(
     for _ in range(warmup + rounds):
         prompts = [random_prompt(generator, shape) for _ in range(batch_size)]
         requests = [measure_request(engine, prompt, shape.output_tokens, on_token) for prompt in prompts]
-        runs.append(_run(await _together(requests)))
+        runs.append(_run(await together(requests)))
     return runs[warmup:]
 
 
@@ -127,13 +127,13 @@ async def measure_throughput(
 
     Args:
         num_requests: timed requests in all; exactly one of this and `duration_s` is given.
-        duration_s: seconds after which no request is started.
+        duration_s: seconds after which no request is started but the first.
         warmup: untimed rounds of `concurrency` requests before.
     """
     generator = random.Random(seed)
     for _ in range(warmup):
         prompts = [random_prompt(generator, shape) for _ in range(concurrency)]
-        await _together([measure_request(engine, prompt, shape.output_tokens, on_token) for prompt in prompts])
+        await together([measure_request(engine, prompt, shape.output_tokens, on_token) for prompt in prompts])
 
     finished: list[RequestTimes] = []
     started = 0
@@ -142,13 +142,13 @@ async def measure_throughput(
     async def client() -> None:
         nonlocal started
         while (num_requests is None or started < num_requests) and (
-            deadline_s is None or time.monotonic() < deadline_s
+            deadline_s is None or not started or time.monotonic() < deadline_s
         ):
             started += 1
             prompt = random_prompt(generator, shape)
             finished.append(await measure_request(engine, prompt, shape.output_tokens, on_token))
 
-    await _together([client() for _ in range(concurrency)])
+    await together([client() for _ in range(concurrency)])
     return _run(finished)
 
 
@@ -157,7 +157,7 @@ def _run(requests: Sequence[RequestTimes]) -> Run:
     return Run(start_s=ordered[0].arrival_s, end_s=max(times.end_s for times in ordered), requests=tuple(ordered))
 
 
-async def _together(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+async def together(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     """All results; the first failure cancels the rest and is raised as it is."""
     try:
         async with asyncio.TaskGroup() as group:

@@ -6,25 +6,34 @@ ours replaces one of vLLM's with the same path and method, which is meant for `/
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from argparse import Namespace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from starlette.middleware import Middleware
 
 from pat_serve.server import benchmark
+from pat_serve.server.access_log import AccessLog, LogFormat, start_log
 from pat_serve.server.admission import Admission
+from pat_serve.server.baseline import Baseline, available, start_baseline
 from pat_serve.server.body_check import ModelBounds
 from pat_serve.server.drain import Drain
 from pat_serve.server.engine import Engine, attach
+from pat_serve.server.exclusive import Exclusive
 from pat_serve.server.front import Front, Gate
 from pat_serve.server.generate import generate
 from pat_serve.server.http_errors import ErrorShapeRoute, HttpError, shape_routing_errors, shape_vllm_errors
 from pat_serve.server.keys import collect_keys
+from pat_serve.server.live_speedup import Side, check_live_speedup
+from pat_serve.server.metrics import ServerMetrics
+from pat_serve.server.observer import Observation, Observer
 from pat_serve.server.policy import Policy
+from pat_serve.server.process_group import ProcessGroup, children
+from pat_serve.server.provenance import model_labels
 from pat_serve.server.readiness import Readiness
+from pat_serve.server.route_names import RouteNames
 from pat_serve.server.schemas import (
     ErrorBody,
     GenerateRequest,
@@ -36,6 +45,8 @@ from pat_serve.server.schemas import (
     ThroughputRequest,
     ThroughputResponse,
 )
+from pat_serve.server.speedup_request import LiveSpeedupResult, SpeedupRequest
+from pat_serve.server.web_page import PageModel, page_router, read_card
 from pat_serve.version import __version__
 
 
@@ -46,7 +57,18 @@ class Service:
         self.engine = engine
         self.admission = admission
         self.readiness = Readiness(engine)
-        self.benchmark_lock = asyncio.Lock()
+        self.exclusive = Exclusive(admission)
+        # Before the baseline has any: these are the served engine's.
+        processes = ProcessGroup(children())
+        self.side = Side(engine, processes, self.readiness, start_s=processes.age_s())
+        self.baseline: Baseline | None = None
+        self.last_speedup: LiveSpeedupResult | None = None
+        self.card: str | None = None
+
+    @property
+    def baseline_engine(self) -> Engine | None:
+        """The baseline's engine, dead or alive."""
+        return None if self.baseline is None else self.baseline.engine
 
 
 def _service(request: Request) -> Service:
@@ -67,7 +89,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 router = APIRouter(route_class=ErrorShapeRoute, responses=_ERRORS, tags=["pat-serve"])
 
 
-@router.post("/generate", response_model=GenerateResponse)
+_STREAM = {"description": "One answer, or a stream of events.", "content": {"text/event-stream": {}}}
+
+
+@router.post("/generate", response_model=GenerateResponse, responses={200: _STREAM})
 async def generate_route(body: GenerateRequest, http: Request, service: ServiceDep) -> Response:
     """Generate text from a prompt or from token ids; `stream: true` answers with server-sent events."""
     return await generate(service.engine, service.readiness, body, http)
@@ -90,14 +115,53 @@ async def ready_route(service: ServiceDep) -> ReadyResponse:
 
 @router.post("/benchmark/latency")
 async def latency_route(body: LatencyRequest, http: Request, service: ServiceDep) -> LatencyResponse:
-    """Time batches of random prompts, one batch after the other. 409 while another benchmark runs."""
-    return await benchmark.latency(service.engine, service.readiness, service.benchmark_lock, body, http)
+    """Time batches of random prompts, one after the other. 409 while another benchmark runs or users are served."""
+    return await benchmark.latency(
+        service.engine, service.baseline_engine, service.readiness, service.exclusive, body, http
+    )
 
 
 @router.post("/benchmark/throughput")
 async def throughput_route(body: ThroughputRequest, http: Request, service: ServiceDep) -> ThroughputResponse:
-    """Keep a number of requests under way and count what comes out. 409 while another benchmark runs."""
-    return await benchmark.throughput(service.engine, service.readiness, service.benchmark_lock, body, http)
+    """Keep a number of requests under way and count what comes out. 409 as for latency."""
+    return await benchmark.throughput(
+        service.engine, service.baseline_engine, service.readiness, service.exclusive, body, http
+    )
+
+
+@router.post("/benchmark/speedup")
+async def speedup_route(body: SpeedupRequest, http: Request, service: ServiceDep) -> LiveSpeedupResult:
+    """Check a claimed speed-up over the baseline: pass, fail or inconclusive. 409 without a baseline."""
+    result = await check_live_speedup(service.side, service.baseline, service.exclusive, body, http)
+    service.last_speedup = result
+    return result
+
+
+@router.get("/benchmark/speedup")
+async def last_speedup_route(service: ServiceDep) -> LiveSpeedupResult:
+    """The last check's result; 404 before the first."""
+    if service.last_speedup is None:
+        raise HttpError(404, "not_found", "no speed-up has been checked yet; POST /benchmark/speedup checks one")
+    return service.last_speedup
+
+
+@router.post("/baseline/generate", response_model=GenerateResponse, responses={200: _STREAM})
+async def baseline_generate_route(body: GenerateRequest, http: Request, service: ServiceDep) -> Response:
+    """As `/generate`, by the baseline. 409 without one, 503 when it is dead."""
+    baseline = available(service.baseline)
+    return await generate(baseline.engine, baseline.readiness, body, http)
+
+
+@router.get("/page/model")
+async def page_model_route(service: ServiceDep) -> PageModel:
+    """What the page shows of the model: names, length, card."""
+    return PageModel(
+        model=service.engine.model_name,
+        baseline=None if service.baseline is None else service.baseline.engine.model_name,
+        max_model_len=service.engine.max_model_len,
+        has_speedup=service.last_speedup is not None,
+        card=service.card,
+    )
 
 
 # Scaling, aborting other people's requests, handing work between engines: for an operator's own tools, not for clients.
@@ -117,6 +181,7 @@ class PatServePlugin:
         """Add the routes to vLLM's app, and take away those that steer the engine itself."""
         app.router.routes[:] = [route for route in app.router.routes if not _STEERING.match(getattr(route, "path", ""))]
         app.include_router(router)
+        app.include_router(page_router())
         app.add_middleware(Front)
         shape_routing_errors(app)
         self._app = app
@@ -130,11 +195,40 @@ class PatServePlugin:
         engine = attach(engine_client, args)
         waiting = 4 * engine.max_num_seqs if policy.max_queue is None else policy.max_queue
         admission = Admission(capacity=engine.max_num_seqs + waiting, per_key=policy.max_concurrency_per_key)
-        engine.before_stop = Drain(admission, grace_s=policy.shutdown_timeout_s).wait
+        drain = Drain(admission, grace_s=policy.shutdown_timeout_s)
         bounds = ModelBounds(max_model_len=engine.max_model_len, vocab_size=engine.vocab_size)
-        state.pat_serve = Service(engine, admission)
+        service = Service(engine, admission)
+        service.card = read_card(args.model)
+        if model := getattr(args, "pat_serve_baseline", None):
+            service.baseline = start_baseline(args, model)
+
+        def before_stop() -> None:
+            drain.wait()
+            if service.baseline is not None:
+                service.baseline.stop()
+
+        engine.before_stop = before_stop
+        state.pat_serve = service
         state.pat_serve_gate = Gate(policy, admission, bounds)
         if self._app is not None:
             # Only now: vLLM registers its own after the routes.
+            self._app.user_middleware.insert(0, Middleware(Observer))
             shape_vllm_errors(self._app)
+            metrics = ServerMetrics()
+            metrics.model(model_labels(args.model, engine.model_name, engine.hidden_size))
+            metrics.admission(admission, engine.max_num_seqs)
+            routes = RouteNames(getattr(route, "path", "") for route in self._app.routes)
+            observation = Observation(metrics, access_log(args), routes)
+            state.pat_serve_observation = args.pat_serve_observation = observation
             args.pat_serve_guarded = True
+
+
+def access_log(args: Namespace) -> AccessLog | None:
+    """The access log, in place of uvicorn's; the two flags of vLLM's that hold for that one hold for ours."""
+    if args.disable_uvicorn_access_log:
+        return None
+    # Read when uvicorn starts, which is later.
+    args.disable_uvicorn_access_log = True
+    start_log()
+    quiet = (args.disable_access_log_for_endpoints or "").split(",")
+    return AccessLog(getattr(args, "pat_serve_log_format", LogFormat.TEXT), [path.strip() for path in quiet])

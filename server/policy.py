@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pat_serve.server.keys import KeyRing
+from pat_serve.server.web_page import PAGE_PATHS
 
 MIB = 2**20
 
@@ -36,6 +37,7 @@ class Policy:
     Attributes:
         keys: who may come in.
         public_metrics: `/metrics` asks for no key.
+        public_page: the page's files ask for no key; what it shows still does.
         max_body_bytes: of a request's body.
         max_sequences: prompts times `n` of one request.
         max_queue: sequences that wait beyond those that the engine runs at once; None is four times those.
@@ -50,6 +52,7 @@ class Policy:
 
     keys: KeyRing = field(default_factory=KeyRing)
     public_metrics: bool = False
+    public_page: bool = False
     max_body_bytes: int = 4 * MIB
     max_sequences: int = 128
     max_queue: int | None = None
@@ -64,4 +67,5 @@ class Policy:
     @property
     def open_paths(self) -> frozenset[str]:
         """Paths that ask for no key: exactly these, whatever else a path may look like."""
-        return frozenset({"/health", "/ready"} | ({"/metrics"} if self.public_metrics else set()))
+        metrics = {"/metrics"} if self.public_metrics else set()
+        return frozenset({"/health", "/ready"} | metrics) | (PAGE_PATHS if self.public_page else frozenset())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict, JsonValue
 
 from pat_serve.server.limits import (
     MAX_BATCH_SIZE,
@@ -31,6 +32,15 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _exactly_one(first: str, second: str) -> JsonDict:
+    """For the document: one of two fields is there and not null."""
+
+    def given(name: str, other: str) -> JsonValue:
+        return {"required": [name], "properties": {name: {"not": {"type": "null"}}, other: {"type": "null"}}}
+
+    return {"oneOf": [given(first, second), given(second, first)]}
+
+
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_MODEL_TOKENS)]
@@ -39,6 +49,8 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 class GenerateRequest(Body):
     """`POST /generate`: exactly one of `prompt` and `prompt_token_ids`, and how to sample."""
+
+    model_config = ConfigDict(json_schema_extra=_exactly_one("prompt", "prompt_token_ids"))
 
     prompt: Annotated[str | None, Field(min_length=1, max_length=MAX_PROMPT_CHARS)] = None
     # The first wrong item is enough: a list of wrong ones would make an error of each.
@@ -53,7 +65,9 @@ class GenerateRequest(Body):
     top_k: Annotated[int, Field(ge=0, le=MAX_MODEL_TOKENS, description="0 keeps all tokens.")] = 0
     stop: Annotated[
         list[StopString],
-        BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+        BeforeValidator(
+            _as_list, json_schema_input_type=StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+        ),
         Field(max_length=MAX_STOPS),
     ] = []
     seed: Seed | None = None
@@ -158,6 +172,7 @@ class LatencyRequest(Body):
     rounds: Annotated[int, Field(ge=1, le=MAX_ROUNDS)] = 5
     warmup: Annotated[int, Field(ge=0, le=MAX_WARMUP, description="Rounds before the timed ones.")] = 1
     seed: Seed = 0
+    force: Annotated[bool, Field(description="Also while users are being served.")] = False
 
 
 class ThroughputRequest(Body):
@@ -166,6 +181,8 @@ class ThroughputRequest(Body):
     Exactly one of `num_requests` and `duration_s`; after `duration_s` no request is started, those under way finish.
     """
 
+    model_config = ConfigDict(json_schema_extra=_exactly_one("num_requests", "duration_s"))
+
     concurrency: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] = 4
     num_requests: Annotated[int | None, Field(ge=1, le=MAX_REQUESTS)] = None
     duration_s: Annotated[float | None, Field(gt=0, le=MAX_DURATION_S)] = None
@@ -173,6 +190,7 @@ class ThroughputRequest(Body):
     output_tokens: TokenCount = 64
     warmup: Annotated[int, Field(ge=0, le=MAX_WARMUP, description="Rounds of `concurrency` requests.")] = 1
     seed: Seed = 0
+    force: Annotated[bool, Field(description="Also while users are being served.")] = False
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -182,11 +200,14 @@ class ThroughputRequest(Body):
 
 
 class SummaryBody(BaseModel):
-    """Statistics of a list of figures."""
+    """Statistics of a list of figures; `median_low` to `median_high` is the bootstrap interval of the median."""
 
     count: int
     mean: float
     median: float
+    median_low: float
+    median_high: float
+    confidence: float
     p50: float
     p90: float
     p99: float
@@ -210,6 +231,36 @@ class RoundFigures(BaseModel):
     requests: list[RequestFigures]
 
 
+class PrefillRoofline(BaseModel):
+    """FLOPs until the whole batch has its first tokens, and what a pruned model can gain on its baseline at most.
+
+    `achieved_flops_per_s` is null in the throughput benchmark, where prefill and decode mix.
+    """
+
+    prompt_tokens: int
+    flops: float
+    achieved_flops_per_s: float | None
+    speedup_ceiling: float | None
+
+
+class DecodeRoofline(BaseModel):
+    """Bytes that one decode step of the whole batch reads, and what a pruned model can gain on its baseline at most."""
+
+    context_tokens: float
+    bytes_per_step: float
+    achieved_bytes_per_s: float | None
+    speedup_ceiling: float | None
+
+
+class RooflineBody(BaseModel):
+    """Work counted from the model's config for this batch and context; the ceilings are null without a baseline."""
+
+    batch_size: int
+    dtype: str
+    prefill: PrefillRoofline
+    decode: DecodeRoofline
+
+
 class LatencySummary(BaseModel):
     """Over all timed requests (the three latencies) and over all rounds (the two rates)."""
 
@@ -221,10 +272,12 @@ class LatencySummary(BaseModel):
 
 
 class LatencyResponse(BaseModel):
-    """The answer of `POST /benchmark/latency`."""
+    """The answer of `POST /benchmark/latency`; `other_requests` of users ran meanwhile."""
 
     model: str
     settings: LatencyRequest
+    other_requests: int
+    roofline: RooflineBody | None
     rounds: list[RoundFigures]
     summary: LatencySummary
 
@@ -241,10 +294,12 @@ class ThroughputSummary(BaseModel):
 
 
 class ThroughputResponse(BaseModel):
-    """The answer of `POST /benchmark/throughput`."""
+    """The answer of `POST /benchmark/throughput`; `other_requests` of users ran meanwhile."""
 
     model: str
     settings: ThroughputRequest
+    other_requests: int
+    roofline: RooflineBody | None
     duration_s: float
     requests: list[RequestFigures]
     summary: ThroughputSummary

@@ -14,9 +14,9 @@ from pat_serve.server.verdict import MIN_ROUNDS
 MAX_STEP_TOKENS = 16384
 
 # Of an engine beside weights and KV cache: Python, torch and vLLM themselves.
-_PROCESS_BYTES = 1 << 30
+PROCESS_BYTES = 1 << 30
 # While kernels repack a matrix, it exists twice; freed pieces are not all given back.
-_WEIGHT_COPIES = 1.4
+WEIGHT_COPIES = 1.4
 # Rows of 32, 128 and 256 are the block sizes of vLLM's KV cache; one block more than the tokens need is never too few.
 _KV_BLOCK_TOKENS = 256
 
@@ -149,8 +149,8 @@ def engine_memory_bytes(source: ModelSource, settings: SpeedupSettings, dtype: s
     shape = source.shape
     widest = max(3 * shape.ffn_size, 3 * shape.num_heads * shape.head_dim) + 4 * shape.hidden_size
     activations = step_tokens(settings) * widest * value_bytes
-    weights = int(_WEIGHT_COPIES * shape.parameters * value_bytes)
-    return weights + kv_cache_bytes(source, settings, dtype) + activations + _PROCESS_BYTES
+    weights = int(WEIGHT_COPIES * shape.parameters * value_bytes)
+    return weights + kv_cache_bytes(source, settings, dtype) + activations + PROCESS_BYTES
 
 
 def step_tokens(settings: SpeedupSettings) -> int:

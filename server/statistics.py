@@ -41,6 +41,15 @@ class PairedRatio:
     confidence: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class MedianInterval:
+    """Bootstrap interval of a median, in the sample's own unit; `confidence` is its nominal coverage."""
+
+    low: float
+    high: float
+    confidence: float
+
+
 def percentile(samples: Sequence[float], q: float) -> float:
     """The q-th percentile, interpolated linearly between the two nearest order statistics.
 
@@ -79,6 +88,39 @@ def summarize(samples: Sequence[float]) -> Summary:
         min=min(samples),
         max=max(samples),
     )
+
+
+def median_interval(
+    groups: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = 2000, confidence: float = 0.95
+) -> MedianInterval:
+    """Percentile interval of the median of all samples, from resampled groups.
+
+    What was measured together (the requests of a batch) shares its luck, so groups are drawn whole; a group for each
+    sample makes it the plain bootstrap.
+
+    Args:
+        groups: samples that belong together; groups without samples are left out.
+        seed: of the resampling; the same input gives the same interval.
+        resamples: number of bootstrap samples.
+        confidence: nominal coverage of the interval.
+
+    Raises:
+        ValueError: no samples, or a confidence outside (0, 1).
+    """
+    filled = [np.asarray(group, dtype=np.float64) for group in groups if len(group)]
+    if not filled:
+        raise ValueError("interval of no samples")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), not {confidence}")
+    draw = np.random.default_rng(seed)
+    # One at a time: all at once would be gigabytes for the largest benchmark that the server takes.
+    medians = [
+        np.median(np.concatenate([filled[pick] for pick in draw.integers(0, len(filled), size=len(filled))]))
+        for _ in range(resamples)
+    ]
+    tail = (1 - confidence) / 2 * 100
+    low, high = np.percentile(medians, [tail, 100 - tail])
+    return MedianInterval(low=float(low), high=float(high), confidence=confidence)
 
 
 def relative_mad(samples: Sequence[float]) -> float:

@@ -30,12 +30,21 @@ SPEEDUP = {
     ],
 }  # fmt: skip
 QUALITY = {
-    "data": "/home/me/heldout.jsonl",
-    "results": [
-        {"model": "/home/me/base", "perplexity": 141.9, "tokens": 5539},
-        {"model": "/home/me/pruned", "perplexity": 103.3, "tokens": 5539},
+    "date": "2026-11-22T12:14:01+00:00",
+    "models": [{"name": "/home/me/base", "hidden_size": 64}, {"name": "/home/me/pruned", "hidden_size": 48}],
+    "measures": [
+        {
+            "name": "ppl(heldout.jsonl)",
+            "results": [
+                {"model": "/home/me/base", "value": 141.9, "items": 55, "versus_first": None},
+                {
+                    "model": "/home/me/pruned", "value": 103.3, "items": 55,
+                    "versus_first": {"ratio": 0.728, "low": 0.7, "high": 0.75},
+                },
+            ],
+        }
     ],
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +127,7 @@ def test_measured_speed_and_quality(exported: Path, tmp_path: Path):
     rewrite_card(folder, speedup=speedup, quality=quality)
     text = (folder / "README.md").read_text()
     assert "| decode | 1 x 132.5 | 1.265 | 1.236 to 1.293 | 1.331 |" in text
-    assert "| pruned | 103.300 | 0.728x | 5539 |" in text
+    assert "| ppl(heldout.jsonl) | pruned | 103.3 | 0.728x | 0.700 to 0.750 | 55 |" in text
     assert "/home/me" not in text
     assert "Not measured" not in text
     assert ModelCard.load(folder / "README.md").data.to_dict() == ModelCard.load(exported / "README.md").data.to_dict()

@@ -49,6 +49,7 @@ def app() -> FastAPI:
 
 def test_openapi_describes_the_routes(app: FastAPI) -> None:
     schema = app.openapi()
-    assert {"/generate", "/health", "/ready", "/benchmark/latency", "/benchmark/throughput"} == schema["paths"].keys()
+    ours = {"/generate", "/baseline/generate", "/health", "/ready", "/page/model"}
+    assert schema["paths"].keys() == ours | {f"/benchmark/{name}" for name in ("latency", "throughput", "speedup")}
     stop = schema["components"]["schemas"]["GenerateRequest"]["properties"]["stop"]
-    assert {"type": "string"} in stop["anyOf"]
+    assert {"type": "string", "minLength": 1, "maxLength": 256} in stop["anyOf"]

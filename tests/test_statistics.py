@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pat_serve.server.statistics import paired_ratio, percentile, relative_mad, summarize
+from pat_serve.server.statistics import median_interval, paired_ratio, percentile, relative_mad, summarize
 
 
 @pytest.mark.parametrize(("q", "expected"), [(0, 1.0), (25, 1.75), (50, 2.5), (90, 3.7), (100, 4.0)])
@@ -79,3 +79,25 @@ def test_interval_covers_the_true_ratio_at_about_the_nominal_rate(rounds: int) -
         pair = paired_ratio(list(baseline), list(candidate), seed=trial, resamples=1000)
         covered += pair.low <= true_ratio <= pair.high
     assert 0.90 <= covered / trials <= 0.99
+
+
+def test_median_interval_covers_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(1)
+    covered = 0
+    for trial in range(100):
+        interval = median_interval([[value] for value in draw.normal(3.0, 1.0, size=41)], seed=trial, resamples=400)
+        covered += interval.low <= 3.0 <= interval.high
+    assert 88 <= covered <= 100
+
+
+def test_median_interval_draws_groups_whole() -> None:
+    # Five batches of eight that have one value each: five independent samples, not forty.
+    groups = [[float(value)] * 8 for value in (1, 2, 3, 4, 5)]
+    whole = median_interval(groups)
+    single = median_interval([[sample] for group in groups for sample in group])
+    assert whole.high - whole.low > single.high - single.low > 0
+    assert median_interval([[2.0], []]).low == 2.0
+    with pytest.raises(ValueError, match="no samples"):
+        median_interval([[], []])
+    with pytest.raises(ValueError, match="confidence"):
+        median_interval([[1.0]], confidence=1.0)

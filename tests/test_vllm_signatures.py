@@ -58,9 +58,24 @@ def test_outputs_of_the_engine_client() -> None:
     from vllm.v1.engine.output_processor import OutputProcessor
 
     assert parameters(OutputProcessor.process_outputs)[1] == "engine_core_outputs"
-    assert "new_token_ids" in EngineCoreOutput.__struct_fields__
+    assert {"request_id", "new_token_ids", "finish_reason"} <= set(EngineCoreOutput.__struct_fields__)
+    added = ["self", "request", "prompt", "parent_req", "request_index", "queue"]
+    assert parameters(OutputProcessor.add_request) == added
     # Looked up anew for each batch, so that it can be wrapped while the engine runs.
     assert "output_processor.process_outputs(" in inspect.getsource(AsyncLLM._run_output_handler)
+
+
+def test_second_engine() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
+
+    assert {"stat_loggers", "disable_log_stats"} <= set(parameters(AsyncLLM.from_vllm_config))
+    assert {"args"} <= set(parameters(AsyncEngineArgs.from_cli_args))
+    assert "usage_context" in parameters(AsyncEngineArgs.create_engine_config)
+    # Why the second engine has a silent one: another would unregister the first engine's metrics.
+    assert "unregister_vllm_metrics()" in inspect.getsource(PrometheusStatLogger.__init__)
+    assert "isinstance(global_stat_logger, PrometheusStatLogger)" in inspect.getsource(StatLoggerManager.__init__)
 
 
 def test_uvicorn_is_told_by_us() -> None:

@@ -103,6 +103,8 @@ class TrainRecipe(pydantic.BaseModel):
     compensate: bool | None = None
     lora_head: bool | None = None
     distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    # The paper's 1; 0 leaves the identity loss out (docs/study.md).
+    identity_weight: float = pydantic.Field(default=1.0, ge=0)
 
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = (TENSORBOARD,)
     logging_steps: int = pydantic.Field(default=10, ge=1)

@@ -49,9 +49,9 @@ def build_corpus(data: Path, seed: int = 0, heldout: int = 200) -> Corpus:
     shuffler.shuffle(base)
     return Corpus(
         base_texts=base,
-        tune_rows=[_row(text) for text in tune],
-        heldout_articles=[_row(text) for text in articles[-heldout:]],
-        heldout_items=[_row(text) for text in items[-heldout:]],
+        tune_rows=[row_of(text) for text in tune],
+        heldout_articles=[row_of(text) for text in articles[-heldout:]],
+        heldout_items=[row_of(text) for text in items[-heldout:]],
     )
 
 
@@ -70,7 +70,7 @@ def _items(path: Path) -> list[str]:
     return texts
 
 
-def _row(text: str) -> dict[str, str]:
+def row_of(text: str) -> dict[str, str]:
     """The first few words prompt the rest: nearly every token counts in the loss."""
     words = text.split(" ")
     return {"prompt": " ".join(words[:6]), "completion": " " + " ".join(words[6:])}

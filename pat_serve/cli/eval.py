@@ -2,63 +2,178 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pat_serve.cli.app import Debug, run_command
 
+if TYPE_CHECKING:
+    from pat_serve.evaluation.gate import Bound
+    from pat_serve.evaluation.measuring import Plan
+
 Flag = typer.Option
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Checkpoints: folders or hub ids; the first is the reference.")],
-    data: Annotated[str, Flag(help="JSONL file or hub id: prompt/completion, Alpaca fields or messages.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Checkpoints: folders, hub ids, or URLs of servers; the first is the reference.")
+    ],
+    data: Annotated[str | None, Flag(help="Instructions, JSONL file or hub id: perplexity of the responses.")] = None,
     data_split: Annotated[str, Flag(help="Split of a hub dataset.")] = "test",
-    limit: Annotated[int | None, Flag(help="Rows at most, the first ones.", min=1)] = None,
-    max_length_tokens: Annotated[int, Flag(help="Tokens of an example.", min=8)] = 256,
+    text: Annotated[
+        list[Path] | None, Flag(help="Any text file, or JSONL with `text` fields: perplexity in windows.")
+    ] = None,
+    wikitext2: Annotated[
+        str | None, Flag(help="WikiText-2's raw test file, or `hub`: perplexity by the field's protocol.")
+    ] = None,
+    context_tokens: Annotated[
+        int | None, Flag(help="Tokens of a window; 2048, or what all the models were made for.", min=8)
+    ] = None,
+    stride: Annotated[
+        int | None, Flag(help="Tokens from window to window; by default windows do not overlap.", min=1)
+    ] = None,
+    tasks: Annotated[
+        str | None, Flag(help="lm-eval tasks or groups, with commas; pat14 and pat14_ll: the paper's fourteen.")
+    ] = None,
+    task_data: Annotated[Path | None, Flag(help="Folder with local items of the fourteen, instead of the hub.")] = None,
+    num_fewshot: Annotated[int | None, Flag(help="Examples before each question; the task's own by default.")] = None,
+    backend: Annotated[str, Flag(help="What runs checkpoints: hf (transformers) or vllm.")] = "hf",
+    tokenizer: Annotated[str | None, Flag(help="Of a server's model, where that does not lie here.")] = None,
+    limit: Annotated[int | None, Flag(help="Rows, windows or items of a task at most, the first ones.", min=1)] = None,
+    max_length_tokens: Annotated[int, Flag(help="Tokens of an example of --data.", min=8)] = 256,
     batch_size: Annotated[int, Flag(help="Examples at a time.", min=1)] = 16,
     dtype: Annotated[str, Flag(help="auto, float32 or bfloat16.")] = "auto",
+    gate: Annotated[Path | None, Flag(help="YAML with bounds; exit 1 when one is missed, 3 when unclear.")] = None,
+    out: Annotated[
+        Path | None, Flag(help="Folder that keeps finished work and the report; a second call goes on from there.")
+    ] = None,
+    html: Annotated[Path | None, Flag(help="Also write the report as one HTML page.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Print JSON to stdout instead of a table.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Perplexity of the responses, given their prompts, for one or more checkpoints on the same rows.
+    """Perplexity and tasks of one or more checkpoints on the same items, each compared with the first.
 
     Example: `pat-eval dense/ pruned/ --data heldout.jsonl`
+
+    More: `pat-eval dense/ pruned/ --wikitext2 wiki.test.raw --tasks arc_easy,pat14_ll --out quality/ --gate gate.yaml`
+
+    Exit code 0 done, 1 a bound of the gate is missed, 3 the items are too few to tell.
     """
-    import torch
     from rich.console import Console
-    from rich.table import Table
 
-    from pat_serve.checkpoint import open_checkpoint
-    from pat_serve.hardware import serving_dtype
-    from pat_serve.perplexity import measure_perplexity
-    from pat_serve.progress import say
-    from pat_serve.training.data import encode_rows, load_rows, load_tokenizer
+    from pat_serve.atomic import write_text
+    from pat_serve.evaluation.gate import exit_code, judge, read_gate
+    from pat_serve.evaluation.measuring import measure_models
+    from pat_serve.evaluation.page import render, require_plotly
+    from pat_serve.evaluation.reporting import new_report
+    from pat_serve.evaluation.table import print_report
 
-    folders = [open_checkpoint(model).folder for model in models]
-    results = []
-    for model, folder in zip(models, folders, strict=True):
-        tokenizer = load_tokenizer(folder)
-        rows = load_rows(data, data_split, tokenizer)[:limit]
-        examples, dropped = encode_rows(rows, tokenizer, max_length_tokens)
-        if dropped:
-            say(f"{model}: {dropped} of {len(rows)} rows left out, their prompt alone fills {max_length_tokens} tokens")
-        measured = measure_perplexity(
-            folder, examples, dtype=getattr(torch, serving_dtype(dtype)), batch_size=batch_size
-        )
-        results.append({"model": model, **vars(measured)})
+    bounds = read_gate(gate) if gate is not None else []
+    if html is not None:
+        require_plotly()
+    plan = _plan(
+        data=data, data_split=data_split, max_length_tokens=max_length_tokens, texts=text or [], wikitext2=wikitext2,
+        context_tokens=context_tokens, stride=stride, tasks=tasks, task_data=task_data, num_fewshot=num_fewshot,
+        backend=backend, tokenizer=tokenizer, limit=limit, batch_size=batch_size, dtype=dtype, out=out,
+    )  # fmt: skip
+    _check_bounds(bounds, models, plan)
+    described, measures = measure_models(models, plan)
+    report = new_report(described, measures, judge(bounds, measures))
+    document = report.model_dump_json(indent=2) + "\n"
+    if out is not None:
+        write_text(out / "eval.json", document)
+    if html is not None:
+        write_text(html, render(report))
     if as_json:
-        sys.stdout.write(json.dumps({"data": data, "results": results}, indent=2) + "\n")
-        return
-    table = Table("model", "perplexity", "nats/token (± s.e.)", "to the first", "tokens")
-    for result in results:
-        ratio = result["perplexity"] / results[0]["perplexity"]
-        spread = f"{result['nll_nats']:.4f} ± {result['nll_standard_error_nats']:.4f}"
-        table.add_row(result["model"], f"{result['perplexity']:.3f}", spread, f"{ratio:.3f}x", str(result["tokens"]))
-    Console().print(table)
+        sys.stdout.write(document)
+    else:
+        print_report(report, Console())
+    raise typer.Exit(exit_code(report.gate))
+
+
+def _plan(
+    *,
+    data: str | None,
+    data_split: str,
+    max_length_tokens: int,
+    texts: list[Path],
+    wikitext2: str | None,
+    context_tokens: int | None,
+    stride: int | None,
+    tasks: str | None,
+    task_data: Path | None,
+    num_fewshot: int | None,
+    backend: str,
+    tokenizer: str | None,
+    limit: int | None,
+    batch_size: int,
+    dtype: str,
+    out: Path | None,
+) -> Plan:
+    from pat_serve.cli.eval_data import responses_of, text_of, wikitext2_of
+    from pat_serve.errors import UsageError
+    from pat_serve.evaluation.backends import BACKENDS, BackendSettings
+    from pat_serve.evaluation.lm_eval_tasks import require_lm_eval
+    from pat_serve.evaluation.measuring import Plan
+    from pat_serve.hardware import serving_dtype
+    from pat_serve.training.data import load_tokenizer
+
+    names = tuple(name for name in (part.strip() for part in (tasks or "").split(",")) if name)
+    if names:
+        require_lm_eval()
+    if not (data or texts or wikitext2 or names):
+        raise UsageError(
+            "pat-eval",
+            expected="something to measure",
+            found="none of --data, --text, --wikitext2, --tasks",
+            fix="Give at least one of them.",
+        )
+    if backend not in BACKENDS:
+        raise UsageError("--backend", expected=" or ".join(BACKENDS), found=repr(backend), fix="Try --backend hf.")
+    if stride is not None and context_tokens is not None and stride > context_tokens:
+        raise UsageError(
+            "--stride", expected=f"at most --context-tokens {context_tokens}", found=str(stride), fix="Lower it."
+        )
+    return Plan(
+        responses=responses_of(data, data_split, limit, max_length_tokens) if data else None,
+        texts=(*([wikitext2_of(wikitext2)] if wikitext2 else []), *(text_of(path) for path in texts)),
+        context_tokens=context_tokens,
+        stride=stride,
+        tasks=names,
+        task_data=task_data,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        backend=BackendSettings(
+            backend=backend, dtype=serving_dtype(dtype), batch_size=batch_size, tokenizer=tokenizer
+        ),
+        load_tokenizer=load_tokenizer,
+        out=out,
+    )
+
+
+def _check_bounds(bounds: list[Bound], models: list[str], plan: Plan) -> None:
+    """What can be told of a gate before hours of measuring: that it has something to speak of."""
+    from pat_serve.errors import UsageError
+
+    if bounds and len(models) < 2:
+        raise UsageError(
+            "--gate", expected="a reference and a model", found="one model", fix="Name the reference first."
+        )
+    texts = [part.name for part in (plan.responses, *plan.texts) if part is not None]
+    for bound in bounds:
+        known = texts if bound.metric == "ppl" else list(plan.tasks)
+        # Of a task's measures only lm-eval knows the names, and a group has members.
+        named = bound.of is None or bound.of in known or bound.metric != "ppl"
+        if not (known and named):
+            raise UsageError(
+                f"the bound {bound.text}",
+                expected=f"something that is measured: {', '.join(known) or 'none is'}",
+                found=bound.of or bound.metric,
+                fix="Give the --data, --text, --wikitext2 or --tasks that it is about.",
+            )
 
 
 def main() -> None:

@@ -43,6 +43,13 @@ def export(
             help="Measure one layer at a time; by default when the model would not fit into memory.",
         ),
     ] = None,
+    require_quality: Annotated[
+        list[str] | None,
+        Flag(help="A bound that the model must keep against its base, such as ppl<=1.02x; may be given again."),
+    ] = None,
+    quality_data: Annotated[
+        Path | None, Flag(help="What it is measured on: instructions (.jsonl), or any text, in windows.")
+    ] = None,
     as_json: Annotated[bool, Flag("--json", help="Print pat_export.json to stdout.")] = False,
     force: Annotated[bool, Flag("--force", help="Replace what is at --out.")] = False,
     debug: Debug = False,
@@ -51,7 +58,8 @@ def export(
 
     Example: `pat-export --ckpt run/ --out pruned/`
 
-    The result loads in stock transformers and stock vLLM. Exit code 1, and no output, when parity fails.
+    The result loads in stock transformers and stock vLLM. Exit code 1, and no output, when parity fails or a required
+    quality is missed; 3, and no output, when the data cannot say whether it is.
 
     `pat-export verify pruned/ --ckpt run/` repeats the proof at any time later, `pat-export card pruned/` adds what was
     measured since to the model card.
@@ -63,6 +71,7 @@ def export(
         check_hub(push)  # before torch is imported, let alone a model exported
     if parity_vllm and not parity:
         raise UsageError("--parity-vllm", expected="a parity check", found="--no-parity", fix="Leave one of them out.")
+    from pat_serve.cli.quality_gate import quality_gate
     from pat_serve.export.exporter import export_run
     from pat_serve.export.fit import parse_degrees
     from pat_serve.export.formats.sizes import parse_size
@@ -70,6 +79,7 @@ def export(
     from pat_serve.progress import say
     from pat_serve.server.scoring import score_with_vllm
 
+    accept = quality_gate(require_quality or [], quality_data, out=out)
     done = export_run(
         ckpt,
         out,
@@ -83,6 +93,7 @@ def export(
         quantize=quantize,
         tp=parse_degrees(tp),
         gguf=gguf,
+        accept=accept,
     )
     widths, parameters = done.record["hidden_size"], done.record["parameters"]
     say(

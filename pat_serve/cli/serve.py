@@ -19,6 +19,10 @@ def serve(
     vllm_flags: Annotated[
         list[str] | None, typer.Argument(metavar="[-- VLLM_FLAGS]", help="Flags for vLLM's own server, after --.")
     ] = None,
+    baseline: Annotated[
+        str | None,
+        Flag(help="Dense parent: runs beside the model, for /benchmark/speedup, /baseline/generate and the page."),
+    ] = None,
     host: Annotated[str, Flag(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, Flag(min=1, max=65535)] = 8000,
     dtype: Annotated[
@@ -49,6 +53,7 @@ def serve(
     ] = None,
     api_key_file: Annotated[Path | None, Flag(help="File with a [NAME=]KEY a line.")] = None,
     public_metrics: Annotated[bool, Flag("--public-metrics", help="/metrics asks for no key.")] = False,
+    public_page: Annotated[bool, Flag("--public-page", help="The page's files ask for no key; the page does.")] = False,
     max_body_mib: Annotated[float, Flag(min=0.001, help="MiB of a request's body.")] = 4.0,
     max_sequences: Annotated[int, Flag(min=1, help="Prompts times n of one request.")] = 128,
     max_queue: Annotated[
@@ -71,15 +76,18 @@ def serve(
         list[str] | None,
         Flag(help="structured-output, chat-template, media or prompt-embeds: let requests have it; repeatable."),
     ] = None,
+    log_format: Annotated[str, Flag(help="text or json: one line a request on stdout.")] = "text",
     debug: Debug = False,
 ) -> None:
-    """Serve a model over HTTP: /generate, /ready, /benchmark/latency, /benchmark/throughput and OpenAI's /v1 routes.
+    """Serve a model over HTTP: a page at /, /generate, /ready, /benchmark/* and OpenAI's /v1 routes.
 
     Example:
 
         pat-serve --model pruned/ --port 8000
 
         curl localhost:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "Hello", "max_tokens": 16}'
+
+    With its dense parent beside it, to check the speed-up live: pat-serve --model pruned/ --baseline dense/
 
     Anything after -- goes to vLLM: pat-serve --model pruned/ -- --max-num-seqs 8
     """
@@ -108,8 +116,11 @@ def serve(
             found="no module vllm",
             fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
         )
+    from pat_serve.server.access_log import LogFormat
     from pat_serve.server.launch import ServeSettings, run
 
+    if log_format not in list(LogFormat):
+        raise UsageError("--log-format", expected=", ".join(LogFormat), found=log_format, fix="Choose one of them.")
     run(
         ServeSettings(
             model=model,
@@ -124,6 +135,7 @@ def serve(
             vllm_flags=flags,
             policy=Policy(
                 public_metrics=public_metrics,
+                public_page=public_page,
                 max_body_bytes=int(max_body_mib * MIB),
                 max_sequences=max_sequences,
                 max_queue=max_queue,
@@ -137,6 +149,8 @@ def serve(
             ),
             api_keys=tuple(api_key or ()),
             api_key_file=api_key_file,
+            log_format=LogFormat(log_format),
+            baseline=baseline,
         )
     )
 

@@ -13,7 +13,6 @@ from pat_serve.training.calibration import Calibration
 
 def collect(out: Path) -> dict[str, Any]:
     """report.json from a finished demo's folder. Nothing is computed here but ratios of what was measured."""
-    quality = _json(out / "quality.json")["results"]
     exports = {name: _json(out / name / "pat_export.json") for name in ("dense", "pruned")}
     names = ("base", "dense", "pruned")
     return {
@@ -36,13 +35,26 @@ def collect(out: Path) -> dict[str, Any]:
                 for name, record in exports.items()
             },
         },
-        "quality": dict(zip(names, quality, strict=True)),
+        "quality": dict(zip(names, _perplexities(out / "quality.json"), strict=True)),
         "training": {method: _metrics(out / "runs" / method / "metrics.jsonl") for method in ("lora", "pat")},
         "axes": _importance(out / "runs" / "pat"),
         "serving": _json(out / "answers.json"),
         "speedup": _without_rounds(_json(out / "speedup.json")),
         "stage_s": _json(out / "timings.json"),
     }
+
+
+def _perplexities(report: Path) -> list[dict[str, Any]]:
+    """Of each model, from the one measure of pat-eval's report."""
+    [measure] = _json(report)["measures"]
+    return [
+        {
+            "perplexity": result["value"],
+            "examples": result["items"],
+            **{name: result[name] for name in ("tokens", "nll_nats", "nll_standard_error_nats")},
+        }
+        for result in measure["results"]
+    ]
 
 
 def _importance(run: Path) -> list[float]:

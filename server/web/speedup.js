@@ -1,0 +1,99 @@
+// The speed-up check: runs it, and draws each regime's interval with the claim and the ceiling beside it.
+
+import { getJson, postJson } from "/page/api.js";
+import { $, draw, make } from "/page/dom.js";
+
+const WIDTH = 340;
+const EDGE = 16;
+
+function interval(regime, claim) {
+  const { low, high, median } = regime.ratio;
+  const least = Math.min(1, low, claim);
+  const most = Math.max(1, high, claim, regime.ceiling);
+  const pad = (most - least) * 0.06 || 0.05;
+  const x = (value) => EDGE + ((value - least + pad) / (most - least + 2 * pad)) * (WIDTH - 2 * EDGE);
+  const mark = (value, kind, text, y) => [
+    draw("line", { class: kind, x1: x(value), x2: x(value), y1: 22, y2: 62 }),
+    draw("text", { class: `${kind}-text`, x: x(value), y, "text-anchor": anchor(x(value)) }, text),
+  ];
+  const told = `ratio ${median.toFixed(3)}, interval ${low.toFixed(3)} to ${high.toFixed(3)}, claim ${claim}, ceiling ${regime.ceiling.toFixed(3)}`;
+  return draw("svg", { viewBox: `0 0 ${WIDTH} 82`, role: "img", "aria-label": told },
+    draw("line", { class: "axis", x1: EDGE, x2: WIDTH - EDGE, y1: 42, y2: 42 }),
+    draw("line", { class: "grid", x1: x(1), x2: x(1), y1: 34, y2: 50 }),
+    draw("text", { x: x(1), y: 66, "text-anchor": anchor(x(1)) }, "1×"),
+    draw("line", { class: "interval", x1: x(low), x2: Math.max(x(high), x(low) + 2), y1: 42, y2: 42 }),
+    ...mark(claim, "claim", `claim ${claim}`, 16),
+    ...mark(regime.ceiling, "ceiling", `ceiling ${regime.ceiling.toFixed(2)}`, 76),
+    draw("circle", { class: "median", cx: x(median), cy: 42, r: 5 }));
+}
+
+const anchor = (x) => (x < 60 ? "start" : x > WIDTH - 60 ? "end" : "middle");
+
+function regimeCard(regime, claim) {
+  const { low, high, median } = regime.ratio;
+  return make("article", { class: "regime" },
+    make("h3", {}, regime.regime, make("span", { class: `badge ${regime.verdict}` }, regime.verdict)),
+    make("p", { class: "ratio" }, `${median.toFixed(2)}×`, make("small", {}, ` [${low.toFixed(3)}, ${high.toFixed(3)}]`)),
+    interval(regime, claim),
+    make("p", {}, `Dense ${milli(regime.baseline.median)}, pruned ${milli(regime.candidate.median)}` +
+      ` (${regime.regime === "prefill" ? "to the first tokens" : "a token"}); ${Math.round(regime.of_ceiling * 100)} % of the ceiling.`),
+    make("p", {}, `${regime.verdict}: ${regime.reason}.`));
+}
+
+const milli = (value) => `${(value * 1000).toPrecision(3)} ms`;
+
+function show(result) {
+  const claim = result.settings.claim;
+  $("verdict").replaceChildren(make("div", { class: "result" },
+    make("div", { class: "headline" },
+      make("span", { class: `badge ${result.verdict}`, id: "verdict-word" }, result.verdict),
+      make("strong", {}, `Claim ${claim}×`),
+      make("span", { class: "note" }, `${result.settings.rounds} paired rounds, batch ${result.settings.batch_size}, ${result.dtype}, ${new Date(result.date).toLocaleString()}`)),
+    make("p", {}, result.reason + "."),
+    make("div", { class: "regimes" }, ...result.regimes.map((regime) => regimeCard(regime, claim)))));
+}
+
+function problem(message) {
+  $("verdict").replaceChildren(make("p", { class: "problem", role: "alert" }, message));
+}
+
+export async function startSpeedup(model) {
+  if (!model.baseline) {
+    $("speed-intro").textContent = "This server has no baseline. Start it with --baseline and the dense parent, and the claimed speed-up can be checked here.";
+    $("check").hidden = true;
+    return;
+  }
+  let running = null;
+  $("check-stop").onclick = () => running?.abort();
+  $("check").onsubmit = async (event) => {
+    event.preventDefault();
+    if (running) return;
+    running = new AbortController();
+    $("check-run").disabled = true;
+    $("check-stop").disabled = false;
+    const body = {
+      claim: $("claim").valueAsNumber,
+      batch_size: $("batch").valueAsNumber,
+      prompt_tokens: $("prompt-tokens").valueAsNumber,
+      output_tokens: $("output-tokens").valueAsNumber,
+      rounds: $("rounds").valueAsNumber,
+    };
+    const begun = performance.now();
+    // Seconds that pass are for the eye; a screen reader hears the beginning and the end.
+    const passed = make("span", { "aria-hidden": "true" }, "0 s");
+    $("verdict").replaceChildren(make("p", { class: "busy" }, "Both models run in turns.", passed));
+    const clock = setInterval(() => { passed.textContent = `${Math.round((performance.now() - begun) / 1000)} s`; }, 1000);
+    try {
+      show(await postJson("/benchmark/speedup", body, running.signal));
+    } catch (error) {
+      if (error.name === "AbortError") $("verdict").replaceChildren(make("p", { class: "note" }, "Stopped."));
+      else problem(error.message);
+    } finally {
+      clearInterval(clock);
+      running = null;
+      $("check-run").disabled = false;
+      $("check-stop").disabled = true;
+    }
+  };
+  if (model.has_speedup) show(await getJson("/benchmark/speedup"));
+}

@@ -1,0 +1,69 @@
+"""pat-eval's other backends give the figures of transformers: a running pat-serve, and vLLM in the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.conftest import KEY, Server
+from tests.tiny_models import SENTENCES, save_tiny_llama
+
+pytestmark = pytest.mark.vllm
+pytest.importorskip("lm_eval")
+
+ITEMS = [
+    {"origin_prompt": f"{text.split('.')[0]}.\nQuestion: Which may be the effect?\nA. one\nB. none at all\nAnswer:",
+     "gold": "AB"[number % 2]}
+    for number, text in enumerate(SENTENCES)
+]  # fmt: skip
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    (tmp_path / "docs.txt").write_text(SENTENCES[0])
+    (tmp_path / "COPA.json").write_text(json.dumps({str(i): item for i, item in enumerate(ITEMS)}))
+    flags = ["--text", str(tmp_path / "docs.txt"), "--context-tokens", "64", "--task-data", str(tmp_path)]
+    return [*flags, "--tasks", "pat14_copa,pat14_copa_ll", "--dtype", "float32", "--batch-size", "4", "--json"]
+
+
+def evaluate(*arguments: str) -> dict[str, dict[str, Any]]:
+    """pat-eval in a process of its own; measures by name."""
+    command = [sys.executable, "-c", "from pat_serve.cli.eval import main; main()", *arguments]
+    environment = os.environ | {"OPENAI_API_KEY": KEY}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {measure["name"]: measure for measure in json.loads(done.stdout)["measures"]}
+
+
+def check(measures: dict[str, dict[str, Any]]) -> None:
+    """Two models of one measure are the same one, asked in two ways."""
+    assert set(measures) == {
+        "ppl(docs.txt)", "acc(pat14_copa)", "acc(pat14_copa_ll)", "acc_norm(pat14_copa_ll)",
+        "answer_nll(pat14_copa_ll)",
+    }  # fmt: skip
+    for name, measure in measures.items():
+        first, second = measure["results"]
+        assert second["versus_first"] is not None, f"{name}: {measure['notes']}"
+        assert second["value"] == pytest.approx(first["value"], rel=1e-4), name
+        assert second["items"] == first["items"]
+
+
+def test_a_running_server(server: Server, arguments: list[str]):
+    check(evaluate(str(server.model), server.url, *arguments))
+
+
+@pytest.mark.slow
+def test_vllm_in_the_process(tmp_path: Path, arguments: list[str]):
+    model = save_tiny_llama(tmp_path / "tiny")
+    by_vllm = evaluate(str(model), *arguments, "--backend", "vllm")
+    by_transformers = evaluate(str(model), *arguments)
+    for name, measure in by_transformers.items():
+        measure["results"] += by_vllm[name]["results"]
+        measure["results"][1]["versus_first"] = {}
+    check(by_transformers)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from pat_serve.evaluation.compare import answer_measures
+from pat_serve.evaluation.outcomes import Answers
+from pat_serve.evaluation.paired import mcnemar_exact, mean_ratio, perplexity_ratio
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (0, 1), (3, 9), (20, 20), (900, 1100)])
+def test_mcnemar_is_the_binomial_test(won: int, lost: int):
+    before = np.array([0.0] * won + [1.0] * lost + [1.0] * 5 + [0.0] * 7)
+    after = np.array([1.0] * won + [0.0] * lost + [1.0] * 5 + [0.0] * 7)
+    expected = binomtest(won, won + lost).pvalue if won + lost else 1.0
+    assert mcnemar_exact(before, after)[:2] == (won, lost)
+    assert mcnemar_exact(before, after)[2] == pytest.approx(expected)
+
+
+def test_perplexity_ratio_of_a_known_difference():
+    random = np.random.default_rng(0)
+    counts = random.integers(50, 60, 400).astype(float)
+    before = counts * random.normal(3.0, 1.0, 400)
+    # 0.02 nats a token worse, with little noise on top of a spread of a whole nat.
+    after = before + counts * random.normal(0.02, 0.01, 400)
+    found = perplexity_ratio(before, after, counts)
+    assert found.ratio == pytest.approx(math.exp((after - before).sum() / counts.sum()))
+    assert found.low < found.ratio < found.high
+    # Pairing sees through the spread between rows: the interval is a fiftieth of what the rows' own spread gives.
+    assert found.high - found.low < 0.003
+    assert found.p_value < 0.001
+
+
+def test_intervals_cover_as_often_as_they_say():
+    """200 samples with a true ratio of 1: the 95 % interval misses it about 10 times."""
+    random = np.random.default_rng(1)
+    missed = 0
+    for number in range(200):
+        differences = random.normal(0, 1, 100)
+        found = perplexity_ratio(np.zeros(100), differences, np.full(100, 10.0), seed=number, resamples=500)
+        missed += not found.low <= 1 <= found.high
+    assert 3 <= missed <= 22
+
+
+def test_equal_models_are_equal():
+    found = mean_ratio([np.array([1.0, 0.0, 1.0])], [np.array([1.0, 0.0, 1.0])])
+    assert (found.ratio, found.low, found.high, found.p_value) == (1.0, 1.0, 1.0, 1.0)
+
+
+def test_one_item_has_no_interval():
+    found = perplexity_ratio(np.array([1.0]), np.array([2.0]), np.array([4.0]))
+    assert found.ratio == pytest.approx(math.exp(0.25))
+    assert math.isnan(found.low)
+    assert math.isnan(found.p_value)
+
+
+def test_a_mean_of_tasks_counts_tasks_alike():
+    big, small = np.zeros(1000), np.ones(10)
+    found = mean_ratio([np.ones(1000), small], [big, small])
+    assert found.ratio == pytest.approx(0.5)
+
+
+def test_measures_of_answers():
+    def answers(right: list[float]) -> Answers:
+        return Answers(
+            items=["a", "b", "c", "d"], right=right, metric="acc", normalized=right, gold_nll=[1.0, 2.0, 3.0, 4.0]
+        )
+
+    accuracy, normalized, nll = answer_measures(
+        "task", {"dense": [answers([1, 1, 1, 0])], "pruned": [answers([1, 0, 0, 1])]}, {}
+    )
+    first, second = accuracy.results
+    assert (accuracy.name, first.value, first.retention_percent) == ("acc(task)", 0.75, None)
+    # lm-eval's own: sqrt(p (1 - p) / (n - 1)).
+    assert first.standard_error == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert second.retention_percent == pytest.approx(100 * 0.5 / 0.75)
+    assert second.versus_first is not None
+    assert (second.versus_first.test, second.versus_first.won, second.versus_first.lost) == ("McNemar, exact", 1, 2)
+    assert second.versus_first.p_value == pytest.approx(1.0)
+    assert (normalized.name, nll.name, nll.higher_is_better) == ("acc_norm(task)", "answer_nll(task)", False)
+    assert nll.results[1].value == 2.5
+
+
+def test_other_items_are_not_compared():
+    one = Answers(items=["a"], right=[1.0], metric="acc")
+    other = Answers(items=["b"], right=[1.0], metric="acc")
+    [measure] = answer_measures("task", {"x": [one], "y": [other]}, {})
+    assert measure.results[1].versus_first is None
+    assert "not measured on the same items" in measure.notes[0]

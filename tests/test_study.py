@@ -1,0 +1,114 @@
+"""The study's corpus and table; its runs are those of commands that other tests cover."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.study import corpus, report
+from benchmarks.study.__main__ import SIZES, _jobs
+from benchmarks.study.methods import DENSE, METHODS, RATIOS, settings
+from pat_serve.evaluation.paper14.local_items import local_questions
+from pat_serve.training.config import TrainRecipe
+from tests.conftest import tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "eval").mkdir()
+    for name, count in (("COPA", 80), ("lukaemon_mmlu_anatomy", 50), ("lukaemon_mmlu_virology", 50)):
+        items = {
+            str(i): {
+                "origin_prompt": f"Stem {name} {i}.\nA. right {i}\nB. wrong {i}\nAnswer:",
+                "prediction": "X",
+                "gold": "A",
+            }
+            for i in range(count)
+        }  # fmt: skip
+        (folder / "eval" / f"{name}.json").write_text(json.dumps(items))
+    for split in ("valid", "test"):
+        lines = [f" Paragraph {split} {i} . {'word ' * 60}" for i in range(150)]
+        (folder / f"wikitext2.{split}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(texts: Path) -> corpus.Corpus:
+    (texts / "library").mkdir()
+    (texts / "library/json.py").write_text('def loads(text):\n    """Return the object in text."""\n')
+    return corpus.build(texts, library=texts / "library")
+
+
+def test_nothing_that_is_measured_is_trained_on(built: corpus.Corpus):
+    trained = "\n".join([*built.base_texts, *(row["prompt"] + row["completion"] for row in built.tune_rows)])
+    items = [item for file in built.heldout_items.values() for item in file.values()]
+    # 60 of COPA, and 60 of both subjects of MMLU together.
+    assert len(items) == 120
+    for item in items:
+        assert item["origin_prompt"].split("\n")[0] not in trained
+        assert "prediction" not in item
+    paragraphs = built.heldout_texts["articles"].split("\n\n")
+    assert len(paragraphs) == 200
+    assert not [paragraph for paragraph in paragraphs if paragraph in trained]
+    # The others are there, with their right options and no letter.
+    assert trained.count("Stem COPA") == 20
+    assert "Answer: right" in trained
+    assert "Answer: wrong" not in trained
+
+
+def test_what_is_saved_is_what_the_tasks_read(built: corpus.Corpus, tmp_path: Path):
+    built.save(tmp_path)
+    assert len(local_questions(tmp_path / "items", "copa")) == 60
+    assert len(local_questions(tmp_path / "items", "mmlu")) == 60
+    assert (tmp_path / "articles.txt").is_file()
+
+
+def test_every_job_is_a_recipe():
+    jobs = _jobs(2, ["hio", "identity"])
+    assert len(jobs) == 2 * (1 + len(METHODS) * len(RATIOS) + 10 + 2)
+    assert jobs[0][:3] == (DENSE, 0.0, 0)
+    for base in SIZES.values():
+        for name, ratio, _, method in jobs:
+            width = round(base.hidden_size * (1 - ratio))
+            assert width % base.heads == 0
+            recipe = TrainRecipe.build(
+                settings(name, method, width) | {"model": "m", "data": "d", "max_steps": 9}, name
+            )
+            assert recipe.hidden_size == (None if name == DENSE else width)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_without_the_identity_loss(weight: float, tiny_base: Path, rows: Path, tmp_path: Path):
+    from pat_serve.training.run import start
+
+    start(tiny_recipe(tiny_base, rows, identity_weight=weight, max_steps=12), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert any("identity_loss" in line for line in lines) == (weight > 0)
+    assert any("count_loss" in line for line in lines)
+
+
+def test_table_pairs_by_seed():
+    lines = [
+        {"method": DENSE, "ratio": 0.0, "seed": 0, "steps": 9, "parameters": 100, "ppl(a)": 10.0, "ppl(a)_se": 1.0},
+        {"method": DENSE, "ratio": 0.0, "seed": 1, "steps": 9, "parameters": 100, "ppl(a)": 20.0, "ppl(a)_se": 1.0},
+        {"method": "x", "ratio": 0.25, "seed": 0, "steps": 9, "parameters": 75, "ppl(a)": 11.0, "speedup": 1.2},
+        {"method": "x", "ratio": 0.25, "seed": 1, "steps": 9, "parameters": 75, "ppl(a)": 22.0, "speedup": 1.4},
+    ]
+    rows = report.table(lines).splitlines()
+    assert rows[0] == "| cut | method | seeds | parameters | ppl(a) | times as fast |"
+    assert rows[3] == "| 25.0% | x | 2 | 75 | 16.50 ± 7.78 (+10.0 ± 0.0 %) | 1.300 ± 0.141 |"
+
+
+def test_curve_is_one_page(tmp_path: Path):
+    pytest.importorskip("plotly")
+    lines = [
+        {"method": DENSE, "ratio": 0.0, "seed": 0, "steps": 9, "parameters": 100, "ppl(a)": 10.0},
+        {"method": "x", "ratio": 0.25, "seed": 0, "steps": 9, "parameters": 75, "ppl(a)": 11.0},
+    ]
+    report.write_curve(lines, tmp_path / "curve.html")
+    text = (tmp_path / "curve.html").read_text()
+    assert "ppl(a)" in text
+    assert "<script src" not in text
