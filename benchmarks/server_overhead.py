@@ -79,6 +79,7 @@ def measure(model: Path, scratch: Path, options: argparse.Namespace) -> dict[str
         before = {name: memory(up[name]) for name in NAMES}
         for name in turns(options.rounds):
             tokens[name].append(throughput(up[name], str(model), options))
+        print("throughput:", {name: round(percentile(rates, 50), 1) for name, rates in tokens.items()}, flush=True)
         for name in NAMES:
             cpu[name]["stream"] = (http_cpu_s(up[name]) - spent[name]) / (options.rounds * options.requests)
         # Not before: a server closes a connection on which nothing happens for 5 s.

@@ -57,6 +57,8 @@ def serving(name: str, model: Path, log: Path, *, vllm_flags: list[str], flags: 
     common = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
     ours = ["-c", OURS, *common, "--api-key", f"bench={KEY}", *flags, "--", *vllm_flags]
     command = [sys.executable, *(ours if name == "pat-serve" else ["-c", PLAIN, *common, *vllm_flags])]
+    # Whoever ends the measurement ends the server with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     # Left to itself vLLM asks its makers' server what it should know of the user.
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     begun_s = time.monotonic()

@@ -126,6 +126,9 @@ _PLAIN_ADAPTER: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, []),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
+    # All others (pissa, olora, corda, loftq, lora_ga) change the base before the training begins, so that the adapter
+    # alone is an update of another model.
+    "init_lora_weights": (None, False, "gaussian", "eva", "orthogonal", True),
 }
 
 
