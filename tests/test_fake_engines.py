@@ -20,6 +20,9 @@ from pat_serve.server.speedup_result import Regime, SpeedupResult, SpeedupSettin
 from pat_serve.server.verdict import Verdict
 from tests.tiny_models import tiny_config
 
+# They measure real time, which a busy machine stretches.
+pytestmark = pytest.mark.slow
+
 Model = Callable[..., str]
 
 

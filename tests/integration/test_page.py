@@ -28,7 +28,13 @@ from tests.tiny_models import save_tiny_llama
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.vllm
-browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH")
+
+
+def browser(test: Callable[..., None]) -> Callable[..., None]:
+    """Needs a browser, which draws the page by software beside two engines: not for the tests that everybody runs."""
+    needed = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH")
+    return pytest.mark.slow(needed(test))
+
 
 MAX_MODEL_LEN = 8192
 PROMPT = "Return a new dictionary"
