@@ -35,6 +35,10 @@ class _Deadline:
         work = asyncio.ensure_future(app(scope, self.receive, self.send))
         try:
             await asyncio.wait({work, timer}, return_when=asyncio.FIRST_COMPLETED)
+            if self._expired.is_set():
+                # The work may end at once, while our end of the answer still waits for a client that reads slowly; one
+                # that stops reading is cut off by the protocol, and then this ends too.
+                await asyncio.wait({timer})
             if not work.done():
                 await asyncio.wait({work}, timeout=_END_S)
             if work.done():

@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
-from starlette.types import Message
+from starlette.types import Message, Receive, Scope, Send
 
 from pat_serve.server.admission import Admission
 from pat_serve.server.body_check import ModelBounds
+from pat_serve.server.deadline import within_deadline
 from pat_serve.server.front import Front, Gate
 from pat_serve.server.http_errors import shape_routing_errors, shape_vllm_errors
 from pat_serve.server.policy import Policy
@@ -106,6 +107,30 @@ def test_deadline_before_the_answer() -> None:
     answer = app.run(lambda client: client.post("/v1/hang", json={}))
     assert (answer.status_code, kind(answer)) == (504, "deadline")
     assert app.cancelled.is_set()
+
+
+def test_the_end_of_a_late_stream_waits_for_a_client_that_reads_slowly() -> None:
+    """The work ends as soon as it sees the client gone, long before there is room for the last event."""
+    sent: list[Message] = []
+
+    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def receive() -> Message:
+        await asyncio.sleep(60)
+        raise AssertionError("the client stays")
+
+    async def slow_send(message: Message) -> None:
+        if not message.get("more_body", True):
+            await asyncio.sleep(0.3)
+        sent.append(message)
+
+    asyncio.run(within_deadline(stream, {"type": "http"}, receive, slow_send, timeout_s=0.05))
+    assert b'"deadline"' in sent[-1]["body"]
+    assert sent[-1]["more_body"] is False
 
 
 def test_deadline_in_a_stream() -> None:
