@@ -19,6 +19,8 @@ from pat_serve.server.policy import MAX_HEADER_BYTES, Policy
 
 # A refused client may be sending still; closed at once, it would see a reset in place of the answer.
 _LINGER_S = 2.0
+# Between the last request and the end of the process: answers that nobody reads are not waited for.
+CONNECTIONS_END_S = 4
 
 
 def bounded_protocol(
@@ -99,6 +101,14 @@ class _BoundedProtocol(HttpToolsProtocol):
         """Answer what is not HTTP."""
         self.refused(HttpError(400, "not_http", msg))
         super().send_400_response(msg)
+
+    def shutdown(self) -> None:
+        """The server stops. What is not over in its time is cut off, and its request ends as if the client had left.
+
+        uvicorn would cancel the request, and log that with a traceback.
+        """
+        super().shutdown()
+        self.loop.call_later(CONNECTIONS_END_S, self.transport.abort)
 
     def pause_writing(self) -> None:
         """The client has stopped reading, or is slower than the answer."""

@@ -28,8 +28,6 @@ from pat_serve.server.trusted_model import check_trusted
 
 GIB = 2**30
 DEFAULT_KV_CACHE_GIB = 4.0
-# Between the last request and the end of the process: answers that nobody reads are not waited for.
-CONNECTIONS_END_S = 5
 # Formats that open pickles if they find nothing else.
 _UNSAFE_LOAD_FORMATS = ("auto", "hf", "pt", "npcache")
 
@@ -143,7 +141,7 @@ def check_plugin() -> None:
 
 def uvicorn_options(policy: Policy, args: Namespace) -> dict[str, Any]:
     """What uvicorn is told beside what vLLM tells it."""
-    from pat_serve.server.http_protocol import bounded_protocol
+    from pat_serve.server.http_protocol import CONNECTIONS_END_S, bounded_protocol
 
     protocol = bounded_protocol(
         policy,
@@ -155,7 +153,8 @@ def uvicorn_options(policy: Policy, args: Namespace) -> dict[str, Any]:
         # No route of ours is one.
         "ws": "none",
         "server_header": False,
-        "timeout_graceful_shutdown": CONNECTIONS_END_S,
+        # The protocol has ended all connections by then; uvicorn would do so with a traceback.
+        "timeout_graceful_shutdown": CONNECTIONS_END_S + 1,
     }
 
 

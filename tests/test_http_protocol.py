@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from pat_serve.server.http_protocol import bounded_protocol
+from pat_serve.server.http_protocol import CONNECTIONS_END_S, bounded_protocol
 from pat_serve.server.policy import Policy
 
 POLICY = Policy(receive_timeout_s=0.5, send_timeout_s=0.5, max_connections=3)
@@ -28,9 +31,13 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @contextmanager
-def serving(*, guarded: bool = True) -> Iterator[Any]:
+def serving(*, guarded: bool = True, policy: Policy = POLICY) -> Iterator[Any]:
     config = uvicorn.Config(
-        app, http=bounded_protocol(POLICY, guarded=lambda: guarded), lifespan="off", log_level="error"
+        app,
+        http=bounded_protocol(policy, guarded=lambda: guarded),
+        lifespan="off",
+        log_level="error",
+        timeout_graceful_shutdown=CONNECTIONS_END_S + 1,
     )
     server = uvicorn.Server(config)
     with socket.socket() as listener:
@@ -100,3 +107,20 @@ def test_a_reader_that_stops_is_cut_off_and_connections_are_bounded() -> None:
         assert until_closed(clients[3]) == b""
         for client in clients:
             client.close()
+
+
+def test_a_stop_cuts_off_who_does_not_read_and_logs_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(policy=replace(POLICY, send_timeout_s=60)) as (server, address), socket.socket() as client:
+        logging.getLogger("uvicorn.error").addHandler(caplog.handler)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(address)
+        client.sendall(b"GET /1000 HTTP/1.1\r\nHost: x\r\n\r\n")
+        deadline_s = time.monotonic() + 30
+        while not any(one.flow.write_paused for one in list(server.server_state.connections) if one.transport):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        server.should_exit = True
+        while server.server_state.tasks:
+            assert time.monotonic() < deadline_s, "it is waited for"
+            time.sleep(0.05)
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []
