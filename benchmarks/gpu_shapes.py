@@ -23,8 +23,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from pat_serve.hardware import describe
-from pat_serve.server.roofline import decode_ceiling, prefill_ceiling, shape_of
-from pat_serve.server.statistics import paired_ratio
+from pat_serve.server.analysis.roofline import decode_ceiling, prefill_ceiling, shape_of
+from pat_serve.server.analysis.statistics import paired_ratio
 
 SHAPES = {"dense": "llama2-7b", "narrow": "llama2-7b-pat25"}
 WARMUPS = 3

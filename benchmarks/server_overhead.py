@@ -26,7 +26,7 @@ import psutil
 
 from benchmarks.serving_process import Client, Served, serving
 from pat_serve.hardware import describe
-from pat_serve.server.statistics import paired_ratio, percentile
+from pat_serve.server.analysis.statistics import paired_ratio, percentile
 from tests.tiny_models import save_tiny_llama
 
 THROUGHPUT_BAR, LATENCY_BAR_S, READY_BAR_S = 0.98, 1e-3, 2.0

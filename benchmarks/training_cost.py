@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from pat_serve.architectures import FAMILIES
-from pat_serve.server.statistics import PairedRatio, paired_ratio, percentile
+from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio, percentile
 from pat_serve.training.config import PAPER, TrainRecipe
 from pat_serve.training.insert import adapt
 

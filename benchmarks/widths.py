@@ -14,7 +14,7 @@ import time
 import torch
 
 from pat_serve.hardware import compute_cores
-from pat_serve.server.statistics import paired_ratio, percentile
+from pat_serve.server.analysis.statistics import paired_ratio, percentile
 
 ATTENTION, FFN, DENSE = 4096, 11008, 4096
 WIDTHS = (4096, 3328, 3200, 3072, 3008, 2944, 2868)

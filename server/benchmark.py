@@ -9,11 +9,12 @@ from typing import Any
 
 from fastapi import Request
 
+from pat_serve.server.analysis.statistics import median_interval, percentile, summarize
 from pat_serve.server.benchmark_roofline import roofline
 from pat_serve.server.engine import Engine
 from pat_serve.server.exclusive import Exclusive
 from pat_serve.server.generation import RequestTimes
-from pat_serve.server.http_errors import InvalidRequestError
+from pat_serve.server.http.errors import InvalidRequestError
 from pat_serve.server.limits import LimitError, check_benchmark
 from pat_serve.server.measure import Run, Shape, measure_latency, measure_throughput
 from pat_serve.server.readiness import Readiness
@@ -28,7 +29,6 @@ from pat_serve.server.schemas import (
     ThroughputResponse,
     ThroughputSummary,
 )
-from pat_serve.server.statistics import median_interval, percentile, summarize
 
 
 async def latency(

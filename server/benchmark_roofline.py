@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pat_serve.errors import PatServeError
 from pat_serve.hardware import DTYPE_BYTES
-from pat_serve.server.engine import Engine
-from pat_serve.server.roofline import (
+from pat_serve.server.analysis.roofline import (
     ModelShape,
     decode_bytes,
     decode_ceiling,
@@ -13,6 +12,7 @@ from pat_serve.server.roofline import (
     prefill_flops,
     shape_of,
 )
+from pat_serve.server.engine import Engine
 from pat_serve.server.schemas import DecodeRoofline, PrefillRoofline, RooflineBody
 
 

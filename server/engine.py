@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 from pat_serve.errors import EngineError, UsageError
-from pat_serve.server.admission import RETRY_AFTER_S
 from pat_serve.server.generation import EngineTimes, Piece, Sampling
-from pat_serve.server.http_errors import HttpError, InvalidRequestError
+from pat_serve.server.http.admission import RETRY_AFTER_S
+from pat_serve.server.http.errors import HttpError, InvalidRequestError
 from pat_serve.server.sequence_watch import watch
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from pat_serve.server.admission import Admission
-from pat_serve.server.connection import while_connected
-from pat_serve.server.http_errors import HttpError
+from pat_serve.server.http.admission import Admission
+from pat_serve.server.http.connection import while_connected
+from pat_serve.server.http.errors import HttpError
 from pat_serve.server.limits import BENCHMARK_TIMEOUT_S
 
 T = TypeVar("T")

@@ -10,10 +10,10 @@ from uuid import uuid4
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from pat_serve.server.connection import EventStream, while_connected
 from pat_serve.server.engine import Engine
 from pat_serve.server.generation import Piece, RequestTimes, Sampling
-from pat_serve.server.http_errors import HttpError, InvalidRequestError
+from pat_serve.server.http.connection import EventStream, while_connected
+from pat_serve.server.http.errors import HttpError, InvalidRequestError
 from pat_serve.server.limits import LimitError, check_vocabulary, output_budget
 from pat_serve.server.readiness import Readiness
 from pat_serve.server.schemas import GenerateRequest, GenerateResponse, StreamDelta, StreamEnd, Timings, Usage

@@ -19,9 +19,9 @@ from pat_serve.errors import EngineError, PortInUse, UsageError
 from pat_serve.hardware import available_memory_bytes, serving_dtype
 from pat_serve.locate import locate, read_config
 from pat_serve.server import engine
-from pat_serve.server.access_log import LogFormat
 from pat_serve.server.baseline import check_comparable, check_memory
-from pat_serve.server.keys import KeyRing, collect_keys
+from pat_serve.server.http.access_log import LogFormat
+from pat_serve.server.http.keys import KeyRing, collect_keys
 from pat_serve.server.policy import Feature, Policy
 from pat_serve.server.supervisor import adopt_orphans, end_children, supervise
 from pat_serve.server.trusted_model import check_trusted
@@ -141,7 +141,7 @@ def check_plugin() -> None:
 
 def uvicorn_options(policy: Policy, args: Namespace) -> dict[str, Any]:
     """What uvicorn is told beside what vLLM tells it."""
-    from pat_serve.server.http_protocol import CONNECTIONS_END_S, bounded_protocol
+    from pat_serve.server.http.protocol import CONNECTIONS_END_S, bounded_protocol
 
     protocol = bounded_protocol(
         policy,

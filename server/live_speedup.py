@@ -18,26 +18,26 @@ import psutil
 from fastapi import Request
 
 from pat_serve.hardware import DTYPE_BYTES, describe
-from pat_serve.server.advice import advise
+from pat_serve.server.analysis.advice import advise
+from pat_serve.server.analysis.roofline import ModelShape
+from pat_serve.server.analysis.statistics import percentile
+from pat_serve.server.analysis.trace import BatchTrace
+from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.baseline import Baseline, available
+from pat_serve.server.bench.speedup_analysis import analyse, conclude
+from pat_serve.server.bench.speedup_result import ModelRecord, Regime, Round, SpeedupSettings, WarmUp
+from pat_serve.server.bench.speedup_rounds import MAX_WARMUP_RUNS, is_stationary, round_prompts
 from pat_serve.server.benchmark_roofline import countable_shape
-from pat_serve.server.cpu_watch import CpuWatch
 from pat_serve.server.engine import Engine
 from pat_serve.server.exclusive import Exclusive
 from pat_serve.server.generation import Sampling
-from pat_serve.server.http_errors import HttpError, InvalidRequestError
+from pat_serve.server.http.errors import HttpError, InvalidRequestError
 from pat_serve.server.measure import together
-from pat_serve.server.offline import prompts_digest
-from pat_serve.server.process_group import ProcessGroup
 from pat_serve.server.readiness import Readiness
-from pat_serve.server.roofline import ModelShape
-from pat_serve.server.speedup_analysis import analyse, conclude
 from pat_serve.server.speedup_request import LiveSpeedupResult, SpeedupRequest
-from pat_serve.server.speedup_result import ModelRecord, Regime, Round, SpeedupSettings, WarmUp
-from pat_serve.server.speedup_rounds import MAX_WARMUP_RUNS, is_stationary, round_prompts
-from pat_serve.server.statistics import percentile
-from pat_serve.server.trace import BatchTrace
-from pat_serve.server.verdict import Verdict
+from pat_serve.server.workers.cpu_watch import CpuWatch
+from pat_serve.server.workers.offline import prompts_digest
+from pat_serve.server.workers.process_group import ProcessGroup
 
 # vLLM's worker spins for a second after its last step; the other engine's turn would begin with a core less.
 _SETTLE_S, _SETTLE_POLL_S, _QUIET_SHARE = 2.0, 0.05, 0.2

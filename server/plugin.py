@@ -15,25 +15,24 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.middleware import Middleware
 
 from pat_serve.server import benchmark
-from pat_serve.server.access_log import AccessLog, LogFormat, start_log
-from pat_serve.server.admission import Admission
 from pat_serve.server.baseline import Baseline, available, start_baseline
-from pat_serve.server.body_check import ModelBounds
-from pat_serve.server.drain import Drain
 from pat_serve.server.engine import Engine, attach
 from pat_serve.server.exclusive import Exclusive
-from pat_serve.server.front import Front, Gate
 from pat_serve.server.generate import generate
-from pat_serve.server.http_errors import ErrorShapeRoute, HttpError, shape_routing_errors, shape_vllm_errors
-from pat_serve.server.keys import collect_keys
+from pat_serve.server.http.access_log import AccessLog, LogFormat, start_log
+from pat_serve.server.http.admission import Admission
+from pat_serve.server.http.body_check import ModelBounds
+from pat_serve.server.http.drain import Drain
+from pat_serve.server.http.errors import ErrorShapeRoute, HttpError, shape_routing_errors, shape_vllm_errors
+from pat_serve.server.http.front import Front, Gate
+from pat_serve.server.http.keys import collect_keys
+from pat_serve.server.http.metrics import ServerMetrics
+from pat_serve.server.http.observer import Observation, Observer
+from pat_serve.server.http.route_names import RouteNames
 from pat_serve.server.live_speedup import Side, check_live_speedup
-from pat_serve.server.metrics import ServerMetrics
-from pat_serve.server.observer import Observation, Observer
 from pat_serve.server.policy import Policy
-from pat_serve.server.process_group import ProcessGroup, children
 from pat_serve.server.provenance import model_labels
 from pat_serve.server.readiness import Readiness
-from pat_serve.server.route_names import RouteNames
 from pat_serve.server.schemas import (
     ErrorBody,
     GenerateRequest,
@@ -47,6 +46,7 @@ from pat_serve.server.schemas import (
 )
 from pat_serve.server.speedup_request import LiveSpeedupResult, SpeedupRequest
 from pat_serve.server.web_page import PageModel, page_router, read_card
+from pat_serve.server.workers.process_group import ProcessGroup, children
 from pat_serve.version import __version__
 
 

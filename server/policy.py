@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pat_serve.server.keys import KeyRing
+from pat_serve.server.http.keys import KeyRing
 from pat_serve.server.web_page import PAGE_PATHS
 
 MIB = 2**20

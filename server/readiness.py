@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 from pat_serve.server.engine import Engine
 from pat_serve.server.generation import Sampling
-from pat_serve.server.http_errors import HttpError
+from pat_serve.server.http.errors import HttpError
 
 # A token not older than this proves that the engine answers.
 FRESH_S = 5.0

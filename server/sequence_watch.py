@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pat_serve.server.exchange import Exchange, current
+from pat_serve.server.http.exchange import Exchange, current
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,10 +6,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from pat_serve.server.analysis.verdict import MIN_ROUNDS
+from pat_serve.server.bench.speedup_result import SpeedupResult
 from pat_serve.server.limits import MAX_BATCH_SIZE, MAX_ROUNDS
 from pat_serve.server.schemas import Body, TokenCount
-from pat_serve.server.speedup_result import SpeedupResult
-from pat_serve.server.verdict import MIN_ROUNDS
 
 # Strict types take no plain string for a Regime.
 RegimeName = Literal["prefill", "decode"]

@@ -19,9 +19,9 @@ import random
 import sys
 from pathlib import Path
 
-from pat_serve.server.offline import prompts_digest
-from pat_serve.server.trace import BatchTrace, RequestTrace
-from pat_serve.server.worker_protocol import Command, Failed, Prefill, Ready, Serve, Served, Start, Stepped
+from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
+from pat_serve.server.workers.offline import prompts_digest
+from pat_serve.server.workers.protocol import Command, Failed, Prefill, Ready, Serve, Served, Start, Stepped
 
 
 class FakeEngine:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pat_serve.server.access_log import MAX_PATH_CHARS, AccessLog, LogFormat, fields, json_line, text_line
-from pat_serve.server.exchange import Exchange
+from pat_serve.server.http.access_log import MAX_PATH_CHARS, AccessLog, LogFormat, fields, json_line, text_line
+from pat_serve.server.http.exchange import Exchange
 
 PRINTABLE = re.compile(r"[ -~]+")
 

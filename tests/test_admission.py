@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pat_serve.errors import UnsupportedModel
-from pat_serve.server.admission import Admission
-from pat_serve.server.http_errors import HttpError
+from pat_serve.server.http.admission import Admission
+from pat_serve.server.http.errors import HttpError
 from pat_serve.server.trusted_model import check_trusted
 
 

@@ -64,7 +64,7 @@ def test_prompts_are_lines_of_text_or_of_json(tmp_path: Path) -> None:
 
 
 def test_the_first_key_of_a_key_file_is_the_client_s(tmp_path: Path) -> None:
-    from pat_serve.server.keys import first_key
+    from pat_serve.server.http.keys import first_key
 
     file = tmp_path / "keys.txt"
     file.write_text("# ours\nalice=s3cret=\nbob=other\n")

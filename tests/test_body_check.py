@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pat_serve.server.body_check import ModelBounds, check_body, check_containers, valid_request_id
-from pat_serve.server.http_errors import InvalidRequestError
+from pat_serve.server.http.body_check import ModelBounds, check_body, check_containers, valid_request_id
+from pat_serve.server.http.errors import InvalidRequestError
 from pat_serve.server.policy import Feature, Policy
 
 POLICY = Policy(max_sequences=16)

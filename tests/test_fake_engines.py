@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from pat_serve.errors import EngineError
-from pat_serve.server import worker_process
-from pat_serve.server.measure_result import LatencySettings, ThroughputSettings
-from pat_serve.server.measure_run import measure_latency, measure_throughput
-from pat_serve.server.speculative import measure_speculative
-from pat_serve.server.speculative_result import SpeculativeSettings
-from pat_serve.server.speedup import check_speedup
-from pat_serve.server.speedup_result import Regime, SpeedupResult, SpeedupSettings
-from pat_serve.server.verdict import Verdict
+from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings
+from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
+from pat_serve.server.bench.speculative import measure_speculative
+from pat_serve.server.bench.speculative_result import SpeculativeSettings
+from pat_serve.server.bench.speedup import check_speedup
+from pat_serve.server.bench.speedup_result import Regime, SpeedupResult, SpeedupSettings
+from pat_serve.server.workers import process as worker_process
 from tests.tiny_models import tiny_config
 
 # They measure real time, which a busy machine stretches.

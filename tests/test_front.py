@@ -13,11 +13,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from pat_serve.server.admission import Admission
-from pat_serve.server.body_check import ModelBounds
-from pat_serve.server.deadline import within_deadline
-from pat_serve.server.front import Front, Gate
-from pat_serve.server.http_errors import shape_routing_errors, shape_vllm_errors
+from pat_serve.server.http.admission import Admission
+from pat_serve.server.http.body_check import ModelBounds
+from pat_serve.server.http.deadline import within_deadline
+from pat_serve.server.http.errors import shape_routing_errors, shape_vllm_errors
+from pat_serve.server.http.front import Front, Gate
 from pat_serve.server.policy import Policy
 
 POLICY = Policy(max_body_bytes=1000, receive_timeout_s=0.2, request_timeout_s=0.3)

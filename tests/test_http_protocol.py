@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from pat_serve.server.http_protocol import CONNECTIONS_END_S, bounded_protocol
+from pat_serve.server.http.protocol import CONNECTIONS_END_S, bounded_protocol
 from pat_serve.server.policy import Policy
 
 POLICY = Policy(receive_timeout_s=0.5, send_timeout_s=0.5, max_connections=3)

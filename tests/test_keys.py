@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pat_serve.errors import UsageError
-from pat_serve.server.front import authorize
-from pat_serve.server.http_errors import HttpError
-from pat_serve.server.keys import KeyRing, collect_keys
+from pat_serve.server.http.errors import HttpError
+from pat_serve.server.http.front import authorize
+from pat_serve.server.http.keys import KeyRing, collect_keys
 from pat_serve.server.policy import Policy
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from pat_serve.errors import EngineError, UsageError
-from pat_serve.server.measure_result import LatencySettings, ThroughputSettings, distribution
-from pat_serve.server.measure_run import measure_latency, measure_throughput
-from pat_serve.server.measure_summary import decode_floor_s, latency_cell, prefill_floor_s, throughput_run
-from pat_serve.server.probe import MachineRates, probe_machine
-from pat_serve.server.roofline import decode_bytes, decode_flops, prefill_bytes, prefill_flops
-from pat_serve.server.trace import RequestTrace
+from pat_serve.server.analysis.roofline import decode_bytes, decode_flops, prefill_bytes, prefill_flops
+from pat_serve.server.analysis.trace import RequestTrace
+from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings, distribution
+from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
+from pat_serve.server.bench.measure_summary import decode_floor_s, latency_cell, prefill_floor_s, throughput_run
+from pat_serve.server.workers.probe import MachineRates, probe_machine
 from tests.speedup_records import DENSE, trace
 
 RATES = MachineRates(dtype="float32", bytes_per_s=20e9, flops_per_s=100e9)

@@ -19,13 +19,13 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry
 from starlette.types import Message, Scope
 
-from pat_serve.server.access_log import AccessLog, LogFormat
-from pat_serve.server.admission import Admission
-from pat_serve.server.http_errors import HttpError
-from pat_serve.server.metrics import ServerMetrics
-from pat_serve.server.observer import Observation, Observer, error_type
+from pat_serve.server.http.access_log import AccessLog, LogFormat
+from pat_serve.server.http.admission import Admission
+from pat_serve.server.http.errors import HttpError
+from pat_serve.server.http.metrics import ServerMetrics
+from pat_serve.server.http.observer import Observation, Observer, error_type
+from pat_serve.server.http.route_names import RouteNames
 from pat_serve.server.provenance import model_labels
-from pat_serve.server.route_names import RouteNames
 from pat_serve.version import __version__
 
 
@@ -200,9 +200,9 @@ def test_what_a_model_says_of_itself(tmp_path: Path) -> None:
 def test_several_processes_share_the_figures(tmp_path: Path) -> None:
     """With PROMETHEUS_MULTIPROC_DIR, as vLLM then collects them: from the files of all processes."""
     record = (
-        "from pat_serve.server.admission import Admission\n"
-        "from pat_serve.server.exchange import Exchange\n"
-        "from pat_serve.server.metrics import ServerMetrics\n"
+        "from pat_serve.server.http.admission import Admission\n"
+        "from pat_serve.server.http.exchange import Exchange\n"
+        "from pat_serve.server.http.metrics import ServerMetrics\n"
         "metrics = ServerMetrics()\n"
         "metrics.model({'model': 'm'})\n"
         "metrics.admission(Admission(capacity=3), running=2)\n"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pat_serve.server import readiness
-from pat_serve.server.http_errors import HttpError
+from pat_serve.server.http.errors import HttpError
 from pat_serve.server.readiness import Readiness
 
 

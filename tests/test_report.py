@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from pat_serve.cli.bench import app
 from pat_serve.errors import OutputExists, PatServeError, UsageError
-from pat_serve.server.compare_table import compared
-from pat_serve.server.report_read import read_quality, read_result
-from pat_serve.server.report_rows import csv_text, rows_of
+from pat_serve.server.bench.compare_table import compared
+from pat_serve.server.report.read import read_quality, read_result
+from pat_serve.server.report.rows import csv_text, rows_of
 from tests.speedup_records import latency_result, load_result, speedup_result, throughput_result
 
 RESULTS = {

@@ -5,7 +5,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from pat_serve.errors import BrokenCheckpoint
-from pat_serve.server.roofline import (
+from pat_serve.server.analysis.roofline import (
     ModelShape,
     decode_bytes,
     decode_ceiling,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pat_serve.server import sequence_watch
-from pat_serve.server.exchange import Exchange, current
+from pat_serve.server.http.exchange import Exchange, current
 from pat_serve.server.sequence_watch import SequenceWatch
 
 

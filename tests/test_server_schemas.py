@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from pat_serve.server.generation import EngineTimes, RequestTimes
-from pat_serve.server.http_errors import explain
+from pat_serve.server.http.errors import explain
 from pat_serve.server.limits import MAX_SEED, MAX_STOPS
 from pat_serve.server.measure import Run
 from pat_serve.server.schemas import GenerateRequest, LatencyRequest, ThroughputRequest

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from pat_serve.errors import MissingModel, UnsupportedModel, UsageError
-from pat_serve.server.launch import ServeSettings, check_draft, serve_arguments
-from pat_serve.server.speculative import measure_speculative
-from pat_serve.server.speculative_result import (
+from pat_serve.server.analysis.trace import RequestTrace
+from pat_serve.server.bench.speculative import measure_speculative
+from pat_serve.server.bench.speculative_result import (
     SpeculativeRound,
     SpeculativeSettings,
     seconds_per_token,
     summarize_rounds,
 )
-from pat_serve.server.trace import RequestTrace
+from pat_serve.server.launch import ServeSettings, check_draft, serve_arguments
 from tests.tiny_models import tiny_config
 
 

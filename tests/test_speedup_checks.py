@@ -7,8 +7,8 @@ import pytest
 
 from pat_serve import hardware
 from pat_serve.errors import BrokenCheckpoint, EngineError, MissingModel, PatServeError, UsageError
-from pat_serve.server.model_source import ModelSource, resolve, shipped_shapes
-from pat_serve.server.speedup_checks import (
+from pat_serve.server.bench.model_source import ModelSource, resolve, shipped_shapes
+from pat_serve.server.bench.speedup_checks import (
     MAX_STEP_TOKENS,
     check_memory,
     check_pair,
@@ -16,8 +16,8 @@ from pat_serve.server.speedup_checks import (
     engine_memory_bytes,
     least_output_tokens,
 )
-from pat_serve.server.speedup_result import SpeedupSettings
-from pat_serve.server.speedup_rounds import round_prompts
+from pat_serve.server.bench.speedup_result import SpeedupSettings
+from pat_serve.server.bench.speedup_rounds import round_prompts
 from tests.tiny_models import tiny_config
 
 

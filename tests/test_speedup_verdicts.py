@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from pat_serve.server import speedup_series
-from pat_serve.server.advice import advise
-from pat_serve.server.capacity import capacity, memory_for
-from pat_serve.server.noise import noise_report
-from pat_serve.server.precision import relative_width, rounds_for_verdict, rounds_for_width
-from pat_serve.server.speedup_analysis import conclude, conclude_average
-from pat_serve.server.speedup_result import Regime, WarmUp
-from pat_serve.server.speedup_series import measure_rounds
-from pat_serve.server.statistics import PairedRatio, paired_ratio
-from pat_serve.server.verdict import Verdict
+from pat_serve.server.analysis.advice import advise
+from pat_serve.server.analysis.capacity import capacity, memory_for
+from pat_serve.server.analysis.noise import noise_report
+from pat_serve.server.analysis.precision import relative_width, rounds_for_verdict, rounds_for_width
+from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio
+from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench import speedup_series
+from pat_serve.server.bench.speedup_analysis import conclude, conclude_average
+from pat_serve.server.bench.speedup_result import Regime, WarmUp
+from pat_serve.server.bench.speedup_series import measure_rounds
 from tests.speedup_records import DENSE, NARROW, pair, rounds, trace
 
 PASS, FAIL, INCONCLUSIVE = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pat_serve.server.statistics import median_interval, paired_ratio, percentile, relative_mad, summarize
+from pat_serve.server.analysis.statistics import median_interval, paired_ratio, percentile, relative_mad, summarize
 
 
 @pytest.mark.parametrize(("q", "expected"), [(0, 1.0), (25, 1.75), (50, 2.5), (90, 3.7), (100, 4.0)])

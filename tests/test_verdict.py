@@ -1,6 +1,6 @@
 import pytest
 
-from pat_serve.server.verdict import MAX_NOISE, MIN_ROUNDS, Verdict, judge, overall
+from pat_serve.server.analysis.verdict import MAX_NOISE, MIN_ROUNDS, Verdict, judge, overall
 
 PASS, FAIL, INCONCLUSIVE = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE
 

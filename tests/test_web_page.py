@@ -10,11 +10,11 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from pat_serve.server.admission import Admission
-from pat_serve.server.body_check import ModelBounds
-from pat_serve.server.front import Front, Gate, authorize
-from pat_serve.server.http_errors import HttpError
-from pat_serve.server.keys import collect_keys
+from pat_serve.server.http.admission import Admission
+from pat_serve.server.http.body_check import ModelBounds
+from pat_serve.server.http.errors import HttpError
+from pat_serve.server.http.front import Front, Gate, authorize
+from pat_serve.server.http.keys import collect_keys
 from pat_serve.server.policy import Policy
 from pat_serve.server.web_page import PAGE_PATHS, page_router, read_card
 

@@ -51,7 +51,7 @@ def speedup(dense: Path, pruned: Path, *, rounds: int = 9, batch_size: int = 8) 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pat_serve.server.statistics import paired_ratio
+    from pat_serve.server.analysis.statistics import paired_ratio
 
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (dense, pruned)]
     ids = torch.randint(3, int(models[0].config.vocab_size), (batch_size, CONTEXT_TOKENS))

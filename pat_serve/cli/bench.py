@@ -92,9 +92,9 @@ def speedup(
         pat-bench speedup --baseline llama2-7b --candidate llama2-7b-pat25 --layers 2 --load-format dummy
     """
     # Imported here: pydantic, numpy and torch would make --help slow.
-    from pat_serve.server.speedup import check_speedup
-    from pat_serve.server.speedup_result import PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS, SpeedupSettings
-    from pat_serve.server.speedup_table import print_result
+    from pat_serve.server.bench.speedup import check_speedup
+    from pat_serve.server.bench.speedup_result import PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS, SpeedupSettings
+    from pat_serve.server.bench.speedup_table import print_result
 
     sizes = integers("--batch-size", batch_size)
     regimes = choices("--regime", regime.split(","), BOTH) if regime != "both" else BOTH

@@ -77,7 +77,7 @@ def export(
     from pat_serve.export.formats.sizes import parse_size
     from pat_serve.export.parity_report import parity_lines
     from pat_serve.progress import say
-    from pat_serve.server.scoring import score_with_vllm
+    from pat_serve.server.workers.scoring import score_with_vllm
 
     accept = quality_gate(require_quality or [], quality_data, out=out)
     done = export_run(

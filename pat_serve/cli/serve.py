@@ -116,7 +116,7 @@ def serve(
             found="no module vllm",
             fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
         )
-    from pat_serve.server.access_log import LogFormat
+    from pat_serve.server.http.access_log import LogFormat
     from pat_serve.server.launch import ServeSettings, run
 
     if log_format not in list(LogFormat):

@@ -37,7 +37,7 @@ def verify(
     from pat_serve.export.parity_report import parity_lines
     from pat_serve.export.verify import verify_export
     from pat_serve.progress import say
-    from pat_serve.server.scoring import score_with_vllm
+    from pat_serve.server.workers.scoring import score_with_vllm
 
     found = verify_export(pruned, ckpt, base=base, walk=walk, scorer=score_with_vllm if vllm else None)
     say(

@@ -15,17 +15,17 @@ from typing import Any
 import httpx
 import pytest
 
-from pat_serve.server import speedup_series
-from pat_serve.server.load import run_load
-from pat_serve.server.load_result import LoadSettings
-from pat_serve.server.measure_result import LatencySettings, ThroughputSettings
-from pat_serve.server.measure_run import measure_latency, measure_throughput
-from pat_serve.server.speculative import measure_speculative
-from pat_serve.server.speculative_result import SpeculativeSettings
-from pat_serve.server.speedup import check_speedup
-from pat_serve.server.speedup_result import SpeedupSettings
-from pat_serve.server.speedup_rounds import run_round
-from pat_serve.server.verdict import Verdict
+from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench import speedup_series
+from pat_serve.server.bench.load import run_load
+from pat_serve.server.bench.load_result import LoadSettings
+from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings
+from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
+from pat_serve.server.bench.speculative import measure_speculative
+from pat_serve.server.bench.speculative_result import SpeculativeSettings
+from pat_serve.server.bench.speedup import check_speedup
+from pat_serve.server.bench.speedup_result import SpeedupSettings
+from pat_serve.server.bench.speedup_rounds import run_round
 from tests.integration.conftest import KEY, Server, free_port, spawn, wait_until_ready
 from tests.tiny_models import save_tiny_llama, tiny_config
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pat_serve.server.roofline import decode_ceiling, shape_of
+from pat_serve.server.analysis.roofline import decode_ceiling, shape_of
 from pat_serve.server.speedup_request import LiveSpeedupResult
 from tests.integration.conftest import KEY, Server, free_port, spawn, tail, wait_for, wait_until_ready
 from tests.integration.test_server import check_error, post

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pat_serve.server.roofline import decode_bytes, prefill_flops, shape_of
+from pat_serve.server.analysis.roofline import decode_bytes, prefill_flops, shape_of
 from tests.integration.conftest import KEY, MAX_MODEL_LEN, Server, metric, wait_for
 
 pytestmark = pytest.mark.vllm

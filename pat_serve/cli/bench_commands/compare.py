@@ -30,9 +30,9 @@ def compare(
         pat-bench compare dense.json pruned.json --label dense --label pruned --html report.html
     """
     from pat_serve.atomic import write_text
-    from pat_serve.server.compare_table import print_comparison
-    from pat_serve.server.report_read import read_quality, read_result
-    from pat_serve.server.report_rows import csv_text
+    from pat_serve.server.bench.compare_table import print_comparison
+    from pat_serve.server.report.read import read_quality, read_result
+    from pat_serve.server.report.rows import csv_text
 
     labels = list(label or ())
     if labels and len(labels) != len(results):
@@ -50,7 +50,7 @@ def compare(
     if csv is not None:
         write_text(csv, csv_text(result for _, result in read))
     if html is not None:
-        from pat_serve.server.report_html import render
+        from pat_serve.server.report.html_page import render
 
         write_text(html, render(read, quality=figures))
     print_comparison(read, figures)

@@ -52,9 +52,9 @@ def load(
 
         pat-bench load --url http://127.0.0.1:8000 --rate 1,2,4 --slo ttft=0.2 --slo tpot=0.05
     """
-    from pat_serve.server.load import run_load
-    from pat_serve.server.load_result import LoadSettings
-    from pat_serve.server.load_table import print_load
+    from pat_serve.server.bench.load import run_load
+    from pat_serve.server.bench.load_result import LoadSettings
+    from pat_serve.server.bench.load_table import print_load
 
     settings = LoadSettings.model_validate(
         {
@@ -89,7 +89,7 @@ def _key(file: Path | None) -> str | None:
     """The file's first key, else the environment's."""
     if file is None:
         return os.environ.get("PAT_BENCH_API_KEY") or None
-    from pat_serve.server.keys import first_key
+    from pat_serve.server.http.keys import first_key
 
     return first_key(file)
 

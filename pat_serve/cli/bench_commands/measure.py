@@ -54,9 +54,9 @@ def latency(
         pat-bench latency --model pruned/ --batch-size 1,4 --prompt-tokens 32,128 --html latency.html
     """
     # Imported here: pydantic, numpy and torch would make --help slow.
-    from pat_serve.server.measure_result import LatencySettings
-    from pat_serve.server.measure_run import measure_latency
-    from pat_serve.server.measure_table import print_latency
+    from pat_serve.server.bench.measure_result import LatencySettings
+    from pat_serve.server.bench.measure_run import measure_latency
+    from pat_serve.server.bench.measure_table import print_latency
 
     settings = LatencySettings.model_validate(
         {
@@ -104,9 +104,9 @@ def throughput(
 
         pat-bench throughput --model pruned/ --concurrency 1,8 --out throughput.json
     """
-    from pat_serve.server.measure_result import ThroughputSettings
-    from pat_serve.server.measure_run import measure_throughput
-    from pat_serve.server.measure_table import print_throughput
+    from pat_serve.server.bench.measure_result import ThroughputSettings
+    from pat_serve.server.bench.measure_run import measure_throughput
+    from pat_serve.server.bench.measure_table import print_throughput
 
     settings = ThroughputSettings.model_validate(
         {

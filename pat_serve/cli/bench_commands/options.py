@@ -102,13 +102,13 @@ def write_report(
     text = result.model_dump_json(indent=2) + "\n"
     if out is not None:
         if out.suffix == ".csv":
-            from pat_serve.server.report_rows import csv_text
+            from pat_serve.server.report.rows import csv_text
 
             write_text(out, csv_text([result]))
         else:
             write_text(out, text)
     if html is not None:
-        from pat_serve.server.report_html import render
+        from pat_serve.server.report.html_page import render
 
         write_text(html, render([(html.stem, result)]))
     if as_json:

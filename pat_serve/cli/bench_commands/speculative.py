@@ -40,9 +40,9 @@ def speculative(
 
         pat-bench speculative --model dense/ --draft pruned/ --prompts prompts.txt
     """
-    from pat_serve.server.speculative import measure_speculative
-    from pat_serve.server.speculative_result import SpeculativeSettings
-    from pat_serve.server.speculative_table import print_speculative
+    from pat_serve.server.bench.speculative import measure_speculative
+    from pat_serve.server.bench.speculative_result import SpeculativeSettings
+    from pat_serve.server.bench.speculative_table import print_speculative
 
     settings = SpeculativeSettings.model_validate(
         {

@@ -1,0 +1,1 @@
+"""From timestamps and configs to figures and verdicts: pure mathematics, no engine, no files."""

@@ -1,0 +1,51 @@
+"""How many rounds a wanted precision or a verdict takes. Pure mathematics.
+
+The interval of a median narrows with the root of the number of rounds, whatever the noise is made of as long as rounds
+are independent; so a few rounds tell about how many would do. Rounds are added until the interval is narrow, never
+until the verdict is welcome: stopping at a wanted outcome would make that outcome likelier than it is.
+"""
+
+from __future__ import annotations
+
+import math
+
+from pat_serve.server.analysis.statistics import PairedRatio
+
+# Beyond this nobody waits, and a claim so close to the truth is neither true nor false in any way that matters.
+MAX_SENSIBLE_ROUNDS = 2000
+# An estimate from a handful of rounds is rough, and to come out one round short is dear.
+_SAFETY = 1.2
+
+
+def relative_width(ratio: PairedRatio) -> float:
+    """Width of the interval over its median."""
+    return (ratio.high - ratio.low) / ratio.median
+
+
+def rounds_for_width(ratio: PairedRatio, wanted: float) -> int:
+    """Rounds in all until the interval is likely to be no wider than `wanted`, relative to its median.
+
+    Args:
+        ratio: from the rounds so far.
+        wanted: above 0.
+    """
+    rounds = len(ratio.ratios)
+    width = relative_width(ratio)
+    return rounds if width <= wanted else math.ceil(_SAFETY * rounds * (width / wanted) ** 2)
+
+
+def rounds_for_verdict(ratio: PairedRatio, claim: float) -> int | None:
+    """Rounds in all until the interval is likely to lie on one side of the claim; None if no sensible number does.
+
+    Args:
+        ratio: from the rounds so far.
+        claim: the claimed speed-up.
+    """
+    rounds = len(ratio.ratios)
+    if ratio.low >= claim or ratio.high < claim:
+        return rounds
+    distance = abs(ratio.median - claim)
+    reach = ratio.median - ratio.low if ratio.median >= claim else ratio.high - ratio.median
+    if distance == 0 or (needed := math.ceil(_SAFETY * rounds * (reach / distance) ** 2)) > MAX_SENSIBLE_ROUNDS:
+        return None
+    return max(needed, rounds + 1)

@@ -1,0 +1,240 @@
+"""`pat-bench latency` and `throughput`: one model, one engine process, a grid or a ladder of loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pat_serve.errors import EngineError, MissingExtra, UsageError
+from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes, describe, serving_dtype
+from pat_serve.server.bench.measure_result import (
+    EngineSettings,
+    LatencyCell,
+    LatencyResult,
+    LatencySettings,
+    ThroughputResult,
+    ThroughputRun,
+    ThroughputSettings,
+)
+from pat_serve.server.bench.measure_summary import latency_cell, throughput_run
+from pat_serve.server.bench.model_source import ModelSource, resolve
+from pat_serve.server.bench.speedup import config_sha256
+from pat_serve.server.bench.speedup_checks import engine_memory_bytes, kv_cache_bytes, least_output_tokens, step_tokens
+from pat_serve.server.bench.speedup_result import SpeedupSettings
+from pat_serve.server.workers.probe import MachineRates, probe_machine
+from pat_serve.server.workers.process import EngineProcess, start_together
+from pat_serve.server.workers.protocol import Ready, Start
+
+# (stage, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
+
+# Doubling the load must bring so much more, or the engine is saturated.
+_WORTH = 1.05
+_WARMUP_RUNS = 2
+
+
+def measure_latency(model: str, settings: LatencySettings, *, progress: Progress) -> LatencyResult:
+    """Time every cell of the grid.
+
+    Args:
+        model: folder, hub id, or the name of a shipped shape.
+        settings: the grid.
+        progress: called with news as it goes.
+
+    Raises:
+        MissingExtra: vLLM is not installed.
+        UsageError: settings that make no sense.
+        ModelError: a model that is not there or not readable.
+        EngineError: not enough memory, or the engine failed; its log is then kept.
+    """
+    grid = list(itertools.product(settings.batch_sizes, settings.prompt_tokens, settings.output_tokens))
+    if settings.rounds < 1:
+        raise UsageError("--rounds", expected="at least 1", found=str(settings.rounds), fix="Try --rounds 10.")
+    for batch, prompt, output in grid:
+        least = least_output_tokens(batch, prompt)
+        if 1 < output < least:
+            raise UsageError(
+                "--output-tokens",
+                expected=f"1, or at least {least} to time decode at batch {batch} and {prompt} prompt tokens",
+                found=str(output),
+                fix="Ask for more output tokens.",
+            )
+    # The largest of each: the engine is made for all cells.
+    widest = max(batch * prompt for batch, prompt, _ in grid)
+    largest = _load(settings, max(settings.batch_sizes), max(settings.prompt_tokens), max(settings.output_tokens))
+
+    def run(engine: EngineProcess, source: ModelSource, rates: MachineRates | None, dtype: str) -> list[LatencyCell]:
+        cells = []
+        for index, (batch, prompt, output) in enumerate(grid):
+            progress("measuring cells", index, len(grid))
+            draw = random.Random(f"{settings.seed}/{batch}/{prompt}/{output}")
+            traces = []
+            for number in range(_WARMUP_RUNS + settings.rounds):
+                prompts = [[draw.randrange(source.shape.vocab_size) for _ in range(prompt)] for _ in range(batch)]
+                trace = engine.prefill(prompts, output_tokens=output) or engine.decode(output)
+                while trace is None:
+                    trace = engine.decode(1)
+                if number >= _WARMUP_RUNS:
+                    traces.append(trace)
+            cells.append(
+                latency_cell(
+                    traces,
+                    prompt_tokens=prompt,
+                    output_tokens=output,
+                    shape=source.shape,
+                    rates=rates,
+                    dtype_bytes=DTYPE_BYTES[dtype],
+                )
+            )
+        progress("measuring cells", len(grid), len(grid))
+        return cells
+
+    common, cells = _with_engine(model, settings, largest, widest, progress, run)
+    return LatencyResult(settings=settings, cells=tuple(cells), **common)
+
+
+def measure_throughput(model: str, settings: ThroughputSettings, *, progress: Progress) -> ThroughputResult:
+    """Keep requests in flight, at the given concurrencies and on to saturation; arguments and errors as above."""
+    ladder = sorted(set(settings.concurrencies))
+    most = max(ladder[-1], settings.max_concurrency) if settings.saturate else ladder[-1]
+    if settings.waves < 1 or ladder[0] < 1:
+        raise UsageError("--waves", expected="at least 1", found=str(settings.waves), fix="Try --waves 3.")
+    largest = _load(settings, most, settings.prompt_tokens, settings.output_tokens)
+
+    def run(
+        engine: EngineProcess, source: ModelSource, rates: MachineRates | None, dtype: str
+    ) -> tuple[list[ThroughputRun], int | None]:
+        draw = random.Random(settings.seed)
+
+        def serve(concurrency: int, waves: int) -> ThroughputRun:
+            vocabulary, count = source.shape.vocab_size, concurrency * waves
+            prompts = [[draw.randrange(vocabulary) for _ in range(settings.prompt_tokens)] for _ in range(count)]
+            served = engine.serve(prompts, output_tokens=settings.output_tokens, concurrency=concurrency)
+            return throughput_run(
+                served.requests,
+                concurrency=concurrency,
+                settings=settings,
+                shape=source.shape,
+                rates=rates,
+                dtype_bytes=DTYPE_BYTES[dtype],
+            )
+
+        serve(ladder[0], 1)
+        runs: list[ThroughputRun] = []
+        for index, concurrency in enumerate(ladder):
+            progress(f"{concurrency} in flight", index, len(ladder))
+            runs.append(serve(concurrency, settings.waves))
+        saturation = None
+        while settings.saturate and saturation is None and runs[-1].concurrency * 2 <= most:
+            concurrency = runs[-1].concurrency * 2
+            progress(f"{concurrency} in flight", len(runs), len(runs) + 1)
+            runs.append(serve(concurrency, settings.waves))
+            if runs[-1].output_tokens_per_s < _WORTH * runs[-2].output_tokens_per_s:
+                saturation = max(runs[-2:], key=lambda one: one.output_tokens_per_s).concurrency
+        return runs, saturation
+
+    widest = most * settings.prompt_tokens
+    common, (runs, saturation) = _with_engine(model, settings, largest, widest, progress, run)
+    return ThroughputResult(settings=settings, runs=tuple(runs), saturation=saturation, **common)
+
+
+def _load(settings: EngineSettings, batch: int, prompt: int, output: int) -> SpeedupSettings:
+    """The same load in the words of the speed-up check, which knows what an engine for it needs."""
+    return SpeedupSettings(
+        batch_size=batch,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        layers=settings.layers,
+        load_format=settings.load_format,
+        dtype=settings.dtype,
+        enforce_eager=settings.enforce_eager,
+        seed=settings.seed,
+    )
+
+
+def _with_engine(
+    model: str,
+    settings: EngineSettings,
+    load: SpeedupSettings,
+    widest: int,
+    progress: Progress,
+    run: Callable[[EngineProcess, ModelSource, MachineRates | None, str], Any],
+) -> tuple[dict[str, Any], Any]:
+    """Start an engine that is large enough, run, and gather what every record has."""
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingExtra(
+            "pat-bench",
+            expected="the packages of the cpu or cuda extra",
+            found="no module vllm",
+            fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
+        )
+    date, begun_s, dtype = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), serving_dtype(load.dtype)
+    scratch, keep_log = Path(tempfile.mkdtemp(prefix="pat-bench-")), False
+    try:
+        source = resolve(model, flag="--model", load_format=load.load_format, layers=load.layers, scratch=scratch)
+        _check(source, load, dtype)
+        progress("probing the machine", 0, 1)
+        rates = probe_machine(dtype, scratch=scratch) if settings.roofline else None
+        with EngineProcess("model", log=scratch / "engine.log", offline=source.on_disk) as engine:
+            progress("starting the engine", 0, 1)
+            start = Start(
+                model=source.path,
+                dtype=dtype,
+                load_format=load.load_format,
+                batch_size=load.largest_batch,
+                max_model_tokens=load.tokens_per_request,
+                max_step_tokens=min(widest, step_tokens(load)),
+                kv_cache_bytes=kv_cache_bytes(source, load, dtype),
+                enforce_eager=load.enforce_eager,
+                seed=load.seed,
+            )
+            ready: Ready = start_together({engine: start})[engine]
+            measured = run(engine, source, rates, dtype)
+            peak_bytes = engine.peak_memory_bytes()
+    except EngineError:
+        keep_log = (scratch / "engine.log").exists()
+        raise
+    finally:
+        if not keep_log:
+            shutil.rmtree(scratch, ignore_errors=True)
+    common = {
+        "date": date,
+        "duration_s": time.monotonic() - begun_s,
+        "machine": describe(),
+        "rates": rates,
+        "model": source.name,
+        "config_sha256": config_sha256(source.config),
+        "shape": source.shape,
+        "parameters": source.shape.parameters,
+        "dtype": dtype,
+        "start_s": ready.start_s,
+        "peak_memory_bytes": peak_bytes,
+    }
+    return common, measured
+
+
+def _check(source: ModelSource, load: SpeedupSettings, dtype: str) -> None:
+    limit = source.config.get("max_position_embeddings")
+    if isinstance(limit, int) and load.tokens_per_request > limit:
+        raise UsageError(
+            "--prompt-tokens and --output-tokens",
+            expected=f"at most {limit} together, the context of {source.name}",
+            found=str(load.tokens_per_request),
+            fix="Ask for fewer tokens.",
+        )
+    needed, available = engine_memory_bytes(source, load, dtype), available_memory_bytes()
+    if needed > available:
+        raise EngineError(
+            f"an engine of {source.name}",
+            expected=f"about {needed / 2**30:.1f} GiB of memory in {dtype}",
+            found=f"{available / 2**30:.1f} GiB available",
+            fix="Ask for smaller batches, cut the model with --layers N --load-format dummy, or free memory.",
+        )

@@ -1,0 +1,125 @@
+"""What a benchmark may be pointed at: a checkpoint, a bare config.json, a hub id, or a shape that ships here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pat_serve.atomic import write_json
+from pat_serve.errors import MissingModel, UsageError
+from pat_serve.locate import locate, read_config
+from pat_serve.server.analysis.roofline import ModelShape, shape_of
+
+_SHAPES = files("pat_serve.server") / "shapes"
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model that an engine can be started with.
+
+    Attributes:
+        name: as the user gave it.
+        path: folder or hub id for vLLM.
+        config: its config.json, cut to the wanted number of layers.
+        shape: the sizes in it.
+        on_disk: nothing needs to be fetched.
+    """
+
+    name: str
+    path: str
+    config: Mapping[str, Any]
+    shape: ModelShape
+    on_disk: bool
+
+
+def shipped_shapes() -> list[str]:
+    """Names of the shapes that this package holds."""
+    return sorted(entry.name.removesuffix(".json") for entry in _SHAPES.iterdir() if entry.name.endswith(".json"))
+
+
+def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scratch: Path) -> ModelSource:
+    """Find a model, and cut it if wanted.
+
+    A folder wins over a shipped shape of the same name, and that over the hub.
+
+    Args:
+        name: folder, shipped shape, or hub id.
+        flag: the flag that it came from, for messages.
+        load_format: "auto" (real weights) or "dummy" (random weights).
+        layers: number of decoder layers to keep; None keeps all. Random weights only.
+        scratch: folder for a config.json of our own.
+
+    Raises:
+        MissingModel: no such folder, shape or hub id, no config.json in it, or no weights where they are needed.
+        BrokenCheckpoint: an unreadable config.json, or one without the sizes.
+        UsageError: layers with real weights, below 1, or more than the model has.
+    """
+    folder = Path(name)
+    shipped = name in shipped_shapes() and not folder.is_dir()
+    if shipped:
+        config, path, on_disk = json.loads((_SHAPES / f"{name}.json").read_text(encoding="utf-8")), "", True
+    else:
+        config = read_config(_locate(name, flag))
+        path, on_disk = (str(folder.resolve()), True) if folder.is_dir() else (name, False)
+    shape_of(config, name)
+    if load_format != "dummy" and (shipped or (on_disk and not any(any(folder.glob(kind)) for kind in _WEIGHTS))):
+        raise MissingModel(
+            f"{flag} {name}",
+            expected="a checkpoint with weights",
+            found="a shape that ships without weights" if shipped else "a folder without weight files",
+            fix="Time it with random weights: add --load-format dummy.",
+        )
+    if layers is not None:
+        config = cut_layers(config, layers, load_format=load_format, name=f"{flag} {name}")
+    if shipped or layers is not None:
+        path, on_disk = str(scratch), True
+        write_json(scratch / "config.json", config)
+    return ModelSource(name=name, path=path, config=config, shape=shape_of(config, name), on_disk=on_disk)
+
+
+def cut_layers(config: Mapping[str, Any], layers: int, *, load_format: str, name: str) -> dict[str, Any]:
+    """A copy of a config with fewer decoder layers.
+
+    Every matrix that is left has its old size, lm_head too, so at a small batch and context a ratio of two equally cut
+    models keeps its ceiling. Where the KV cache counts it does not quite, since lm_head has none: 32 x 2048 tokens of
+    Llama-2-7B 1.075 whole, 1.091 with two layers.
+
+    Raises:
+        UsageError: real weights, or a number of layers that the model does not have.
+    """
+    if load_format != "dummy":
+        raise UsageError(
+            "--layers",
+            expected="--load-format dummy beside it",
+            found=f"--load-format {load_format}",
+            fix="Only random weights can be cut: add --load-format dummy, or leave --layers out.",
+        )
+    full = int(config["num_hidden_layers"])
+    if not 1 <= layers <= full:
+        raise UsageError(
+            "--layers",
+            expected=f"1 to {full}, the layers of {name}",
+            found=str(layers),
+            fix=f"Choose at most {full}, or leave --layers out.",
+        )
+    # Some configs also list a kind for each layer.
+    kinds = {"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {}
+    return {**config, "num_hidden_layers": layers, **kinds}
+
+
+def _locate(name: str, flag: str) -> Path:
+    """The folder with a model's config.json; the message of a missing one names the flag and the shipped shapes."""
+    try:
+        return locate(name, weights=False)
+    except MissingModel as error:
+        raise MissingModel(
+            f"{flag} {error.subject}",
+            expected=f"{error.expected}, or a shipped shape ({', '.join(shipped_shapes())})",
+            found=error.found,
+            fix=error.fix,
+        ) from error

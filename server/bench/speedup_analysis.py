@@ -1,0 +1,122 @@
+"""From recorded rounds to ratios and verdicts. Pure: a stored result can be judged again, against another claim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pat_serve.server.analysis.noise import noise_report
+from pat_serve.server.analysis.precision import rounds_for_verdict
+from pat_serve.server.analysis.roofline import ModelShape, decode_bytes, prefill_flops
+from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio, percentile, summarize
+from pat_serve.server.analysis.trace import BatchTrace
+from pat_serve.server.analysis.verdict import Verdict, judge, overall
+from pat_serve.server.bench.speedup_result import Regime, RegimeResult, Round, SpeedupSettings
+
+# From this share of the machine on, other processes are worth a word in the verdict's reason.
+_TELLING_SHARE = 0.1
+
+
+def latency_s(trace: BatchTrace, regime: Regime) -> float:
+    """The duration that a regime is judged by: time to first tokens, or time per output token."""
+    return trace.ttft_s if regime is Regime.PREFILL else trace.tpot_s
+
+
+def cost_s(trace: BatchTrace, regime: Regime, *, per_request: bool) -> float:
+    """What a ratio is made of: the latency, or with different batches the latency over the batch size."""
+    return latency_s(trace, regime) / (trace.batch_size if per_request else 1)
+
+
+def analyse(
+    regime: Regime,
+    rounds: Sequence[Round],
+    settings: SpeedupSettings,
+    *,
+    baseline: ModelShape,
+    candidate: ModelShape,
+    dtype_bytes: int,
+    candidate_batch: int | None = None,
+) -> RegimeResult:
+    """Ratio, ceiling, noise and verdict of one regime at one batch size.
+
+    Args:
+        regime: the phase.
+        rounds: those with the settings' batch size.
+        settings: of these rounds.
+        baseline: the dense shape.
+        candidate: the other one.
+        dtype_bytes: bytes of a weight.
+        candidate_batch: where the candidate had another batch.
+    """
+    batch, other_batch = settings.batch_size, candidate_batch or settings.batch_size
+    baseline_s = [cost_s(pair.baseline, regime, per_request=settings.fixed_memory) for pair in rounds]
+    candidate_s = [cost_s(pair.candidate, regime, per_request=settings.fixed_memory) for pair in rounds]
+    ratio = paired_ratio(baseline_s, candidate_s, seed=settings.seed)
+    noise = noise_report(baseline_s, candidate_s, [pair.first == "baseline" for pair in rounds])
+    # The first decode step finds the prompt and one token in the cache, the last one all but one token.
+    context = settings.prompt_tokens + (0.0 if regime is Regime.PREFILL else settings.output_tokens / 2)
+
+    def work(shape: ModelShape, size: int) -> float:
+        if regime is Regime.PREFILL:
+            return prefill_flops(shape, batch_size=size, prompt_tokens=settings.prompt_tokens)
+        return decode_bytes(shape, batch_size=size, context_tokens=context, dtype_bytes=dtype_bytes)
+
+    ceiling = work(baseline, batch) / work(candidate, other_batch) * (other_batch / batch)
+    judgement = judge(claim=settings.claim, low=ratio.low, high=ratio.high, rounds=len(rounds), noise=noise.spread)
+    return RegimeResult(
+        regime=regime,
+        batch_size=batch,
+        candidate_batch_size=other_batch,
+        context_tokens=context,
+        baseline=summarize(baseline_s),
+        candidate=summarize(candidate_s),
+        ratio=ratio,
+        ceiling=ceiling,
+        of_ceiling=ratio.median / ceiling,
+        baseline_noise=noise.baseline_spread,
+        candidate_noise=noise.candidate_spread,
+        noise=noise,
+        rounds_needed=rounds_for_verdict(ratio, settings.claim),
+        verdict=judgement.verdict,
+        reason=judgement.reason,
+    )
+
+
+def average_ratio(regimes: Sequence[RegimeResult], *, seed: int) -> PairedRatio:
+    """Geometric mean of the regimes' ratios, round by round: of a plan that visits each of them equally often.
+
+    Geometric, so that the average ratio of B to A is one over that of A to B.
+    """
+    logs = [[math.log(ratio) for ratio in result.ratio.ratios] for result in regimes]
+    means = [math.exp(sum(one) / len(one)) for one in zip(*logs, strict=True)]
+    return paired_ratio(means, [1.0] * len(means), seed=seed)
+
+
+def conclude_average(average: PairedRatio, regimes: Sequence[RegimeResult], claim: float) -> tuple[Verdict, str]:
+    """The verdict on a claim about the average over batch sizes."""
+    noise = max(result.noise.spread for result in regimes)
+    judgement = judge(claim=claim, low=average.low, high=average.high, rounds=len(average.ratios), noise=noise)
+    sizes = ", ".join(str(result.batch_size) for result in regimes)
+    ceiling = math.exp(sum(math.log(result.ceiling) for result in regimes) / len(regimes))
+    reason = f"average over batches of {sizes}: {judgement.reason}; the median {average.median:.3f} is "
+    return judgement.verdict, reason + f"{average.median / ceiling:.0%} of the ceiling {ceiling:.3f}"
+
+
+def conclude(regimes: Sequence[RegimeResult], rounds: Sequence[Round], claim: float) -> tuple[Verdict, str]:
+    """One verdict over all regimes, and why: the regimes that decided it, and what stood in the way."""
+    verdict = overall([result.verdict for result in regimes])
+    parts = []
+    for result in regimes:
+        if result.verdict is not verdict:
+            continue
+        ceiling = f"{result.of_ceiling:.0%} of the ceiling {result.ceiling:.3f}"
+        if result.ceiling < claim:
+            ceiling += f", which is itself below {claim:g}"
+        parts.append(f"{result.regime.value}: {result.reason}; the median is {ceiling}")
+    others = percentile([pair.other_cpu_share for pair in rounds], 50)
+    if others > _TELLING_SHARE:
+        parts.append(f"other processes took {others:.0%} of this machine's CPU time meanwhile")
+    waiting = percentile([pair.waiting_engine_cpu_share for pair in rounds], 50)
+    if waiting > _TELLING_SHARE:
+        parts.append(f"the engine whose turn it was not took {waiting:.0%} of a core")
+    return verdict, "; ".join(parts)

@@ -1,0 +1,228 @@
+"""The record of a speed-up check: what was run, every timestamp, and what follows from them. Written as JSON."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from pat_serve.server.analysis.capacity import Capacity
+from pat_serve.server.analysis.noise import NoiseReport
+from pat_serve.server.analysis.roofline import ModelShape
+from pat_serve.server.analysis.statistics import PairedRatio, Summary
+from pat_serve.server.analysis.trace import BatchTrace
+from pat_serve.server.analysis.verdict import Verdict
+
+# 2: several batch sizes, fixed memory, noise, capacity, what would make an inconclusive result conclusive.
+SCHEMA_VERSION = 2
+
+# The paper's own measure: the time to the first tokens of batches of 128-token prompts, averaged over batch sizes.
+PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS = (1, 2, 4, 8), 128
+
+
+class Regime(StrEnum):
+    """The two phases of generation; they meet different limits, so each gets its own verdict."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SpeedupSettings(_Record):
+    """What to measure. The defaults are meant for a small CPU machine.
+
+    Attributes:
+        claim: the speed-up to check.
+        batch_size: requests at once.
+        batch_sizes: several of them, each measured in every round and judged by itself; replaces `batch_size`.
+        judge_average: the claim is about the average over the batch sizes, as the paper's is.
+        fixed_memory: the candidate gets as many requests as fit into the memory that the baseline takes with
+            `batch_size` of them, and the ratio is that of seconds per request or token over the whole batch.
+        prompt_tokens: of each request.
+        output_tokens: of each request, where decode is measured; prefill alone needs one.
+        rounds: pairs of runs, at least.
+        precision: go on until every interval is no wider than this, relative to its median; None makes `rounds` rounds.
+        max_rounds: with `precision`, at most so many.
+        max_seconds: with `precision`, begin no round after so long.
+        regimes: phases to judge.
+        layers: cut both models to so many layers (random weights only).
+        load_format: "auto" for real weights, "dummy" for random ones.
+        dtype: "auto" lets the machine decide.
+        enforce_eager: run without torch.compile.
+        seed: of prompts, random weights and bootstrap.
+    """
+
+    claim: float = 1.33
+    batch_size: int = 1
+    batch_sizes: tuple[int, ...] = ()
+    judge_average: bool = False
+    fixed_memory: bool = False
+    prompt_tokens: int = 128
+    output_tokens: int = 9
+    rounds: int = 12
+    precision: float | None = None
+    max_rounds: int = 60
+    max_seconds: float = 900.0
+    regimes: tuple[Regime, ...] = (Regime.PREFILL, Regime.DECODE)
+    layers: int | None = None
+    load_format: Literal["auto", "dummy"] = "auto"
+    dtype: str = "auto"
+    # Measured on 2 Zen 3 cores (both 7B shapes cut to 2 layers, float32, eager against compiled in paired rounds):
+    # compiled, prefill is 5 to 9 % faster and decode 1 to 6 %, for both models alike within their intervals; but an
+    # engine takes over a minute longer to start, and needs a C++ compiler. pat-serve starts eager on CPU as well.
+    enforce_eager: bool = True
+    seed: int = 0
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes of every round."""
+        return self.batch_sizes or (self.batch_size,)
+
+    @property
+    def largest_batch(self) -> int:
+        """What an engine must be able to hold."""
+        return max(self.batches)
+
+    @property
+    def tokens_per_request(self) -> int:
+        """Prompt and output of one request."""
+        return self.prompt_tokens + self.generated_tokens
+
+    def with_batch(self, batch_size: int) -> SpeedupSettings:
+        """The same with this batch size alone."""
+        return self.model_copy(update={"batch_size": batch_size, "batch_sizes": ()})
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens that each request really generates."""
+        return self.output_tokens if Regime.DECODE in self.regimes else 1
+
+
+class Round(_Record):
+    """One pair: the same prompts for both models, which take turns.
+
+    Attributes:
+        first: which of them began; the order alternates, so that a drift of the machine favours neither.
+        prompts_sha256: digest of the token ids that were sent to the baseline; with fixed memory the candidate gets
+            these and more.
+        baseline: its raw timestamps.
+        candidate: its raw timestamps.
+        other_cpu_share: share of the machine's CPU time that went to neither engine meanwhile.
+        waiting_engine_cpu_share: share of one core that the engine used whose turn it was not.
+    """
+
+    first: Literal["baseline", "candidate"]
+    prompts_sha256: str
+    baseline: BatchTrace
+    candidate: BatchTrace
+    other_cpu_share: float
+    waiting_engine_cpu_share: float
+
+
+class WarmUp(_Record):
+    """Runs before the first round, which no verdict uses.
+
+    Attributes:
+        traces: their raw timestamps.
+        stationary: the last two of them agreed.
+    """
+
+    traces: tuple[BatchTrace, ...]
+    stationary: bool
+
+
+class ModelRecord(_Record):
+    """One of the two models and its engine.
+
+    Attributes:
+        name: as the user gave it.
+        config_sha256: of its config.json, keys sorted, cut as measured.
+        shape: its sizes, cut as measured.
+        parameters: number of parameters, cut as measured.
+        start_s: from starting the engine to its being ready.
+        peak_memory_bytes: of the engine's process on the host, over its whole life.
+        warm_up: its runs before the first round.
+        batch_size: requests at once, the most that it was given.
+        capacity: requests that would fit into the memory that the baseline takes; None where nobody counted.
+    """
+
+    name: str
+    config_sha256: str
+    shape: ModelShape
+    parameters: int
+    start_s: float
+    peak_memory_bytes: int
+    warm_up: WarmUp
+    batch_size: int = 1
+    capacity: Capacity | None = None
+
+
+class RegimeResult(_Record):
+    """What the rounds say about one phase.
+
+    Attributes:
+        regime: the phase.
+        batch_size: requests at once.
+        candidate_batch_size: the candidate's; another one with fixed memory.
+        context_tokens: prompt length for prefill; mean tokens in a request's KV cache for decode.
+        baseline: seconds: time to the batch's first tokens (prefill), time per output token (decode), over rounds; with
+            fixed memory these over the batch size.
+        candidate: the same.
+        ratio: paired ratios, baseline / candidate.
+        ceiling: the largest ratio that counting FLOPs (prefill) or bytes (decode) allows.
+        of_ceiling: median ratio / ceiling.
+        baseline_noise: relative median absolute deviation over rounds.
+        candidate_noise: the same.
+        noise: what disturbed the rounds.
+        rounds_needed: rounds in all that would probably give a verdict; None where no sensible number would.
+        verdict: on the claim.
+        reason: of the verdict.
+    """
+
+    regime: Regime
+    batch_size: int
+    candidate_batch_size: int
+    context_tokens: float
+    baseline: Summary
+    candidate: Summary
+    ratio: PairedRatio
+    ceiling: float
+    of_ceiling: float
+    baseline_noise: float
+    candidate_noise: float
+    noise: NoiseReport
+    rounds_needed: int | None
+    verdict: Verdict
+    reason: str
+
+
+class SpeedupResult(_Record):
+    """A complete check. `verdict` and `reason` sum up the regimes, or judge the average where that is the claim.
+
+    Attributes:
+        average: geometric mean over the batch sizes of each round's prefill ratios, with the interval of its median;
+            None for a single batch size.
+        stopped: why no more rounds were made.
+        advice: what would make an inconclusive result conclusive; empty otherwise.
+    """
+
+    kind: Literal["speedup"] = "speedup"
+    schema_version: int = SCHEMA_VERSION
+    date: str
+    duration_s: float
+    machine: dict[str, str | int | list[str]]
+    dtype: str
+    settings: SpeedupSettings
+    baseline: ModelRecord
+    candidate: ModelRecord
+    regimes: tuple[RegimeResult, ...]
+    average: PairedRatio | None
+    stopped: str
+    verdict: Verdict
+    reason: str
+    advice: tuple[str, ...]
+    rounds: tuple[Round, ...]

@@ -1,0 +1,119 @@
+"""A speed-up result as a person reads it."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench.speedup_result import ModelRecord, RegimeResult, SpeedupResult
+
+_COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.INCONCLUSIVE: "yellow"}
+# Of the table where stdout has no width of its own: a file or a pipe.
+_PLAIN_WIDTH = 120
+
+
+def print_result(result: SpeedupResult) -> None:
+    """Print models, one line for each regime, and the verdict with its reason on stdout."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_PLAIN_WIDTH)
+    settings = result.settings
+    console.print(f"baseline   {_model(result.baseline)}", markup=False)
+    console.print(f"candidate  {_model(result.candidate)}", markup=False)
+    machine = f"{result.machine['cpu_model']}, {result.machine['cpu_cores']} cores"
+    if result.machine["accelerator"] != "none":
+        machine = f"{result.machine['accelerator']}, {machine}"
+    kind = "random weights" if settings.load_format == "dummy" else "real weights"
+    rounds = len(result.rounds) // len(settings.batches)
+    console.print(f"{result.dtype}, {kind}, {rounds} paired rounds, vLLM {result.machine['vllm']}, {machine}\n")
+    table = Table(*_COLUMNS)
+    for regime in result.regimes:
+        table.add_row(*_row(regime))
+    console.print(table)
+    if result.average is not None:
+        average = result.average
+        interval = f"{average.median:.3f} \\[{average.low:.3f}, {average.high:.3f}]"
+        console.print(f"average over batches (prefill, geometric mean)  {interval}")
+    for regime in result.regimes:
+        console.print(noise_line(regime), markup=False, soft_wrap=True)
+    for line in memory_lines(result):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"rounds  {result.stopped}\n", markup=False, soft_wrap=True)
+    colour = _COLOURS[result.verdict]
+    console.print(f"claim {settings.claim:g}x: [bold {colour}]{result.verdict.value.upper()}[/]")
+    console.print(result.reason, markup=False, soft_wrap=True)
+    for line in result.advice:
+        console.print(f"to decide: {line}", markup=False, soft_wrap=True)
+
+
+def noise_line(result: RegimeResult) -> str:
+    """The noise report of a regime in a line."""
+    noise = result.noise
+    order = "" if noise.order_effect is None else f", order {noise.order_effect:+.1%}"
+    return (
+        f"noise   {result.regime.value}, batch {result.batch_size}: spread {noise.baseline_spread:.1%} and "
+        f"{noise.candidate_spread:.1%}, of the ratios {noise.ratio_spread:.1%}, drift {noise.drift:+.1%}, "
+        f"{noise.stalls} stalls{order}"
+    )
+
+
+def memory_lines(result: SpeedupResult) -> list[str]:
+    """Memory of both models, and the requests that the same memory holds of each."""
+    lines, held = [], []
+    for label, model in (("baseline", result.baseline), ("candidate", result.candidate)):
+        line = f"memory  {label}: process peak {model.peak_memory_bytes / 2**30:.2f} GiB"
+        if model.capacity is not None:
+            fits = model.capacity
+            line += f", weights {fits.weight_bytes / 2**30:.2f} GiB"
+            line += f", KV cache {fits.kv_bytes_per_request / 2**20:.1f} MiB a request"
+            held.append(f"{label} {fits.requests}")
+        lines.append(line)
+    if result.baseline.capacity is not None:
+        budget_gib = result.baseline.capacity.memory_bytes / 2**30
+        tokens = result.settings.tokens_per_request
+        lines.append(
+            f"memory  in the {budget_gib:.2f} GiB of baseline and its batch, requests of {tokens} tokens: "
+            + ", ".join(held)
+        )
+    return lines
+
+
+_COLUMNS = (
+    "regime",
+    "batch",
+    "context",
+    "baseline",
+    "candidate",
+    "ratio",
+    "95 % interval",
+    "ceiling",
+    "reached",
+    "noise",
+    "verdict",
+)
+
+
+def _row(result: RegimeResult) -> tuple[str, ...]:
+    ratio = result.ratio
+    return (
+        result.regime.value,
+        str(result.batch_size)
+        if result.candidate_batch_size == result.batch_size
+        else f"{result.batch_size}/{result.candidate_batch_size}",
+        f"{result.context_tokens:g}",
+        f"{result.baseline.median:.4f} s",
+        f"{result.candidate.median:.4f} s",
+        f"{ratio.median:.3f}",
+        f"\\[{ratio.low:.3f}, {ratio.high:.3f}]",
+        f"{result.ceiling:.3f}",
+        f"{result.of_ceiling:.0%}",
+        f"{max(result.baseline_noise, result.candidate_noise):.1%}",
+        f"[{_COLOURS[result.verdict]}]{result.verdict.value}[/]",
+    )
+
+
+def _model(model: ModelRecord) -> str:
+    shape = model.shape
+    parameters = f"{model.parameters / 1e6:,.1f} M parameters"
+    return f"{model.name}: {parameters}, hidden {shape.hidden_size}, {shape.num_layers} layers"

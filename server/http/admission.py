@@ -1,0 +1,83 @@
+"""Who may use the engine now: a bounded number of sequences, a bounded number of requests for each key."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pat_serve.server.http.errors import HttpError, InvalidRequestError
+
+# An overloaded server is asked again after this time.
+RETRY_AFTER_S = 1
+# One that is stopping will not take requests again; another instance may.
+RETRY_AFTER_STOP_S = 5
+
+
+class Admission:
+    """Counts what is under way. Lives on the event loop; only `draining` is set from elsewhere.
+
+    A request beyond the bound is refused at once, before the engine hears of it: a queue that nobody will live to see
+    the end of helps nobody.
+
+    Args:
+        capacity: sequences that run or wait in the engine.
+        per_key: requests of one key; None is unbounded.
+    """
+
+    def __init__(self, *, capacity: int, per_key: int | None = None) -> None:
+        self.capacity = capacity
+        self.per_key = per_key
+        self.draining = False
+        self.sequences = 0
+        self.requests = 0
+        # Since the start.
+        self.admitted = 0
+        self._by_key: Counter[str] = Counter()
+        # Called whenever a place was taken or given back.
+        self.changed: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def admit(self, key: str, sequences: int) -> Iterator[None]:
+        """Hold a place for a request.
+
+        Raises:
+            HttpError: 503 the server stops or its queue is full, 429 the key has too many requests under way.
+            InvalidRequestError: the request alone is more than the server ever takes.
+        """
+        if self.draining:
+            raise HttpError(
+                503,
+                "stopping",
+                "the server is stopping; ask another or try again later",
+                headers={"Retry-After": str(RETRY_AFTER_STOP_S), "Connection": "close"},
+            )
+        if sequences > self.capacity:
+            raise InvalidRequestError(
+                f"the request asks for {sequences} sequences (prompts times n), and this server holds {self.capacity}"
+            )
+        if self.per_key is not None and self._by_key[key] >= self.per_key:
+            raise HttpError(
+                429,
+                "too_many_requests",
+                f"this key has {self.per_key} requests under way, which is its bound",
+                headers={"Retry-After": str(RETRY_AFTER_S)},
+            )
+        if self.sequences + sequences > self.capacity:
+            raise HttpError(
+                503, "overloaded", "the queue is full; try again later", headers={"Retry-After": str(RETRY_AFTER_S)}
+            )
+        self.sequences += sequences
+        self.requests += 1
+        self.admitted += 1
+        self._by_key[key] += 1
+        self.changed()
+        try:
+            yield
+        finally:
+            self.sequences -= sequences
+            self.requests -= 1
+            self._by_key[key] -= 1
+            if not self._by_key[key]:
+                del self._by_key[key]
+            self.changed()

@@ -1,0 +1,160 @@
+"""uvicorn's HTTP protocol with bounds on what happens before and after a request is one.
+
+uvicorn hands a request on when its headers are complete, so nothing behind it sees headers that never end, a
+connection on which nothing happens, or a client that does not read. httptools is vLLM's parser too; h11, uvicorn's
+other one, bounds the headers' size, and costs more time than all the rest of the front.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import TimerHandle
+from collections.abc import Callable
+from typing import Any, cast
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from pat_serve.server.http.errors import HttpError
+from pat_serve.server.policy import MAX_HEADER_BYTES, Policy
+
+# A refused client may be sending still; closed at once, it would see a reset in place of the answer.
+_LINGER_S = 2.0
+# Between the last request and the end of the process: answers that nobody reads are not waited for.
+CONNECTIONS_END_S = 4
+
+
+def bounded_protocol(
+    policy: Policy, *, guarded: Callable[[], bool], refused: Callable[[HttpError], None] = lambda error: None
+) -> type[HttpToolsProtocol]:
+    """The protocol class for a policy: uvicorn makes the instances.
+
+    Args:
+        policy: bounds of a connection.
+        guarded: whether the app behind it has its `Front`. vLLM goes on without a plugin that it cannot load, and would
+            serve with neither keys nor bounds: no connection is taken then.
+        refused: is told of what the app never hears of.
+    """
+    settings = {"policy": policy, "guarded": staticmethod(guarded), "refused": staticmethod(refused)}
+    return type("BoundedProtocol", (_BoundedProtocol,), settings)
+
+
+class _BoundedProtocol(HttpToolsProtocol):
+    policy: Policy
+    guarded: Callable[[], bool]
+    refused: Callable[[HttpError], None]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_headers = False
+        self._header_bytes = 0
+        self._refused = False
+        self._receive_timer: TimerHandle | None = None
+        self._send_timer: TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start the clock of the first request."""
+        # asyncio's own signature; uvicorn's names the kind that a server's connections are.
+        super().connection_made(cast(asyncio.Transport, transport))
+        if len(self.connections) > self.policy.max_connections or not self.guarded():
+            self.connections.discard(self)
+            self._refused = True
+            self.transport.abort()
+            return
+        self._await_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop all clocks."""
+        self._stop_timer("_receive_timer")
+        self._stop_timer("_send_timer")
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Count what comes before the headers are complete."""
+        if self._refused:
+            return
+        if self._in_headers:
+            self._header_bytes += len(data)
+            super().data_received(data)
+        else:
+            super().data_received(data)
+            # Where in it they begin the parser does not say; what a client pipelines behind a body may count as theirs.
+            self._header_bytes = len(data)
+        if self._in_headers and self._header_bytes > MAX_HEADER_BYTES:
+            self._refuse(HttpError(431, "headers_too_large", f"more than {MAX_HEADER_BYTES} bytes of headers"))
+        elif not self._in_headers and (self.cycle is None or self.cycle.response_complete):
+            # Empty lines between requests stop uvicorn's keep-alive clock and begin no request.
+            self._await_request()
+
+    def on_message_begin(self) -> None:
+        """A request has begun; its headers have a time."""
+        super().on_message_begin()
+        self._in_headers = True
+        self._await_request()
+
+    def on_headers_complete(self) -> None:
+        """From here on the body's reader keeps the time."""
+        self._in_headers = False
+        self._stop_timer("_receive_timer")
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP."""
+        self.refused(HttpError(400, "not_http", msg))
+        super().send_400_response(msg)
+
+    def shutdown(self) -> None:
+        """The server stops. What is not over in its time is cut off, and its request ends as if the client had left.
+
+        uvicorn would cancel the request, and log that with a traceback.
+        """
+        super().shutdown()
+        self.loop.call_later(CONNECTIONS_END_S, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        """The client has stopped reading, or is slower than the answer."""
+        super().pause_writing()
+        self._start_send_timer()
+
+    def resume_writing(self) -> None:
+        """It has read."""
+        super().resume_writing()
+        self._stop_timer("_send_timer")
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection, also one whose client has not read the end of its last answer."""
+        super().timeout_keep_alive_handler()
+        self._start_send_timer()
+
+    def _await_request(self) -> None:
+        if self._receive_timer is None and self.transport is not None and not self.transport.is_closing():
+            self._receive_timer = self.loop.call_later(self.policy.receive_timeout_s, self._headers_late)
+
+    def _headers_late(self) -> None:
+        self._receive_timer = None
+        if not self._in_headers:
+            self.transport.close()
+            return
+        self._refuse(HttpError(408, "headers_timeout", f"headers took over {self.policy.receive_timeout_s:g} s"))
+
+    def _refuse(self, error: HttpError) -> None:
+        """Answer without an app; what still comes is thrown away."""
+        self._refused = True
+        self._stop_timer("_receive_timer")
+        self.refused(error)
+        body = error.body().model_dump_json().encode()
+        fields = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        if not self.transport.is_closing():
+            self.transport.write(STATUS_LINE[error.status] + fields + body)
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self.loop.call_later(_LINGER_S, self.transport.abort)
+
+    def _start_send_timer(self) -> None:
+        if self._send_timer is None:
+            self._send_timer = self.loop.call_later(self.policy.send_timeout_s, self.transport.abort)
+
+    def _stop_timer(self, name: str) -> None:
+        timer: TimerHandle | None = getattr(self, name)
+        if timer is not None:
+            timer.cancel()
+            setattr(self, name, None)

@@ -1,0 +1,1 @@
+"""Recorded results as one HTML page and as flat rows."""

@@ -1,0 +1,191 @@
+"""Every figure of any result as flat rows: what CSV files and side-by-side tables are made of. Pure."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+
+from pydantic import BaseModel
+
+from pat_serve.server.analysis.statistics import Summary
+from pat_serve.server.bench.load_result import LoadResult
+from pat_serve.server.bench.measure_result import Distribution, LatencyResult, ThroughputResult
+from pat_serve.server.bench.speculative_result import SpeculativeResult
+from pat_serve.server.bench.speedup_result import SpeedupResult
+
+_PERCENTILES = (("p50", "p50"), ("p90", "p90"), ("p99", "p99"), ("p99_9", "p99.9"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure.
+
+    Attributes:
+        kind: of the result.
+        model: whose figure it is.
+        where: the point of the grid: batch, prompt, output, rate.
+        figure: its name, with its statistic.
+        unit: s, 1/s, bytes, or empty for a ratio.
+        value: the figure.
+        low: lower end of its interval where it has one.
+        high: upper end.
+        ceiling: what counted bytes and FLOPs allow: least for seconds, most for rates and ratios.
+        reached: share of the ceiling.
+    """
+
+    kind: str
+    model: str
+    where: str
+    figure: str
+    unit: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    ceiling: float | None = None
+    reached: float | None = None
+
+
+def rows_of(result: BaseModel) -> Iterator[Row]:
+    """All figures of a result, in its own order."""
+    if isinstance(result, SpeedupResult):
+        yield from _speedup(result)
+    elif isinstance(result, LatencyResult):
+        yield from _latency(result)
+    elif isinstance(result, ThroughputResult):
+        yield from _throughput(result)
+    elif isinstance(result, LoadResult):
+        yield from _load(result)
+    elif isinstance(result, SpeculativeResult):
+        yield from _speculative(result)
+
+
+def csv_text(results: Iterable[BaseModel]) -> str:
+    """All figures of results as CSV with a header line."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    for result in results:
+        writer.writerows(asdict(row) for row in rows_of(result))
+    return text.getvalue()
+
+
+def _speedup(result: SpeedupResult) -> Iterator[Row]:
+    models = {"baseline": result.baseline.name, "candidate": result.candidate.name}
+    pair = f"{models['baseline']} / {models['candidate']}"
+    for regime in result.regimes:
+        batch = str(regime.batch_size)
+        if regime.candidate_batch_size != regime.batch_size:
+            batch += f"/{regime.candidate_batch_size}"
+        where = f"{regime.regime.value}, batch {batch}, context {regime.context_tokens:g}"
+        summaries: Sequence[tuple[str, Summary]] = (("baseline", regime.baseline), ("candidate", regime.candidate))
+        for role, summary in summaries:
+            yield Row(
+                kind="speedup", model=models[role], where=where, figure="duration p50", unit="s", value=summary.p50
+            )
+        yield Row(
+            kind="speedup",
+            model=pair,
+            where=where,
+            figure="speed-up",
+            unit="",
+            value=regime.ratio.median,
+            low=regime.ratio.low,
+            high=regime.ratio.high,
+            ceiling=regime.ceiling,
+            reached=regime.of_ceiling,
+        )
+    if result.average is not None:
+        average = result.average
+        yield Row(
+            kind="speedup", model=pair, where="prefill, average over batches", figure="speed-up", unit="",
+            value=average.median, low=average.low, high=average.high,
+        )  # fmt: skip
+    for model in (result.baseline, result.candidate):
+        figures = [("process peak", "bytes", model.peak_memory_bytes)]
+        if model.capacity is not None:
+            figures += [
+                ("weights", "bytes", model.capacity.weight_bytes),
+                ("KV cache of a request", "bytes", model.capacity.kv_bytes_per_request),
+                ("requests in equal memory", "", model.capacity.requests),
+            ]
+        for figure, unit, value in figures:
+            yield Row(kind="speedup", model=model.name, where="memory", figure=figure, unit=unit, value=value)
+
+
+def _latency(result: LatencyResult) -> Iterator[Row]:
+    for cell in result.cells:
+        where = f"batch {cell.batch_size}, prompt {cell.prompt_tokens}, output {cell.output_tokens}"
+        for name, times, roof in (
+            ("TTFT", cell.ttft, cell.ttft_roof),
+            ("TPOT", cell.tpot, cell.tpot_roof),
+            ("ITL", cell.itl, None),
+            ("E2E", cell.e2e, None),
+        ):
+            for row in _times("latency", result.model, where, name, times):
+                # A floor belongs to the median: the tail is not what bytes and FLOPs explain.
+                if roof is not None and row.figure.endswith("p50"):
+                    yield Row(**{**asdict(row), "ceiling": roof.floor_s, "reached": roof.reached})
+                else:
+                    yield row
+    yield _peak("latency", result)
+
+
+def _throughput(result: ThroughputResult) -> Iterator[Row]:
+    for run in result.runs:
+        where, roof = f"{run.concurrency} in flight", run.roof_tokens_per_s
+        yield Row(
+            kind="throughput", model=result.model, where=where, figure="tokens", unit="1/s",
+            value=run.output_tokens_per_s, ceiling=roof,
+            reached=run.output_tokens_per_s / roof if roof else None,
+        )  # fmt: skip
+        yield Row(
+            kind="throughput", model=result.model, where=where, figure="requests", unit="1/s", value=run.requests_per_s
+        )
+        yield from _times("throughput", result.model, where, "TTFT", run.ttft)
+        yield from _times("throughput", result.model, where, "TPOT", run.tpot)
+    yield _peak("throughput", result)
+
+
+def _load(result: LoadResult) -> Iterator[Row]:
+    for run in result.runs:
+        for figure, value in (
+            ("requests", run.requests_per_s),
+            ("tokens", run.output_tokens_per_s),
+            ("goodput", run.goodput_per_s),
+        ):
+            if value is not None:
+                yield Row(kind="load", model=result.model, where=run.name, figure=figure, unit="1/s", value=value)
+        for name, times in (("TTFT", run.ttft), ("TPOT", run.tpot), ("E2E", run.e2e)):
+            yield from _times("load", result.model, run.name, name, times)
+        yield Row(kind="load", model=result.model, where=run.name, figure="errors", unit="", value=run.errored)
+
+
+def _speculative(result: SpeculativeResult) -> Iterator[Row]:
+    where, ratio = f"{result.settings.draft_tokens} proposed by {result.draft}", result.ratio
+
+    def row(figure: str, value: float, low: float | None = None, high: float | None = None) -> Row:
+        return Row(
+            kind="speculative", model=result.model, where=where, figure=figure, unit="", value=value, low=low, high=high
+        )
+
+    yield row("speed-up", ratio.median, ratio.low, ratio.high)
+    yield row("accepted share", result.acceptance)
+    yield row("tokens per step", result.tokens_per_step)
+    yield row("identical outputs", result.identical / len(result.rounds))
+
+
+def _times(kind: str, model: str, where: str, name: str, times: Distribution | None) -> Iterator[Row]:
+    if times is not None:
+        for field, label in _PERCENTILES:
+            yield Row(
+                kind=kind, model=model, where=where, figure=f"{name} {label}", unit="s", value=getattr(times, field)
+            )
+
+
+def _peak(kind: str, result: LatencyResult | ThroughputResult) -> Row:
+    return Row(
+        kind=kind, model=result.model, where="memory", figure="process peak", unit="bytes",
+        value=result.peak_memory_bytes,
+    )  # fmt: skip
