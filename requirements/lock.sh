@@ -20,7 +20,7 @@ compile() { # LOCK ARGUMENTS...: uv's way to say what all locks share
   sed -i "s#$tools/#requirements/#" "$tools/$1"
   echo "lock: $(grep -cE '^[a-z0-9].*==' "$tools/$1") packages in requirements/$1" >&2
 }
-compile cpu.lock --extra train --extra cpu --extra bench --extra eval --extra gguf --extra docs --extra dev --override requirements/overrides.txt \
+compile cpu.lock --extra train --extra cpu --extra bench --extra eval --extra gguf --extra ray --extra docs --extra dev --override requirements/overrides.txt \
   "${links[@]}"
 # A resolver that finds no CPU wheel takes the CUDA build, which no lock of ours may name.
 grep -qE '^torch==[0-9.]+\+cpu' "$tools/cpu.lock" \
