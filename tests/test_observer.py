@@ -41,7 +41,7 @@ class App:
         self.app.get("/stream")(self.stream)
         self.app.get("/wrong")(self.wrong)
         self.app.get("/defect")(self.defect)
-        routes = RouteNames(route.path for route in self.app.routes)  # type: ignore[attr-defined]
+        routes = RouteNames(route.path for route in self.app.routes)
         log = AccessLog(LogFormat.JSON)
         self.app.state.pat_serve_observation = Observation(self.metrics, log, routes)
 
