@@ -155,6 +155,22 @@ def test_a_client_that_leaves(lines: Any) -> None:
     assert (line["status"], line["response_bytes"]) == (499, 9)
 
 
+def test_a_request_is_counted_before_its_client_can_know_that_it_is_over() -> None:
+    app = App()
+    counted: list[dict[tuple[str, str], float]] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        counted.append(app.requests())
+
+    scope = {"type": "http", "method": "GET", "path": "/files/a", "headers": [], "query_string": b"", "app": app.app}
+    asyncio.run(app.app(scope, receive, send))
+    assert counted == [{}, {("/files/{name}", "200"): 1}]
+    assert app.requests() == counted[-1]
+
+
 def test_what_is_refused_before_it_is_a_request(lines: Any) -> None:
     app = App()
     app.app.state.pat_serve_observation.refused(HttpError(431, "headers_too_large", "told"))
