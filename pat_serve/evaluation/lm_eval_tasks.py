@@ -101,6 +101,7 @@ class Tasks:
 
         Raises:
             DataError: the task's data has another form, or the task has no score for each item.
+            UsageError: a number of examples for a task that takes none.
             HubError: the data could not be had.
         """
         with quiet():
@@ -110,7 +111,15 @@ class Tasks:
             for task in loaded["tasks"].values():
                 # As lm-eval's simple_evaluate does, which would also ask pip for all versions, each time for a second.
                 own = task.get_config("num_fewshot")
-                shots = own if own == 0 or num_fewshot is None else num_fewshot
+                if own == 0 and num_fewshot:
+                    # lm-eval would go on with 0, and the report would tell another number.
+                    raise UsageError(
+                        "--num-fewshot",
+                        expected=f"0 or none for {name}, whose author has fixed it at 0",
+                        found=str(num_fewshot),
+                        fix="Leave it out, or ask for this task in a call of its own.",
+                    )
+                shots = own if num_fewshot is None else num_fewshot
                 task.set_config(key="num_fewshot", value=shots or 0)
                 task.set_fewshot_seed(seed=_FEWSHOT_SEED)
             found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
@@ -142,7 +151,7 @@ def _pooled(name: str, samples: dict[str, list[dict[str, Any]]], versions: dict[
     metric = ""
     for task in sorted(samples):
         metric = _main_metric(name, samples[task][0])
-        for sample in sorted(samples[task], key=lambda sample: int(sample["doc_id"])):
+        for sample in sorted(_first_filter(samples[task]), key=lambda sample: int(sample["doc_id"])):
             items.append(f"{task}/{sample['doc_id']}/{sample['doc_hash'][:16]}")
             right.append(float(sample[metric]))
             normalized.append(float(sample["acc_norm"]) if "acc_norm" in sample else None)
@@ -155,6 +164,14 @@ def _pooled(name: str, samples: dict[str, list[dict[str, Any]]], versions: dict[
         gold_nll=_all(gold_nll),
         version="; ".join(sorted({str(versions.get(task)) for task in samples})),
     )
+
+
+def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each item once: a task with several ways to read an answer (gsm8k: strict, flexible) has a sample for each.
+
+    The first one, which the task's author has put first, counts.
+    """
+    return [sample for sample in samples if sample.get("filter") == samples[0].get("filter")]
 
 
 def _main_metric(name: str, sample: dict[str, Any]) -> str:
