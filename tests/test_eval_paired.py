@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from pat_serve.evaluation.compare import answer_measures
+from pat_serve.evaluation.gate import judge, parse_bound
 from pat_serve.evaluation.outcomes import Answers
 from pat_serve.evaluation.paired import mcnemar_exact, mean_ratio, perplexity_ratio
 
@@ -90,3 +91,21 @@ def test_other_items_are_not_compared():
     [measure] = answer_measures("task", {"x": [one], "y": [other]}, {})
     assert measure.results[1].versus_first is None
     assert "not measured on the same items" in measure.notes[0]
+
+
+def test_one_item_has_no_interval_even_where_nothing_differs():
+    found = mean_ratio([np.array([1.0])], [np.array([1.0])])
+    assert found.ratio == 1
+    assert math.isnan(found.low)
+
+
+def test_nothing_right_is_nothing_kept():
+    before = Answers(items=[str(number) for number in range(50)], right=[1.0] * 30 + [0.0] * 20, metric="acc")
+    after = before.model_copy(update={"right": [0.0] * 50})
+    [measure] = answer_measures("task", {"dense": [before], "pruned": [after]}, {})
+    result = measure.results[1]
+    assert result.versus_first is not None
+    assert (result.versus_first.low, result.versus_first.high) == (0.0, 0.0)
+    assert result.retention_percent == 0
+    [bound] = judge([parse_bound("acc >= 0.97x", "--gate")], [measure])
+    assert bound.outcome == "fail"

@@ -108,8 +108,8 @@ def _kept(measure: Measure, number: int) -> tuple[float, float, float]:
     result = measure.results[number]
     assert result.versus_first is not None
     assert result.retention_percent is not None
-    ends = [end for end in (result.versus_first.low, result.versus_first.high) if end]
-    if len(ends) < 2:
+    ends = [end for end in (result.versus_first.low, result.versus_first.high) if end is not None]
+    if len(ends) < 2 or not (measure.higher_is_better or all(ends)):
         return (result.retention_percent,) * 3
     low, high = sorted(100 * (end if measure.higher_is_better else 1 / end) for end in ends)
     return result.retention_percent, low, high

@@ -82,7 +82,7 @@ def perplexity_ratio(
             for picks_RN in _draws(len(counts_N), seed, resamples)
         ]
     )
-    return _interval(float(np.exp(point)), np.exp(samples_R))
+    return _interval(float(np.exp(point)), np.exp(samples_R), len(counts_N))
 
 
 def mean_ratio(
@@ -107,7 +107,7 @@ def mean_ratio(
         return Interval(ratio=float("nan"), low=float("nan"), high=float("nan"), p_value=float("nan"))
     with np.errstate(divide="ignore", invalid="ignore"):
         samples_R = sums_2R[1] / sums_2R[0]
-    return _interval(points[1] / points[0], samples_R[np.isfinite(samples_R)])
+    return _interval(points[1] / points[0], samples_R[np.isfinite(samples_R)], max(map(len, reference)))
 
 
 def _resampled_means(scores_N: Floats, seed: int, resamples: int) -> Floats:
@@ -121,11 +121,9 @@ def _draws(items: int, seed: int, resamples: int) -> Iterator[NDArray[np.intp]]:
         yield random.integers(0, items, size=(min(rows, resamples - at), items))
 
 
-def _interval(ratio: float, samples_R: Floats) -> Interval:
-    if len(samples_R) == 0 or float(np.ptp(samples_R)) == 0:
-        known = bool(len(samples_R)) and ratio == 1
-        ends = ratio if known else float("nan")
-        return Interval(ratio=ratio, low=ends, high=ends, p_value=1.0 if known else float("nan"))
+def _interval(ratio: float, samples_R: Floats, items: int) -> Interval:
+    if len(samples_R) == 0 or items < 2:
+        return Interval(ratio=ratio, low=float("nan"), high=float("nan"), p_value=float("nan"))
     tail = (1 - CONFIDENCE) / 2 * 100
     low, high = np.percentile(samples_R, [tail, 100 - tail])
     beyond = min(int((samples_R <= 1).sum()), int((samples_R >= 1).sum()))
