@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pat_serve.errors import DataError
+from pat_serve.errors import DataError, UsageError
 from pat_serve.evaluation.backends import BackendSettings, open_backend, token_nll
 from pat_serve.evaluation.compare import perplexity_measure
 from pat_serve.evaluation.measuring import Plan, Text, measure_models
+from pat_serve.evaluation.subject import Subject
 from pat_serve.evaluation.text import cut_windows, text_from_file, wikitext2_from_file
 from pat_serve.perplexity import IGNORED_LABEL, measure_nll
 from pat_serve.training.data import load_tokenizer
@@ -111,3 +112,17 @@ def test_other_tokens_are_not_compared():
     measure = perplexity_measure("text", {"a": one("1"), "b": one("2"), "c": one("1")}, {})
     assert [result.versus_first is not None for result in measure.results] == [False, False, True]
     assert "different tokens" in measure.notes[0]
+
+
+def test_vllm_has_room_for_its_generated_token(tiny_base: Path):
+    """lm-eval cuts what vLLM cannot score, from the left and without a word; a window's perplexity would be wrong."""
+    by_backend = {
+        name: Subject("tiny", tiny_base, BackendSettings(backend=name), load_tokenizer) for name in ("hf", "vllm")
+    }
+    assert by_backend["hf"].positions == 256
+    assert by_backend["vllm"].positions == 255
+    example = {"input_ids": [5] * 256, "labels": [5] * 256}
+    # Refused before lm-eval is given it; no engine is started.
+    by_backend["vllm"].__dict__["lm"] = None
+    with pytest.raises(UsageError, match="at most 255"):
+        by_backend["vllm"].nll([example], 1)

@@ -130,7 +130,15 @@ class _Work:
                 fix="Check --task-data; docs/evaluation.md says how the files are called.",
             )
         self.lm_eval = Tasks(self.tasks, plan.task_data) if self.tasks else None
+        _check_names([part.name for part in (plan.responses, *plan.texts) if part is not None])
         self.context_tokens = _context(subjects, plan.context_tokens) if plan.texts else 0
+        if plan.texts and plan.stride is not None and plan.stride > self.context_tokens:
+            raise UsageError(
+                "--stride",
+                expected=f"at most {self.context_tokens}, the tokens of a window",
+                found=str(plan.stride),
+                fix="Lower it.",
+            )
         self.likelihoods: dict[str, dict[str, Likelihoods]] = {}
         self.answers: dict[str, dict[str, Answers]] = {}
         self.settings: dict[str, dict[str, Any]] = {}
@@ -257,6 +265,18 @@ class _Work:
 
 def _bare(task: str) -> str:
     return task.removeprefix(f"{PREFIX}_").removesuffix("_ll")
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Figures are told apart by their data's names."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(
+            "--data, --text and --wikitext2",
+            expected="files whose names differ",
+            found=f"{twice} more than once",
+            fix="Rename one, or measure it in a call of its own.",
+        )
 
 
 def _listed(outcomes: dict[str, Answers]) -> dict[str, list[Answers]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pat_serve.checkpoint import open_checkpoint
+from pat_serve.errors import UsageError
 from pat_serve.evaluation.backends import BackendSettings, is_url, open_backend, token_nll
 from pat_serve.evaluation.cache import checkpoint_sha256
 from pat_serve.evaluation.report import Model
@@ -56,15 +57,30 @@ class Subject:
 
     @property
     def positions(self) -> int | None:
-        """Tokens that it was made for; None where nobody says."""
+        """Tokens that it was made for and its backend can score; None where nobody says."""
         if self.folder is None:
             return int(self.lm.max_length)
         told = read_config(self.folder).get("max_position_embeddings")
-        return int(told) if told else None
+        if not told:
+            return None
+        # vLLM scores a prompt only together with one generated token; lm-eval would cut a longer one without a word.
+        return int(told) - (self.backend.backend == "vllm")
 
     def nll(self, examples: Examples, batch_size: int) -> tuple[list[float], list[int]]:
-        """Summed negative log-likelihoods in nats, and numbers of scored tokens."""
+        """Summed negative log-likelihoods in nats, and numbers of scored tokens.
+
+        Raises:
+            UsageError: an example is longer than a backend that would cut it can score.
+        """
         if self.folder is None or self.backend.backend != "hf":
+            longest = max(len(example["input_ids"]) for example in examples)
+            if self.positions is not None and longest > self.positions:
+                raise UsageError(
+                    "--max-length-tokens",
+                    expected=f"at most {self.positions}, which {self.name} can score here",
+                    found=f"an example of {longest} tokens",
+                    fix="Lower it.",
+                )
             return token_nll(self.lm, examples)
         import torch
 
