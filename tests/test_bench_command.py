@@ -31,6 +31,8 @@ def test_help_names_every_command() -> None:
         (("speedup", *SHAPES, "--precision", "0.1", "--max-minutes", "0"), "--max-minutes"),
         (("speedup", *SHAPES, "--fixed-memory", "--batch-size", "1,2"), "--fixed-memory"),
         (("latency", "--model", "llama2-7b", "--prompt-tokens", "-3"), "--prompt-tokens"),
+        (("latency", "--model", "llama2-7b", "--batch-size", "16384"), "--batch-size"),
+        (("latency", "--model", "llama2-7b", "--batch-size", "20000"), "--batch-size"),
         (("throughput", "--model", "llama2-7b", "--concurrency", ""), "--concurrency"),
         (("load", "--slo", "ttft"), "--slo"),
         (("load", "--slo", "speed=1"), "--slo speed"),

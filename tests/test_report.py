@@ -60,6 +60,11 @@ def test_what_is_no_result_is_refused(text: str | None, message: str, tmp_path: 
         read_result(path)
 
 
+def test_a_folder_is_no_result(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Is a directory"):
+        read_result(tmp_path)
+
+
 def test_csv_has_every_figure_with_its_ceiling() -> None:
     rows = list(csv.DictReader(io.StringIO(csv_text(RESULTS.values()))))
     assert len(rows) == sum(len(list(rows_of(result))) for result in RESULTS.values())

@@ -27,7 +27,13 @@ from pat_serve.server.bench.measure_result import (
 from pat_serve.server.bench.measure_summary import latency_cell, throughput_run
 from pat_serve.server.bench.model_source import ModelSource, resolve
 from pat_serve.server.bench.speedup import config_sha256
-from pat_serve.server.bench.speedup_checks import engine_memory_bytes, kv_cache_bytes, least_output_tokens, step_tokens
+from pat_serve.server.bench.speedup_checks import (
+    MAX_STEP_TOKENS,
+    engine_memory_bytes,
+    kv_cache_bytes,
+    least_output_tokens,
+    step_tokens,
+)
 from pat_serve.server.bench.speedup_result import SpeedupSettings
 from pat_serve.server.workers.probe import MachineRates, probe_machine
 from pat_serve.server.workers.process import EngineProcess, start_together
@@ -59,6 +65,10 @@ def measure_latency(model: str, settings: LatencySettings, *, progress: Progress
     if settings.rounds < 1:
         raise UsageError("--rounds", expected="at least 1", found=str(settings.rounds), fix="Try --rounds 10.")
     for batch, prompt, output in grid:
+        if not 1 <= batch < MAX_STEP_TOKENS:
+            raise UsageError(
+                "--batch-size", expected=f"1 to {MAX_STEP_TOKENS - 1}", found=str(batch), fix="Try --batch-size 1."
+            )
         least = least_output_tokens(batch, prompt)
         if 1 < output < least:
             raise UsageError(

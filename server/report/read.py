@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pat_serve.errors import UsageError
+from pat_serve.errors import UsageError, first_line
 from pat_serve.server.bench.load_result import LoadResult
 from pat_serve.server.bench.measure_result import LatencyResult, ThroughputResult
 from pat_serve.server.bench.speculative_result import SpeculativeResult
@@ -110,6 +110,8 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         found = "no such file"
-    except (ValueError, UnicodeDecodeError):
+    except OSError as error:
+        found = first_line(error)
+    except ValueError:
         found = "something that is no JSON"
     raise UsageError(path, expected="a JSON file", found=found, fix="Write one with pat-bench ... --out FILE.json.")
