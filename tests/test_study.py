@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.study import corpus, report
-from benchmarks.study.__main__ import SIZES, _jobs
+from benchmarks.study.__main__ import SIZES, _jobs, main
 from benchmarks.study.methods import DENSE, METHODS, RATIOS, settings
 from pat_serve.evaluation.paper14.local_items import local_questions
 from pat_serve.training.config import TrainRecipe
@@ -112,3 +112,41 @@ def test_curve_is_one_page(tmp_path: Path):
     text = (tmp_path / "curve.html").read_text()
     assert "ppl(a)" in text
     assert "<script src" not in text
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the methods that the study would train; nothing is trained or measured."""
+    names: list[str] = []
+
+    def run(out: Path, name: str, method: object, ratio: float, seed: int, steps: int, width: int) -> dict[str, object]:
+        names.append(name)
+        return {"method": name, "ratio": ratio, "seed": seed, "steps": steps, "parameters": 1, "ppl(a)": 1.0}
+
+    monkeypatch.setattr("benchmarks.study.__main__._run", run)
+    monkeypatch.setattr("benchmarks.study.__main__._figures", lambda *_: {"ppl(a)": 1.0})
+    return names
+
+
+def base_of_width(out: Path, width: int) -> Path:
+    (out / "base").mkdir(parents=True)
+    (out / "base" / "config.json").write_text(json.dumps({"hidden_size": width}))
+    return out
+
+
+def test_some_methods_alone_still_have_a_dense_model_to_be_timed_against(ran: list[str], tmp_path: Path):
+    out = base_of_width(tmp_path, SIZES["tiny"].hidden_size)
+    main(out, size="tiny", seeds=2, only=["PCA slice"])
+    assert ran[0] == DENSE
+    assert set(ran) == {DENSE, "PCA slice, then LoRA"}
+    assert ran.count(DENSE) == 1
+    main(out, size="tiny", seeds=2, only=["PCA slice"])
+    assert ran.count(DENSE) == 1, "finished work is not repeated"
+
+
+def test_another_size_needs_another_folder(ran: list[str], tmp_path: Path):
+    import typer
+
+    with pytest.raises(typer.BadParameter, match="another --out"):
+        main(base_of_width(tmp_path, 128), size="small")
+    assert not ran

@@ -18,8 +18,10 @@ import typer
 from benchmarks.study import measuring, report
 from benchmarks.study.corpus import build
 from benchmarks.study.methods import DENSE, METHODS, RATIOS, SWEEP_RATIOS, SWEEPS, settings
+from pat_serve.atomic import write_text
 from pat_serve.demo.base_model import BaseSettings, train_base
 from pat_serve.hardware import describe
+from pat_serve.locate import read_config
 
 BASE = "the base, untuned"
 # Widths and layers; the first is what an hour on two cores holds.
@@ -60,7 +62,9 @@ def main(
         if (BASE, 0.0, 0, steps) not in done:
             _keep({"method": BASE, "ratio": 0.0, "seed": 0, "steps": steps} | _figures(out, out / "base"), results)
         for name, ratio, seed, method in _jobs(seeds, sweep or []):
-            if (only and not any(part in name for part in only)) or (name, ratio, seed, steps) in done:
+            # Speed is measured against the dense model, so one is always there.
+            unwanted = only and not any(part in name for part in only) and (name, seed) != (DENSE, 0)
+            if unwanted or (name, ratio, seed, steps) in done:
                 continue
             if seconds is not None and time.monotonic() - began > seconds:
                 print(f"stopped after {seconds:g} s; call again to go on")
@@ -91,6 +95,9 @@ def _prepare(out: Path, data: Path | None, base: BaseSettings) -> None:
         corpus = build(data)
         corpus.save(out / "data")
         train_base(corpus.base_texts, out / "base", base)
+    width = read_config(out / "base")["hidden_size"]
+    if width != base.hidden_size:
+        raise typer.BadParameter(f"{out} holds a base of width {width}, not {base.hidden_size}: choose another --out")
 
 
 def _run(
@@ -134,8 +141,8 @@ def _figures(out: Path, model: Path) -> dict[str, float]:
 def _keep(line: dict[str, Any], results: Path) -> None:
     shown = {key: value for key, value in line.items() if key != "machine"}
     print(json.dumps(shown), flush=True)
-    with results.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    # Whole: a line that was cut off by the machine's end would end every later call.
+    write_text(results, "".join(json.dumps(each) + "\n" for each in [*report.read(results), line]))
 
 
 if __name__ == "__main__":
