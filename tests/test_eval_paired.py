@@ -109,3 +109,12 @@ def test_nothing_right_is_nothing_kept():
     assert result.retention_percent == 0
     [bound] = judge([parse_bound("acc >= 0.97x", "--gate")], [measure])
     assert bound.outcome == "fail"
+
+
+@pytest.mark.parametrize(("items", "outcome"), [(2, "inconclusive"), (30, "inconclusive"), (36, "pass")])
+def test_all_right_passes_a_bound_only_with_enough_items(items: int, outcome: str):
+    """0.9 ** 35 = 0.025: with fewer items, a model that is right nine times of ten is all right too often."""
+    right = Answers(items=[str(number) for number in range(items)], right=[1.0] * items, metric="acc")
+    [measure] = answer_measures("task", {"dense": [right], "pruned": [right]}, {})
+    [bound] = judge([parse_bound("acc >= 0.9", "--gate")], [measure])
+    assert bound.outcome == outcome

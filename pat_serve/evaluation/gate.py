@@ -23,6 +23,7 @@ _BOUND = re.compile(r"\s*([a-z_0-9]+)\s*(?:\(\s*([^()]+?)\s*\))?\s*(<=|>=)\s*(\d
 _EXAMPLE = "Write it like ppl <= 1.02x, acc(arc_easy) >= 0.97x or acc(pat14_ll) >= 0.4."
 # Of a normal distribution: the half width of a 95 % interval in standard errors.
 _Z = 1.96
+_TAIL = 0.025
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 
@@ -154,6 +155,11 @@ def _interval(result: Result) -> tuple[float | None, float | None]:
         # A perplexity's interval is symmetric in nats.
         spread = math.exp(_Z * result.nll_standard_error_nats)
         return result.value / spread, result.value * spread
+    if result.standard_error == 0 and result.value in (0, 1):
+        # All right or all wrong: a normal interval would have no width, from two items as from a thousand. The exact
+        # binomial one (Clopper and Pearson 1934) has.
+        beyond = 1 - _TAIL ** (1 / result.items)
+        return (0.0, beyond) if result.value == 0 else (1 - beyond, 1.0)
     return result.value - _Z * result.standard_error, result.value + _Z * result.standard_error
 
 
