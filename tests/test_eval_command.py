@@ -195,3 +195,16 @@ def test_the_demo_reads_the_report(models: list[Path], rows: Path, tmp_path: Pat
     first, second = _perplexities(tmp_path / "quality.json")
     assert first["examples"] == second["examples"] == 64
     assert set(first) == {"perplexity", "examples", "tokens", "nll_nats", "nll_standard_error_nats"}
+
+
+def test_a_model_that_gives_no_numbers_is_told(models: list[Path], text: Path, tmp_path: Path, monkeypatch, capsys):
+    """Else the report has a hole where its figure was, and a p-value beside it."""
+    from safetensors.torch import load_file, save_file
+
+    broken = save_tiny_llama(tmp_path / "broken")
+    for path in broken.glob("*.safetensors"):
+        tensors = load_file(path)
+        tensors["model.norm.weight"][:] = float("nan")
+        save_file(tensors, path, metadata={"format": "pt"})
+    assert run(monkeypatch, eval_command, models[0], broken, "--text", text, "--context-tokens", "32") == 1
+    assert "finite" in capsys.readouterr().err

@@ -132,8 +132,10 @@ def _perplexity(model: str, sums_N: Floats, counts_N: Floats) -> Result:
 
 def _compared(result: Result, comparison: Comparison, *, higher_is_better: bool) -> Result:
     ratio = comparison.ratio
+    kept = None
     # Nothing right is nothing kept; only where less is better does a ratio of zero have no inverse.
-    kept = None if ratio is None or not (ratio or higher_is_better) else 100 * (ratio if higher_is_better else 1 / ratio)
+    if ratio is not None and (ratio or higher_is_better):
+        kept = 100 * (ratio if higher_is_better else 1 / ratio)
     return result.model_copy(update={"versus_first": comparison, "retention_percent": kept})
 
 

@@ -133,12 +133,8 @@ class _Work:
         _check_names([part.name for part in (plan.responses, *plan.texts) if part is not None])
         self.context_tokens = _context(subjects, plan.context_tokens) if plan.texts else 0
         if plan.texts and plan.stride is not None and plan.stride > self.context_tokens:
-            raise UsageError(
-                "--stride",
-                expected=f"at most {self.context_tokens}, the tokens of a window",
-                found=str(plan.stride),
-                fix="Lower it.",
-            )
+            most = f"at most {self.context_tokens}, the tokens of a window"
+            raise UsageError("--stride", expected=most, found=str(plan.stride), fix="Lower it.")
         self.likelihoods: dict[str, dict[str, Likelihoods]] = {}
         self.answers: dict[str, dict[str, Answers]] = {}
         self.settings: dict[str, dict[str, Any]] = {}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 from pat_serve.checkpoint import open_checkpoint
-from pat_serve.errors import UsageError
+from pat_serve.errors import BrokenCheckpoint, UsageError
 from pat_serve.evaluation.backends import BackendSettings, is_url, open_backend, token_nll
 from pat_serve.evaluation.cache import checkpoint_sha256
 from pat_serve.evaluation.report import Model
@@ -71,6 +71,7 @@ class Subject:
 
         Raises:
             UsageError: an example is longer than a backend that would cut it can score.
+            BrokenCheckpoint: a figure is no finite number.
         """
         if self.folder is None or self.backend.backend != "hf":
             longest = max(len(example["input_ids"]) for example in examples)
@@ -81,14 +82,25 @@ class Subject:
                     found=f"an example of {longest} tokens",
                     fix="Lower it.",
                 )
-            return token_nll(self.lm, examples)
+            return self._finite(*token_nll(self.lm, examples))
         import torch
 
         from pat_serve.perplexity import measure_nll
 
         dtype: torch.dtype = getattr(torch, self.backend.dtype)
         sums_N, counts_N = measure_nll(self.folder, examples, dtype=dtype, batch_size=batch_size)
-        return sums_N.tolist(), counts_N.tolist()
+        return self._finite(sums_N.tolist(), counts_N.tolist())
+
+    def _finite(self, sums: list[float], counts: list[int]) -> tuple[list[float], list[int]]:
+        broken = sum(not isfinite(value) for value in sums)
+        if broken:
+            raise BrokenCheckpoint(
+                self.name,
+                expected="log-likelihoods that are finite numbers",
+                found=f"others in {broken} of {len(sums)} rows or windows, in {self.backend.dtype}",
+                fix="Try --dtype float32; if that does not help, its weights are damaged: export it again.",
+            )
+        return sums, counts
 
     def close(self) -> None:
         """Let go of the model, so that the next one has the memory."""
