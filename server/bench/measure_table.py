@@ -71,7 +71,9 @@ def print_throughput(result: ThroughputResult) -> None:
         )
     console.print(table)
     if result.saturation is not None:
-        console.print(f"saturated: {result.saturation} in flight give the most; the last doubling brought less than a twentieth more")
+        console.print(
+            f"saturated: {result.saturation} in flight give the most, the last doubling less than a twentieth"
+        )
     elif result.settings.saturate:
         console.print(f"not saturated by {result.runs[-1].concurrency} in flight; --max-concurrency is the bound")
 
