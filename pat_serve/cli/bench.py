@@ -11,12 +11,18 @@ from pat_serve.cli.bench_commands.compare import compare
 from pat_serve.cli.bench_commands.load import load
 from pat_serve.cli.bench_commands.measure import latency, throughput
 from pat_serve.cli.bench_commands.options import (
+    Dtype,
     Force,
     Html,
     Json,
+    LayersOfBoth,
+    LoadFormat,
     Out,
+    PromptTokens,
+    RoundPairs,
     check_outputs,
     choices,
+    engine_settings,
     integers,
     progress_line,
     write_report,
@@ -44,9 +50,9 @@ def speedup(
     candidate: Annotated[str, typer.Option(help="The model that is claimed to be faster; likewise.")],
     claim: Annotated[float, typer.Option(help="The speed-up to check.")] = 1.33,
     batch_size: Annotated[str, typer.Option(help="Requests at once; several as 1,4,16.")] = "1",
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
+    prompt_tokens: PromptTokens = 128,
     output_tokens: Annotated[int, typer.Option(help="Tokens that each request generates, for decode.")] = 9,
-    rounds: Annotated[int, typer.Option(help="Pairs of runs, at least 5.")] = 12,
+    rounds: RoundPairs = 12,
     precision: Annotated[
         float | None, typer.Option(help="Make rounds until every interval is at most this wide: 0.02 is 2 %.")
     ] = None,
@@ -69,11 +75,9 @@ def speedup(
         ),
     ] = False,
     regime: Annotated[str, typer.Option(help="What to judge: prefill, decode or both.")] = "prefill,decode",
-    layers: Annotated[int | None, typer.Option(help="Cut both models to so many layers; random weights only.")] = None,
-    load_format: Annotated[
-        str, typer.Option(help="auto: real weights; dummy: random, a config.json is enough.")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    layers: LayersOfBoth = None,
+    load_format: LoadFormat = "auto",
+    dtype: Dtype = "auto",
     enforce_eager: Annotated[bool, typer.Option(help="Run the models without torch.compile.")] = True,
     seed: Annotated[int, typer.Option(help="Of prompts, random weights and bootstrap.")] = 0,
     as_json: Json = False,
@@ -115,12 +119,8 @@ def speedup(
             "max_rounds": max_rounds,
             "max_seconds": max_minutes * 60,
             "regimes": regimes,
-            "layers": layers,
-            "load_format": choices("--load-format", [load_format], ("auto", "dummy"))[0],
-            "dtype": dtype,
-            "enforce_eager": enforce_eager,
-            "seed": seed,
         }
+        | engine_settings(layers=layers, load_format=load_format, dtype=dtype, enforce_eager=enforce_eager, seed=seed)
     )
     check_outputs(out, html, force=force)
     with progress_line() as progress:

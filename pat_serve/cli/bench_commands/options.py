@@ -21,6 +21,31 @@ Out = Annotated[Path | None, typer.Option(help="Also write the result to this fi
 Html = Annotated[Path | None, typer.Option(help="Also write a page with charts to this file; extra bench.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace --out and --html if they exist.")]
 
+PromptTokens = Annotated[int, typer.Option(help="Tokens of each prompt.")]
+OutputTokens = Annotated[int, typer.Option(help="Tokens that each request generates.")]
+RoundPairs = Annotated[int, typer.Option(help="Pairs of runs, at least 5.")]
+LayersOfBoth = Annotated[int | None, typer.Option(help="Cut both models to so many layers; random weights only.")]
+LoadFormat = Annotated[str, typer.Option(help="auto: real weights; dummy: random, a config.json is enough.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+
+
+def engine_settings(
+    *, layers: int | None, load_format: str, dtype: str, enforce_eager: bool, seed: int
+) -> dict[str, object]:
+    """How the engines are run: the fields that the settings of all benchmarks in engines of their own have.
+
+    Raises:
+        UsageError: no such load format.
+    """
+    [load_format] = choices("--load-format", [load_format], ("auto", "dummy"))
+    return {
+        "layers": layers,
+        "load_format": load_format,
+        "dtype": dtype,
+        "enforce_eager": enforce_eager,
+        "seed": seed,
+    }
+
 
 def choices(flag: str, given: list[str], allowed: tuple[str, ...]) -> tuple[str, ...]:
     """Check words against those that a flag takes; each counts once, in the order of `allowed`."""
