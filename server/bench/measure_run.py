@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from pat_serve.errors import EngineError, UsageError
+from pat_serve.errors import UsageError
 from pat_serve.extras import require
-from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes, describe, serving_dtype
+from pat_serve.hardware import DTYPE_BYTES, describe, serving_dtype
 from pat_serve.server.bench.measure_result import (
     EngineSettings,
     LatencyCell,
@@ -26,8 +23,16 @@ from pat_serve.server.bench.measure_result import (
 )
 from pat_serve.server.bench.measure_summary import latency_cell, throughput_run
 from pat_serve.server.bench.model_source import ModelSource, resolve
+from pat_serve.server.bench.scratch import scratch_folder
 from pat_serve.server.bench.speedup import config_sha256
-from pat_serve.server.bench.speedup_checks import engine_memory_bytes, kv_cache_bytes, least_output_tokens, step_tokens
+from pat_serve.server.bench.speedup_checks import (
+    check_context,
+    engine_memory_bytes,
+    kv_cache_bytes,
+    least_output_tokens,
+    require_memory,
+    step_tokens,
+)
 from pat_serve.server.bench.speedup_result import SpeedupSettings
 from pat_serve.server.workers.probe import MachineRates, probe_machine
 from pat_serve.server.workers.process import EngineProcess, start_together
@@ -171,8 +176,7 @@ def _with_engine(
     """Start an engine that is large enough, run, and gather what every record has."""
     require("vllm", "cpu", "cuda", wanted_by="pat-bench")
     date, begun_s, dtype = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), serving_dtype(load.dtype)
-    scratch, keep_log = Path(tempfile.mkdtemp(prefix="pat-bench-")), False
-    try:
+    with scratch_folder() as scratch:
         source = resolve(model, flag="--model", load_format=load.load_format, layers=load.layers, scratch=scratch)
         _check(source, load, dtype)
         progress("probing the machine", 0, 1)
@@ -193,12 +197,6 @@ def _with_engine(
             ready: Ready = start_together({engine: start})[engine]
             measured = run(engine, source, rates, dtype)
             peak_bytes = engine.peak_memory_bytes()
-    except EngineError:
-        keep_log = (scratch / "engine.log").exists()
-        raise
-    finally:
-        if not keep_log:
-            shutil.rmtree(scratch, ignore_errors=True)
     common = {
         "date": date,
         "duration_s": time.monotonic() - begun_s,
@@ -216,19 +214,7 @@ def _with_engine(
 
 
 def _check(source: ModelSource, load: SpeedupSettings, dtype: str) -> None:
-    limit = source.config.get("max_position_embeddings")
-    if isinstance(limit, int) and load.tokens_per_request > limit:
-        raise UsageError(
-            "--prompt-tokens and --output-tokens",
-            expected=f"at most {limit} together, the context of {source.name}",
-            found=str(load.tokens_per_request),
-            fix="Ask for fewer tokens.",
-        )
-    needed, available = engine_memory_bytes(source, load, dtype), available_memory_bytes()
-    if needed > available:
-        raise EngineError(
-            f"an engine of {source.name}",
-            expected=f"about {needed / 2**30:.1f} GiB of memory in {dtype}",
-            found=f"{available / 2**30:.1f} GiB available",
-            fix="Ask for smaller batches, cut the model with --layers N --load-format dummy, or free memory.",
-        )
+    check_context(source, load.tokens_per_request)
+    way_out = "Ask for smaller batches, cut the model with --layers N --load-format dummy, or free memory."
+    needed_bytes = engine_memory_bytes(source, load, dtype)
+    require_memory(f"an engine of {source.name}", needed_bytes, dtype=dtype, fix=way_out)

@@ -7,26 +7,25 @@ what it was; only the time changes. Two engines run in turns, as in the speed-up
 from __future__ import annotations
 
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pat_serve.errors import EngineError, UsageError
+from pat_serve.errors import UsageError
 from pat_serve.extras import require
-from pat_serve.hardware import available_memory_bytes, describe, serving_dtype
+from pat_serve.hardware import describe, serving_dtype
 from pat_serve.server.analysis.trace import RequestTrace
 from pat_serve.server.analysis.verdict import MIN_ROUNDS
 from pat_serve.server.bench.model_source import ModelSource, resolve
+from pat_serve.server.bench.scratch import scratch_folder
 from pat_serve.server.bench.speculative_result import (
     SpeculativeResult,
     SpeculativeRound,
     SpeculativeSettings,
     summarize_rounds,
 )
-from pat_serve.server.bench.speedup_checks import engine_memory_bytes, kv_cache_bytes
+from pat_serve.server.bench.speedup_checks import engine_memory_bytes, kv_cache_bytes, require_memory
 from pat_serve.server.bench.speedup_result import SpeedupSettings
 from pat_serve.server.workers.cpu_watch import CpuWatch
 from pat_serve.server.workers.process import EngineProcess, start_together
@@ -59,8 +58,8 @@ def measure_speculative(
     _check_settings(settings)
     require("vllm", "cpu", "cuda", wanted_by="pat-bench speculative")
     date, begun_s = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    dtype, scratch, keep_logs = serving_dtype(settings.dtype), Path(tempfile.mkdtemp(prefix="pat-bench-")), False
-    try:
+    dtype = serving_dtype(settings.dtype)
+    with scratch_folder() as scratch:
         sources = {}
         for label, name in (("model", model), ("draft", draft)):
             (scratch / label).mkdir()
@@ -74,12 +73,6 @@ def measure_speculative(
         _check_pair(sources["model"], sources["draft"], settings, dtype)
         token_ids = _prompt_ids(sources["model"], settings, prompts)
         rounds = _measure(sources["model"], sources["draft"], settings, dtype, scratch, token_ids, progress)
-    except EngineError:
-        keep_logs = any(scratch.rglob("*.log"))
-        raise
-    finally:
-        if not keep_logs:
-            shutil.rmtree(scratch, ignore_errors=True)
     ratio, per_step, acceptance, noise = summarize_rounds(
         rounds, draft_tokens=settings.draft_tokens, seed=settings.seed
     )
@@ -204,12 +197,6 @@ def _check_pair(model: ModelSource, draft: ModelSource, settings: SpeculativeSet
             fix="Draft with a model that was pruned from it.",
         )
     load = _load(settings)
-    needed = 2 * engine_memory_bytes(model, load, dtype) + engine_memory_bytes(draft, load, dtype)
-    available = available_memory_bytes()
-    if needed > available:
-        raise EngineError(
-            "two engines and a draft",
-            expected=f"about {needed / 2**30:.1f} GiB of memory in {dtype}",
-            found=f"{available / 2**30:.1f} GiB available",
-            fix="Cut both models with --layers N --load-format dummy, or free memory.",
-        )
+    needed_bytes = 2 * engine_memory_bytes(model, load, dtype) + engine_memory_bytes(draft, load, dtype)
+    way_out = "Cut both models with --layers N --load-format dummy, or free memory."
+    require_memory("two engines and a draft", needed_bytes, dtype=dtype, fix=way_out)

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pat_serve.errors import EngineError
 from pat_serve.extras import require
 from pat_serve.hardware import DTYPE_BYTES, describe, serving_dtype
 from pat_serve.server.analysis.advice import advise
 from pat_serve.server.analysis.statistics import percentile
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.bench.model_source import ModelSource, resolve
+from pat_serve.server.bench.scratch import scratch_folder
 from pat_serve.server.bench.speedup_analysis import conclude, conclude_average
 from pat_serve.server.bench.speedup_checks import (
     candidate_settings,
@@ -58,9 +56,7 @@ def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, p
     check_settings(settings)
     require("vllm", "cpu", "cuda", wanted_by="pat-bench speedup")
     dtype = serving_dtype(settings.dtype)
-    scratch = Path(tempfile.mkdtemp(prefix="pat-bench-"))
-    keep_logs = False
-    try:
+    with scratch_folder() as scratch:
         sources = {
             "baseline": _resolve(baseline, "baseline", settings, scratch),
             "candidate": _resolve(candidate, "candidate", settings, scratch),
@@ -68,12 +64,6 @@ def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, p
         check_pair(sources["baseline"], sources["candidate"], settings)
         check_memory(sources["baseline"], sources["candidate"], settings, dtype)
         return _measure(sources["baseline"], sources["candidate"], settings, dtype, scratch, progress)
-    except EngineError as error:
-        keep_logs = any(scratch.rglob("*.log"))
-        raise error
-    finally:
-        if not keep_logs:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _resolve(name: str, label: str, settings: SpeedupSettings, scratch: Path) -> ModelSource:
