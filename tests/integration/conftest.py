@@ -92,8 +92,8 @@ def running(model: Path | str, log: Path, *flags: str) -> Iterator[Server]:
 
 
 def metric(client: httpx.Client, name: str) -> float:
-    """A Prometheus metric that has one set of labels."""
-    found = re.search(rf"^{re.escape(name)}\{{[^}}]*\}} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    """A Prometheus metric that has one set of labels, or none."""
+    found = re.search(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", client.get("/metrics").text, re.MULTILINE)
     assert found, name
     return float(found[1])
 

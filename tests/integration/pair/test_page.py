@@ -13,6 +13,7 @@ from pat_serve.server.speedup_request import LiveSpeedupResult
 from tests.integration.conftest import KEY, Server, wait_for
 from tests.integration.pair.browser import CONTRAST, NAMELESS, Page, chromium
 from tests.integration.pair.conftest import MAX_MODEL_LEN, PROMPT
+from tests.integration.test_server import check_error
 
 # A browser draws by software beside two engines: not for the tests that everybody runs.
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.browser]
@@ -97,8 +98,9 @@ def test_speedup_is_checked_and_its_verdict_shown(page: Page, client: httpx.Clie
     page.fill(claim=0.1, prompt_tokens=16, output_tokens=9, rounds=5)
     page["check-run"].click()
     page.until(lambda: "run in turns" in page["verdict"].text)
-    # A second one, from elsewhere, has to wait for it.
-    page.until(lambda: client.post("/benchmark/latency", json={"rounds": 1}).status_code == 409)
+    # A second one, from elsewhere, has to wait for it; one that came before it would make it wait instead.
+    wait_for(client, "pat_serve_requests_in_flight", 1)
+    check_error(client.post("/benchmark/latency", json={"rounds": 1}), 409, "busy", None, "another benchmark")
     page.until(lambda: page.driver.find_elements("id", "verdict-word"), within_s=180)
 
     told = client.get("/benchmark/speedup").raise_for_status().json()
