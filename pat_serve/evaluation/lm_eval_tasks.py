@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from pat_serve.errors import DataError, HubError, PatServeError, UsageError, first_line
+from pat_serve.errors import DataError, UsageError
+from pat_serve.evaluation.hub_data import loading
 from pat_serve.evaluation.outcomes import Answers
 from pat_serve.evaluation.paper14 import PREFIX
 from pat_serve.extras import require
@@ -113,18 +114,9 @@ class Tasks:
 
     def _load(self, name: str) -> dict[str, Any]:
         if name not in self._loaded:
-            try:
+            way_out = "Check the network and HF_HUB_OFFLINE; for pat14 tasks local files do: --task-data DIR."
+            with loading(f"the data of {name}", fix=way_out):
                 self._loaded[name] = self._manager.load([name])
-            except PatServeError:
-                raise
-            # A data set's loader can raise anything; that it is the data's, and not ours, the name says.
-            except Exception as error:
-                raise HubError(
-                    f"the data of {name}",
-                    expected="a data set that can be downloaded or is cached",
-                    found=f"{type(error).__name__}: {first_line(error)}",
-                    fix="Check the network and HF_HUB_OFFLINE; for pat14 tasks local files do: --task-data DIR.",
-                ) from error
         return self._loaded[name]
 
 
