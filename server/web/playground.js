@@ -2,6 +2,7 @@
 
 import { events } from "/page/api.js";
 import { $, make } from "/page/dom.js";
+import { runsOneAtATime } from "/page/run.js";
 
 const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(2)} s`);
 
@@ -70,18 +71,10 @@ export function startPlayground(model) {
   $("turns-field").hidden = $("turns-note").hidden = !model.baseline;
   $("max-tokens").max = model.max_model_len;
 
-  let running = null;
-  $("stop").onclick = () => running?.abort();
   $("prompt").onkeydown = (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
   };
-  $("ask").onsubmit = async (event) => {
-    event.preventDefault();
-    if (running) return;
-    running = new AbortController();
-    $("send").disabled = true;
-    $("stop").disabled = false;
-    if (document.activeElement === $("send") || document.activeElement === document.body) $("stop").focus();
+  runsOneAtATime($("ask"), $("send"), $("stop"), async (signal) => {
     $("play-news").textContent = "Generating.";
     const body = {
       prompt: $("prompt").value,
@@ -91,14 +84,10 @@ export function startPlayground(model) {
     for (const column of columns) column.clear();
     let ends = [];
     if ($("turns").checked) {
-      for (const column of columns) ends.push(running.signal.aborted ? "stopped" : await column.run(body, running.signal));
+      for (const column of columns) ends.push(signal.aborted ? "stopped" : await column.run(body, signal));
     } else {
-      ends = await Promise.all(columns.map((column) => column.run(body, running.signal)));
+      ends = await Promise.all(columns.map((column) => column.run(body, signal)));
     }
-    running = null;
-    $("send").disabled = false;
-    if (document.activeElement === $("stop")) $("send").focus();
-    $("stop").disabled = true;
     $("play-news").textContent = columns.map((column, i) => `${column.title}: ${ends[i]}.`).join(" ");
-  };
+  });
 }
