@@ -21,7 +21,7 @@ from pat_serve.server.bench.measure_result import (
     ThroughputRun,
     ThroughputSettings,
 )
-from pat_serve.server.bench.measure_summary import latency_cell, throughput_run
+from pat_serve.server.bench.measure_summary import Floors, latency_cell, throughput_run
 from pat_serve.server.bench.model_source import ModelSource, resolve
 from pat_serve.server.bench.scratch import scratch_folder
 from pat_serve.server.bench.speedup import config_sha256
@@ -34,7 +34,7 @@ from pat_serve.server.bench.speedup_checks import (
     step_tokens,
 )
 from pat_serve.server.bench.speedup_result import SpeedupSettings
-from pat_serve.server.workers.probe import MachineRates, probe_machine
+from pat_serve.server.workers.probe import probe_machine
 from pat_serve.server.workers.process import EngineProcess, start_together
 from pat_serve.server.workers.protocol import Ready, Start
 
@@ -76,7 +76,7 @@ def measure_latency(model: str, settings: LatencySettings, *, progress: Progress
     widest = max(batch * prompt for batch, prompt, _ in grid)
     largest = _load(settings, max(settings.batch_sizes), max(settings.prompt_tokens), max(settings.output_tokens))
 
-    def run(engine: EngineProcess, source: ModelSource, rates: MachineRates | None, dtype: str) -> list[LatencyCell]:
+    def run(engine: EngineProcess, source: ModelSource, floors: Floors | None) -> list[LatencyCell]:
         cells = []
         for index, (batch, prompt, output) in enumerate(grid):
             progress("measuring cells", index, len(grid))
@@ -89,16 +89,7 @@ def measure_latency(model: str, settings: LatencySettings, *, progress: Progress
                     trace = engine.decode(1)
                 if number >= _WARMUP_RUNS:
                     traces.append(trace)
-            cells.append(
-                latency_cell(
-                    traces,
-                    prompt_tokens=prompt,
-                    output_tokens=output,
-                    shape=source.shape,
-                    rates=rates,
-                    dtype_bytes=DTYPE_BYTES[dtype],
-                )
-            )
+            cells.append(latency_cell(traces, prompt_tokens=prompt, output_tokens=output, floors=floors))
         progress("measuring cells", len(grid), len(grid))
         return cells
 
@@ -115,7 +106,7 @@ def measure_throughput(model: str, settings: ThroughputSettings, *, progress: Pr
     largest = _load(settings, most, settings.prompt_tokens, settings.output_tokens)
 
     def run(
-        engine: EngineProcess, source: ModelSource, rates: MachineRates | None, dtype: str
+        engine: EngineProcess, source: ModelSource, floors: Floors | None
     ) -> tuple[list[ThroughputRun], int | None]:
         draw = random.Random(settings.seed)
 
@@ -123,14 +114,7 @@ def measure_throughput(model: str, settings: ThroughputSettings, *, progress: Pr
             vocabulary, count = source.shape.vocab_size, concurrency * waves
             prompts = [[draw.randrange(vocabulary) for _ in range(settings.prompt_tokens)] for _ in range(count)]
             served = engine.serve(prompts, output_tokens=settings.output_tokens, concurrency=concurrency)
-            return throughput_run(
-                served.requests,
-                concurrency=concurrency,
-                settings=settings,
-                shape=source.shape,
-                rates=rates,
-                dtype_bytes=DTYPE_BYTES[dtype],
-            )
+            return throughput_run(served.requests, concurrency=concurrency, settings=settings, floors=floors)
 
         serve(ladder[0], 1)
         runs: list[ThroughputRun] = []
@@ -171,7 +155,7 @@ def _with_engine(
     load: SpeedupSettings,
     widest: int,
     progress: Progress,
-    run: Callable[[EngineProcess, ModelSource, MachineRates | None, str], Any],
+    run: Callable[[EngineProcess, ModelSource, Floors | None], Any],
 ) -> tuple[dict[str, Any], Any]:
     """Start an engine that is large enough, run, and gather what every record has."""
     require("vllm", "cpu", "cuda", wanted_by="pat-bench")
@@ -181,6 +165,7 @@ def _with_engine(
         _check(source, load, dtype)
         progress("probing the machine", 0, 1)
         rates = probe_machine(dtype, scratch=scratch) if settings.roofline else None
+        floors = rates and Floors(shape=source.shape, rates=rates, dtype_bytes=DTYPE_BYTES[dtype])
         with EngineProcess("model", log=scratch / "engine.log", offline=source.on_disk) as engine:
             progress("starting the engine", 0, 1)
             start = Start(
@@ -195,7 +180,7 @@ def _with_engine(
                 seed=load.seed,
             )
             ready: Ready = start_together({engine: start})[engine]
-            measured = run(engine, source, rates, dtype)
+            measured = run(engine, source, floors)
             peak_bytes = engine.peak_memory_bytes()
     common = {
         "date": date,
