@@ -164,8 +164,10 @@ def _with_engine(
         source = resolve(model, flag="--model", load_format=load.load_format, layers=load.layers, scratch=scratch)
         _check(source, load, dtype)
         progress("probing the machine", 0, 1)
-        rates = probe_machine(dtype, scratch=scratch) if settings.roofline else None
-        floors = rates and Floors(shape=source.shape, rates=rates, dtype_bytes=DTYPE_BYTES[dtype])
+        rates = floors = None
+        if settings.roofline:
+            rates = probe_machine(dtype, scratch=scratch)
+            floors = Floors(shape=source.shape, rates=rates, dtype_bytes=DTYPE_BYTES[dtype])
         with EngineProcess("model", log=scratch / "engine.log", offline=source.on_disk) as engine:
             progress("starting the engine", 0, 1)
             start = Start(
