@@ -28,6 +28,7 @@ from pat_serve.cli.bench_commands.options import (
     write_report,
 )
 from pat_serve.cli.bench_commands.speculative import speculative
+from pat_serve.extras import require
 
 app = new_app()
 
@@ -95,7 +96,8 @@ def speedup(
 
         pat-bench speedup --baseline llama2-7b --candidate llama2-7b-pat25 --layers 2 --load-format dummy
     """
-    # Imported here: pydantic, numpy and torch would make --help slow.
+    # Before the imports, which need what the extra brings; they stand here because they would make --help slow.
+    require("vllm", "cpu", "cuda", wanted_by="pat-bench speedup")
     from pat_serve.server.bench.speedup import check_speedup
     from pat_serve.server.bench.speedup_result import PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS, SpeedupSettings
     from pat_serve.server.bench.speedup_table import print_result

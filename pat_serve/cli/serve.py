@@ -99,6 +99,8 @@ def serve(
             found="a word without a flag",
             fix="Give the model as --model MODEL; flags for vLLM come after --.",
         )
+    # Before anything of the server's: it imports what the extra brings.
+    require("vllm", "cpu", "cuda", wanted_by="pat-serve")
     from pat_serve.server.policy import MIB, Feature, Policy
 
     unknown = [name for name in allow or () if name not in list(Feature)]
@@ -109,7 +111,6 @@ def serve(
             found=unknown[0],
             fix="Choose one of them, or repeat the flag for several.",
         )
-    require("vllm", "cpu", "cuda", wanted_by="pat-serve")
     from pat_serve.server.http.access_log import LogFormat
     from pat_serve.server.launch import ServeSettings, run
 

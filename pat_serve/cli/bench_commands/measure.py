@@ -22,6 +22,7 @@ from pat_serve.cli.bench_commands.options import (
     progress_line,
     write_report,
 )
+from pat_serve.extras import require
 
 Model = Annotated[str, typer.Option(help="Folder, hub id, or a shipped shape (llama2-7b, llama2-7b-pat25).")]
 Layers = Annotated[int | None, typer.Option(help="Cut the model to so many layers; random weights only.")]
@@ -55,7 +56,8 @@ def latency(
 
         pat-bench latency --model pruned/ --batch-size 1,4 --prompt-tokens 32,128 --html latency.html
     """
-    # Imported here: pydantic, numpy and torch would make --help slow.
+    # Before the imports, which need what the extra brings; they stand here because they would make --help slow.
+    require("vllm", "cpu", "cuda", wanted_by="pat-bench latency")
     from pat_serve.server.bench.measure_result import LatencySettings
     from pat_serve.server.bench.measure_run import measure_latency
     from pat_serve.server.bench.measure_table import print_latency
@@ -102,6 +104,7 @@ def throughput(
 
         pat-bench throughput --model pruned/ --concurrency 1,8 --out throughput.json
     """
+    require("vllm", "cpu", "cuda", wanted_by="pat-bench throughput")
     from pat_serve.server.bench.measure_result import ThroughputSettings
     from pat_serve.server.bench.measure_run import measure_throughput
     from pat_serve.server.bench.measure_table import print_throughput
