@@ -58,6 +58,24 @@ def test_key_is_asked_for_and_kept_in_this_tab(driver: Any, server: Server) -> N
     assert "401" in refusal
 
 
+def test_a_key_that_holds_no_longer_is_asked_for_once(page: Page) -> None:
+    """A server that was started anew with other keys, under an open page."""
+    page.js(
+        "window.refusals = 0; window.pollsPlanned = 0;"
+        "document.addEventListener('key-refused', () => { window.refusals += 1; });"
+        "const later = window.setTimeout; window.setTimeout = (work, ms) => {"
+        "  window.pollsPlanned += window.refusals && ms === 2000; return later(work, ms); };"
+        "sessionStorage.setItem('pat-serve-key', 'old')"
+    )
+    page.until(lambda: page["key-form"].is_displayed())
+    assert page["state"].text == "waiting for a key"
+    # Whatever the charts still had to do, they did in the task in which they were refused.
+    assert page.js("return [window.refusals, window.pollsPlanned]") == [1, 0]
+    page["key"].send_keys(f"{KEY}\n")
+    page.until(lambda: "ready" in page["state"].get_attribute("class"))
+    assert not page["key-form"].is_displayed()
+
+
 def test_both_models_stream_side_by_side_and_stop(page: Page, client: httpx.Client) -> None:
     from selenium.webdriver.common.keys import Keys
 
