@@ -168,4 +168,5 @@ def _start_command(source: ModelSource, settings: SpeedupSettings, dtype: str) -
 
 def config_sha256(config: Mapping[str, object]) -> str:
     """Digest of a config.json, keys sorted."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    # A running engine's config may hold what JSON has no form for, such as a dtype.
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()

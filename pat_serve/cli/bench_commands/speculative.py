@@ -74,11 +74,16 @@ def speculative(
 
 
 def _prompts(file: Path) -> list[str]:
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         texts = [str(json.loads(line)["prompt"]) for line in lines] if file.suffix == ".jsonl" else lines
     except (ValueError, KeyError, TypeError):
         texts = []
     if not texts:
-        raise UsageError(f"--prompts {file}", expected="a prompt a line", found="none", fix="Write some.")
+        raise UsageError(
+            f"--prompts {file}",
+            expected='an object with a "prompt" a line' if file.suffix == ".jsonl" else "a prompt a line, in UTF-8",
+            found="nothing or something else",
+            fix="Mend the file, or leave the flag out for random tokens.",
+        )
     return texts
