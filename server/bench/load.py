@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from pat_serve.atomic import write_json
-from pat_serve.errors import EngineError, UsageError
+from pat_serve.errors import EngineError, UsageError, want
 from pat_serve.extras import require
 from pat_serve.hardware import describe
 from pat_serve.server.bench.load_result import SLO_NAMES, LoadResult, LoadSettings, read_guidellm
@@ -81,11 +81,6 @@ def check_load(settings: LoadSettings) -> None:
     Raises:
         UsageError: naming the flag.
     """
-
-    def want(flag: str, fine: bool, expected: str, found: object, fix: str) -> None:
-        if not fine:
-            raise UsageError(flag, expected=expected, found=str(found), fix=fix)
-
     web = settings.url.startswith(("http://", "https://"))
     want("--url", web, "a URL with http:// or https://", settings.url, "Try --url http://127.0.0.1:8000.")
     want("--rate", bool(settings.rates) and min(settings.rates) > 0, "above 0", settings.rates, "Try --rate 1.")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pat_serve.errors import UsageError
+from pat_serve.errors import UsageError, want
 from pat_serve.extras import require
 from pat_serve.hardware import describe, serving_dtype
 from pat_serve.server.analysis.trace import RequestTrace
@@ -177,15 +177,11 @@ def _prompt_ids(model: ModelSource, settings: SpeculativeSettings, prompts: Sequ
 
 
 def _check_settings(settings: SpeculativeSettings) -> None:
-    def want(flag: str, fine: bool, expected: str, found: object) -> None:
-        if not fine:
-            raise UsageError(flag, expected=expected, found=str(found), fix="See pat-bench speculative --help.")
-
-    want("--draft-tokens", 1 <= settings.draft_tokens <= 16, "1 to 16", settings.draft_tokens)
+    want("--draft-tokens", 1 <= settings.draft_tokens <= 16, "1 to 16", settings.draft_tokens, "Try 3.")
     least = 2 * (settings.draft_tokens + 1) + 1
-    want("--output-tokens", settings.output_tokens >= least, f"at least {least}", settings.output_tokens)
-    want("--prompt-tokens", settings.prompt_tokens >= 1, "at least 1", settings.prompt_tokens)
-    want("--rounds", settings.rounds >= MIN_ROUNDS, f"at least {MIN_ROUNDS}", settings.rounds)
+    want("--output-tokens", settings.output_tokens >= least, f"at least {least}", settings.output_tokens, "Raise it.")
+    want("--prompt-tokens", settings.prompt_tokens >= 1, "at least 1", settings.prompt_tokens, "Try 64.")
+    want("--rounds", settings.rounds >= MIN_ROUNDS, f"at least {MIN_ROUNDS}", settings.rounds, "Try 12.")
 
 
 def _check_pair(model: ModelSource, draft: ModelSource, settings: SpeculativeSettings, dtype: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pat_serve.errors import EngineError, UsageError
+from pat_serve.errors import EngineError, UsageError, want
 from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes
 from pat_serve.server.analysis.capacity import Capacity, capacity, memory_for
 from pat_serve.server.analysis.verdict import MIN_ROUNDS
@@ -27,11 +27,6 @@ def check_settings(settings: SpeedupSettings) -> None:
     Raises:
         UsageError: naming the flag.
     """
-
-    def want(flag: str, fine: bool, expected: str, found: object, fix: str) -> None:
-        if not fine:
-            raise UsageError(flag, expected=expected, found=str(found), fix=fix)
-
     claim_fine = math.isfinite(settings.claim) and settings.claim > 0
     want("--claim", claim_fine, "a ratio above 0", settings.claim, "Try --claim 1.33.")
     for size in settings.batches:
