@@ -10,10 +10,10 @@ import httpx
 import pytest
 
 from pat_serve.server.speedup_request import LiveSpeedupResult
+from tests.integration.asking import check_error
 from tests.integration.conftest import KEY, Server, wait_for
 from tests.integration.pair.browser import CONTRAST, NAMELESS, Page, chromium
 from tests.integration.pair.conftest import MAX_MODEL_LEN, PROMPT
-from tests.integration.test_server import check_error
 
 # A browser draws by software beside two engines: not for the tests that everybody runs.
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.browser]
