@@ -25,13 +25,17 @@ class Column {
 
   async run(body, signal) {
     this.element.classList.add("running");
-    const sent = performance.now();
-    let first = 0;
-    let tokens = 0;
+    const seen = { sent: performance.now(), first: 0, last: 0, tokens: 0, text: "" };
+    let frame = 0;
+    const flush = () => {
+      cancelAnimationFrame(frame);
+      frame = 0;
+      this.draw(seen);
+    };
     try {
       for await (const event of events(this.path, { ...body, stream: true }, signal)) {
-        const now = performance.now();
         if (event.finish_reason) {
+          flush();
           // The server's own clock, once it has told.
           const { ttft_s: ttft, tpot_s: tpot } = event.timings;
           if (ttft !== null) this.figures.TTFT.textContent = seconds(ttft);
@@ -39,21 +43,18 @@ class Column {
           this.figures.Tokens.textContent = `${event.usage.completion_tokens} · ${event.finish_reason}`;
           continue;
         }
-        tokens += event.token_ids.length;
-        if (!first && tokens) {
-          first = now;
-          this.figures.TTFT.textContent = seconds((now - sent) / 1000);
-        }
-        this.figures.Tokens.textContent = String(tokens);
-        if (tokens > 1) this.figures["Tokens/s"].textContent = ((tokens - 1) / Math.max((now - first) / 1000, 1e-3)).toFixed(1);
-        const atEnd = this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 40;
-        this.text.append(event.text);
-        if (atEnd) this.text.scrollTop = this.text.scrollHeight;
+        seen.tokens += event.token_ids.length;
+        seen.text += event.text;
+        seen.last = performance.now();
+        if (seen.tokens) seen.first ||= seen.last;
+        // Once a frame: what is drawn for each token of a fast model keeps the page from all else.
+        frame ||= requestAnimationFrame(flush);
       }
       return "finished";
     } catch (error) {
+      flush();
       if (error.name === "AbortError") {
-        this.figures.Tokens.textContent = `${tokens} · stopped`;
+        this.figures.Tokens.textContent = `${seen.tokens} · stopped`;
         return "stopped";
       }
       this.problem.textContent = error.message;
@@ -61,6 +62,16 @@ class Column {
     } finally {
       this.element.classList.remove("running");
     }
+  }
+
+  draw(seen) {
+    if (seen.first) this.figures.TTFT.textContent = seconds((seen.first - seen.sent) / 1000);
+    if (seen.tokens) this.figures.Tokens.textContent = String(seen.tokens);
+    if (seen.tokens > 1) this.figures["Tokens/s"].textContent = ((seen.tokens - 1) / Math.max((seen.last - seen.first) / 1000, 1e-3)).toFixed(1);
+    const atEnd = this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 40;
+    this.text.append(seen.text);
+    seen.text = "";
+    if (atEnd) this.text.scrollTop = this.text.scrollHeight;
   }
 }
 
