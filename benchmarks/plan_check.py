@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,2,4,8")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=8, help="of each cell of the grid")
     parser.add_argument("--shares", default="0.3,0.6", help="rates, as shares of the simulated capacity")
     parser.add_argument("--seconds", type=float, default=60, help="of each rate")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -67,7 +68,16 @@ def check(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     lengths = ["--prompt-tokens", str(options.prompt_tokens), "--output-tokens", str(options.output_tokens)]
     grid = work / "latency.json"
     if not grid.exists():
-        latency = ["latency", "--model", str(model), "--batch-size", options.batches, *lengths, "--rounds", "8"]
+        latency = [
+            "latency",
+            "--model",
+            str(model),
+            "--batch-size",
+            options.batches,
+            *lengths,
+            "--rounds",
+            str(options.rounds),
+        ]
         bench([*latency, "--no-roofline", "--out", str(grid)], core=max(os.sched_getaffinity(0)))
     measured = read_measured([grid], role="baseline")
     times = StepTimes(measured.cells, name=measured.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,31 @@ def test_exit_codes_of_plans_that_do_not_come_out(folder: Path) -> None:
     assert (impossible.exit_code, "no number of engines" in impossible.output) == (1, True)
     beyond = plan(folder, "--baseline", "dense.json", *TRAFFIC, "--slo", "ttft=1.5", "--max-replicas", "2")
     assert (beyond.exit_code, "too few" in beyond.output) == (3, True)
+
+
+def test_a_grid_from_a_disturbed_machine_is_not_relied_on(folder: Path) -> None:
+    """Four requests' step in much less time than one's: the machine had something else to do during the one."""
+    record = LatencyResult.model_validate_json((folder / "dense.json").read_text())
+    first, second = record.cells
+    slow = [
+        replace(
+            trace,
+            steps_ended_s=tuple(
+                trace.steps_started_s[0] + 3 * (end_s - trace.steps_started_s[0]) for end_s in trace.steps_ended_s
+            ),
+            steps_started_s=tuple(
+                trace.steps_started_s[0] + 3 * (begun_s - trace.steps_started_s[0]) for begun_s in trace.steps_started_s
+            ),
+        )
+        for trace in first.traces
+    ]
+    disturbed = record.model_copy(update={"cells": (first.model_copy(update={"traces": tuple(slow)}), second)})
+    (folder / "dense.json").write_text(disturbed.model_dump_json())
+    done = plan(folder, "--baseline", "dense.json", *TRAFFIC, "--slo", "ttft=20")
+    assert done.exit_code == 3, done.output
+    assert "a decode step of 1 at context 68.5 took" in done.output
+    assert "measure again" in done.output
+    assert not StepTimes(cells(batches=(1, 2, 4), prompts=(100, 300)), name="made-up").doubts()
 
 
 def test_memory_bounds_what_runs_at_once_and_lengths_come_from_a_file(folder: Path) -> None:

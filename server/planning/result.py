@@ -106,6 +106,7 @@ class PlannedModel(_Record):
         cost_per_million_tokens: of output.
         trials: numbers of engines that were simulated.
         checks: recorded throughput, simulated.
+        doubts: points of the grid that a quiet machine would not have given.
     """
 
     role: Literal["baseline", "candidate"]
@@ -130,6 +131,7 @@ class PlannedModel(_Record):
     cost_per_million_tokens: float | None
     trials: tuple[PlanTrial, ...]
     checks: tuple[ThroughputCheck, ...]
+    doubts: tuple[str, ...]
 
 
 class PlanResult(_Record):
@@ -145,8 +147,11 @@ class PlanResult(_Record):
 
     @property
     def exit_code(self) -> int:
-        """0 if every model meets the SLO, 1 if one cannot, 3 if one might with more engines than were tried."""
+        """0 if every model meets the SLO, 1 if one cannot; 3 where the data do not say.
+
+        That is: one might with more engines than were tried, or was measured on a machine that was disturbed.
+        """
         outcomes = {model.outcome for model in self.models}
         if Outcome.IMPOSSIBLE in outcomes:
             return 1
-        return 3 if Outcome.BEYOND in outcomes else 0
+        return 3 if Outcome.BEYOND in outcomes or any(model.doubts for model in self.models) else 0

@@ -227,6 +227,7 @@ def _plan_one(model: Measured, engine: Engine, mix: Mix, settings: PlanSettings,
             for one in found.trials
         ),
         checks=tuple(check_throughput(model, settings)),
+        doubts=tuple(engine.times.doubts()),
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pat_serve.errors import UsageError
+
+# More work that takes so much less time was measured on another machine: one that had less to do besides.
+_DISTURBED = 0.85
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,13 @@ class StepTimes:
         """The largest measured batch."""
         return self.batches[-1]
 
+    def doubts(self) -> list[str]:
+        """Pairs of points whose order no undisturbed machine gives, in words: more work in much less time."""
+        return [
+            *self._prefill.doubts(lambda row, at: f"prefill of {row} x {at:g}"),
+            *self._decode.doubts(lambda row, at: f"a decode step of {row} at context {at:g}"),
+        ]
+
     def check(self, *, prompt_tokens: tuple[int, int], longest: int, decodes: bool) -> None:
         """Refuse traffic outside the measured range: nothing is extrapolated.
 
@@ -155,6 +165,16 @@ class _Grid:
                         fix="Measure all in one run: pat-bench latency --batch-size 1,... --prompt-tokens ....",
                     )
         self._values = [[points[row, at] for at in self.columns] for row in self.rows]
+
+    def doubts(self, named: Callable[[int, float], str]) -> list[str]:
+        crossings = [(i, j) for i in range(len(self.rows)) for j in range(len(self.columns))]
+        return [
+            f"{named(self.rows[i], self.columns[j])} took {1000 * self._values[i][j]:.3g} ms, "
+            f"{named(self.rows[k], self.columns[m])} took {1000 * self._values[k][m]:.3g} ms"
+            for i, j in crossings
+            for k, m in ((i + 1, j), (i, j + 1))
+            if (k, m) in crossings and self._values[k][m] < _DISTURBED * self._values[i][j]
+        ]
 
     def at(self, row: float, column: float) -> float:
         low, high, share = _between(self.rows, row)

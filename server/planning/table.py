@@ -51,6 +51,12 @@ def print_plan(result: PlanResult) -> None:
                 markup=False,
                 soft_wrap=True,
             )
+        for doubt in model.doubts:
+            console.print(
+                f"{model.role}: {doubt}: the machine was disturbed, so this plan is not to be relied on; measure again",
+                markup=False,
+                soft_wrap=True,
+            )
     saved = saving(result.models)
     if saved:
         console.print(saved, markup=False)

@@ -55,7 +55,8 @@ def plan(
 ) -> None:
     """Engines, machines or GPUs and costs that a traffic needs, dense against pruned, by simulation (docs/planning.md).
 
-    Exit code 1 if no number of engines meets the SLO, 3 if --max-replicas of them are too few to tell. Example:
+    Exit code 1 if no number of engines meets the SLO, 3 if --max-replicas of them are too few to tell or the
+    measurements were disturbed. Example:
 
         pat-bench latency --model dense/ --batch-size 1,2,4,8 --prompt-tokens 128 --output-tokens 64 --out dense.json
 
