@@ -81,7 +81,7 @@ def test_a_known_case_by_hand() -> None:
 def test_one_at_a_time_is_m_d_1(load: float) -> None:
     """Batch 1, one token: a single server of constant service time S waits rho S / 2 (1 - rho) on average."""
     one, service_s = engine(max_batch=1), 0.12
-    traffic = poisson(crossed([(100, 1)], [(1, 1)]), rate_per_s=load / service_s, requests=80_000, seed=1)
+    traffic = poisson(crossed([(100, 1)], [(1, 1)]), rate_per_s=load / service_s, requests=40_000, seed=1)
     served = simulate(traffic, one, replicas=1, dispatch="round-robin")
     assert mean_wait_s(served, service_s) == pytest.approx(load * service_s / (2 * (1 - load)), rel=0.06)
 
@@ -93,7 +93,7 @@ def test_mixed_lengths_are_m_g_1() -> None:
     first = sum(weight * s for s, weight in service)
     second = sum(weight * s * s for s, weight in service)
     rate = 0.6 / first
-    served = simulate(poisson(mix, rate_per_s=rate, requests=80_000, seed=3), one, replicas=1, dispatch="round-robin")
+    served = simulate(poisson(mix, rate_per_s=rate, requests=40_000, seed=3), one, replicas=1, dispatch="round-robin")
     assert mean_wait_s(served, first) == pytest.approx(rate * second / (2 * (1 - 0.6)), rel=0.06)
 
 
