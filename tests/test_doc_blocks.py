@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -19,7 +20,8 @@ import pytest
 from tests.conftest import write_rows
 from tests.doc_blocks import ROOT, Block, all_blocks, blocks_of
 from tests.integration.conftest import free_port, tail, wait_until_ready
-from tests.speedup_records import latency_result, speedup_result
+from tests.speedup_records import latency_result
+from tests.test_card import QUALITY, SPEEDUP
 
 BLOCKS = all_blocks()
 RUN = [block for block in BLOCKS if not block.not_run]
@@ -46,7 +48,9 @@ def stand_ins(tiny_base: Path, finished_run: Path, tmp_path_factory: pytest.Temp
     (folder / "manual.txt").write_text(text)
     (folder / "notes.jsonl").write_text('{"text": "A dict maps a key to a value, and a list keeps the order."}\n' * 20)
     (folder / "keys.txt").write_text("alice=secret\n")
-    (folder / "speedup.json").write_text(speedup_result().model_dump_json())
+    # Measurements of a model of the exported width.
+    (folder / "speedup.json").write_text(json.dumps(SPEEDUP))
+    (folder / "quality.json").write_text(json.dumps(QUALITY))
     for name in ("dense", "pruned"):
         (folder / f"{name}.json").write_text(
             latency_result(name, faster=1.3 if name == "pruned" else 1).model_dump_json()
