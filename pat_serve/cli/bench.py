@@ -27,6 +27,7 @@ from pat_serve.cli.bench_commands.options import (
     progress_line,
     write_report,
 )
+from pat_serve.cli.bench_commands.plan import plan
 from pat_serve.cli.bench_commands.speculative import speculative
 from pat_serve.extras import require
 
@@ -136,6 +137,7 @@ app.command()(throughput)
 app.command()(load)
 app.command()(speculative)
 app.command()(compare)
+app.command()(plan)
 
 
 def main() -> None:
