@@ -47,17 +47,7 @@ class _Relayed(Response):
         await self._server.relay(scope, receive, send)
 
 
-# The defaults of `serve run IMPORT_PATH`; deploy/serve_config.yaml explains and overrides them.
-@serve.deployment(
-    name="PatServe",
-    max_ongoing_requests=64,
-    max_queued_requests=256,
-    health_check_period_s=5,
-    health_check_timeout_s=20,
-    graceful_shutdown_timeout_s=90,
-    autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 16},
-)
-class PatServe:
+class Replica:
     """A replica: its own pat-serve process, and the way to it.
 
     Args:
@@ -96,6 +86,18 @@ class PatServe:
         logger.error("the server of this replica has ended; the replica ends too")
         await asyncio.sleep(_LAST_ANSWERS_S)
         os._exit(1)
+
+
+# The defaults of `serve run IMPORT_PATH`; deploy/serve_config.yaml explains and overrides them.
+PatServe: Any = serve.deployment(
+    name="PatServe",
+    max_ongoing_requests=64,
+    max_queued_requests=256,
+    health_check_period_s=5,
+    health_check_timeout_s=20,
+    graceful_shutdown_timeout_s=120,
+    autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 32},
+)(Replica)
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:

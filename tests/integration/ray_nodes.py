@@ -22,6 +22,7 @@ import psutil
 import ray
 import yaml
 from ray import serve
+from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
 from tests.integration.conftest import free_port
@@ -42,7 +43,7 @@ class Nodes:
     def __init__(self, cluster: Cluster, url: str) -> None:
         self.cluster = cluster
         self.url = url
-        self.second = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
+        self.add_second()
 
     def lose_second(self) -> None:
         """Kill everything of the second node."""
@@ -50,7 +51,7 @@ class Nodes:
 
     def add_second(self) -> None:
         """Add a node in its place."""
-        self.second = self.cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
+        self.second = add_node(self.cluster)
 
     def replicas(self) -> list[psutil.Process]:
         """The replicas' processes, whatever they are doing."""
@@ -70,6 +71,22 @@ class Nodes:
     def until_running(self, replicas: int) -> float:
         """Wait for that many; returns the seconds."""
         return until(lambda: self.running() == replicas, f"{replicas} replicas that run", START_TIMEOUT_S)
+
+
+def node_arguments() -> dict[str, Any]:
+    """Of a node with room for one replica, on the loopback address."""
+    return {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_log_monitor": False, "no_monitor": True}
+
+
+def add_node(cluster: Cluster, **arguments: Any) -> Any:
+    """Add a node; a raylet gives its agents 15 s, which they need on a busy machine, and then gives up."""
+    for left in reversed(range(4)):
+        try:
+            return cluster.add_node(**node_arguments(), **arguments)
+        except Exception:
+            if not left:
+                raise
+    return None
 
 
 def until(done: Callable[[], bool], told: str, within_s: float) -> float:
@@ -129,16 +146,24 @@ def two_nodes(model: Path, folder: Path) -> Iterator[Nodes]:
     environment = {
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pat_serve.server.cluster.proxy:middlewares",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray gives its workers, and so the servers, the priority of nice 15.
+        "RAY_worker_niceness": "0",
+        # Else Ray takes the machine's own address for its agents, even where it is told 127.0.0.1.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Nobody else reaches it, and a token would be written to the user's home.
+        "RAY_AUTH_MODE": "disabled",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "PYTHONPATH": str(ROOT),
     }
+    # Read when ray was imported.
+    ray_constants.ENABLE_RAY_CLUSTER = False
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     # Ray makes sockets in it, whose paths must be short.
     temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    head = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_dashboard": False, "temp_dir": temporary}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster(shutdown_at_exit=True)
     try:
+        add_node(cluster, include_dashboard=False, temp_dir=temporary)
         ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
         port = free_port()
         nodes = Nodes(cluster, f"http://127.0.0.1:{port}")
@@ -148,10 +173,13 @@ def two_nodes(model: Path, folder: Path) -> Iterator[Nodes]:
         subprocess.run([*command, "--address", cluster.address], check=True, timeout=120)
         yield nodes
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        # Without a cluster to talk to, Ray would start one.
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
         cluster.shutdown()
-        shutil.copytree(f"{temporary}/session_latest/logs", folder / "logs", symlinks=True, dirs_exist_ok=True)
+        if Path(temporary, "session_latest").exists():
+            shutil.copytree(f"{temporary}/session_latest/logs", folder / "logs", symlinks=True, dirs_exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         for name, value in before.items():
             if value is None:
