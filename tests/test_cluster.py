@@ -22,12 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
-from pat_serve.errors import MissingModel, UnsupportedModel, UsageError
+from pat_serve.errors import EngineError, MissingModel, UnsupportedModel, UsageError
 from pat_serve.server.cluster.events import WholeEvents
 from pat_serve.server.cluster.proxy import RepeatLost, middlewares, proxy_policy
 from pat_serve.server.cluster.relay import Relay
 from pat_serve.server.cluster.repeat import may_repeat, says_gone
-from pat_serve.server.cluster.settings import read_settings, server_command
+from pat_serve.server.cluster.replica_server import ReplicaServer
+from pat_serve.server.cluster.settings import ReplicaSettings, read_settings, server_command
 from pat_serve.server.policy import Policy
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +183,7 @@ async def fails(scope: Scope, receive: Receive, send: Send) -> None:
     raise RuntimeError
 
 
-def ask(*steps: Step, path: str = "/generate", leave: bool = False) -> tuple[list[Message], int]:
+def ask(*steps: Step, path: str = "/generate", leave: bool = False, length: bytes = b"2") -> tuple[list[Message], int]:
     """Messages that the client gets, and the steps that were taken."""
     taken, sent = 0, []
     todo: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
@@ -201,7 +202,7 @@ def ask(*steps: Step, path: str = "/generate", leave: bool = False) -> tuple[lis
     async def send(message: Message) -> None:
         sent.append(message)
 
-    headers = [(b"content-length", b"2")]
+    headers = [(b"content-length", length)]
     scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
     asyncio.run(RepeatLost(app, Policy(), repeat_after_s=0)(scope, receive, send))
     return sent, taken
@@ -230,6 +231,11 @@ def test_a_second_loss_is_an_error_to_retry() -> None:
     status, body, headers = read(sent)
     assert (taken, status, body["error"]["type"], headers["retry-after"]) == (2, 503, "replica_lost", "1")
     assert headers["x-request-id"]
+
+
+def test_a_body_that_is_too_large_to_be_held_is_refused() -> None:
+    sent, taken = ask(GOOD, length=b"5000000")
+    assert (taken, read(sent)[1]["error"]["type"]) == (0, "body_too_large")
 
 
 def test_what_must_not_be_repeated_is_not() -> None:
@@ -355,6 +361,37 @@ def test_no_server_at_all_is_an_error_to_retry() -> None:
 
 
 # The child
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [("--surprise", "No such option: --surprise"), ("--log-format x", "expected text, json, found x")],
+)
+def test_a_server_that_refuses_to_start_is_quoted(model: Path, flags: str, told: str) -> None:
+    async def start() -> None:
+        server = ReplicaServer(ReplicaSettings(model=str(model), flags=flags))
+        assert not server.ended.is_set()
+        await server.until_ready()
+
+    with pytest.raises(EngineError, match="ended with 2") as caught:
+        asyncio.run(start())
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_is_never_ready_is_given_up_and_stopped(model: Path) -> None:
+    async def start() -> None:
+        server = ReplicaServer(ReplicaSettings(model=str(model), start_timeout_s=0.01))
+        try:
+            with pytest.raises(EngineError, match=r"within 0\.01 s"):
+                await server.until_ready()
+            with pytest.raises(EngineError, match="no answer"):
+                await server.check()
+        finally:
+            await server.stop()
+        assert server.ended.is_set()
+
+    asyncio.run(start())
 
 
 def test_a_child_is_told_when_its_parent_is_killed(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ HOST = "127.0.0.1"
 # Readiness itself gives the engine 10 s for a token.
 _READY_S = 15.0
 _POLL_S = 0.25
+_BOX = " \t\n│╭╮╰╯─"
 
 
 class ReplicaServer:
@@ -102,14 +103,14 @@ class ReplicaServer:
     def _read_errors(self) -> None:
         assert self._process.stderr is not None
         for line in self._process.stderr:
-            self._last_lines.append(line.strip())
+            self._last_lines.append(line)
             sys.stderr.write(line)
 
     def _last_words(self) -> str:
-        # A refusal is one line that begins with the command's name; a defect ends in something else.
-        lines = [line for line in self._last_lines if line]
+        # A refusal is one line that begins with the command's name; typer draws a box around its own.
+        lines = [told for line in self._last_lines if (told := line.strip(_BOX))]
         ours = [line for line in lines if line.startswith("pat-serve:")]
-        return (ours or lines or ["nothing"])[-1]
+        return (ours or lines or ["nothing"])[-1].strip()
 
 
 def _free_port() -> int:

@@ -102,6 +102,18 @@ def servers_of(replica: psutil.Process) -> list[psutil.Process]:
     return replica.children(recursive=True)
 
 
+def ended(*processes: psutil.Process) -> bool:
+    """Whether all have; a zombie has, and waits for its parent."""
+
+    def alive(process: psutil.Process) -> bool:
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    return not any(alive(process) for process in processes)
+
+
 def engine_of(replica: psutil.Process) -> psutil.Process:
     [engine] = [process for process in servers_of(replica) if "EngineCore" in process.name() + str(process.cmdline())]
     return engine

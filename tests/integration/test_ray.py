@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 pytest.importorskip("ray", reason="needs the ray extra")
@@ -22,6 +21,7 @@ from tests.integration.ray_nodes import (
     Load,
     Nodes,
     direct_url,
+    ended,
     engine_of,
     kill,
     servers_of,
@@ -58,10 +58,9 @@ def test_answers_are_the_servers_own(client: httpx.Client) -> None:
     assert client.get("/ready").status_code == 200
     assert client.get("/generate").json()["error"]["type"] == "method_not_allowed"
     assert client.post("/generate", json={"prompt": "a", "surprise": 1}).json()["error"]["param"] == "surprise"
-    assert client.post("/generate", content=b"x" * (5 * 2**20)).json()["error"]["type"] == "body_too_large"
     with client.stream("POST", "/generate", json={"prompt": "a", "max_tokens": 4, "stream": True}) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
-        assert list(stream.iter_lines())[-2] == "data: [DONE]"
+        assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
 
 
 def test_load_brings_a_second_replica(nodes: Nodes) -> None:
@@ -96,8 +95,7 @@ def test_a_killed_replica(nodes: Nodes) -> None:
         kill(victim)
         begun_s = time.monotonic()
         # Its server, which holds the model in memory, must not outlive it.
-        _, alive = psutil.wait_procs(servers, timeout=60)
-        assert alive == []
+        until(lambda: ended(*servers), "end of its server", 60)
         until(lambda: nodes.running() < 2, "lost replica", 60)
         nodes.until_running(2)
         back_s = time.monotonic() - begun_s
@@ -111,7 +109,7 @@ def test_a_killed_engine(nodes: Nodes) -> None:
         victim = nodes.replicas()[0]
         kill(engine_of(victim))
         begun_s = time.monotonic()
-        until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE, "end of the replica", 90)
+        until(lambda: ended(victim), "end of the replica", 90)
         until(lambda: nodes.running() < 2, "lost replica", 60)
         nodes.until_running(2)
         back_s = time.monotonic() - begun_s
@@ -126,8 +124,7 @@ def test_a_lost_node(nodes: Nodes) -> None:
         servers = servers_of(victim)
         nodes.lose_second()
         begun_s = time.monotonic()
-        _, alive = psutil.wait_procs([victim, *servers], timeout=90)
-        assert alive == []
+        until(lambda: ended(victim, *servers), "end of all processes of the node", 90)
         until(lambda: nodes.running() == 1, "lost replica", 120)
         # The other one goes on alone.
         load.until_ended(6)
