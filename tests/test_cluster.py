@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import shlex
@@ -22,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
-from pat_serve.errors import EngineError, MissingModel, UnsupportedModel, UsageError
+from pat_serve.errors import EngineError, MissingExtra, MissingModel, UnsupportedModel, UsageError
 from pat_serve.server.cluster.events import WholeEvents
 from pat_serve.server.cluster.proxy import RepeatLost, middlewares, proxy_policy
 from pat_serve.server.cluster.relay import Relay
@@ -112,6 +113,20 @@ def test_the_deployment_is_the_one_that_the_configuration_names() -> None:
     from pat_serve.server.cluster.app import PatServe
 
     assert [PatServe.name] == [each["name"] for each in CONFIG["applications"][0]["deployments"]]
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "pat_serve.server.cluster.app", raising=False)
+    with pytest.raises(MissingExtra, match=r"pat-serve\[ray\]"):
+        importlib.import_module("pat_serve.server.cluster.app")
+
+
+def test_a_proxy_loads_neither_torch_nor_an_engine() -> None:
+    code = (
+        "import sys, pat_serve.server.cluster.proxy; print({*sys.modules} & {'torch', 'vllm', 'transformers', 'ray'})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
 # Rules
