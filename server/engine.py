@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import threading
-import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -19,6 +17,7 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 from pat_serve.errors import EngineError, UsageError
+from pat_serve.server.engine_errors import expect_its_end, starting
 from pat_serve.server.generation import EngineTimes, Piece, Sampling
 from pat_serve.server.http.admission import RETRY_AFTER_S
 from pat_serve.server.http.errors import HttpError, InvalidRequestError
@@ -69,7 +68,7 @@ class Engine:
 
     def stop(self, loop: asyncio.AbstractEventLoop) -> None:
         """End its requests and its processes, from another thread than the loop's."""
-        _expect_its_end()
+        expect_its_end()
         with suppress(RuntimeError):  # the loop has ended: nobody waits
             loop.call_soon_threadsafe(self.abort_all)
         self._client.shutdown(timeout=0)
@@ -206,23 +205,14 @@ def serve(args: Namespace, uvicorn_options: Mapping[str, Any]) -> None:
     cli_env_setup()
     decorate_logs("APIServer", skip_if_decorated=True)
     configure_logging_from_args(args)
-    try:
+    fix = "The engine's log above has the root cause; --debug shows this process's traceback."
+    with starting(args.model, expected="a vLLM engine that starts", fix=fix):
         # vLLM's run_server does the same steps, but first makes SIGTERM a KeyboardInterrupt, which vLLM swallows
         # while it waits for the engine's process (zmq_socket_ctx): the start would then hang for ten minutes.
         address, listener = setup_server(args, reuse_port=False)
         # Inherited by every connection. Left alone the kernel keeps megabytes for a client that does not read.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         uvloop.run(run_server_worker(address, listener, args, **uvicorn_options))
-    except EngineError:
-        raise
-    except Exception as error:
-        logger.debug("the server ended with an error", exc_info=True)
-        raise EngineError(
-            args.model,
-            expected="a vLLM engine that starts",
-            found=_one_line(error),
-            fix="The engine's log above has the root cause; --debug shows this process's traceback.",
-        ) from error
     if getattr(args, "engine_died", False):
         raise EngineError(
             args.model,
@@ -230,60 +220,6 @@ def serve(args: Namespace, uvicorn_options: Mapping[str, Any]) -> None:
             found="an engine that died while serving",
             fix="The engine's log above has the root cause; out of memory is the usual one.",
         )
-
-
-def attach(client: Any, args: Namespace) -> Engine:
-    """The engine behind a plugin's routes.
-
-    When a signal stops the server, vLLM shuts its engine down in a thread, with the HTTP server still answering: the
-    engine's `before_stop` is called there first, and may wait for the requests under way.
-
-    vLLM's server ends in the same way, and without an error, when its engine dies and when a signal stops it. A
-    supervisor must see the difference, so the engine's first shutdown notes on `args`, which vLLM hands through
-    from `serve`, whether the engine was dead already.
-
-    vLLM also stops reading the engine's output at once, often before the engine has said that the requests under way
-    are aborted; their streams would then wait for ever, and the HTTP server for them. So they are ended here: before
-    an engine that is not to drain, and after any for what is left.
-    """
-    names = args.served_model_name or [args.model]
-    engine = Engine(client, names[0])
-    shut_down = client.shutdown
-    loop = asyncio.get_running_loop()
-
-    def note_and_shut_down(timeout: float | None = None) -> None:
-        if not hasattr(args, "engine_died"):
-            args.engine_died = bool(client.errored)
-            # On the main thread the loop, which the requests under way need, would stand still.
-            if not args.engine_died and threading.current_thread() is not threading.main_thread():
-                engine.before_stop()
-        if not args.engine_died:
-            _expect_its_end()
-            if not timeout:
-                end_requests()
-        shut_down(timeout=timeout)
-        end_requests()
-
-    def end_requests() -> None:
-        with suppress(RuntimeError):  # the loop has ended: nobody waits
-            loop.call_soon_threadsafe(engine.abort_all)
-
-    client.shutdown = note_and_shut_down
-    process_outputs = client.output_processor.process_outputs
-
-    def note_and_process(outputs: Any, *more: Any, **options: Any) -> Any:
-        if any(output.new_token_ids for output in outputs):
-            engine.last_token_s = time.monotonic()
-        return process_outputs(outputs, *more, **options)
-
-    client.output_processor.process_outputs = note_and_process
-    return engine
-
-
-def _expect_its_end() -> None:
-    # vLLM's reader of an engine's output may see the engine go before it is stopped itself, and would log a traceback
-    # of what is an orderly end.
-    logging.getLogger("vllm.v1.engine.async_llm").addFilter(lambda record: record.levelno < logging.ERROR)
 
 
 def second_engine(args: Namespace, model: str) -> Engine:
@@ -310,88 +246,26 @@ def second_engine(args: Namespace, model: str) -> Engine:
 
     own = {"model": model, "served_model_name": None, "tokenizer": None, "revision": None, "tokenizer_revision": None}
     engine_args = AsyncEngineArgs.from_cli_args(Namespace(**(vars(args) | own)))
-    try:
+    fix = "The engine's log above has the root cause; without --baseline the server starts alone."
+    with starting(f"--baseline {model}", expected="a second vLLM engine that starts", fix=fix):
         client = AsyncLLM.from_vllm_config(
             engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER),
             stat_loggers=[] if args.disable_log_stats else [Silent],
             disable_log_stats=True,
         )
-    except Exception as error:
-        logger.debug("the second engine did not start", exc_info=True)
-        raise EngineError(
-            f"--baseline {model}",
-            expected="a second vLLM engine that starts",
-            found=_one_line(error),
-            fix="The engine's log above has the root cause; without --baseline the server starts alone.",
-        ) from error
     return Engine(client, model)
 
 
-def _one_line(error: Exception) -> str:
-    # pydantic puts its sentence on the second line, between a heading and a link.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("Value error, ")]
-    text = told[0].removeprefix("Value error, ").split(" [type=")[0] if told else (lines[0] if lines else "no message")
-    text = text.rstrip(".")
-    return f"{type(error).__name__}: {text}" if not told else text
-
-
-def offline_llm(
-    *,
-    model: str,
-    dtype: str,
-    load_format: str,
-    batch_size: int,
-    max_model_tokens: int,
-    max_step_tokens: int,
-    kv_cache_bytes: int,
-    enforce_eager: bool,
-    seed: int,
-    draft: str | None = None,
-    draft_tokens: int = 0,
-) -> Any:
-    """A vllm.LLM for timing: token ids in, token ids out, nothing remembered between batches.
-
-    The process needs VLLM_ENABLE_V1_MULTIPROCESSING=0 in its environment, so that a step runs in the process itself.
+def offline_llm(model: str, **options: Any) -> Any:
+    """A vllm.LLM. It runs in this process where the environment has VLLM_ENABLE_V1_MULTIPROCESSING=0.
 
     Args:
-        model: folder or hub id; a folder with a config.json is enough for load_format "dummy".
-        dtype: of weights and KV cache.
-        load_format: "auto" or "dummy" (random weights).
-        batch_size: most requests at once.
-        max_model_tokens: prompt and output of one request.
-        max_step_tokens: most tokens in one step, over all requests.
-        kv_cache_bytes: size of the KV cache.
-        enforce_eager: run without torch.compile.
-        seed: of dummy weights.
-        draft: folder or hub id of a smaller model that proposes tokens; None without.
-        draft_tokens: that it proposes a step.
+        model: folder or hub id.
+        options: those of vllm.LLM.
     """
     from vllm import LLM
 
-    return LLM(
-        model,
-        skip_tokenizer_init=True,
-        dtype=dtype,
-        load_format=load_format,
-        max_num_seqs=batch_size,
-        max_model_len=max_model_tokens,
-        max_num_batched_tokens=max_step_tokens,
-        kv_cache_memory_bytes=kv_cache_bytes,
-        # On a GPU two engines share the memory; vLLM refuses to start where less than this share is free.
-        gpu_memory_utilization=0.45,
-        enable_prefix_caching=False,
-        # A step must return its own tokens and leave nothing under way when the other engine's turn comes.
-        async_scheduling=False,
-        enforce_eager=enforce_eager,
-        seed=seed,
-        speculative_config=None if draft is None else speculative_config(draft, draft_tokens),
-    )
-
-
-def speculative_config(draft: str, draft_tokens: int) -> dict[str, Any]:
-    """What vLLM is told to let a small model propose tokens that the large one checks in one step."""
-    return {"method": "draft_model", "model": draft, "num_speculative_tokens": draft_tokens}
+    return LLM(model, **options)
 
 
 def submit(

@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 
 from pat_serve.errors import EngineError, PortInUse, UsageError
 from pat_serve.hardware import available_memory_bytes, serving_dtype
-from pat_serve.locate import locate, read_config
+from pat_serve.locate import locate
 from pat_serve.server import engine
 from pat_serve.server.baseline import check_comparable, check_memory
+from pat_serve.server.draft import check_draft, speculative_config
 from pat_serve.server.http.access_log import LogFormat
 from pat_serve.server.http.keys import KeyRing, collect_keys
 from pat_serve.server.policy import Feature, Policy
@@ -246,7 +247,7 @@ def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
     if settings.draft is not None:
         arguments += [
             "--speculative-config",
-            json.dumps(engine.speculative_config(settings.draft, settings.draft_tokens)),
+            json.dumps(speculative_config(settings.draft, settings.draft_tokens)),
         ]
     if settings.max_model_len is not None:
         arguments += ["--max-model-len", str(settings.max_model_len)]
@@ -266,26 +267,6 @@ def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
         # 120 M parameters takes 51 ms a token compiled and 58 ms eager (LOG.md).
         arguments.append("--enforce-eager")
     return arguments + list(settings.vllm_flags)
-
-
-def check_draft(model: str, draft: str) -> None:
-    """Refuse a draft that is not there, brings code, or speaks of other tokens, before vLLM loads either.
-
-    Raises:
-        MissingModel: no such folder, or no such model on the hub.
-        UnsupportedModel: it brings pickles or code.
-        UsageError: its vocabulary is another one.
-    """
-    folder = locate(draft, weights=False)
-    check_trusted(draft, folder)
-    sizes = [read_config(path).get("vocab_size") for path in (locate(model, weights=False), folder)]
-    if sizes[0] != sizes[1]:
-        raise UsageError(
-            f"--draft {draft}",
-            expected=f"the vocabulary of {sizes[0]} of {model}",
-            found=f"a vocab_size of {sizes[1]}",
-            fix="Draft with a model that was pruned from it.",
-        )
 
 
 def default_kv_cache_gib(available_gib: float) -> float:

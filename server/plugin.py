@@ -16,7 +16,8 @@ from starlette.middleware import Middleware
 
 from pat_serve.server import benchmark
 from pat_serve.server.baseline import Baseline, available, start_baseline
-from pat_serve.server.engine import Engine, attach
+from pat_serve.server.engine import Engine
+from pat_serve.server.engine_watch import attach
 from pat_serve.server.exclusive import Exclusive
 from pat_serve.server.generate import generate
 from pat_serve.server.http.access_log import AccessLog, LogFormat, start_log

@@ -41,7 +41,7 @@ class App:
         self.app.get("/stream")(self.stream)
         self.app.get("/wrong")(self.wrong)
         self.app.get("/defect")(self.defect)
-        routes = RouteNames(route.path for route in self.app.routes)  # type: ignore[attr-defined]
+        routes = RouteNames(route.path for route in self.app.routes)
         log = AccessLog(LogFormat.JSON)
         self.app.state.pat_serve_observation = Observation(self.metrics, log, routes)
 
@@ -153,6 +153,22 @@ def test_a_client_that_leaves(lines: Any) -> None:
     assert app.requests() == {("/stream", "499"): 1}
     [line] = lines()
     assert (line["status"], line["response_bytes"]) == (499, 9)
+
+
+def test_a_request_is_counted_before_its_client_can_know_that_it_is_over() -> None:
+    app = App()
+    counted: list[dict[tuple[str, str], float]] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        counted.append(app.requests())
+
+    scope = {"type": "http", "method": "GET", "path": "/files/a", "headers": [], "query_string": b"", "app": app.app}
+    asyncio.run(app.app(scope, receive, send))
+    assert counted == [{}, {("/files/{name}", "200"): 1}]
+    assert app.requests() == counted[-1]
 
 
 def test_what_is_refused_before_it_is_a_request(lines: Any) -> None:

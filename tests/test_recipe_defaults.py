@@ -101,3 +101,14 @@ def test_force_measures_anew(rows: Path, tiny_base: Path, tmp_path: Path) -> Non
     assert fresh.rotation is not None
     assert replaced.rotation.equal(fresh.rotation)
     assert yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["rotate"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rotate", "energy"), ("gate", "cut"), ("hio_rank", 8), ("mask_learning_rate", 0.1), ("identity_weight", 0.5)],
+)
+def test_a_method_that_prunes_nothing_takes_no_setting_of_pruning(name: str, value: object) -> None:
+    asked = recipe(method="lora", **{name: value})
+    with pytest.raises(UsageError, match=f"--{name.replace(chr(95), chr(45))}: expected none, since --method lora"):
+        asked.resolved(tied=False, prunes=False)
+    recipe(method="lora", **PAPER).resolved(tied=False, prunes=False)

@@ -16,7 +16,8 @@ from pat_serve.server.bench.speculative_result import (
     seconds_per_token,
     summarize_rounds,
 )
-from pat_serve.server.launch import ServeSettings, check_draft, serve_arguments
+from pat_serve.server.draft import check_draft
+from pat_serve.server.launch import ServeSettings, serve_arguments
 from tests.tiny_models import tiny_config
 
 

@@ -159,7 +159,7 @@ def series(monkeypatch: pytest.MonkeyPatch, noise: float, **settings: Any) -> tu
     monkeypatch.setattr(speedup_series, "run_round", lambda *_, **__: next(measured))
     warmed = WarmUp(traces=(trace(ttft_s=0.4, step_s=0.1),), stationary=True)
     chosen = pair(claim=1.33, rounds=6, **settings)
-    made, stopped, _ = measure_rounds(None, None, chosen, (warmed, warmed), lambda *_: None)  # type: ignore[arg-type]
+    made, stopped, _ = measure_rounds(None, None, chosen, (warmed, warmed), lambda *_: None)
     return len(made), stopped
 
 

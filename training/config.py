@@ -176,6 +176,7 @@ class TrainRecipe(pydantic.BaseModel):
             UsageError: what was chosen by hand does not go with what follows from the rest.
         """
         if not prunes:
+            self._refuse_pruning_settings()
             return self.model_copy(update=UNPRUNED | {"lora_head": bool(self.lora_head)})
         rotate = self.rotate
         if rotate == "auto":
@@ -196,6 +197,18 @@ class TrainRecipe(pydantic.BaseModel):
             "lora_head": rotate != "none" if self.lora_head is None else self.lora_head,
         }
         return TrainRecipe.build(self.model_dump() | chosen, "recipe")
+
+    def _refuse_pruning_settings(self) -> None:
+        for name in (*UNPRUNED, "hio_rank", "mask_learning_rate", "milestone_share", "identity_weight"):
+            value, default = getattr(self, name), TrainRecipe.model_fields[name].default
+            # A preset's value says nothing of what the user wants.
+            if value not in (default, PAPER.get(name, default)):
+                raise UsageError(
+                    f"--{name.replace('_', '-')}",
+                    expected=f"none, since --method {self.method} prunes nothing",
+                    found=str(value),
+                    fix="Leave it out, or choose a method that prunes.",
+                )
 
     def resolved_hio_rank(self, hidden_size: int) -> int:
         """The HIO's rank R: as given, or the paper's share of the width (200 of 4096), in multiples of 8.

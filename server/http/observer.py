@@ -96,7 +96,16 @@ class Observer:
                     exchange.error = exchange.error or error_type(body)
                 exchange.response_bytes += len(body)
                 exchange.complete = not message.get("more_body", False)
+                if exchange.complete:
+                    # Before the client can know that it is over: who asks for the metrics next finds it counted.
+                    end()
             await send(message)
+
+        def end() -> None:
+            if not exchange.closed:
+                if exchange.status >= 400 and exchange.error is None:
+                    exchange.error = _UNTOLD
+                observation.end(exchange)
 
         token = current.set(exchange)
         try:
@@ -109,9 +118,7 @@ class Observer:
             current.reset(token)
             if left and not exchange.complete:
                 exchange.status = CLIENT_LEFT
-            elif exchange.status >= 400 and exchange.error is None:
-                exchange.error = _UNTOLD
-            observation.end(exchange)
+            end()
 
 
 def error_type(body: bytes) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pat_serve.errors import UsageError
 from pat_serve.server.bench.load_result import LoadResult
@@ -16,7 +16,7 @@ from pat_serve.server.bench.speculative_result import SpeculativeResult
 from pat_serve.server.bench.speedup_result import SpeedupResult
 
 Recorded = SpeedupResult | LatencyResult | ThroughputResult | LoadResult | SpeculativeResult
-_KINDS: dict[str, type[BaseModel]] = {
+_KINDS: dict[str, type[Recorded]] = {
     "speedup": SpeedupResult,
     "latency": LatencyResult,
     "throughput": ThroughputResult,
@@ -58,7 +58,7 @@ def read_result(path: Path) -> Recorded:
             fix=f"Give files with kind {', '.join(_KINDS)}; a pat-eval report goes to --quality.",
         )
     try:
-        return kind.model_validate(value)  # type: ignore[return-value]  # the dictionary's values are the union's members
+        return kind.model_validate(value)
     except ValidationError as error:
         version, own = value.get("schema_version"), kind.model_fields["schema_version"].default
         detail = error.errors()[0]

@@ -9,14 +9,62 @@ from typing import Any
 
 from pat_serve.scores import LISTED_TOKENS, ListedScores, ScoreRequest, Scores
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
+from pat_serve.server.draft import speculative_config
 from pat_serve.server.engine import offline_llm, submit
 
 
 class OfflineEngine:
-    """An engine for one batch at a time; see `pat_serve.server.engine.offline_llm` for the arguments."""
+    """An engine for one batch at a time: token ids in, token ids out, nothing remembered between batches.
 
-    def __init__(self, **settings: Any) -> None:
-        self._llm = offline_llm(**settings)
+    The process needs VLLM_ENABLE_V1_MULTIPROCESSING=0 in its environment, so that a step runs in the process itself.
+
+    Args:
+        model: folder or hub id; a folder with a config.json is enough for load_format "dummy".
+        dtype: of weights and KV cache.
+        load_format: "auto" or "dummy" (random weights).
+        batch_size: most requests at once.
+        max_model_tokens: prompt and output of one request.
+        max_step_tokens: most tokens in one step, over all requests.
+        kv_cache_bytes: size of the KV cache.
+        enforce_eager: run without torch.compile.
+        seed: of dummy weights.
+        draft: folder or hub id of a smaller model that proposes tokens; None without.
+        draft_tokens: that it proposes a step.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        dtype: str,
+        load_format: str,
+        batch_size: int,
+        max_model_tokens: int,
+        max_step_tokens: int,
+        kv_cache_bytes: int,
+        enforce_eager: bool,
+        seed: int,
+        draft: str | None = None,
+        draft_tokens: int = 0,
+    ) -> None:
+        self._llm = offline_llm(
+            model,
+            skip_tokenizer_init=True,
+            dtype=dtype,
+            load_format=load_format,
+            max_num_seqs=batch_size,
+            max_model_len=max_model_tokens,
+            max_num_batched_tokens=max_step_tokens,
+            kv_cache_memory_bytes=kv_cache_bytes,
+            # On a GPU two engines share the memory; vLLM refuses to start where less than this share is free.
+            gpu_memory_utilization=0.45,
+            enable_prefix_caching=False,
+            # A step must return its own tokens and leave nothing under way when the other engine's turn comes.
+            async_scheduling=False,
+            enforce_eager=enforce_eager,
+            seed=seed,
+            speculative_config=None if draft is None else speculative_config(draft, draft_tokens),
+        )
         self._batch: _Batch | None = None
 
     def prefill(self, prompts: Sequence[Sequence[int]], *, output_tokens: int) -> None:
