@@ -44,7 +44,7 @@ def supervise(*, grace_s: float) -> None:
     os.setpgid(0, 0)
     # A group in the background may write to its terminal, even where `stty tostop` says otherwise.
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()
     if os.getppid() != parent:
         sys.exit(1)
 
@@ -75,6 +75,11 @@ def _watch(server: int, grace_s: float) -> int:
     signal.alarm(0)
     end_children()
     return status if status >= 0 else 128 - status
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when the thread that started it ends (Linux)."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def adopt_orphans() -> None:

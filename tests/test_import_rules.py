@@ -61,16 +61,17 @@ def test_bare_stage_names_are_never_imported():
                 assert name.split(".")[0] not in STAGES, f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_vllm_is_imported_in_one_file():
+@pytest.mark.parametrize(("package", "door"), [("vllm", "server/engine.py"), ("ray", "server/cluster/app.py")])
+def test_it_is_imported_in_one_file(package: str, door: str):
     files = [*core_files(), *(ROOT / "pat_serve/cli").rglob("*.py"), *(ROOT / "pat_serve/demo").rglob("*.py")]
     for stage in STAGES:
         files += (ROOT / stage).rglob("*.py")
     doors = {
         path.relative_to(ROOT).as_posix()
         for path in files
-        if any(name.split(".")[0] == "vllm" for name in imports(path))
+        if any(name.split(".")[0] == package for name in imports(path))
     }
-    assert doors == {"server/engine.py"}
+    assert doors == {door}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
