@@ -41,7 +41,8 @@ def stand_ins(tiny_base: Path, finished_run: Path, tmp_path_factory: pytest.Temp
     export_run(folder / "run", folder / "pruned")
     for name in ("dense", "meta-llama/Llama-2-7b-hf", "BASE", "MODEL"):
         shutil.copytree(tiny_base, folder / name)
-    write_rows(folder / "train.jsonl")
+    # Of batches of 128, enough for a schedule.
+    write_rows(folder / "train.jsonl", 600)
     write_rows(folder / "heldout.jsonl", 16)
     text = "\n".join(f"The list of files has a name and a value, number {number}." for number in range(300))
     (folder / "wiki.test.raw").write_text(text)
