@@ -12,7 +12,7 @@ STUDY_OUT ?= study-out
 SIZE ?= small
 TEXTS ?=
 
-.PHONY: help demo study test test-all docker-test soak check fix docs lock setup clean
+.PHONY: help demo study test test-all docker-test soak check fix docs dist sbom lock setup clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -53,6 +53,12 @@ fix: $(READY) ## let ruff mend and format what it can
 
 docs: $(READY) ## build the documentation into site/, and fail on any warning
 	$(BIN)/mkdocs build --strict --site-dir site
+
+dist: $(READY) ## build the release, source and wheel (the wheel from the source's files), into dist/
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+sbom: $(READY) ## list what the images are made of, as CycloneDX, into dist/; some seconds a lock
+	$(BIN)/python requirements/sbom.py --out dist
 
 lock: $(READY) ## resolve the dependencies anew into requirements/cpu.lock
 	requirements/lock.sh $(PYTHON)

@@ -62,6 +62,16 @@ class UsageError(PatServeError):
     exit_code = 2
 
 
+def want(flag: str, fine: bool, expected: str, found: object, fix: str) -> None:
+    """Refuse a flag's value unless it is fine.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not fine:
+        raise UsageError(flag, expected=expected, found=str(found), fix=fix)
+
+
 class IllegalRatio(UsageError): ...
 
 

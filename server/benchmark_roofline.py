@@ -40,12 +40,17 @@ def roofline(
     shape = countable_shape(engine)
     if shape is None:
         return None
-    dense = None if baseline is None else countable_shape(baseline)
     value_bytes = DTYPE_BYTES[engine.dtype]
     # The first decode step finds the prompt and one token in the cache, the last one all but one token.
     context = prompt_tokens + output_tokens / 2
     flops = prefill_flops(shape, batch_size=batch_size, prompt_tokens=prompt_tokens)
     step_bytes = decode_bytes(shape, batch_size=batch_size, context_tokens=context, dtype_bytes=value_bytes)
+    prefill_limit = decode_limit = None
+    if baseline is not None and (dense := countable_shape(baseline)) is not None:
+        prefill_limit = prefill_ceiling(dense, shape, batch_size=batch_size, prompt_tokens=prompt_tokens)
+        decode_limit = decode_ceiling(
+            dense, shape, batch_size=batch_size, context_tokens=context, dtype_bytes=value_bytes
+        )
     return RooflineBody(
         batch_size=batch_size,
         dtype=engine.dtype,
@@ -53,17 +58,13 @@ def roofline(
             prompt_tokens=prompt_tokens,
             flops=flops,
             achieved_flops_per_s=flops / prefill_s if prefill_s else None,
-            speedup_ceiling=None
-            if dense is None
-            else prefill_ceiling(dense, shape, batch_size=batch_size, prompt_tokens=prompt_tokens),
+            speedup_ceiling=prefill_limit,
         ),
         decode=DecodeRoofline(
             context_tokens=context,
             bytes_per_step=step_bytes,
             achieved_bytes_per_s=step_bytes / decode_step_s if decode_step_s else None,
-            speedup_ceiling=None
-            if dense is None
-            else decode_ceiling(dense, shape, batch_size=batch_size, context_tokens=context, dtype_bytes=value_bytes),
+            speedup_ceiling=decode_limit,
         ),
     )
 

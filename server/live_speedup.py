@@ -7,8 +7,6 @@ asked through this server's own front end, and a turn is a whole batch (docs/des
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -24,6 +22,7 @@ from pat_serve.server.analysis.statistics import percentile
 from pat_serve.server.analysis.trace import BatchTrace
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.baseline import Baseline, available
+from pat_serve.server.bench.speedup import config_sha256
 from pat_serve.server.bench.speedup_analysis import analyse, conclude
 from pat_serve.server.bench.speedup_result import ModelRecord, Regime, Round, SpeedupSettings, WarmUp
 from pat_serve.server.bench.speedup_rounds import MAX_WARMUP_RUNS, is_stationary, round_prompts
@@ -216,10 +215,9 @@ def _judge(
 
 
 def _record(side: Side, shape: ModelShape, warmed: WarmUp) -> ModelRecord:
-    text = json.dumps(side.engine.config, sort_keys=True, default=str)
     return ModelRecord(
         name=side.engine.model_name,
-        config_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        config_sha256=config_sha256(side.engine.config),
         shape=shape,
         parameters=shape.parameters,
         start_s=side.start_s,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError
 
-from pat_serve.errors import PatServeError
+from pat_serve.errors import PatServeError, first_line
 from pat_serve.locate import locate
 from pat_serve.version import __version__
 
@@ -56,7 +56,8 @@ def _read(source: str) -> _Record | None:
     try:
         path = locate(source, weights=False) / "pat_export.json"
         return _Record.model_validate_json(path.read_bytes()) if path.is_file() else None
-    except (OSError, PatServeError, ValidationError):
+    except (OSError, PatServeError, ValidationError) as error:
         # The record is shown and nothing else: a model is served without it.
-        logger.warning("pat_export.json of the model cannot be read; the metrics will not name its base")
+        told = "%s: pat_export.json cannot be read (%s); the metrics will not name the model's base"
+        logger.warning(told, source, first_line(error))
         return None

@@ -11,7 +11,7 @@ from pat_serve.server.analysis.roofline import ModelShape
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
 from pat_serve.server.bench.load_result import LoadRequest, LoadResult, LoadSettings, load_run
 from pat_serve.server.bench.measure_result import LatencyResult, LatencySettings, ThroughputResult, ThroughputSettings
-from pat_serve.server.bench.measure_summary import latency_cell, throughput_run
+from pat_serve.server.bench.measure_summary import Floors, latency_cell, throughput_run
 from pat_serve.server.bench.speedup_analysis import conclude
 from pat_serve.server.bench.speedup_result import ModelRecord, Regime, Round, SpeedupResult, SpeedupSettings, WarmUp
 from pat_serve.server.bench.speedup_series import Pair
@@ -103,6 +103,7 @@ MACHINE: dict[str, str | int | list[str]] = {
     "platform": "Linux", "python": "3.11", "torch": "2.13.0", "vllm": "0.32.0",
 }  # fmt: skip
 _RATES = MachineRates(dtype="float32", bytes_per_s=20e9, flops_per_s=100e9)
+_FLOORS = Floors(shape=DENSE, rates=_RATES, dtype_bytes=4)
 
 
 def speedup_result(*, ratio: float = 1.3, noise: float = 0.03, **settings: object) -> SpeedupResult:
@@ -150,7 +151,7 @@ def latency_result(name: str, *, faster: float = 1.0) -> LatencyResult:
             )
             for _ in range(10)
         ]  # fmt: skip
-        cells.append(latency_cell(traces, prompt_tokens=64, output_tokens=9, shape=DENSE, rates=_RATES, dtype_bytes=4))
+        cells.append(latency_cell(traces, prompt_tokens=64, output_tokens=9, floors=_FLOORS))
     return LatencyResult(settings=LatencySettings(batch_sizes=(1, 4)), cells=tuple(cells), **_head(name))
 
 
@@ -163,11 +164,7 @@ def throughput_result(name: str) -> ThroughputResult:
             RequestTrace(submitted_s=0.0, tokens_s=tuple(0.3 + step_s * index for index in range(4)))
             for _ in range(concurrency)
         ]
-        runs.append(
-            throughput_run(
-                requests, concurrency=concurrency, settings=settings, shape=DENSE, rates=_RATES, dtype_bytes=4
-            )
-        )
+        runs.append(throughput_run(requests, concurrency=concurrency, settings=settings, floors=_FLOORS))
     return ThroughputResult(settings=settings, runs=tuple(runs), saturation=4, **_head(name))
 
 

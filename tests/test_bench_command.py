@@ -53,10 +53,11 @@ def test_an_output_that_is_there_is_refused_before_anything_is_measured(tmp_path
 
 
 def test_prompts_are_lines_of_text_or_of_json(tmp_path: Path) -> None:
-    empty, wrong = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    empty, wrong, binary = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl", tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
     empty.write_text("\n\n")
     wrong.write_text('{"text": "x"}\n')
-    for file in (empty, wrong):
+    for file in (empty, wrong, binary):
         arguments = ["speculative", "--model", "a", "--draft", "b", "--prompts", str(file)]
         error = CliRunner().invoke(app, arguments).exception
         assert isinstance(error, UsageError)

@@ -18,7 +18,8 @@ from pat_serve.cli.app import new_app
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 COMMANDS = runpy.run_path(str(ROOT / "docs/hooks.py"))["COMMANDS"]
-_LINE = re.compile(r"(?:^ *|`|\$ |&& )(pat-(?:train|export|serve|bench|eval|demo)\b[^`\n|>]*(?:\\\n[^`\n|>]*)*)", re.M)
+_WORDS = r"[^`\n|>\\]*"
+_LINE = re.compile(rf"(?:^ *|`|\$ |&& )(pat-(?:train|export|serve|bench|eval|demo)\b{_WORDS}(?:\\\n{_WORDS})*)", re.M)
 
 
 def flags_of(name: str) -> set[str]:

@@ -11,11 +11,12 @@ from pat_serve.server.analysis.roofline import decode_bytes, decode_flops, prefi
 from pat_serve.server.analysis.trace import RequestTrace
 from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings, distribution
 from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
-from pat_serve.server.bench.measure_summary import decode_floor_s, latency_cell, prefill_floor_s, throughput_run
+from pat_serve.server.bench.measure_summary import Floors, latency_cell, throughput_run
 from pat_serve.server.workers.probe import MachineRates, probe_machine
 from tests.speedup_records import DENSE, trace
 
 RATES = MachineRates(dtype="float32", bytes_per_s=20e9, flops_per_s=100e9)
+FLOORS = Floors(shape=DENSE, rates=RATES, dtype_bytes=4)
 
 
 def test_distribution_reaches_into_the_tail() -> None:
@@ -25,7 +26,7 @@ def test_distribution_reaches_into_the_tail() -> None:
 
 def test_a_cell_of_known_timestamps() -> None:
     traces = [trace(ttft_s=0.5, step_s=step_s, batch_size=2, output_tokens=9) for step_s in (0.1, 0.2, 0.3)]
-    cell = latency_cell(traces, prompt_tokens=64, output_tokens=9, shape=DENSE, rates=RATES, dtype_bytes=4)
+    cell = latency_cell(traces, prompt_tokens=64, output_tokens=9, floors=FLOORS)
     assert cell.ttft.p50 == pytest.approx(0.5)
     assert cell.tpot is not None
     assert cell.itl is not None
@@ -33,26 +34,26 @@ def test_a_cell_of_known_timestamps() -> None:
     assert cell.tpot.p50 == pytest.approx(0.2)
     assert cell.e2e.p50 == pytest.approx(0.5 + 8 * 0.2)
     assert cell.tpot_roof is not None
-    floor_s = decode_floor_s(DENSE, RATES, batch_size=2, context_tokens=64 + 4.5, dtype_bytes=4)
+    floor_s = FLOORS.decode_step_s(batch_size=2, context_tokens=64 + 4.5)
     assert cell.tpot_roof.floor_s == floor_s
     assert cell.tpot_roof.reached == pytest.approx(floor_s / 0.2)
 
 
 def test_one_token_has_no_time_between_tokens_and_no_rates_no_ceiling() -> None:
     traces = [trace(ttft_s=0.5, step_s=0.1, output_tokens=1)]
-    cell = latency_cell(traces, prompt_tokens=64, output_tokens=1, shape=DENSE, rates=None, dtype_bytes=4)
+    cell = latency_cell(traces, prompt_tokens=64, output_tokens=1, floors=None)
     assert cell.tpot is cell.itl is cell.ttft_roof is cell.tpot_roof is None
     assert cell.e2e == cell.ttft
 
 
 def test_the_floor_is_the_roof_that_is_met_first() -> None:
     # One request's step reads everything for a few operations; a long prefill reuses what it has read.
-    step_s = decode_floor_s(DENSE, RATES, batch_size=1, context_tokens=64, dtype_bytes=4)
+    step_s = FLOORS.decode_step_s(batch_size=1, context_tokens=64)
     assert step_s == decode_bytes(DENSE, batch_size=1, context_tokens=64, dtype_bytes=4) / 20e9
-    prompt_s = prefill_floor_s(DENSE, RATES, batch_size=4, prompt_tokens=128, dtype_bytes=4)
+    prompt_s = FLOORS.prefill_s(batch_size=4, prompt_tokens=128)
     assert prompt_s == prefill_flops(DENSE, batch_size=4, prompt_tokens=128) / 100e9
     many = decode_flops(DENSE, batch_size=256, context_tokens=64)
-    assert decode_floor_s(DENSE, RATES, batch_size=256, context_tokens=64, dtype_bytes=4) == many / 100e9
+    assert FLOORS.decode_step_s(batch_size=256, context_tokens=64) == many / 100e9
     assert (
         prefill_bytes(DENSE, batch_size=1, prompt_tokens=1, dtype_bytes=4) > 4 * DENSE.num_layers * DENSE.layer_weights
     )
@@ -65,15 +66,15 @@ def test_throughput_of_known_timestamps() -> None:
         for begun in (0.0, 0.0, 0.8, 0.8)
     ]
     settings = ThroughputSettings(prompt_tokens=64, output_tokens=4)
-    run = throughput_run(requests, concurrency=2, settings=settings, shape=DENSE, rates=RATES, dtype_bytes=4)
+    run = throughput_run(requests, concurrency=2, settings=settings, floors=FLOORS)
     assert run.duration_s == pytest.approx(1.6)
     assert run.output_tokens_per_s == pytest.approx(16 / 1.6)
     assert run.requests_per_s == pytest.approx(4 / 1.6)
     assert run.ttft.p50 == pytest.approx(0.5)
     assert run.tpot is not None
     assert run.tpot.p50 == pytest.approx(0.1)
-    wave_s = prefill_floor_s(DENSE, RATES, batch_size=2, prompt_tokens=64, dtype_bytes=4) + 3 * decode_floor_s(
-        DENSE, RATES, batch_size=2, context_tokens=66, dtype_bytes=4
+    wave_s = FLOORS.prefill_s(batch_size=2, prompt_tokens=64) + 3 * FLOORS.decode_step_s(
+        batch_size=2, context_tokens=66
     )
     assert run.roof_tokens_per_s == pytest.approx(8 / wave_s)
 

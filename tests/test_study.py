@@ -19,10 +19,17 @@ from tests.conftest import tiny_recipe
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     (folder / "eval").mkdir()
-    for name, count in (("COPA", 80), ("lukaemon_mmlu_anatomy", 50), ("lukaemon_mmlu_virology", 50)):
+    long = "and more of it"
+    sets = (
+        ("COPA", 80, long),
+        ("lukaemon_mmlu_anatomy", 50, long),
+        ("lukaemon_mmlu_virology", 50, long),
+        ("piqa", 80, ""),
+    )
+    for name, count, more in sets:
         items = {
             str(i): {
-                "origin_prompt": f"Stem {name} {i}.\nA. right {i}\nB. wrong {i}\nAnswer:",
+                "origin_prompt": f"Stem {name} {i}.\nA. right {i}{more}\nB. wrong {i}\nAnswer:",
                 "prediction": "X",
                 "gold": "A",
             }
@@ -45,8 +52,8 @@ def built(texts: Path) -> corpus.Corpus:
 def test_nothing_that_is_measured_is_trained_on(built: corpus.Corpus):
     trained = "\n".join([*built.base_texts, *(row["prompt"] + row["completion"] for row in built.tune_rows)])
     items = [item for file in built.heldout_items.values() for item in file.values()]
-    # 60 of COPA, and 60 of both subjects of MMLU together.
-    assert len(items) == 120
+    # 60 of COPA, of both subjects of MMLU together, and of the third.
+    assert len(items) == 180
     for item in items:
         assert item["origin_prompt"].split("\n")[0] not in trained
         assert "prediction" not in item
@@ -57,6 +64,13 @@ def test_nothing_that_is_measured_is_trained_on(built: corpus.Corpus):
     assert trained.count("Stem COPA") == 20
     assert "Answer: right" in trained
     assert "Answer: wrong" not in trained
+
+
+def test_every_row_has_something_to_learn(built: corpus.Corpus):
+    assert all(row["completion"].strip() for row in built.tune_rows)
+    # Half of the items are the base's; of the others those whose few words are all prompt are left out.
+    assert 0 < sum("Stem piqa" in text for text in built.base_texts) < 20
+    assert not any("Stem piqa" in row["prompt"] for row in built.tune_rows)
 
 
 def test_what_is_saved_is_what_the_tasks_read(built: corpus.Corpus, tmp_path: Path):

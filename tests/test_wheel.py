@@ -1,4 +1,4 @@
-"""What a release holds: a wheel built from these sources, installed away from them, runs every command."""
+"""What a release holds: a source archive, a wheel built from it that runs every command elsewhere, and an SBOM."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -30,8 +31,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             (folder / "source").mkdir(exist_ok=True)
             shutil.copy(ROOT / name, folder / "source")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
-    subprocess.run([*build, "--wheel-dir", str(folder)], cwd=folder / "source", check=True)
+    # As `make dist`: the archive first, and the wheel from what is in it.
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)]
+    done = subprocess.run(build, cwd=folder / "source", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     [built] = folder.glob("*.whl")
     return built
 
@@ -65,6 +68,15 @@ def test_contents(wheel: Path) -> None:
     assert shipped == sources
 
 
+def test_the_source_archive_has_no_links(wheel: Path) -> None:
+    """What the links lead to is in it as files, so that it unpacks and builds wherever links do not."""
+    with tarfile.open(wheel.parent / f"pat_serve-{__version__}.tar.gz") as archive:
+        members = archive.getmembers()
+    assert not [one.name for one in members if one.issym() or one.islnk()]
+    names = {one.name.partition("/")[2] for one in members}
+    assert {"LICENSE", "README.md", "pyproject.toml", "pat_serve/server/engine.py"} <= names
+
+
 def _linked(path: Path) -> bool:
     return any(parent.is_symlink() for parent in path.parents)
 
@@ -84,7 +96,7 @@ def test_the_installed_package_is_the_wheels(installed: Path, tmp_path: Path) ->
         "print(sorted({e.group for e in m.distribution('pat-serve').entry_points}))"
     )
     done = subprocess.run(
-        [installed / "python", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True
+        [installed / "python", "-I", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True
     )
     location, groups = done.stdout.splitlines()
     assert location.startswith(str(installed.parent))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ import typer
 
 from benchmarks.ablation.corpus import build_corpus
 from benchmarks.ablation.variants import SHARED, TIED_VARIANTS, VARIANTS
+from benchmarks.exported import train_and_export
 from pat_serve.demo.base_model import BaseSettings, train_base
 from pat_serve.hardware import describe
 
@@ -55,30 +55,15 @@ def _prepare(data: Path, out: Path, settings: BaseSettings) -> None:
 
 
 def _measure(name: str, settings: dict[str, Any], out: Path, seed: int, steps: int) -> dict[str, Any]:
-    from pat_serve.export.exporter import export_run
-    from pat_serve.training.config import TrainRecipe
-    from pat_serve.training.run import start
-
-    recipe = TrainRecipe.build(
-        SHARED
-        | settings
-        | {"model": str(out / "base"), "data": str(out / "data" / "tune_rows.jsonl"), "max_steps": steps, "seed": seed},
-        name,
-    )
-    began = time.monotonic()
-    start(recipe, out / "run", force=True)
-    trained_s = time.monotonic() - began
-    exported = export_run(out / "run", out / "pruned", force=True)
-    assert exported.parity is not None
+    data = str(out / "data" / "tune_rows.jsonl")
+    inputs = {"model": str(out / "base"), "data": data, "max_steps": steps, "seed": seed}
+    exported = train_and_export(SHARED | settings | inputs, name, out / "run", out / "pruned")
     return {
         "variant": name,
         "seed": seed,
         "steps": steps,
         **_quality(out, out / "pruned"),
-        "hidden_size": exported.record["hidden_size"]["exported"],
-        "parameters": exported.record["parameters"]["exported"],
-        "train_s": round(trained_s, 1),
-        "parity_max_abs_over_std": exported.parity.max_abs_over_std,
+        **exported,
         "machine": describe(),
     }
 

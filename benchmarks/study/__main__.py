@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.exported import train_and_export
 from benchmarks.study import measuring, report
 from benchmarks.study.corpus import build
 from benchmarks.study.methods import DENSE, METHODS, RATIOS, SWEEP_RATIOS, SWEEPS, settings
@@ -96,28 +97,16 @@ def _prepare(out: Path, data: Path | None, base: BaseSettings) -> None:
 def _run(
     out: Path, name: str, method: dict[str, Any], ratio: float, seed: int, steps: int, base_width: int
 ) -> dict[str, Any]:
-    from pat_serve.export.exporter import export_run
-    from pat_serve.training.config import TrainRecipe
-    from pat_serve.training.run import start
-
     width = None if name == DENSE else round(base_width * (1 - ratio))
     inputs = {"model": str(out / "base"), "data": str(out / "data" / "tune.jsonl"), "max_steps": steps, "seed": seed}
-    run = out / "run"
-    began = time.monotonic()
-    start(TrainRecipe.build(settings(name, method, width) | inputs, name), run, force=True)
-    trained_s = time.monotonic() - began
-    pruned = out / ("dense" if name == DENSE else "pruned")
-    exported = export_run(run, pruned, force=True)
-    assert exported.parity is not None
+    run, pruned = out / "run", out / ("dense" if name == DENSE else "pruned")
+    exported = train_and_export(settings(name, method, width) | inputs, name, run, pruned)
     line = {
         "method": name,
         "ratio": ratio,
         "seed": seed,
         "steps": steps,
-        "hidden_size": exported.record["hidden_size"]["exported"],
-        "parameters": exported.record["parameters"]["exported"],
-        "train_s": round(trained_s, 1),
-        "parity_max_abs_over_std": exported.parity.max_abs_over_std,
+        **exported,
         **_figures(out, pruned),
         **measuring.polarisation(run),
         "machine": describe(),

@@ -83,7 +83,8 @@ def build(data: Path | None, seed: int = 0, library: Path | None = None) -> Corp
     shuffler.shuffle(tune)
     return Corpus(
         base_texts=base,
-        tune_rows=tune,
+        # A short item is all prompt.
+        tune_rows=[row for row in tune if row["completion"].strip()],
         heldout_rows=documentation.held_out_rows,
         heldout_texts=texts,
         heldout_items=held,

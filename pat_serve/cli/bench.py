@@ -11,17 +11,25 @@ from pat_serve.cli.bench_commands.compare import compare
 from pat_serve.cli.bench_commands.load import load
 from pat_serve.cli.bench_commands.measure import latency, throughput
 from pat_serve.cli.bench_commands.options import (
+    Dtype,
     Force,
     Html,
     Json,
+    LayersOfBoth,
+    LoadFormat,
     Out,
+    PromptTokens,
+    RoundPairs,
     check_outputs,
     choices,
+    engine_settings,
     integers,
     progress_line,
     write_report,
 )
+from pat_serve.cli.bench_commands.plan import plan
 from pat_serve.cli.bench_commands.speculative import speculative
+from pat_serve.extras import require
 
 app = new_app()
 
@@ -44,9 +52,9 @@ def speedup(
     candidate: Annotated[str, typer.Option(help="The model that is claimed to be faster; likewise.")],
     claim: Annotated[float, typer.Option(help="The speed-up to check.")] = 1.33,
     batch_size: Annotated[str, typer.Option(help="Requests at once; several as 1,4,16.")] = "1",
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
+    prompt_tokens: PromptTokens = 128,
     output_tokens: Annotated[int, typer.Option(help="Tokens that each request generates, for decode.")] = 9,
-    rounds: Annotated[int, typer.Option(help="Pairs of runs, at least 5.")] = 12,
+    rounds: RoundPairs = 12,
     precision: Annotated[
         float | None, typer.Option(help="Make rounds until every interval is at most this wide: 0.02 is 2 %.")
     ] = None,
@@ -69,11 +77,9 @@ def speedup(
         ),
     ] = False,
     regime: Annotated[str, typer.Option(help="What to judge: prefill, decode or both.")] = "prefill,decode",
-    layers: Annotated[int | None, typer.Option(help="Cut both models to so many layers; random weights only.")] = None,
-    load_format: Annotated[
-        str, typer.Option(help="auto: real weights; dummy: random, a config.json is enough.")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    layers: LayersOfBoth = None,
+    load_format: LoadFormat = "auto",
+    dtype: Dtype = "auto",
     enforce_eager: Annotated[bool, typer.Option(help="Run the models without torch.compile.")] = True,
     seed: Annotated[int, typer.Option(help="Of prompts, random weights and bootstrap.")] = 0,
     as_json: Json = False,
@@ -91,7 +97,8 @@ def speedup(
 
         pat-bench speedup --baseline llama2-7b --candidate llama2-7b-pat25 --layers 2 --load-format dummy
     """
-    # Imported here: pydantic, numpy and torch would make --help slow.
+    # Before the imports, which need what the extra brings; they stand here because they would make --help slow.
+    require("vllm", "cpu", "cuda", wanted_by="pat-bench speedup")
     from pat_serve.server.bench.speedup import check_speedup
     from pat_serve.server.bench.speedup_result import PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS, SpeedupSettings
     from pat_serve.server.bench.speedup_table import print_result
@@ -115,12 +122,8 @@ def speedup(
             "max_rounds": max_rounds,
             "max_seconds": max_minutes * 60,
             "regimes": regimes,
-            "layers": layers,
-            "load_format": choices("--load-format", [load_format], ("auto", "dummy"))[0],
-            "dtype": dtype,
-            "enforce_eager": enforce_eager,
-            "seed": seed,
         }
+        | engine_settings(layers=layers, load_format=load_format, dtype=dtype, enforce_eager=enforce_eager, seed=seed)
     )
     check_outputs(out, html, force=force)
     with progress_line() as progress:
@@ -134,6 +137,7 @@ app.command()(throughput)
 app.command()(load)
 app.command()(speculative)
 app.command()(compare)
+app.command()(plan)
 
 
 def main() -> None:

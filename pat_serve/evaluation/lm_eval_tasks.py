@@ -6,13 +6,14 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pat_serve.errors import DataError, HubError, MissingExtra, PatServeError, UsageError, first_line
+from pat_serve.errors import DataError, UsageError
+from pat_serve.evaluation.hub_data import loading
 from pat_serve.evaluation.outcomes import Answers
 from pat_serve.evaluation.paper14 import PREFIX
+from pat_serve.extras import require
 from pat_serve.progress import console
 
 TASK_FOLDER = Path(__file__).parent / "paper14" / "tasks"
@@ -23,18 +24,12 @@ _MAIN_METRICS = ("acc", "exact_match", "mcc", "f1")
 
 
 def require_lm_eval() -> None:
-    """lm-eval is an extra.
+    """What `Tasks` needs.
 
     Raises:
-        MissingExtra: it is not installed.
+        MissingExtra: lm-eval is not installed.
     """
-    if find_spec("lm_eval") is None:
-        raise MissingExtra(
-            "--tasks",
-            expected="an installed lm-eval",
-            found="none",
-            fix="pip install pat-serve[eval], or leave --tasks out.",
-        )
+    require("lm_eval", "eval", wanted_by="--tasks", otherwise="leave --tasks out")
 
 
 @contextmanager
@@ -119,18 +114,9 @@ class Tasks:
 
     def _load(self, name: str) -> dict[str, Any]:
         if name not in self._loaded:
-            try:
+            way_out = "Check the network and HF_HUB_OFFLINE; for pat14 tasks local files do: --task-data DIR."
+            with loading(f"the data of {name}", fix=way_out):
                 self._loaded[name] = self._manager.load([name])
-            except PatServeError:
-                raise
-            # A data set's loader can raise anything; that it is the data's, and not ours, the name says.
-            except Exception as error:
-                raise HubError(
-                    f"the data of {name}",
-                    expected="a data set that can be downloaded or is cached",
-                    found=f"{type(error).__name__}: {first_line(error)}",
-                    fix="Check the network and HF_HUB_OFFLINE; for pat14 tasks local files do: --task-data DIR.",
-                ) from error
         return self._loaded[name]
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from html import escape
-from importlib.util import find_spec
 from typing import Any
 
-from pat_serve.errors import MissingExtra
 from pat_serve.evaluation.gate import describe
 from pat_serve.evaluation.report import Measure, Report
 from pat_serve.evaluation.table import cells, short_names
+from pat_serve.extras import require
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1f2937; max-width: 1040px; margin: 2.5rem auto;
@@ -23,18 +22,12 @@ th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid #e5e7e
 
 
 def require_plotly() -> None:
-    """plotly is in the extra `bench`.
+    """What `render` needs.
 
     Raises:
-        MissingExtra: it is not installed.
+        MissingExtra: plotly is not installed.
     """
-    if find_spec("plotly") is None:
-        raise MissingExtra(
-            "--html",
-            expected="an installed plotly",
-            found="none",
-            fix="pip install pat-serve[bench], or leave --html out.",
-        )
+    require("plotly", "bench", wanted_by="--html", otherwise="leave --html out")
 
 
 def render(report: Report) -> str:

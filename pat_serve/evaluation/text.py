@@ -12,7 +12,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pat_serve.errors import DataError, HubError, first_line
+from pat_serve.errors import DataError, first_line
+from pat_serve.evaluation.hub_data import loading
 from pat_serve.perplexity import IGNORED_LABEL
 
 DEFAULT_CONTEXT_TOKENS = 2048
@@ -36,16 +37,8 @@ def wikitext2_from_hub() -> str:
     from datasets import load_dataset
 
     source, name, split = WIKITEXT2_HUB
-    try:
+    with loading(f"{source} ({name})", fix="Check the network, or give a file: --wikitext2 PATH."):
         rows = load_dataset(source, name, split=split)["text"]
-    # The hub client and datasets raise a dozen unrelated types; all mean the same to the user.
-    except Exception as error:
-        raise HubError(
-            f"{source} ({name})",
-            expected="a data set that can be downloaded or is cached",
-            found=f"{type(error).__name__}: {first_line(error)}",
-            fix="Check the network, or give a file: --wikitext2 PATH.",
-        ) from error
     return _JOIN.join(rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -20,7 +19,8 @@ from typing import Any
 import httpx
 
 from pat_serve.atomic import write_json
-from pat_serve.errors import EngineError, MissingExtra, UsageError
+from pat_serve.errors import EngineError, UsageError, want
+from pat_serve.extras import require
 from pat_serve.hardware import describe
 from pat_serve.server.bench.load_result import SLO_NAMES, LoadResult, LoadSettings, read_guidellm
 
@@ -56,13 +56,7 @@ def run_load(settings: LoadSettings, *, api_key: str | None) -> LoadResult:
         EngineError: no server, or guidellm failed.
     """
     check_load(settings)
-    if importlib.util.find_spec("guidellm") is None:
-        raise MissingExtra(
-            "pat-bench load",
-            expected="the packages of the bench extra",
-            found="no module guidellm",
-            fix='Install them: pip install "pat-serve[bench]".',
-        )
+    require("guidellm", "bench", wanted_by="pat-bench load")
     url = settings.url.rstrip("/").removesuffix("/v1")
     served = look_up(url, settings.model, api_key=api_key)
     tokenizer = settings.tokenizer or served.root
@@ -87,11 +81,6 @@ def check_load(settings: LoadSettings) -> None:
     Raises:
         UsageError: naming the flag.
     """
-
-    def want(flag: str, fine: bool, expected: str, found: object, fix: str) -> None:
-        if not fine:
-            raise UsageError(flag, expected=expected, found=str(found), fix=fix)
-
     web = settings.url.startswith(("http://", "https://"))
     want("--url", web, "a URL with http:// or https://", settings.url, "Try --url http://127.0.0.1:8000.")
     want("--rate", bool(settings.rates) and min(settings.rates) > 0, "above 0", settings.rates, "Try --rate 1.")

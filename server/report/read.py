@@ -14,14 +14,16 @@ from pat_serve.server.bench.load_result import LoadResult
 from pat_serve.server.bench.measure_result import LatencyResult, ThroughputResult
 from pat_serve.server.bench.speculative_result import SpeculativeResult
 from pat_serve.server.bench.speedup_result import SpeedupResult
+from pat_serve.server.planning.result import PlanResult
 
-Recorded = SpeedupResult | LatencyResult | ThroughputResult | LoadResult | SpeculativeResult
+Recorded = SpeedupResult | LatencyResult | ThroughputResult | LoadResult | SpeculativeResult | PlanResult
 _KINDS: dict[str, type[Recorded]] = {
     "speedup": SpeedupResult,
     "latency": LatencyResult,
     "throughput": ThroughputResult,
     "load": LoadResult,
     "speculative": SpeculativeResult,
+    "plan": PlanResult,
 }
 
 

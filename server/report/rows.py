@@ -14,6 +14,7 @@ from pat_serve.server.bench.load_result import LoadResult
 from pat_serve.server.bench.measure_result import Distribution, LatencyResult, ThroughputResult
 from pat_serve.server.bench.speculative_result import SpeculativeResult
 from pat_serve.server.bench.speedup_result import SpeedupResult
+from pat_serve.server.planning.result import PlanResult
 
 _PERCENTILES = (("p50", "p50"), ("p90", "p90"), ("p99", "p99"), ("p99_9", "p99.9"))
 
@@ -59,6 +60,8 @@ def rows_of(result: BaseModel) -> Iterator[Row]:
         yield from _load(result)
     elif isinstance(result, SpeculativeResult):
         yield from _speculative(result)
+    elif isinstance(result, PlanResult):
+        yield from _plan(result)
 
 
 def csv_text(results: Iterable[BaseModel]) -> str:
@@ -174,6 +177,22 @@ def _speculative(result: SpeculativeResult) -> Iterator[Row]:
     yield row("accepted share", result.acceptance)
     yield row("tokens per step", result.tokens_per_step)
     yield row("identical outputs", result.identical / len(result.rounds))
+
+
+def _plan(result: PlanResult) -> Iterator[Row]:
+    where = f"{result.settings.rate:g} requests/s"
+    for model in result.models:
+        for figure, unit, value in (
+            ("engines", "", model.replicas),
+            ("capacity of one", "1/s", model.capacity_per_s),
+            ("good requests", "", model.good_share),
+            ("cost an hour", "", model.cost_per_hour),
+        ):
+            if value is not None:
+                at = f"{model.role}, {where}"
+                yield Row(kind="plan", model=model.model, where=at, figure=figure, unit=unit, value=value)
+        for name, times in (("TTFT", model.ttft), ("TPOT", model.tpot), ("E2E", model.e2e)):
+            yield from _times("plan", model.model, f"{model.role}, {where}", name, times)
 
 
 def _times(kind: str, model: str, where: str, name: str, times: Distribution | None) -> Iterator[Row]:

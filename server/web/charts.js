@@ -68,23 +68,29 @@ export function startCharts(onState) {
   const charts = CHARTS.map((chart) => new Chart(chart));
   $("charts").replaceChildren(...charts.map((chart) => chart.element));
   let last = null;
+  let stopped = false;
   async function tick() {
     if (document.hidden) return;
     try {
       const at = performance.now();
       const now = parse(await getText("/metrics"));
+      if (stopped) return;
       if (last) for (const chart of charts) chart.add(now, last.sums, (at - last.at) / 1000);
       last = { sums: now, at };
       onState(true);
     } catch (error) {
       last = null;
-      onState(false, error.message);
+      if (!stopped) onState(false, error.message);
     }
   }
   let timer = null;
   (async function loop() {
     await tick();
-    timer = setTimeout(loop, EVERY_MS);
+    // A refused key stops the charts from within a tick.
+    if (!stopped) timer = setTimeout(loop, EVERY_MS);
   })();
-  return () => clearTimeout(timer);
+  return () => {
+    stopped = true;
+    clearTimeout(timer);
+  };
 }

@@ -2,6 +2,7 @@
 
 import { events } from "/page/api.js";
 import { $, make } from "/page/dom.js";
+import { runsOneAtATime } from "/page/run.js";
 
 const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(2)} s`);
 
@@ -24,13 +25,17 @@ class Column {
 
   async run(body, signal) {
     this.element.classList.add("running");
-    const sent = performance.now();
-    let first = 0;
-    let tokens = 0;
+    const seen = { sent: performance.now(), first: 0, last: 0, tokens: 0, text: "" };
+    let frame = 0;
+    const flush = () => {
+      cancelAnimationFrame(frame);
+      frame = 0;
+      this.draw(seen);
+    };
     try {
       for await (const event of events(this.path, { ...body, stream: true }, signal)) {
-        const now = performance.now();
         if (event.finish_reason) {
+          flush();
           // The server's own clock, once it has told.
           const { ttft_s: ttft, tpot_s: tpot } = event.timings;
           if (ttft !== null) this.figures.TTFT.textContent = seconds(ttft);
@@ -38,21 +43,18 @@ class Column {
           this.figures.Tokens.textContent = `${event.usage.completion_tokens} · ${event.finish_reason}`;
           continue;
         }
-        tokens += event.token_ids.length;
-        if (!first && tokens) {
-          first = now;
-          this.figures.TTFT.textContent = seconds((now - sent) / 1000);
-        }
-        this.figures.Tokens.textContent = String(tokens);
-        if (tokens > 1) this.figures["Tokens/s"].textContent = ((tokens - 1) / Math.max((now - first) / 1000, 1e-3)).toFixed(1);
-        const atEnd = this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 40;
-        this.text.append(event.text);
-        if (atEnd) this.text.scrollTop = this.text.scrollHeight;
+        seen.tokens += event.token_ids.length;
+        seen.text += event.text;
+        seen.last = performance.now();
+        if (seen.tokens) seen.first ||= seen.last;
+        // Once a frame: what is drawn for each token of a fast model keeps the page from all else.
+        frame ||= requestAnimationFrame(flush);
       }
       return "finished";
     } catch (error) {
+      flush();
       if (error.name === "AbortError") {
-        this.figures.Tokens.textContent = `${tokens} · stopped`;
+        this.figures.Tokens.textContent = `${seen.tokens} · stopped`;
         return "stopped";
       }
       this.problem.textContent = error.message;
@@ -60,6 +62,16 @@ class Column {
     } finally {
       this.element.classList.remove("running");
     }
+  }
+
+  draw(seen) {
+    if (seen.first) this.figures.TTFT.textContent = seconds((seen.first - seen.sent) / 1000);
+    if (seen.tokens) this.figures.Tokens.textContent = String(seen.tokens);
+    if (seen.tokens > 1) this.figures["Tokens/s"].textContent = ((seen.tokens - 1) / Math.max((seen.last - seen.first) / 1000, 1e-3)).toFixed(1);
+    const atEnd = this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 40;
+    this.text.append(seen.text);
+    seen.text = "";
+    if (atEnd) this.text.scrollTop = this.text.scrollHeight;
   }
 }
 
@@ -70,18 +82,10 @@ export function startPlayground(model) {
   $("turns-field").hidden = $("turns-note").hidden = !model.baseline;
   $("max-tokens").max = model.max_model_len;
 
-  let running = null;
-  $("stop").onclick = () => running?.abort();
   $("prompt").onkeydown = (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
   };
-  $("ask").onsubmit = async (event) => {
-    event.preventDefault();
-    if (running) return;
-    running = new AbortController();
-    $("send").disabled = true;
-    $("stop").disabled = false;
-    if (document.activeElement === $("send") || document.activeElement === document.body) $("stop").focus();
+  runsOneAtATime($("ask"), $("send"), $("stop"), async (signal) => {
     $("play-news").textContent = "Generating.";
     const body = {
       prompt: $("prompt").value,
@@ -91,14 +95,10 @@ export function startPlayground(model) {
     for (const column of columns) column.clear();
     let ends = [];
     if ($("turns").checked) {
-      for (const column of columns) ends.push(running.signal.aborted ? "stopped" : await column.run(body, running.signal));
+      for (const column of columns) ends.push(signal.aborted ? "stopped" : await column.run(body, signal));
     } else {
-      ends = await Promise.all(columns.map((column) => column.run(body, running.signal)));
+      ends = await Promise.all(columns.map((column) => column.run(body, signal)));
     }
-    running = null;
-    $("send").disabled = false;
-    if (document.activeElement === $("stop")) $("send").focus();
-    $("stop").disabled = true;
     $("play-news").textContent = columns.map((column, i) => `${column.title}: ${ends[i]}.`).join(" ");
-  };
+  });
 }

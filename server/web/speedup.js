@@ -2,6 +2,7 @@
 
 import { getJson, postJson } from "/page/api.js";
 import { $, draw, make } from "/page/dom.js";
+import { runsOneAtATime } from "/page/run.js";
 
 const WIDTH = 340;
 const EDGE = 16;
@@ -63,14 +64,7 @@ export async function startSpeedup(model) {
     $("check").hidden = true;
     return;
   }
-  let running = null;
-  $("check-stop").onclick = () => running?.abort();
-  $("check").onsubmit = async (event) => {
-    event.preventDefault();
-    if (running) return;
-    running = new AbortController();
-    $("check-run").disabled = true;
-    $("check-stop").disabled = false;
+  runsOneAtATime($("check"), $("check-run"), $("check-stop"), async (signal) => {
     const body = {
       claim: $("claim").valueAsNumber,
       batch_size: $("batch").valueAsNumber,
@@ -84,16 +78,13 @@ export async function startSpeedup(model) {
     $("verdict").replaceChildren(make("p", { class: "busy" }, "Both models run in turns.", passed));
     const clock = setInterval(() => { passed.textContent = `${Math.round((performance.now() - begun) / 1000)} s`; }, 1000);
     try {
-      show(await postJson("/benchmark/speedup", body, running.signal));
+      show(await postJson("/benchmark/speedup", body, signal));
     } catch (error) {
       if (error.name === "AbortError") $("verdict").replaceChildren(make("p", { class: "note" }, "Stopped."));
       else problem(error.message);
     } finally {
       clearInterval(clock);
-      running = null;
-      $("check-run").disabled = false;
-      $("check-stop").disabled = true;
     }
-  };
+  });
   if (model.has_speedup) show(await getJson("/benchmark/speedup"));
 }

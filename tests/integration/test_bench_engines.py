@@ -26,7 +26,7 @@ from pat_serve.server.bench.speculative_result import SpeculativeSettings
 from pat_serve.server.bench.speedup import check_speedup
 from pat_serve.server.bench.speedup_result import SpeedupSettings
 from pat_serve.server.bench.speedup_rounds import run_round
-from tests.integration.conftest import KEY, Server, free_port, spawn, wait_until_ready
+from tests.integration.conftest import KEY, Server, running
 from tests.tiny_models import save_tiny_llama, tiny_config
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -155,18 +155,13 @@ def test_the_server_answers_with_a_draft_as_without(tmp_path: Path) -> None:
     narrow = save_tiny_llama(tmp_path / "narrow", seed=1, hidden_size=48)
     answers = []
     for name, flags in (("plain", ()), ("drafted", ("--draft", str(narrow), "--draft-tokens", "3"))):
-        port, log = free_port(), tmp_path / f"{name}.log"
-        server = spawn(dense, port, log, "--dtype", "float32", "--kv-cache-gib", "0.25", *flags)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until_ready(server, url, log)
+        engine = ["--dtype", "float32", "--kv-cache-gib", "0.25"]
+        with running(dense, tmp_path / f"{name}.log", *engine, *flags) as server:
             bodies = [
                 {"prompt": prompt, "max_tokens": 32, "temperature": 0} for prompt in ("Hello", "Return a list of", "x")
             ]
-            answers.append([httpx.post(f"{url}/generate", json=body, timeout=60).json()["text"] for body in bodies])
-        finally:
-            server.terminate()
-            server.wait(60)
+            url = f"{server.url}/generate"
+            answers.append([httpx.post(url, json=body, timeout=60).json()["text"] for body in bodies])
     assert answers[0] == answers[1]
     assert all(answers[0])
 

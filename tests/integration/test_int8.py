@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from pat_serve.export.exporter import export_run
 from pat_serve.training.data import encode_rows, load_rows
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
-from tests.integration.conftest import free_port, spawn, tail, wait_until_ready
+from tests.integration.conftest import running, tail
 from tests.tiny_models import save_tiny_llama, tiny_llama
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -68,15 +67,10 @@ def exports(rows: Path, examples: list[dict[str, list[int]]], tmp_path_factory: 
 
 @pytest.fixture(scope="module")
 def url(exports: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
-    process = spawn(exports[1], port, log, "--dtype", "float32", "--kv-cache-gib", "0.25")
-    try:
-        wait_until_ready(process, f"http://127.0.0.1:{port}", log)
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with running(exports[1], log, "--dtype", "float32", "--kv-cache-gib", "0.25") as server:
         assert "Int8" in log.read_text(), tail(log)  # vLLM chose an int8 kernel and did not dequantise
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        yield server.url
 
 
 @torch.no_grad()

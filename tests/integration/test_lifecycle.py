@@ -15,16 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.integration.conftest import (
-    KEY,
-    MAX_MODEL_LEN,
-    Server,
-    free_port,
-    spawn,
-    tail,
-    wait_for,
-    wait_until_ready,
-)
+from tests.integration.conftest import KEY, MAX_MODEL_LEN, free_port, running, spawn, tail, wait_for
 from tests.integration.raw_http import RawClient
 
 pytestmark = pytest.mark.vllm
@@ -117,18 +108,15 @@ def until_status(url: str, status: int, **call: Any) -> httpx.Response:
 def test_a_signal_lets_requests_finish_and_a_second_one_ends_them(
     tiny_model: Path, log: Path, number: signal.Signals
 ) -> None:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    process = spawn(tiny_model, port, log, "--kv-cache-gib", "0.25", "--shutdown-timeout", "600")
-    try:
-        wait_until_ready(process, url, log)
+    with running(tiny_model, log, "--kv-cache-gib", "0.25", "--shutdown-timeout", "600") as started:
+        process, url = started.process, started.url
         assert len(members(process.pid)) >= 4  # supervisor, server, engine, worker: else this test would see nothing
         # Many, because a busy event loop may stop reading the engine's output before it learns that the engine aborts.
         streams = [Stream(url) for _ in range(STREAMS)]
         short = Stream(url, tokens=300)
         for stream in [*streams, short]:
             assert stream.flowing.wait(120)
-        with RawClient(Server(process=process, url=url, model=tiny_model, log=log), receive_buffer=4096) as deaf:
+        with RawClient(started, receive_buffer=4096) as deaf:
             deaf.post("/generate", streams[0].body)
             # To the whole group, as Ctrl-C in a terminal.
             os.killpg(process.pid, number)
@@ -147,18 +135,13 @@ def test_a_signal_lets_requests_finish_and_a_second_one_ends_them(
             assert any('"abort"' in end[-2] for end in ends)
             check_ended(process, 0, log)
         assert "Traceback" not in log.read_text()
-    finally:
-        process.kill()
 
 
 # The next two need an engine that answers within seconds while streams flow: not beside other engines on two cores.
 @pytest.mark.slow
 def test_a_deadline_ends_a_request_and_gives_its_place_back(tiny_model: Path, log: Path) -> None:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    process = spawn(tiny_model, port, log, "--kv-cache-gib", "0.25", "--request-timeout", "10")
-    try:
-        wait_until_ready(process, url, log)
+    with running(tiny_model, log, "--kv-cache-gib", "0.25", "--request-timeout", "10") as started:
+        url = started.url
         # What an engine does once, at its first requests, is not to fall into the time of those that are looked at.
         for warm in [Stream(url, tokens=8), Stream(url, path="/v1/completions", model=tiny_model, tokens=8)]:
             warm.end()
@@ -174,19 +157,14 @@ def test_a_deadline_ends_a_request_and_gives_its_place_back(tiny_model: Path, lo
                 late = client.post(path, json=streams[path != "/generate"].body | {"stream": False})
                 assert (late.status_code, late.json()["error"]["type"]) == (504, "deadline")
                 wait_for(client, "vllm:num_requests_running", 0)
-    finally:
-        process.kill()
 
 
 @pytest.mark.slow
 def test_a_key_s_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, log: Path) -> None:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
     # No deadline comes near, however slow the machine: only the kill can end these streams.
     flags = ["--kv-cache-gib", "0.25", "--request-timeout", "3600", "--max-concurrency-per-key", "2"]
-    process = spawn(tiny_model, port, log, *flags, "--api-key", f"tests={KEY}")
-    try:
-        wait_until_ready(process, url, log)
+    with running(tiny_model, log, *flags, "--api-key", f"tests={KEY}") as started:
+        process, url = started.process, started.url
         streams = [Stream(url), Stream(url, path="/v1/completions", model=tiny_model)]
         for stream in streams:
             assert stream.flowing.wait(60)
@@ -213,25 +191,18 @@ def test_a_key_s_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, log: 
             assert done == "data: [DONE]"
         check_ended(process, 1, log)
         print(f"ended {time.monotonic() - killed_s:.1f} s after its engine")
-    finally:
-        process.kill()
 
 
 @pytest.mark.parametrize("victim", ["supervisor", pytest.param("server", marks=pytest.mark.slow)])
 def test_a_killed_parent_leaves_no_process(tiny_model: Path, log: Path, victim: str) -> None:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    process = spawn(tiny_model, port, log, "--kv-cache-gib", "0.25", "--shutdown-timeout", "600")
-    try:
-        wait_until_ready(process, url, log)
+    with running(tiny_model, log, "--kv-cache-gib", "0.25", "--shutdown-timeout", "600") as started:
+        process = started.process
         [server] = psutil.Process(process.pid).children()
-        connection = RawClient(Server(process=process, url=url, model=tiny_model, log=log))
+        connection = RawClient(started)
         connection.post("/generate", {"prompt": "a", "max_tokens": MAX_MODEL_LEN - 10, "ignore_eos": True})
         os.kill(process.pid if victim == "supervisor" else server.pid, signal.SIGKILL)
         assert process.wait(STOP_TIMEOUT_S) == (-signal.SIGKILL if victim == "supervisor" else 128 + signal.SIGKILL)
         wait_until_gone(process.pid)
-    finally:
-        process.kill()
 
 
 def test_sigterm_while_the_engine_starts_leaves_no_process(tiny_model: Path, log: Path) -> None:

@@ -31,6 +31,10 @@ OURS = [
     ("POST", "/generate", 25),
     ("POST", "/benchmark/latency", 10),
     ("POST", "/benchmark/throughput", 10),
+    ("POST", "/benchmark/speedup", 10),
+    ("GET", "/benchmark/speedup", 2),
+    ("POST", "/baseline/generate", 10),
+    ("GET", "/page/model", 2),
     ("GET", "/ready", 2),
     ("GET", "/health", 2),
 ]
@@ -44,6 +48,12 @@ VLLMS = [
     ("GET", "/v1/models", 2),
     ("GET", "/v1/responses/{response_id}", 5),
 ]
+# This server runs no dense parent.
+WITHOUT_BASELINE = {
+    ("POST", "/benchmark/speedup"): (409, "no_baseline"),
+    ("GET", "/benchmark/speedup"): (404, "not_found"),
+    ("POST", "/baseline/generate"): (409, "no_baseline"),
+}
 # What a document cannot say: how many tokens a text has, and how many of them this model takes.
 BY_THE_MODEL = {"prompt", "prompt_token_ids", "prompt_token_ids.0", "max_tokens", "prompt_tokens", "output_tokens"}
 # Enough for a route to do all that it does; as a default too where the route's own would take seconds.
@@ -139,7 +149,9 @@ def test_our_routes_keep_their_promise(
         if mode is GenerationMode.NEGATIVE:
             checks.append(negative_data_rejection)
         case.validate_response(answer, checks=checks)
-        if mode is GenerationMode.POSITIVE and answer.status_code != 200:
+        if mode is GenerationMode.POSITIVE and (method, path) in WITHOUT_BASELINE:
+            assert (answer.status_code, answer.json()["error"]["type"]) == WITHOUT_BASELINE[method, path], answer.text
+        elif mode is GenerationMode.POSITIVE and answer.status_code != 200:
             assert answer.status_code == 400, answer.text
             assert answer.json()["error"]["param"] in BY_THE_MODEL, answer.text
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import re
 import time
 from contextlib import closing
 from typing import Any
@@ -16,20 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pat_serve.server.analysis.roofline import decode_bytes, prefill_flops, shape_of
+from tests.integration.asking import check_error, events, post
 from tests.integration.conftest import KEY, MAX_MODEL_LEN, Server, metric, wait_for
 
 pytestmark = pytest.mark.vllm
 
 PROMPT = "Return a new dictionary"
-
-
-def events(response: httpx.Response) -> list[Any]:
-    """The JSON of every server-sent event; the stream must end with [DONE]."""
-    lines = [line for line in response.iter_lines() if line]
-    assert all(line.startswith("data: ") for line in lines)
-    data = [line.removeprefix("data: ") for line in lines]
-    assert data[-1] == "[DONE]"
-    return [json.loads(event) for event in data[:-1]]
 
 
 def check_timings(timings: dict[str, float]) -> None:
@@ -106,14 +96,6 @@ def test_stream_adds_up_to_the_whole_answer(client: httpx.Client, sampling: dict
     assert end["usage"] == whole["usage"]
     check_timings(end["timings"])
     assert {delta["id"] for delta in deltas} == {end["id"]} != {whole["id"]}
-
-
-def post(server: Server, path: str, body: dict[str, Any]) -> http.client.HTTPConnection:
-    """Send a request without waiting for its answer."""
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
-    connection.request("POST", path, json.dumps(body), headers)
-    return connection
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -195,17 +177,6 @@ def test_bad_generate_is_one_clear_400(client: httpx.Client, body: Any, param: s
 def test_bad_json_is_one_clear_400(client: httpx.Client, content: bytes, told: str) -> None:
     response = client.post("/generate", content=content, headers={"Content-Type": "application/json"})
     check_error(response, 400, "invalid_request", response.json()["error"]["param"], told)
-
-
-def check_error(response: httpx.Response, status: int, kind: str, param: str | None, told: str) -> None:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert response.json().keys() == {"error"}
-    assert error.keys() == {"type", "message", "param"}
-    assert (error["type"], error["param"]) == (kind, param)
-    assert re.search(told, error["message"]), error["message"]
-    assert "\n" not in error["message"]
-    assert "Traceback" not in response.text
 
 
 def test_unknown_path_and_method_have_the_same_shape(client: httpx.Client) -> None:

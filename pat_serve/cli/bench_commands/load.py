@@ -14,6 +14,7 @@ from pat_serve.cli.bench_commands.options import (
     Html,
     Json,
     Out,
+    PromptTokens,
     check_outputs,
     choices,
     progress_line,
@@ -27,7 +28,7 @@ def load(
     profile: Annotated[str, typer.Option(help="How requests arrive: constant, poisson or sweep.")] = "poisson",
     rate: Annotated[str, typer.Option(help="Requests a second, a run each, as 0.5,1,2; a sweep finds its own.")] = "1",
     sweep_size: Annotated[int, typer.Option(help="Runs of a sweep.")] = 5,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
+    prompt_tokens: PromptTokens = 64,
     output_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
     seconds: Annotated[float, typer.Option(help="Of each run.")] = 20.0,
     slo: Annotated[

@@ -8,21 +8,24 @@ import typer
 
 from pat_serve.cli.app import Debug
 from pat_serve.cli.bench_commands.options import (
+    Dtype,
     Force,
     Html,
     Json,
+    LoadFormat,
     Out,
+    OutputTokens,
+    PromptTokens,
     check_outputs,
-    choices,
+    engine_settings,
     integers,
     progress_line,
     write_report,
 )
+from pat_serve.extras import require
 
 Model = Annotated[str, typer.Option(help="Folder, hub id, or a shipped shape (llama2-7b, llama2-7b-pat25).")]
 Layers = Annotated[int | None, typer.Option(help="Cut the model to so many layers; random weights only.")]
-LoadFormat = Annotated[str, typer.Option(help="auto: real weights; dummy: random, a config.json is enough.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Eager = Annotated[bool, typer.Option(help="Run the model without torch.compile.")]
 Roofline = Annotated[bool, typer.Option(help="Probe the machine (5 s) and put the ceiling beside each figure.")]
 Seed = Annotated[int, typer.Option(help="Of prompts and random weights.")]
@@ -53,7 +56,8 @@ def latency(
 
         pat-bench latency --model pruned/ --batch-size 1,4 --prompt-tokens 32,128 --html latency.html
     """
-    # Imported here: pydantic, numpy and torch would make --help slow.
+    # Before the imports, which need what the extra brings; they stand here because they would make --help slow.
+    require("vllm", "cpu", "cuda", wanted_by="pat-bench latency")
     from pat_serve.server.bench.measure_result import LatencySettings
     from pat_serve.server.bench.measure_run import measure_latency
     from pat_serve.server.bench.measure_table import print_latency
@@ -64,13 +68,9 @@ def latency(
             "prompt_tokens": integers("--prompt-tokens", prompt_tokens),
             "output_tokens": integers("--output-tokens", output_tokens),
             "rounds": rounds,
-            "layers": layers,
-            "load_format": choices("--load-format", [load_format], ("auto", "dummy"))[0],
-            "dtype": dtype,
-            "enforce_eager": enforce_eager,
             "roofline": roofline,
-            "seed": seed,
         }
+        | engine_settings(layers=layers, load_format=load_format, dtype=dtype, enforce_eager=enforce_eager, seed=seed)
     )
     check_outputs(out, html, force=force)
     with progress_line() as progress:
@@ -83,8 +83,8 @@ def throughput(
     concurrency: Annotated[str, typer.Option(help="Requests in flight, as 1,4,16.")] = "1,4",
     saturate: Annotated[bool, typer.Option(help="Then double the last until that gains less than 5 %.")] = True,
     max_concurrency: Annotated[int, typer.Option(help="Bound of the doubling.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
-    output_tokens: Annotated[int, typer.Option(help="Tokens that each request generates.")] = 16,
+    prompt_tokens: PromptTokens = 64,
+    output_tokens: OutputTokens = 16,
     waves: Annotated[int, typer.Option(help="Requests of a run, as a multiple of its concurrency.")] = 3,
     layers: Layers = None,
     load_format: LoadFormat = "auto",
@@ -104,6 +104,7 @@ def throughput(
 
         pat-bench throughput --model pruned/ --concurrency 1,8 --out throughput.json
     """
+    require("vllm", "cpu", "cuda", wanted_by="pat-bench throughput")
     from pat_serve.server.bench.measure_result import ThroughputSettings
     from pat_serve.server.bench.measure_run import measure_throughput
     from pat_serve.server.bench.measure_table import print_throughput
@@ -116,13 +117,9 @@ def throughput(
             "prompt_tokens": prompt_tokens,
             "output_tokens": output_tokens,
             "waves": waves,
-            "layers": layers,
-            "load_format": choices("--load-format", [load_format], ("auto", "dummy"))[0],
-            "dtype": dtype,
-            "enforce_eager": enforce_eager,
             "roofline": roofline,
-            "seed": seed,
         }
+        | engine_settings(layers=layers, load_format=load_format, dtype=dtype, enforce_eager=enforce_eager, seed=seed)
     )
     check_outputs(out, html, force=force)
     with progress_line() as progress:

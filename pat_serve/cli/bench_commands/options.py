@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pat_serve.errors import MissingExtra, UsageError
+from pat_serve.errors import UsageError
+from pat_serve.extras import require
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -20,6 +21,31 @@ Json = Annotated[bool, typer.Option("--json", help="Print the whole result as JS
 Out = Annotated[Path | None, typer.Option(help="Also write the result to this file: JSON, or CSV if it ends so.")]
 Html = Annotated[Path | None, typer.Option(help="Also write a page with charts to this file; extra bench.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace --out and --html if they exist.")]
+
+PromptTokens = Annotated[int, typer.Option(help="Tokens of each prompt.")]
+OutputTokens = Annotated[int, typer.Option(help="Tokens that each request generates.")]
+RoundPairs = Annotated[int, typer.Option(help="Pairs of runs, at least 5.")]
+LayersOfBoth = Annotated[int | None, typer.Option(help="Cut both models to so many layers; random weights only.")]
+LoadFormat = Annotated[str, typer.Option(help="auto: real weights; dummy: random, a config.json is enough.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+
+
+def engine_settings(
+    *, layers: int | None, load_format: str, dtype: str, enforce_eager: bool, seed: int
+) -> dict[str, object]:
+    """How the engines are run: the fields that the settings of all benchmarks in engines of their own have.
+
+    Raises:
+        UsageError: no such load format.
+    """
+    [load_format] = choices("--load-format", [load_format], ("auto", "dummy"))
+    return {
+        "layers": layers,
+        "load_format": load_format,
+        "dtype": dtype,
+        "enforce_eager": enforce_eager,
+        "seed": seed,
+    }
 
 
 def choices(flag: str, given: list[str], allowed: tuple[str, ...]) -> tuple[str, ...]:
@@ -57,20 +83,13 @@ def check_outputs(*paths: Path | None, force: bool) -> None:
         OutputExists: one is there and `force` is False.
         MissingExtra: a page is wanted and plotly is not installed.
     """
-    from importlib.util import find_spec
-
     from pat_serve.atomic import check_vacant
 
     for path in paths:
         if path is not None:
             check_vacant(path, force=force, folder=False)
-            if path.suffix == ".html" and find_spec("plotly") is None:
-                raise MissingExtra(
-                    f"--html {path}",
-                    expected="the packages of the bench extra",
-                    found="no module plotly",
-                    fix='Install them: pip install "pat-serve[bench]".',
-                )
+            if path.suffix == ".html":
+                require("plotly", "bench", wanted_by=f"--html {path}")
     # As an exception, so that engines are ended on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 

@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from pat_serve.cli.app import Debug
-from pat_serve.cli.bench_commands.options import Force, Json, Out, check_outputs, choices, progress_line, write_report
+from pat_serve.cli.bench_commands.options import (
+    Force,
+    Json,
+    LayersOfBoth,
+    Out,
+    OutputTokens,
+    RoundPairs,
+    check_outputs,
+    engine_settings,
+    progress_line,
+    write_report,
+)
 from pat_serve.errors import UsageError
 
 
@@ -22,9 +33,9 @@ def speculative(
         typer.Option(help="A prompt a line, as text or JSONL with a field prompt. [default: random tokens]"),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, at most.")] = 64,
-    output_tokens: Annotated[int, typer.Option(help="Tokens that each request generates.")] = 48,
-    rounds: Annotated[int, typer.Option(help="Pairs of runs, at least 5.")] = 12,
-    layers: Annotated[int | None, typer.Option(help="Cut both models to so many layers; random weights only.")] = None,
+    output_tokens: OutputTokens = 48,
+    rounds: RoundPairs = 12,
+    layers: LayersOfBoth = None,
     load_format: Annotated[str, typer.Option(help="auto: real weights; dummy: random.")] = "auto",
     dtype: Annotated[str, typer.Option(help="In 16 bits the outputs may differ by rounding.")] = "float32",
     enforce_eager: Annotated[bool, typer.Option(help="Run without torch.compile.")] = True,
@@ -50,12 +61,8 @@ def speculative(
             "prompt_tokens": prompt_tokens,
             "output_tokens": output_tokens,
             "rounds": rounds,
-            "layers": layers,
-            "load_format": choices("--load-format", [load_format], ("auto", "dummy"))[0],
-            "dtype": dtype,
-            "enforce_eager": enforce_eager,
-            "seed": seed,
         }
+        | engine_settings(layers=layers, load_format=load_format, dtype=dtype, enforce_eager=enforce_eager, seed=seed)
     )
     texts = [] if prompts is None else _prompts(prompts)
     check_outputs(out, force=force)
@@ -67,11 +74,16 @@ def speculative(
 
 
 def _prompts(file: Path) -> list[str]:
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         texts = [str(json.loads(line)["prompt"]) for line in lines] if file.suffix == ".jsonl" else lines
     except (ValueError, KeyError, TypeError):
         texts = []
     if not texts:
-        raise UsageError(f"--prompts {file}", expected="a prompt a line", found="none", fix="Write some.")
+        raise UsageError(
+            f"--prompts {file}",
+            expected='an object with a "prompt" a line' if file.suffix == ".jsonl" else "a prompt a line, in UTF-8",
+            found="nothing or something else",
+            fix="Mend the file, or leave the flag out for random tokens.",
+        )
     return texts

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pat_serve.errors import DataError, HubError, first_line
+from pat_serve.errors import DataError, first_line
+from pat_serve.evaluation.hub_data import loading
 from pat_serve.evaluation.paper14.local_items import local_questions
 from pat_serve.evaluation.paper14.questions import SOURCES, Question
 
@@ -36,16 +37,8 @@ def _from_hub(task: str) -> list[Question]:
 
     source = SOURCES[task]
     subject = f"{source.path} ({source.name or 'default'}, {source.split})"
-    try:
+    with loading(subject, fix="Check the network, or give local files: --task-data DIR."):
         rows = load_dataset(source.path, source.name, split=source.split)
-    # The hub client and datasets raise a dozen unrelated types; all mean the same to the user.
-    except Exception as error:
-        raise HubError(
-            subject,
-            expected="a data set that can be downloaded or is cached",
-            found=f"{type(error).__name__}: {first_line(error)}",
-            fix="Check the network, or give local files: --task-data DIR.",
-        ) from error
     try:
         return [question for row in rows if (question := source.question(row)) is not None]
     except (KeyError, ValueError, TypeError, IndexError) as error:

@@ -51,6 +51,10 @@ class Question:
 Row = Mapping[str, Any]
 
 
+def _yes_or_no(stem: str, *, yes: bool) -> Question:
+    return Question(stem=stem, options=YES_NO, gold=0 if yes else 1)
+
+
 def arc(row: Row) -> Question | None:
     """None for the few questions that have not four options."""
     labels, texts = list(row["choices"]["label"]), row["choices"]["text"]
@@ -61,9 +65,7 @@ def arc(row: Row) -> Question | None:
 
 def boolq(row: Row) -> Question:
     """Label 1 is yes."""
-    return Question(
-        stem=f"{row['passage']}\nQuestion: {row['question']}", options=YES_NO, gold=0 if row["label"] == 1 else 1
-    )
+    return _yes_or_no(f"{row['passage']}\nQuestion: {row['question']}", yes=row["label"] == 1)
 
 
 def copa(row: Row) -> Question:
@@ -99,10 +101,9 @@ def mmlu(row: Row) -> Question:
 
 def multirc(row: Row) -> Question:
     """Each answer of a question is judged alone."""
-    return Question(
-        stem=f"{row['paragraph']}\nQuestion: {row['question']}\nAnswer: {row['answer']}\nIs it true?",
-        options=YES_NO,
-        gold=0 if row["label"] == 1 else 1,
+    return _yes_or_no(
+        f"{row['paragraph']}\nQuestion: {row['question']}\nAnswer: {row['answer']}\nIs it true?",
+        yes=row["label"] == 1,
     )
 
 
@@ -123,10 +124,9 @@ def piqa(row: Row) -> Question:
 
 def rte(row: Row) -> Question:
     """Label 0 is entailment."""
-    return Question(
-        stem=f"{row['premise']}\n{row['hypothesis']}\nIs the sentence below entailed by the sentence above?",
-        options=YES_NO,
-        gold=0 if row["label"] == 0 else 1,
+    return _yes_or_no(
+        f"{row['premise']}\n{row['hypothesis']}\nIs the sentence below entailed by the sentence above?",
+        yes=row["label"] == 0,
     )
 
 
@@ -141,11 +141,10 @@ def siqa(row: Row) -> Question:
 
 def wic(row: Row) -> Question:
     """Label 1: the word means the same in both. The question's last word is misspelt in the public prompts."""
-    return Question(
-        stem=f"Sentence 1: {row['sentence1']}\nSentence 2: {row['sentence2']}\n"
+    return _yes_or_no(
+        f"Sentence 1: {row['sentence1']}\nSentence 2: {row['sentence2']}\n"
         f"Are '{row['word']}' in the above two sentenses the same?",
-        options=YES_NO,
-        gold=0 if row["label"] == 1 else 1,
+        yes=row["label"] == 1,
     )
 
 
@@ -166,11 +165,10 @@ def wsc(row: Row) -> Question:
         last = start + len(span.split(" ")) - 1
         words[start] = f"{mark} {words[start]}"
         words[last] = f"{words[last]} {mark}"
-    return Question(
-        stem=f"Passage: {' '.join(words)}\n"
+    return _yes_or_no(
+        f"Passage: {' '.join(words)}\n"
         f"Question: Does the pronoun # {row['span2_text']} # refer to * {row['span1_text']} *?",
-        options=YES_NO,
-        gold=0 if row["label"] == 1 else 1,
+        yes=row["label"] == 1,
     )
 
 
