@@ -59,7 +59,7 @@ def test_prompts_are_lines_of_text_or_of_json(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     empty.write_text("\n\n")
     wrong.write_text('{"text": "x"}\n')
-    for file in (empty, wrong, binary):
+    for file in (empty, wrong, binary, tmp_path / "none.txt", tmp_path):
         arguments = ["speculative", "--model", "a", "--draft", "b", "--prompts", str(file)]
         error = CliRunner().invoke(app, arguments).exception
         assert isinstance(error, UsageError)

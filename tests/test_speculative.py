@@ -18,7 +18,7 @@ from pat_serve.server.bench.speculative_result import (
 )
 from pat_serve.server.draft import check_draft
 from pat_serve.server.launch import ServeSettings, serve_arguments
-from tests.tiny_models import tiny_config
+from tests.tiny_models import save_tiny_llama, tiny_config
 
 
 def steps(step_s: float, *tokens: int) -> RequestTrace:
@@ -62,6 +62,17 @@ def test_what_cannot_be_measured_is_refused(change: dict[str, int], flag: str) -
         measure_speculative(
             "llama2-7b", "llama2-7b-pat25", SpeculativeSettings.model_validate(change), (), progress=lambda *_: None
         )
+
+
+def test_prompts_need_a_tokenizer_and_a_token(tmp_path: Path) -> None:
+    settings = SpeculativeSettings(load_format="dummy", layers=1)
+    shapes = "llama2-7b", "llama2-7b-pat25"
+    with pytest.raises(UsageError, match="llama2-7b has none"):
+        measure_speculative(*shapes, settings, ("a prompt",), progress=lambda *_: None)
+    dense = save_tiny_llama(tmp_path / "dense")
+    pruned = save_tiny_llama(tmp_path / "pruned", hidden_size=48)
+    with pytest.raises(UsageError, match="prompts without a token"):
+        measure_speculative(str(dense), str(pruned), SpeculativeSettings(), ("",), progress=lambda *_: None)
 
 
 def folder(path: Path, **overrides: object) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pat_serve.errors import UsageError, want
+from pat_serve.errors import UsageError, first_line, want
 from pat_serve.extras import require
 from pat_serve.hardware import describe, serving_dtype
 from pat_serve.server.analysis.trace import RequestTrace
@@ -171,8 +171,19 @@ def _prompt_ids(model: ModelSource, settings: SpeculativeSettings, prompts: Sequ
         return [[draw.randrange(size) for _ in range(settings.prompt_tokens)] for _ in range(settings.rounds)]
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            "--prompts",
+            expected=f"a model with a tokenizer; {model.name} has none that loads",
+            found=first_line(error),
+            fix="Leave the flag out for random tokens, or give a whole checkpoint as --model.",
+        ) from error
     ids = [list(tokenizer(prompt)["input_ids"])[: settings.prompt_tokens] for prompt in prompts]
+    if not any(ids):
+        found = f"{len(ids)} prompts without a token"
+        raise UsageError("--prompts", expected="a prompt of at least one token", found=found, fix="Give longer ones.")
     return [one for one in ids if one]
 
 

@@ -57,14 +57,22 @@ def probe_machine(dtype: str, *, scratch: Path) -> MachineRates:
     Raises:
         EngineError: the probe failed.
     """
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pat_serve.server.workers.probe", dtype],
-        env=worker_environment(os.environ, scratch=scratch, offline=True),
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_S,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "pat_serve.server.workers.probe", dtype],
+            env=worker_environment(os.environ, scratch=scratch, offline=True),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(
+            "probe of the machine",
+            expected=f"two rates within {_TIMEOUT_S:g} s",
+            found="none",
+            fix="Wait until the machine is less busy, or leave the roofline out with --no-roofline.",
+        ) from error
     if done.returncode:
         raise EngineError(
             "probe of the machine",

@@ -77,6 +77,13 @@ def _prompts(file: Path) -> list[str]:
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         texts = [str(json.loads(line)["prompt"]) for line in lines] if file.suffix == ".jsonl" else lines
+    except OSError as error:
+        raise UsageError(
+            f"--prompts {file}",
+            expected="a file of prompts",
+            found=error.strerror or str(error),
+            fix="Check the path, or leave the flag out for random tokens.",
+        ) from error
     except (ValueError, KeyError, TypeError):
         texts = []
     if not texts:
