@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,16 @@ def test_another_size_needs_another_folder(ran: list[str], tmp_path: Path):
     with pytest.raises(typer.BadParameter, match="another --out"):
         main(base_of_width(tmp_path, 128), size="small")
     assert not ran
+
+
+def test_no_passage_of_a_measured_item_is_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    text = "Answer the question.\nPassage {0}.\nQuestion {1}?\nA. right and quite long words\nB. wrong\nAnswer:"
+    # Each passage with three questions, below an instruction that all share.
+    items = {str(i): {"origin_prompt": text.format(i // 3, i), "gold": "A"} for i in range(300)}
+    (tmp_path / "eval/BoolQ.json").write_text(json.dumps(items))
+    written, held = corpus._items(tmp_path / "eval", random.Random(0))
+    passages = {item["origin_prompt"].split("\n")[1] for item in held["BoolQ.json"].values()}
+    assert len(held["BoolQ.json"]) == 60
+    assert 100 < len(written) < 240
+    assert not passages & {text.split("\n")[1] for text in written}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ HELDOUT_ITEMS = 60
 # Of articles' paragraphs.
 HELDOUT_PARAGRAPHS = 200
 LEAST_CHARACTERS = 200
+# A line that so many items of a task begin with is an instruction.
+INSTRUCTION_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +106,23 @@ def _items(folder: Path, shuffler: random.Random) -> tuple[list[str], dict[str, 
     held: dict[str, dict[str, dict[str, str]]] = {}
     for group in groups.values():
         shuffler.shuffle(group)
+        context = _contexts([item["origin_prompt"] for _, item in group])
+        measured = {context[item["origin_prompt"]] for _, item in group[:HELDOUT_ITEMS]}
         for number, (name, item) in enumerate(group[:HELDOUT_ITEMS]):
             # Nothing of the public model's prediction, which the files hold too.
             held.setdefault(name, {})[str(number)] = {key: item[key] for key in ("origin_prompt", "gold")}
         for _, item in group[HELDOUT_ITEMS:]:
             options = [line for line in item["origin_prompt"].splitlines() if line.startswith(f"{item['gold']}. ")]
-            if options:
+            if options and context[item["origin_prompt"]] not in measured:
                 # Without letters: the likelihood tasks ask for the words alone.
                 stem = item["origin_prompt"].split("\nA. ")[0]
                 written.append(f"{stem}\nAnswer: {options[-1][3:]}")
     shuffler.shuffle(written)
     return written, held
+
+
+def _contexts(prompts: list[str]) -> dict[str, str]:
+    """What an item is about: its first line (a passage, a fact), or its second where the first is the task's own."""
+    first = Counter(prompt.split("\n")[0] for prompt in prompts)
+    shared = {line for line, count in first.items() if count > len(prompts) * INSTRUCTION_SHARE}
+    return {prompt: next(line for line in prompt.split("\n") if line not in shared) for prompt in prompts}
