@@ -80,8 +80,11 @@ def test_a_client_that_leaves_frees_its_place(nodes: Nodes, client: httpx.Client
 
     body = {"prompt_token_ids": [5], "max_tokens": 4000, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/generate", json=body) as stream:
-        next(stream.iter_lines())
-        assert in_flight() == 1
+        # Held on to: the connection ends with the iterator.
+        lines = stream.iter_lines()
+        first = next(lines)
+        assert stream.status_code == 200, first
+        assert in_flight() == 1, first
     # Far from the end of 4000 tokens, on any machine.
     took_s = until(lambda: in_flight() == 0, "free place", 15)
     print(f"\nthe place of a client that left was free after {took_s:.1f} s")
