@@ -79,4 +79,7 @@ def tiny_recipe(base: Path, rows: Path, **overrides: object):
         "logging_steps": 4,
         "save_steps": 4,
     }
+    if overrides.get("method") == "lora":
+        # It prunes nothing, and takes no setting of pruning.
+        del settings["hio_rank"]
     return TrainRecipe(**(settings | overrides))

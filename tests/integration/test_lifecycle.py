@@ -193,7 +193,8 @@ def test_a_key_s_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, log: 
         print(f"ended {time.monotonic() - killed_s:.1f} s after its engine")
 
 
-@pytest.mark.parametrize("victim", ["supervisor", pytest.param("server", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["supervisor", "server"])
 def test_a_killed_parent_leaves_no_process(tiny_model: Path, log: Path, victim: str) -> None:
     with running(tiny_model, log, "--kv-cache-gib", "0.25", "--shutdown-timeout", "600") as started:
         process = started.process

@@ -88,7 +88,8 @@ def small(path: str, body: Any) -> Any:
         return body
     made = LIMIT.get(path, {}) | body
     for name, value in made.items():
-        if name in SMALL and type(value) in (int, float):
+        # Five rounds are the least of a check, and none runs here.
+        if path != "/benchmark/speedup" and name in SMALL and type(value) in (int, float):
             made[name] = min(value, SMALL[name])
     return plain(made)
 
@@ -149,11 +150,12 @@ def test_our_routes_keep_their_promise(
         if mode is GenerationMode.NEGATIVE:
             checks.append(negative_data_rejection)
         case.validate_response(answer, checks=checks)
-        if mode is GenerationMode.POSITIVE and (method, path) in WITHOUT_BASELINE:
-            assert (answer.status_code, answer.json()["error"]["type"]) == WITHOUT_BASELINE[method, path], answer.text
-        elif mode is GenerationMode.POSITIVE and answer.status_code != 200:
+        expected = WITHOUT_BASELINE.get((method, path), (200, None))
+        if mode is GenerationMode.POSITIVE and answer.status_code != expected[0]:
             assert answer.status_code == 400, answer.text
             assert answer.json()["error"]["param"] in BY_THE_MODEL, answer.text
+        elif mode is GenerationMode.POSITIVE and expected[1]:
+            assert answer.json()["error"]["type"] == expected[1], answer.text
 
     assert explore(schema, method, path, mode, examples, check) > 0
 

@@ -104,6 +104,7 @@ def test_a_model_against_itself(tmp_path: Path, mark: str) -> None:
         assert all(ended_s <= started_s for (_, ended_s), (started_s, _) in itertools.pairwise(steps))
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_midway(tmp_path: Path, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     dense, narrow = shape_folder(tmp_path / "dense"), shape_folder(tmp_path / "narrow", hidden_size=48)
