@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -88,13 +88,8 @@ def read_measured(paths: Sequence[Path], *, role: Role) -> Measured:
             found="throughput alone, in which they are mixed",
             fix="Add pat-bench latency's record of the same model.",
         )
-    return Measured(
-        role=role,
-        name=first.name,
-        config_sha256=first.config_sha256,
-        dtype=first.dtype,
-        shape=first.shape,
-        machine=first.machine,
+    return replace(
+        first,
         sources=tuple(source for part in parts for source in part.sources),
         cells=cells,
         throughputs=tuple(one for part in parts for one in part.throughputs),
