@@ -54,7 +54,7 @@ class Replica:
         settings: of `ReplicaSettings`, checked by `build`.
     """
 
-    async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
+    async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         self._stopping = False
         # Ray Serve waits for a constructor as long as it takes, and sends no request before.
         self._server = ReplicaServer(ReplicaSettings.model_validate(settings))
