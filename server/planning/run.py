@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pat_serve import strict_json
-from pat_serve.errors import UsageError
+from pat_serve.errors import UsageError, want
 from pat_serve.hardware import DTYPE_BYTES
 from pat_serve.server.analysis.capacity import capacity
 from pat_serve.server.bench.load_result import SLO_NAMES
@@ -70,11 +70,6 @@ def check_settings(settings: PlanSettings) -> None:
     Raises:
         UsageError: naming the flag.
     """
-
-    def want(flag: str, fine: bool, expected: str, found: object, fix: str) -> None:
-        if not fine:
-            raise UsageError(flag, expected=expected, found=str(found), fix=fix)
-
     want("--rate", 0 < settings.rate < float("inf"), "above 0", settings.rate, "Try --rate 5.")
     want("--slo", bool(settings.slo), "one bound at least", "none", "Try --slo ttft=0.5 --slo tpot=0.1.")
     for name, bound_s in settings.slo.items():
