@@ -107,7 +107,7 @@ class RepeatLost:
                 await self.app(again, replay(body, connection), answer)
             except Exception:
                 logger.exception("a request failed in the proxy")
-            if connection.gone or (answer.lost and left == 0) or not answer.lost:
+            if connection.gone or left == 0 or not answer.lost:
                 break
             logger.warning("%s %s: its replica was lost; trying again", scope["method"], scope["path"])
             await asyncio.sleep(self._repeat_after_s)
