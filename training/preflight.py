@@ -41,7 +41,7 @@ class Preflight:
     """A training's size.
 
     Attributes:
-        base_parameters: frozen ones, of the base.
+        base_parameters: frozen ones, of the base, at the width that is trained.
         lora_parameters: trained ones, of the adapter.
         method_parameters: trained ones, of the method's modules (HSMs and mask).
         weights_bytes: the base in the training's dtype, as wide as it is trained; under FSDP one process's share and a
