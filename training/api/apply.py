@@ -82,8 +82,8 @@ def apply_pat(
             they differ. The default recipe measures the stream on them; the paper's needs none.
 
     Returns:
-        the PEFT model, with an `AppliedPat` as its attribute `pat`. Its config keeps the base's hidden_size, whatever it
-        is trained at: `save_run` writes for that.
+        the PEFT model, with an `AppliedPat` as its attribute `pat`. Its config keeps the base's hidden_size, whatever
+        it is trained at: `save_run` writes for that.
 
     Raises:
         PatServeError: the model's files are not found, are of no known family or hold other weights, the width is
