@@ -62,11 +62,12 @@ def make_base(options: argparse.Namespace) -> Any:
         torch.set_default_dtype(torch.float32)
 
 
-def make_step(base: Any, name: str, options: argparse.Namespace) -> Callable[[], None]:
-    """A function that takes one optimizer step of a method, as pat-train takes it."""
-    recipe = TrainRecipe(model="random", data="random", **METHODS[name]).resolved(tied=False, prunes=name in PRUNING)
+def make_step(base: Any, settings: dict[str, Any], options: argparse.Namespace) -> tuple[Callable[[], None], int]:
+    """A function that takes one optimizer step of a method, as pat-train takes it, and how many numbers it trains."""
+    prunes = settings.get("method") != "lora"
+    recipe = TrainRecipe(model="random", data="random", **settings).resolved(tied=False, prunes=prunes)
     recipe = recipe.model_copy(update=UNCALIBRATED)
-    width = options.hidden * 3 // 4 if name in PRUNING else options.hidden
+    width = options.hidden * 3 // 4 if prunes else options.hidden
     # In float32 whatever the base: the default dtype would make LoRA's factors.
     model, method = adapt(base, FAMILIES["llama"], recipe, width, TOTAL_STEPS)
     model.to(options.device).train()
@@ -90,30 +91,32 @@ def make_step(base: Any, name: str, options: argparse.Namespace) -> Callable[[],
         if options.device == "cuda":
             torch.cuda.synchronize()
 
-    return step
+    return step, sum(parameter.numel() for parameter in trained)
 
 
-def measure_times(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every step by method, in turns; the i-th of each belong together."""
-    base = make_base(options)
+def measure_times(
+    options: argparse.Namespace, base: Any, methods: dict[str, dict[str, Any]]
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of every step by method, in turns, of which the i-th of each belong together; and what each trains."""
     shared = {id(parameter): parameter for parameter in base.parameters()}
-    steps = {name: make_step(copy.deepcopy(base, dict(shared)), name, options) for name in METHODS}
-    for step in steps.values():  # the first one makes the optimizer's state
-        step()
+    steps, trained = {}, {}
+    for name, settings in methods.items():
+        steps[name], trained[name] = make_step(copy.deepcopy(base, dict(shared)), settings, options)
+        steps[name]()  # the first one makes the optimizer's state
     # One thread's own seconds are what is left to compare by on a machine that others load.
     clock = time.process_time if options.clock == "process" else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in METHODS}
+    times: dict[str, list[float]] = {name: [] for name in methods}
     for number in range(options.rounds):
-        for name in list(METHODS) if number % 2 == 0 else reversed(METHODS):
+        for name in list(methods) if number % 2 == 0 else reversed(methods):
             began = clock()
             steps[name]()
             times[name].append(clock() - began)
-    return times
+    return times, trained
 
 
 def measure_memory(name: str, options: argparse.Namespace) -> int:
     """Peak bytes of this process over two steps of one method: allocated on the GPU, or resident."""
-    step = make_step(make_base(options), name, options)
+    step, _ = make_step(make_base(options), METHODS[name], options)
     for _ in range(2):
         step()
     if options.device == "cuda":
@@ -169,7 +172,7 @@ def main() -> None:
     for name in METHODS:
         command = [sys.executable, *sys.argv, "--memory-of", name]
         peaks[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-    result = {"settings": vars(options), **summary(measure_times(options), peaks)}
+    result = {"settings": vars(options), **summary(measure_times(options, make_base(options), METHODS)[0], peaks)}
     if options.json:
         print(json.dumps(result, indent=2))
     else:

@@ -114,7 +114,7 @@ def train(
     hio_rank: Annotated[
         str | None,
         Flag(
-            help="Rank of the hybrid operators: a number, or auto (0 with --gate cut, else 200 of 4096, in proportion). "
+            help="Rank of the hybrid operators, or auto: 0 with --gate cut, else 200 of 4096, in proportion. "
             "[default: auto]"
         ),
     ] = None,
