@@ -21,8 +21,8 @@ from pat_serve.training.schedule import GateSchedule
 from tests.conftest import tiny_recipe
 
 D = 16
-# Of a finite difference.
-STEP = 1e-4
+# Of a finite difference: the norms run in float32 whatever the model's dtype.
+STEP = 0.05
 
 
 def test_a_dense_operator_is_a_matrix() -> None:
@@ -85,13 +85,13 @@ def test_a_score_is_the_change_of_the_loss_to_first_order(tiny_base: Path) -> No
                 losses.append(float(torch.nn.functional.cross_entropy(logits_TV, ids[0, 1:])))
             handle.remove()
         slope = (losses[0] - losses[1]) / (2 * STEP)
-        assert float(found) == pytest.approx(slope**2, rel=1e-3)
+        assert float(found) == pytest.approx(slope**2, rel=1e-2)
 
 
 def pruned(base: Path, rows: Path, folder: Path, name: str, **own: Any) -> dict[str, Any]:
     """Train and export one of the study's methods at three quarters of the width."""
     runs.register()
-    settings = tiny_recipe(base, rows, max_steps=12, **own).model_dump()
+    settings = tiny_recipe(base, rows, max_steps=12, gradient_accumulation_steps=1, **own).model_dump()
     return train_and_export(settings, name, folder / "run", folder / "pruned")
 
 
@@ -105,9 +105,12 @@ def test_a_dense_operator_exports_within_the_parity_gate(tiny_base: Path, rows: 
     assert any("identity_loss" in json.loads(line) for line in lines)
 
 
+# The even masks of the default are in the next test.
 MASKS = [
-    job for job in SWEEPS["masks"].methods.items() if str(job[1].get("method", "pat")) != "pat"
-]  # fmt: skip
+    (name, method)
+    for name, method in SWEEPS["masks"].methods.items()
+    if "method" in method and name != "the default, a mask a writer"
+]
 
 
 @pytest.mark.parametrize(("name", "method"), MASKS, ids=[name for name, _ in MASKS])
@@ -117,7 +120,7 @@ def test_separate_masks_are_kept_apart_and_aligned(
     runs.register()
     keys = ("method", "rotate", "mask_start", "gate", "compensate", "lora_head")
     own = {key: method[key] for key in keys}
-    recipe = tiny_recipe(tiny_base, rows, max_steps=12, **own)
+    recipe = tiny_recipe(tiny_base, rows, max_steps=12, gradient_accumulation_steps=1, **own)
     scores = runs.scores_of(recipe.model_dump(), name)
     monkeypatch.setattr(SeparateMasks, "scores", scores)
     facts = pruned(tiny_base, rows, tmp_path, name, **own)
