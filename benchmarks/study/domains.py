@@ -29,6 +29,7 @@ CODE_CHARACTERS = (80, 500)
 MESSAGE_CHARACTERS = (25, 400)
 HELDOUT_CODE_CHARACTERS = 60_000
 HELDOUT_ROWS = 300
+MESSAGES_A_ROW = 3
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data"}
 
 CATALOGUES = Path("/usr/share/locale")
@@ -133,8 +134,8 @@ def languages(seed: int = 0, catalogues: Path = CATALOGUES, least_characters: in
         trained += sum(map(len, chosen))
         half = len(chosen) // 2
         base += chosen[:half]
-        tune += [_row(language, message) for message in chosen[half:]]
-        held += [_row(language, message) for message in kept[: HELDOUT_ROWS // (len(LANGUAGES) + 1)]]
+        tune += _rows(language, chosen[half:])
+        held += _rows(language, kept)[: HELDOUT_ROWS // (len(LANGUAGES) + 1)]
         texts[language] = "\n\n".join(_first(kept, HELDOUT_CHARACTERS))
     if trained < least_characters:
         raise UsageError(
@@ -199,5 +200,7 @@ def _first(messages: list[str], characters: int) -> list[str]:
     return chosen
 
 
-def _row(language: str, message: str) -> dict[str, str]:
-    return {"prompt": f"### {language}\n", "completion": message}
+def _rows(language: str, messages: list[str]) -> list[dict[str, str]]:
+    """A message alone would fill a quarter of a row."""
+    groups = (messages[at : at + MESSAGES_A_ROW] for at in range(0, len(messages), MESSAGES_A_ROW))
+    return [{"prompt": f"### {language}\n", "completion": "\n".join(group)} for group in groups]
