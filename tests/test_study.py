@@ -218,6 +218,27 @@ def test_another_size_needs_another_folder(ran: list[str], tmp_path: Path):
     assert not ran
 
 
+def test_a_folder_holds_one_domain(
+    ran: list[str], built: corpus.Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import typer
+
+    base = base_of_width(tmp_path / "other", SIZES["tiny"].hidden_size) / "base"
+    monkeypatch.setattr("benchmarks.study.__main__.build_domain", lambda *_: built)
+    main(tmp_path / "code", size="tiny", seeds=1, domain="code", base=base)
+    assert ran == [DENSE, "PAT as published", "the default", "PCA slice, then LoRA"]
+    assert (tmp_path / "code/base/config.json").read_text() == (base / "config.json").read_text()
+    assert (tmp_path / "code/data/articles.txt").exists()
+    with pytest.raises(typer.BadParameter, match="holds the texts of domain code, not None"):
+        main(tmp_path / "code", size="tiny")
+    with pytest.raises(typer.BadParameter, match="holds the texts of domain None, not code"):
+        main(tmp_path / "other", size="tiny", domain="code")
+    for wrong in ({"domain": "law"}, {"sweep": ["ranks"]}):
+        with pytest.raises(typer.BadParameter, match="one of"):
+            main(tmp_path / "code", size="tiny", **wrong)
+    assert len(ran) == 4
+
+
 def test_no_passage_of_a_measured_item_is_trained_on(tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
     text = "Answer the question.\nPassage {0}.\nQuestion {1}?\nA. right and quite long words\nB. wrong\nAnswer:"

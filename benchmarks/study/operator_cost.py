@@ -10,7 +10,7 @@ from typing import Any
 BATCH, LENGTH = 8, 128
 
 
-def measure(base: Path, methods: Mapping[str, dict[str, Any]], reference: str, rounds: int = 15) -> dict[str, Any]:
+def measure(base: Path, methods: Mapping[str, dict[str, Any]], reference: str, rounds: int = 11) -> dict[str, Any]:
     """Take steps of all methods in turns on one base, so that what slows the machine slows all of them.
 
     Args:
@@ -28,9 +28,10 @@ def measure(base: Path, methods: Mapping[str, dict[str, Any]], reference: str, r
     from benchmarks.training_cost import measure_times
     from pat_serve.server.analysis.statistics import paired_ratio, percentile
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
     options = Namespace(
-        hidden=model.config.hidden_size, vocab=model.config.vocab_size, device="cpu", dtype="float32", clock="wall",
+        hidden=model.config.hidden_size, vocab=model.config.vocab_size, device=device, dtype="float32", clock="wall",
         batch=BATCH, length=LENGTH, accumulation=1, gradient_checkpointing=False, rounds=rounds,
     )  # fmt: skip
     times, trained = measure_times(options, model, {name: dict(settings) for name, settings in methods.items()})
