@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.exported import export, train_and_export
-from benchmarks.study import measuring, runs
+from benchmarks.study import measuring, operator_cost, runs
 from benchmarks.study.dense_operator import DenseModule
 from benchmarks.study.methods import ALIGNED, SWEEPS, Job
 from benchmarks.study.separate_masks import SeparateMasks, align, common_channels, uneven_widths, writer_scores
@@ -169,3 +169,18 @@ def test_a_run_that_diverges_is_a_result(tiny_base: Path, rows: Path, tmp_path: 
     method = {"rotate": "none", "mask_start": "zero", "gate": "anneal", "learning_rate": 1e25, "max_grad_norm": 1e30}
     [line] = runs.run(tmp_path, Job(name="x", ratio=0.25, seed=0, method=method), 12, width)
     assert "finite" in line["diverged"]
+
+
+def test_operators_take_turns_and_their_numbers_are_counted(tiny_base: Path) -> None:
+    runs.register()
+    names = ["the default", "the default, HIO 8", "the default, dense operator"]
+    costs = operator_cost.measure(tiny_base, {name: SWEEPS["hio"].methods[name] for name in names}, names[0], rounds=2)
+    hidden, layers = (
+        json.loads((tiny_base / "config.json").read_text())[k] for k in ("hidden_size", "num_hidden_layers")
+    )
+    writers = 2 * layers + 1
+    none, eight, dense = (costs[name]["trained_parameters"] for name in names)
+    assert eight - none == writers * 2 * 8 * hidden
+    assert dense - none == writers * hidden**2
+    assert costs["the default"]["relative"] == 1
+    assert all(cost["low"] <= cost["relative"] <= cost["high"] and cost["step_s"] > 0 for cost in costs.values())
