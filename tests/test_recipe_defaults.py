@@ -115,7 +115,14 @@ def test_force_measures_anew(rows: Path, tiny_base: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("rotate", "energy"), ("gate", "cut"), ("hio_rank", 8), ("mask_learning_rate", 0.1), ("identity_weight", 0.5)],
+    [
+        ("rotate", "energy"),
+        ("gate", "cut"),
+        ("hio_rank", 8),
+        ("mask_learning_rate", 0.1),
+        ("identity_weight", 0.5),
+        ("narrow", "off"),
+    ],
 )
 def test_a_method_that_prunes_nothing_takes_no_setting_of_pruning(name: str, value: object) -> None:
     asked = recipe(method="lora", **{name: value})

@@ -118,6 +118,8 @@ class TrainRecipe(pydantic.BaseModel):
     distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
     # The paper's 1; 0 leaves the identity loss out (docs/study.md).
     identity_weight: float = pydantic.Field(default=1.0, ge=0)
+    # Train on the kept channels alone where the cut stands before the first step (narrow.py).
+    narrow: Literal["auto", "off"] = "auto"
 
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = (TENSORBOARD,)
     logging_steps: int = pydantic.Field(default=10, ge=1)
@@ -218,7 +220,7 @@ class TrainRecipe(pydantic.BaseModel):
         return TrainRecipe.build(self.model_dump() | chosen, "recipe")
 
     def _refuse_pruning_settings(self) -> None:
-        for name in (*UNPRUNED, "hio_rank", "mask_learning_rate", "milestone_share", "identity_weight"):
+        for name in (*UNPRUNED, "hio_rank", "mask_learning_rate", "milestone_share", "identity_weight", "narrow"):
             value, default = getattr(self, name), TrainRecipe.model_fields[name].default
             # A preset's value says nothing of what the user wants.
             if value not in (default, PAPER.get(name, default)):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pat_serve.training.config import TrainRecipe
 from pat_serve.training.hsm import HybridModule, SharedMask
 from pat_serve.training.methods.pat import Pat
 
@@ -41,6 +42,11 @@ class DensePat(Pat):
     """PAT as it is, but for its operators."""
 
     name: ClassVar[str] = "pat-dense-operator"
+
+    @classmethod
+    def stays_wide(cls, recipe: TrainRecipe) -> str | None:
+        """Always, whatever the recipe's rank says."""
+        return super().stays_wide(recipe) or "its operators mix channels before some of them go"
 
     def make_hsm(self, site: str, rank: int) -> HybridModule:
         """Dense on every writer, whatever the recipe's rank."""

@@ -30,9 +30,11 @@ def measure(base: Path, methods: Mapping[str, dict[str, Any]], reference: str, r
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
+    config = model.config
     options = Namespace(
-        hidden=model.config.hidden_size, vocab=model.config.vocab_size, device=device, dtype="float32", clock="wall",
-        batch=BATCH, length=LENGTH, accumulation=1, gradient_checkpointing=False, rounds=rounds,
+        hidden=config.hidden_size, layers=config.num_hidden_layers, vocab=config.vocab_size, device=device,
+        dtype="float32", clock="wall", batch=BATCH, length=LENGTH, accumulation=1, gradient_checkpointing=False,
+        rounds=rounds,
     )  # fmt: skip
     times, trained = measure_times(options, model, {name: dict(settings) for name, settings in methods.items()})
     costs = {}

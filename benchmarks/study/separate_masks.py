@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pat_serve.architectures import HIDDEN, Family
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import AxisCut, PruningPlan
+from pat_serve.training.config import TrainRecipe
 from pat_serve.training.hsm import HybridModule, SharedMask
 from pat_serve.training.losses import count_loss, push_loss
 from pat_serve.training.methods.base import Method
@@ -40,6 +41,11 @@ class SeparateMasks(Pat):
     profile: ClassVar[Literal["one", "even", "uneven"]] = "even"
     aligns: ClassVar[bool] = False
     scores: ClassVar[Mapping[str, Tensor]] = {}
+
+    @classmethod
+    def stays_wide(cls, recipe: TrainRecipe) -> str | None:
+        """Always: what one writer cuts another may keep."""
+        return super().stays_wide(recipe) or "its writers keep channels of their own"
 
     def attach(self, model: nn.Module, num_layers: int) -> None:
         """The shared mask is there for its schedule and is never applied."""

@@ -125,6 +125,13 @@ def train(
             "the rotation, kept without one)."
         ),
     ] = None,
+    narrow: Annotated[
+        str | None,
+        Flag(
+            help="off: train at the base's full width, also where the kept channels alone would do (--gate cut without "
+            "operators, teacher and 4-bit base); the result is the same. [default: auto]"
+        ),
+    ] = None,
     milestone_share: Annotated[
         float | None, Flag(help="Share of the run after which the gate would be hard. [default: 1/3]")
     ] = None,
