@@ -26,6 +26,7 @@ from pat_serve.architectures import FAMILIES
 from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio, percentile
 from pat_serve.training.config import PAPER, TrainRecipe
 from pat_serve.training.insert import adapt
+from pat_serve.training.methods import METHODS as PRUNERS
 from pat_serve.training.narrow import narrow_model
 
 # The paper matches PAT (LoRA 20 and HIO 200) with LoRA 64 in parameters; LoRA 20 is the same adapter without PAT.
@@ -64,11 +65,16 @@ def make_base(options: argparse.Namespace) -> Any:
         torch.set_default_dtype(torch.float32)
 
 
-def make_step(base: Any, name: str, options: argparse.Namespace) -> Callable[[], None]:
-    """A function that takes one optimizer step of a method, as pat-train takes it."""
-    recipe = TrainRecipe(model="random", data="random", **METHODS[name]).resolved(tied=False, prunes=name in PRUNING)
-    recipe = recipe.model_copy(update=UNCALIBRATED)
-    width = options.hidden * 3 // 4 if name in PRUNING else options.hidden
+def recipe_of(settings: dict[str, Any]) -> TrainRecipe:
+    """A method's settings, resolved, without what is only measured."""
+    recipe = TrainRecipe(model="random", data="random", **settings)
+    return recipe.resolved(tied=False, prunes=PRUNERS[recipe.method].prunes).model_copy(update=UNCALIBRATED)
+
+
+def make_step(base: Any, settings: dict[str, Any], options: argparse.Namespace) -> tuple[Callable[[], None], int]:
+    """A function that takes one optimizer step of a method, as pat-train takes it, and how many numbers it trains."""
+    recipe = recipe_of(settings)
+    width = options.hidden * 3 // 4 if PRUNERS[recipe.method].prunes else options.hidden
     # In float32 whatever the base: the default dtype would make LoRA's factors.
     model, method = adapt(base, FAMILIES["llama"], recipe, width, TOTAL_STEPS)
     if method.stays_wide(recipe) is None:
@@ -94,33 +100,37 @@ def make_step(base: Any, name: str, options: argparse.Namespace) -> Callable[[],
         if options.device == "cuda":
             torch.cuda.synchronize()
 
-    return step
+    return step, sum(parameter.numel() for parameter in trained)
 
 
-def measure_times(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every step by method, in turns; the i-th of each belong together."""
-    base = make_base(options)
+def measure_times(
+    options: argparse.Namespace, base: Any, methods: dict[str, dict[str, Any]]
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of every step by method, in turns, of which the i-th of each belong together; and what each trains."""
     shared = {id(parameter): parameter for parameter in base.parameters()}
-    steps = {}
-    for name in options.methods:
+    steps, trained = {}, {}
+    for name, settings in methods.items():
         # Cut down in place, a shared one would be narrow for all.
-        steps[name] = make_step(copy.deepcopy(base, {} if name == "pat" else dict(shared)), name, options)
+        recipe = recipe_of(settings)
+        narrows = PRUNERS[recipe.method].stays_wide(recipe) is None
+        own = copy.deepcopy(base, {} if narrows else dict(shared))
+        steps[name], trained[name] = make_step(own, settings, options)
     for step in steps.values():  # the first one makes the optimizer's state
         step()
     # One thread's own seconds are what is left to compare by on a machine that others load.
     clock = time.process_time if options.clock == "process" else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in options.methods}
+    times: dict[str, list[float]] = {name: [] for name in methods}
     for number in range(options.rounds):
-        for name in options.methods if number % 2 == 0 else reversed(options.methods):
+        for name in list(methods) if number % 2 == 0 else reversed(methods):
             began = clock()
             steps[name]()
             times[name].append(clock() - began)
-    return times
+    return times, trained
 
 
 def measure_memory(name: str, options: argparse.Namespace) -> int:
     """Peak bytes of this process over two steps of one method: allocated on the GPU, or resident."""
-    step = make_step(make_base(options), name, options)
+    step, _ = make_step(make_base(options), METHODS[name], options)
     for _ in range(2):
         step()
     if options.device == "cuda":
@@ -182,7 +192,8 @@ def main() -> None:
     for name in options.methods:
         command = [sys.executable, *sys.argv, "--memory-of", name]
         peaks[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-    result = {"settings": vars(options), **summary(measure_times(options), peaks)}
+    times, _ = measure_times(options, make_base(options), {name: METHODS[name] for name in options.methods})
+    result = {"settings": vars(options), **summary(times, peaks)}
     if options.json:
         print(json.dumps(result, indent=2))
     else:

@@ -50,6 +50,19 @@ def preset(name: str) -> dict[str, Any]:
     return presets[name]
 
 
+def auto_hio_rank(gate: str, hidden_size: int) -> int:
+    """The rule of thumb for the operator's rank R (docs/study.md, docs/ablation.md).
+
+    Where channels are cut from the start, none: LoRA on the same linears does what the operator would. Where the mask
+    is trained, the paper's share of the width (200 of 4096), in multiples of 8.
+
+    Args:
+        gate: of the resolved recipe.
+        hidden_size: D, of the base.
+    """
+    return 0 if gate == "cut" else max(8, hidden_size * 200 // 4096 // 8 * 8)
+
+
 class TrainRecipe(pydantic.BaseModel):
     """Settings of a run; the defaults are the paper's (method PAT) where it names them.
 
@@ -153,6 +166,12 @@ class TrainRecipe(pydantic.BaseModel):
             return names
         return tuple(name.strip() for name in names.split(",") if name.strip() not in ("", "none"))
 
+    @pydantic.field_validator("hio_rank", mode="before")
+    @classmethod
+    def _auto_rank(cls, rank: object) -> object:
+        """`auto`, in words or as nothing, is decided when the gate and the width are known."""
+        return None if rank == "auto" else rank
+
     @pydantic.field_validator("lr_scheduler")
     @classmethod
     def _known_scheduler(cls, name: str) -> str:
@@ -213,13 +232,8 @@ class TrainRecipe(pydantic.BaseModel):
                 )
 
     def resolved_hio_rank(self, hidden_size: int) -> int:
-        """The HIO's rank R: as given, or the paper's share of the width (200 of 4096), in multiples of 8.
-
-        None where channels are cut from the start: LoRA on the same linears does what the operator would.
-        """
-        if self.hio_rank is not None:
-            return self.hio_rank
-        return 0 if self.gate == "cut" else max(8, hidden_size * 200 // 4096 // 8 * 8)
+        """The HIO's rank R: as given, or by the rule of thumb (`auto_hio_rank`)."""
+        return auto_hio_rank(self.gate, hidden_size) if self.hio_rank is None else self.hio_rank
 
     def resolved_warmup_steps(self, total_steps: int) -> int:
         """The paper's 100 steps, or a tenth of a run that is shorter than 1,000."""

@@ -170,6 +170,10 @@ class HybridModule(nn.Module):
         with torch.no_grad():
             self.scale_D.clamp_(min=LEAST_SCALE)
 
+    def orthonormal(self) -> Tensor:
+        """What the identity loss keeps the rows of orthonormal: L0 (R, D)."""
+        return self.l0_RD
+
     def operator(self) -> HybridFold:
         """The live parameters as a fold."""
         return HybridFold(l0_RD=self.l0_RD, l1_DR=self.l1_DR, scale_D=self.scale_D)

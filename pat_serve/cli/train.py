@@ -112,8 +112,11 @@ def train(
         float | None, Flag(help="Share of the loss that is KL to the dense base, in [0, 1). [default: 0]")
     ] = None,
     hio_rank: Annotated[
-        int | None,
-        Flag(help="Rank of the hybrid operators. [default: 0 with --gate cut, else 200 of 4096, in proportion]"),
+        str | None,
+        Flag(
+            help="Rank of the hybrid operators, or auto: 0 with --gate cut, else 200 of 4096, in proportion. "
+            "[default: auto]"
+        ),
     ] = None,
     tied_embeddings: Annotated[
         str | None,

@@ -67,10 +67,14 @@ class Pat(Method):
         kept_tied = {EMBEDDING} if self.recipe.tied_embeddings != "untie" and _tied(model) else set()
         for site in self.family.residual_writers(num_layers):
             writer = model.get_submodule(site)
-            hsm = HybridModule(self.hidden_size, 0 if site in kept_tied else rank, self.mask)
+            hsm = self.make_hsm(site, 0 if site in kept_tied else rank)
             writer.add_module("hsm", hsm)
             writer.register_forward_hook(_run_hsm)
             self.hsms[site] = hsm
+
+    def make_hsm(self, site: str, rank: int) -> HybridModule:
+        """The HSM behind one residual writer; what studies another kind of operator or of mask overrides this."""
+        return HybridModule(self.hidden_size, rank, self.mask)
 
     def modules(self) -> dict[str, nn.Module]:
         """The mask and every HSM."""
@@ -127,7 +131,7 @@ class Pat(Method):
 
     def losses(self) -> dict[str, Tensor]:
         """Mask losses while the mask moves; the weighted identity loss over all HSMs throughout."""
-        factors = [whole(hsm.l0_RD) for hsm in self.hsms.values() if len(hsm.l0_RD)]
+        factors = [whole(hsm.orthonormal()) for hsm in self.hsms.values() if len(hsm.l0_RD)]
         weight = self.recipe.identity_weight
         terms = {"identity_loss": weight * identity_loss(factors)} if factors and weight else {}
         if not self.mask.frozen and self.mask.schedule.trains_mask:
