@@ -6,7 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 
 from pat_serve.atomic import check_vacant, new_folder
 from pat_serve.errors import DiskFull, UsageError
+from pat_serve.export.base_files import BaseFiles
 from pat_serve.export.card import model_card, provenance
 from pat_serve.export.fit import check_fitness
 from pat_serve.export.formats.gguf import require_gguf, write_gguf
@@ -102,7 +103,7 @@ def export_run(
         )
     if scheme and parity:
         require_compressed_tensors()
-    run = open_run(ckpt, base)
+    run = open_run(ckpt, base, hash_weights=False)
     check_vacant(out, force=force, inputs=[run.base.folder])
     fitness = check_fitness(run, tp, scheme)
     target = run.base.dtype if dtype == "auto" else DTYPES[dtype]
@@ -110,9 +111,12 @@ def export_run(
         require_gguf(narrow_config(run, target), run.base.folder, quantized=scheme is not None)
     # 8-bit weights are made from the exact float32 ones, which are proven first.
     written = torch.float32 if scheme else target
-    _check_fits(run, out, [written, *([target] if scheme else []), *([target] if gguf else [])])
-    with _room_on_disk(out), new_folder(out, replace=force) as staging:
-        _write_model(run, staging, written, max_shard_bytes, runs_in=target)
+    with ExitStack() as stack:
+        base_files = stack.enter_context(BaseFiles(run))
+        _check_fits(run, out, [written, *([target] if scheme else []), *([target] if gguf else [])])
+        stack.enter_context(_room_on_disk(out))
+        staging = stack.enter_context(new_folder(out, replace=force))
+        hashes = _write_model(run, staging, written, max_shard_bytes, runs_in=target, meanwhile=base_files.poll)
         outcome = _prove(run, staging, written, out, runs_in=target, walk=walk, scorer=scorer) if parity else None
         quality = quantize_export(run, staging, scheme, target, max_shard_bytes, out, parity) if scheme else None
         _carry_files(run, staging)
@@ -120,10 +124,11 @@ def export_run(
             write_gguf(staging)
         kept = {"quality": accept(staging, run.base.folder)} if accept else {}
         record = provenance(run, _name(target), outcome, scheme, quality, fitness) | kept
-        record["files"] = hash_files(staging)
+        record["files"] = hash_files(staging, {} if scheme else hashes)
         (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         measured = quality_section(record["quality"]) if kept else None
         (staging / "README.md").write_text(model_card(record, measured), encoding="utf-8")
+        base_files.require()
     return Exported(out=out, record=record, parity=outcome, quality=quality)
 
 
@@ -194,14 +199,25 @@ def _check_fits(run: Run, out: Path, dtypes: list[torch.dtype]) -> None:
 
 
 def _write_model(
-    run: Run, folder: Path, dtype: torch.dtype, max_shard_bytes: int, runs_in: torch.dtype | None = None
-) -> None:
+    run: Run,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    runs_in: torch.dtype | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> dict[str, str]:
+    """Write config and weights; `meanwhile` is called between blocks, to end it early. SHA-256 of the weight files."""
+
+    def advance(done_bytes: int) -> None:
+        show(done_bytes)
+        meanwhile()
+
     shapes = narrow_shapes(run)
     rewriting = rewriting_of(run, dtype, runs_in)
     total_bytes = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
     with (
         WeightFiles(folder, shapes, dtype, max_shard_bytes) as files,
-        byte_progress(f"write {_name(dtype)} weights", total_bytes) as advance,
+        byte_progress(f"write {_name(dtype)} weights", total_bytes) as show,
     ):
         write_blocks(files, shapes, rewriting.blocks, advance)
     config = json.dumps(narrow_config(run, dtype), indent=2)
@@ -209,6 +225,7 @@ def _write_model(
     if len(files.shards) > 1:
         document = json.dumps(index_document(files.shards, shapes, dtype), indent=2)
         (folder / "model.safetensors.index.json").write_text(document + "\n", encoding="utf-8")
+    return files.sha256
 
 
 def _carry_files(run: Run, folder: Path) -> None:

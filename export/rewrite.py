@@ -14,20 +14,96 @@ What families add, each exact:
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pat_serve.architectures import EMBEDDING, HIDDEN, TensorSpec
 from pat_serve.export.adapter import LoraUpdate
-from pat_serve.hybrid import HybridFold, fold_columns, fold_rows
+from pat_serve.hybrid import HybridFold
 from pat_serve.plan import AxisCut
 
 
-def merge_lora(weight_OI: Tensor, update: LoraUpdate) -> Tensor:
-    """W + scaling * B A, in the weight's dtype."""
-    dtype = weight_OI.dtype
-    return torch.addmm(weight_OI, update.b_OR.to(dtype), update.a_RI.to(dtype), alpha=update.scaling)
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """LoRA, operator and cut of one weight as a single thin product, which an export's time is made of.
+
+    A writer's (D, n) columns become s (W[K] + outer [l0 W; inner]): with B' = B + L1 L0 B, that is T (W + c B A) on the
+    rows K, where outer is [L1 | c B'][K] and inner A. A table's or reader's (n, D) rows become s (W[:, K] +
+    [W l0^T | inner] outer), where outer is [L1^T; c A'][:, K] and inner B.
+
+    Attributes:
+        first: the hidden axis is the weight's first.
+        kept: int64 indices K of the hidden axis.
+        l0_RD: of the operator; None where it has no rank.
+        outer: (K, S) or (S, K), S the ranks of operator and update together; None where S is 0.
+        inner: the update's half that runs along the other axis, (r, n) or (n, r); None without an update.
+        scale_K: s of the kept channels; None without an operator.
+    """
+
+    first: bool
+    kept: Tensor
+    l0_RD: Tensor | None = None
+    outer: Tensor | None = None
+    inner: Tensor | None = None
+    scale_K: Tensor | None = None
+
+    def part(self, start: int, stop: int) -> Fused:
+        """The same for a run of a writer's columns, or of another weight's rows."""
+        if self.inner is None:
+            return self
+        return replace(self, inner=self.inner[:, start:stop] if self.first else self.inner[start:stop])
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """The kept rows or columns of a weight, or of a bias along the hidden axis, with everything folded in."""
+        if weight.dim() == 1:
+            return self.apply(weight[:, None])[:, 0]
+        narrow = weight.index_select(0 if self.first else 1, self.kept)
+        if self.outer is not None and self.first:
+            thin = [
+                *([] if self.l0_RD is None else [self.l0_RD @ weight]),
+                *([] if self.inner is None else [self.inner]),
+            ]
+            narrow.addmm_(self.outer, torch.cat(thin))
+        elif self.outer is not None:
+            thin = [
+                *([] if self.l0_RD is None else [weight @ self.l0_RD.T]),
+                *([] if self.inner is None else [self.inner]),
+            ]
+            narrow.addmm_(torch.cat(thin, dim=1), self.outer)
+        if self.scale_K is not None:
+            narrow.mul_(self.scale_K[:, None] if self.first else self.scale_K)
+        return narrow
+
+
+def fuse(spec: TensorSpec, kept: Tensor, fold: HybridFold | None, update: LoraUpdate | None) -> Fused:
+    """What `Fused` needs, computed once for a weight.
+
+    Args:
+        spec: the weight's line in the architecture table; one of its axes is the hidden one.
+        kept: int64 indices of the hidden axis.
+        fold: the operator that follows the module, for a residual writer; in the dtype to compute in.
+        update: the LoRA update of the module, in the dtype to compute in; never for a bias.
+    """
+    first = spec.axes[0] == HIDDEN
+    low_rank = fold if fold is not None and fold.rank else None
+    outer = [low_rank.l1_DR if first else low_rank.l1_DR.T] if low_rank else []
+    if update is not None:
+        half = (update.b_OR if first else update.a_RI) * update.scaling
+        if low_rank and first:
+            half = torch.addmm(half, low_rank.l1_DR, low_rank.l0_RD @ half)
+        elif low_rank:
+            half = torch.addmm(half, half @ low_rank.l0_RD.T, low_rank.l1_DR.T)
+        outer.append(half)
+    return Fused(
+        first=first,
+        kept=kept,
+        l0_RD=low_rank.l0_RD if low_rank else None,
+        outer=torch.cat(outer, dim=1 if first else 0).index_select(0 if first else 1, kept) if outer else None,
+        inner=None if update is None else (update.a_RI if first else update.b_OR),
+        scale_K=None if fold is None else fold.scale_D[kept],
+    )
 
 
 def norm_gain_factor(cut: AxisCut) -> float:
@@ -53,8 +129,7 @@ def rewrite_tensor(
     tensor: Tensor,
     spec: TensorSpec,
     cut: AxisCut,
-    fold: HybridFold | None,
-    update: LoraUpdate | None,
+    fused: Fused | None,
     *,
     norm_offset: float = 0.0,
     embedding: float = 1.0,
@@ -66,8 +141,7 @@ def rewrite_tensor(
         tensor: weight or bias, already in the dtype to compute in (float32 or better).
         spec: its line in the architecture table.
         cut: the hidden axis.
-        fold: the operator that follows its module, for a residual writer.
-        update: the LoRA update of its module; never for a bias.
+        fused: what is merged, folded and cut, for a tensor with a hidden axis that is no norm's.
         norm_offset: the family's.
         embedding: e, 1 where the embedding is not scaled.
         tied_scale_K: for the final norm of a model whose head stays tied, the s of the kept channels.
@@ -75,21 +149,14 @@ def rewrite_tensor(
     Returns:
         the rewritten tensor in the same dtype.
     """
-    if update is not None:
-        tensor = merge_lora(tensor, update)
     if spec.hidden_norm:
         factor: Tensor | float = norm_gain_factor(cut)
         if tied_scale_K is not None:
             factor = factor / (embedding * tied_scale_K)
         # factor * (offset + w) - offset, in a form that leaves w as it is where the factor is 1.
         return tensor[cut.kept] * factor + norm_offset * (factor - 1)
-    if fold is not None:
-        fold = fold.to(tensor.dtype)
-        # An embedding holds the hidden axis last, a linear first; a bias has only the first.
-        tensor = fold_columns(tensor, fold) if spec.axes[-1] == HIDDEN else fold_rows(tensor, fold)
-    for dimension, axis in enumerate(spec.axes[: tensor.dim()]):
-        if axis == HIDDEN:
-            tensor = tensor.index_select(dimension, cut.kept)
+    if fused is not None:
+        tensor = fused.apply(tensor)
     if spec.module == EMBEDDING:
         tensor = tensor * embedding
     if spec.head_norm:

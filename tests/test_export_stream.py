@@ -43,6 +43,7 @@ def test_the_blocks_change_nothing(run: Path, tmp_path: Path, monkeypatch: pytes
     names = list(narrow_shapes(opened))
     whole = dict(narrow_tensors(opened, names, torch.float32))
     monkeypatch.setattr(blocks, "_BLOCK_NUMBERS", 700)
+    monkeypatch.setattr(blocks, "_PRODUCT_NUMBERS", 1300)
     out = export_run(run, tmp_path / "out", max_shard_bytes=100_000, parity=False).out
     written: dict[str, torch.Tensor] = {}
     for path in out.glob("*.safetensors"):
@@ -97,6 +98,7 @@ def test_a_thread_keeps_little_in_memory(run: Path):
     largest = max(entry.size_bytes for entry in opened.base.tensors.values() if entry.shape[0] == 64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "_BLOCK_NUMBERS", 256)
+        patch.setattr(blocks, "_PRODUCT_NUMBERS", 256)
         rewriting = rewriting_of(opened, torch.bfloat16)
         for name in narrow_shapes(opened):
             for _ in rewriting.blocks(name, scratch):
