@@ -48,6 +48,10 @@ class Scratch:
             memory = self._memory[use] = torch.empty(size_bytes, dtype=torch.uint8)
         return memory[:size_bytes]
 
+    def tensor(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor in the memory of one use."""
+        return self.take(use, prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
 
 class Rewriting:
     """The rewriting of a run's tensors in blocks of a megabyte; safe to share between threads.
@@ -116,12 +120,12 @@ class Rewriting:
             for start in range(0, entry.shape[0], rows):
                 stop = min(start + rows, entry.shape[0])
                 block = self._read(entry, name, scratch, start, stop)
-                narrow = self._rewrite(block, job.part(start, stop))
+                narrow = self._rewrite(block, job.part(start, stop), scratch)
                 yield self._checked(narrow.to(self._dtype).contiguous(), name)
         elif len(entry.shape) == 2:
             yield self._columns(entry, name, job, scratch)
         else:
-            narrow = self._rewrite(self._read(entry, name, scratch), job)
+            narrow = self._rewrite(self._read(entry, name, scratch), job, scratch)
             yield self._checked(narrow.to(self._dtype).contiguous(), name)
 
     def _columns(self, entry: TensorEntry, name: str, job: _Job, scratch: Scratch) -> Tensor:
@@ -131,18 +135,29 @@ class Rewriting:
         if self._device == "meta":
             narrow = torch.empty(shape, dtype=self._dtype, device="meta")
         else:
-            narrow = scratch.take("output", prod(shape) * self._dtype.itemsize).view(self._dtype).view(shape)
+            narrow = scratch.tensor("output", shape, self._dtype)
         stored = self._stored(entry, scratch)
         columns = max(1, (self._product_numbers if job.thick else self._block_numbers) // entry.shape[0])
         for start in range(0, width, columns):
             stop = min(start + columns, width)
-            block = self._finite(stored[:, start:stop].to(self._compute), entry, name)
-            narrow[:, start:stop] = self._rewrite(block, job.part(start, stop))
+            block = self._finite(self._widened(stored[:, start:stop], scratch), entry, name)
+            narrow[:, start:stop] = self._rewrite(block, job.part(start, stop), scratch)
         return self._checked(narrow, name)
 
-    def _rewrite(self, tensor: Tensor, job: _Job) -> Tensor:
+    def _widened(self, stored: Tensor, scratch: Scratch) -> Tensor:
+        """The same numbers in the dtype to compute in."""
+        if stored.is_meta or stored.dtype == self._compute:
+            return stored.to(self._compute)
+        return scratch.tensor("wide", tuple(stored.shape), self._compute).copy_(stored)
+
+    def _rewrite(self, tensor: Tensor, job: _Job, scratch: Scratch) -> Tensor:
         if job.rotation is not None:
             tensor = rotate_tensor(tensor, job.spec, self._run.base.family, job.rotation, job.gain_D)
+        out = None
+        if job.fused is not None and tensor.dim() == 2 and not tensor.is_meta:
+            shape = list(tensor.shape)
+            shape[0 if job.fused.first else 1] = len(job.fused.kept)
+            out = scratch.tensor("narrow", tuple(shape), self._compute)
         return rewrite_tensor(
             tensor,
             job.spec,
@@ -151,6 +166,7 @@ class Rewriting:
             norm_offset=self._run.base.family.norm_offset,
             embedding=self._embedding,
             tied_scale_K=job.tied_scale_K,
+            out=out,
         )
 
     def _job(self, name: str) -> _Job:
@@ -189,7 +205,7 @@ class Rewriting:
         return fold.scale_D.to(self._device, self._compute)[self._cut.kept]
 
     def _read(self, entry: TensorEntry, name: str, scratch: Scratch, start: int = 0, stop: int | None = None) -> Tensor:
-        return self._finite(self._stored(entry, scratch, start, stop).to(self._compute), entry, name)
+        return self._finite(self._widened(self._stored(entry, scratch, start, stop), scratch), entry, name)
 
     def _stored(self, entry: TensorEntry, scratch: Scratch, start: int = 0, stop: int | None = None) -> Tensor:
         stop = entry.shape[0] if stop is None else stop

@@ -95,9 +95,14 @@ def narrow_tensors(
         dtype: to write. The rewriting itself runs in float32, or in float64 for a float64 base.
         runs_in: dtype in which the model will run, which rounds the factor of a scaled embedding; `dtype` by default.
     """
-    rewriting = rewriting_of(run, dtype, runs_in)
+    rewriting, shapes, scratch = rewriting_of(run, dtype, runs_in), narrow_shapes(run), Scratch()
     for name in names:
-        yield name, torch.cat(list(rewriting.blocks(name, Scratch())))
+        whole, done = torch.empty(shapes[name], dtype=dtype), 0
+        for block in rewriting.blocks(name, scratch):
+            # A block is gone when the next one is asked for.
+            whole[done : done + len(block)] = block
+            done += len(block)
+        yield name, whole
 
 
 def rewriting_of(run: Run, dtype: torch.dtype, runs_in: torch.dtype | None = None, device: str = "cpu") -> Rewriting:

@@ -27,51 +27,56 @@ from pat_serve.plan import AxisCut
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """LoRA, operator and cut of one weight as a single thin product, which an export's time is made of.
+    """Merge, fold and cut of one weight, in two thin products on what stays: an export's time is made of these.
 
-    A writer's (D, n) columns become s (W[K] + outer [l0 W; inner]): with B' = B + L1 L0 B, that is T (W + c B A) on the
-    rows K, where outer is [L1 | c B'][K] and inner A. A table's or reader's (n, D) rows become s (W[:, K] +
-    [W l0^T | inner] outer), where outer is [L1^T; c A'][:, K] and inner B.
+    T (W + c B A) on the rows K is s (W[K] + L1[K] (L0 W) + B'[K] A) with B' = c (B + L1 L0 B), and in the same way on
+    the columns of a weight whose last axis is the hidden one.
 
     Attributes:
         first: the hidden axis is the weight's first.
         kept: int64 indices K of the hidden axis.
-        l0_RD: of the operator; None where it has no rank.
-        outer: (K, S) or (S, K), S the ranks of operator and update together; None where S is 0.
-        inner: the update's half that runs along the other axis, (r, n) or (n, r); None without an update.
+        l0_RD: the operator's first factor; None where it has no rank.
+        l1_KR: the kept rows of its second one.
+        along: the update's half along the hidden axis, (K, r) or (r, K), scaled and folded; None without an update.
+        across: its other half, (r, n) or (n, r).
         scale_K: s of the kept channels; None without an operator.
     """
 
     first: bool
     kept: Tensor
     l0_RD: Tensor | None = None
-    outer: Tensor | None = None
-    inner: Tensor | None = None
+    l1_KR: Tensor | None = None
+    along: Tensor | None = None
+    across: Tensor | None = None
     scale_K: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Fused:
-        """The same for a run of a writer's columns, or of another weight's rows."""
-        if self.inner is None:
+        """The same for a run of columns where the hidden axis is the first, of rows where it is the last."""
+        if self.across is None:
             return self
-        return replace(self, inner=self.inner[:, start:stop] if self.first else self.inner[start:stop])
+        return replace(self, across=self.across[:, start:stop] if self.first else self.across[start:stop])
 
-    def apply(self, weight: Tensor) -> Tensor:
-        """The kept rows or columns of a weight, or of a bias along the hidden axis, with everything folded in."""
+    def apply(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """The kept rows or columns of a weight, or of a bias along the hidden axis, with everything folded in.
+
+        Args:
+            weight: in the dtype to compute in.
+            out: memory for the result; new memory by default, and for a bias.
+        """
         if weight.dim() == 1:
             return self.apply(weight[:, None])[:, 0]
-        narrow = weight.index_select(0 if self.first else 1, self.kept)
-        if self.outer is not None and self.first:
-            thin = [
-                *([] if self.l0_RD is None else [self.l0_RD @ weight]),
-                *([] if self.inner is None else [self.inner]),
-            ]
-            narrow.addmm_(self.outer, torch.cat(thin))
-        elif self.outer is not None:
-            thin = [
-                *([] if self.l0_RD is None else [weight @ self.l0_RD.T]),
-                *([] if self.inner is None else [self.inner]),
-            ]
-            narrow.addmm_(torch.cat(thin, dim=1), self.outer)
+        dimension = 0 if self.first else 1
+        if out is None:
+            narrow = weight.index_select(dimension, self.kept)
+        else:
+            narrow = torch.index_select(weight, dimension, self.kept, out=out)
+        if self.l0_RD is not None and self.l1_KR is not None:
+            if self.first:
+                narrow.addmm_(self.l1_KR, self.l0_RD @ weight)
+            else:
+                narrow.addmm_(weight @ self.l0_RD.T, self.l1_KR.T)
+        if self.along is not None and self.across is not None:
+            narrow.addmm_(*((self.along, self.across) if self.first else (self.across, self.along)))
         if self.scale_K is not None:
             narrow.mul_(self.scale_K[:, None] if self.first else self.scale_K)
         return narrow
@@ -87,21 +92,23 @@ def fuse(spec: TensorSpec, kept: Tensor, fold: HybridFold | None, update: LoraUp
         update: the LoRA update of the module, in the dtype to compute in; never for a bias.
     """
     first = spec.axes[0] == HIDDEN
-    low_rank = fold if fold is not None and fold.rank else None
-    outer = [low_rank.l1_DR if first else low_rank.l1_DR.T] if low_rank else []
+    ranked = fold if fold is not None and fold.rank else None
+    along = across = None
     if update is not None:
-        half = (update.b_OR if first else update.a_RI) * update.scaling
-        if low_rank and first:
-            half = torch.addmm(half, low_rank.l1_DR, low_rank.l0_RD @ half)
-        elif low_rank:
-            half = torch.addmm(half, half @ low_rank.l0_RD.T, low_rank.l1_DR.T)
-        outer.append(half)
+        along, across = (update.b_OR, update.a_RI) if first else (update.a_RI, update.b_OR)
+        along = along * update.scaling
+        if ranked and first:
+            along = torch.addmm(along, ranked.l1_DR, ranked.l0_RD @ along)
+        elif ranked:
+            along = torch.addmm(along, along @ ranked.l0_RD.T, ranked.l1_DR.T)
+        along = along.index_select(0 if first else 1, kept)
     return Fused(
         first=first,
         kept=kept,
-        l0_RD=low_rank.l0_RD if low_rank else None,
-        outer=torch.cat(outer, dim=1 if first else 0).index_select(0 if first else 1, kept) if outer else None,
-        inner=None if update is None else (update.a_RI if first else update.b_OR),
+        l0_RD=ranked.l0_RD if ranked else None,
+        l1_KR=ranked.l1_DR.index_select(0, kept) if ranked else None,
+        along=along,
+        across=across,
         scale_K=None if fold is None else fold.scale_D[kept],
     )
 
@@ -134,6 +141,7 @@ def rewrite_tensor(
     norm_offset: float = 0.0,
     embedding: float = 1.0,
     tied_scale_K: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """One tensor of the narrow model from the wide model's.
 
@@ -145,6 +153,7 @@ def rewrite_tensor(
         norm_offset: the family's.
         embedding: e, 1 where the embedding is not scaled.
         tied_scale_K: for the final norm of a model whose head stays tied, the s of the kept channels.
+        out: memory that the result may be put in.
 
     Returns:
         the rewritten tensor in the same dtype.
@@ -156,9 +165,9 @@ def rewrite_tensor(
         # factor * (offset + w) - offset, in a form that leaves w as it is where the factor is 1.
         return tensor[cut.kept] * factor + norm_offset * (factor - 1)
     if fused is not None:
-        tensor = fused.apply(tensor)
+        tensor = fused.apply(tensor, out)
     if spec.module == EMBEDDING:
-        tensor = tensor * embedding
+        tensor = tensor * embedding if embedding != 1.0 else tensor
     if spec.head_norm:
         tensor = tensor * norm_gain_factor(cut)
     return tensor
