@@ -182,8 +182,8 @@ class Rewriting:
         axes = spec.axes if kind == "weight" else spec.axes[:1]
         if rotation is not None and kind == "weight" and not spec.hidden_norm:
             if spec.norm is not None:
-                norm = run.base.tensors[f"{spec.norm.format(i=layer)}.weight"]
-                gain_D = effective_gain(self._stored(norm, Scratch()).to(self._compute), family)
+                norm = f"{spec.norm.format(i=layer)}.weight"
+                gain_D = effective_gain(self._read(run.base.tensors[norm], norm, Scratch()), family)
             if fold is None or not fold.rank:
                 rotation, cut = self._rotation_kept, self._kept_first
                 fold = _cut_fold(fold, self._cut.kept) if fold else None

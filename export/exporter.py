@@ -25,12 +25,14 @@ from pat_serve.export.formats.quantize import quantize_export
 from pat_serve.export.formats.schemes import scheme_named
 from pat_serve.export.hashes import hash_files
 from pat_serve.export.measured import quality_section
-from pat_serve.export.narrow import dry_run, narrow_config, narrow_shapes, rewriting_of
+from pat_serve.export.model_files import check_room
+from pat_serve.export.model_files import dtype_name as _name
+from pat_serve.export.model_files import write_model as _write_model
+from pat_serve.export.narrow import dry_run, narrow_config, narrow_shapes
 from pat_serve.export.parity import EXACT, Parity, measure_parity
 from pat_serve.export.reader import Run, open_run
 from pat_serve.export.rounding import check_rounding
-from pat_serve.export.writer import WeightFiles, index_document, write_blocks
-from pat_serve.progress import byte_progress
+from pat_serve.locate import check_inside
 from pat_serve.scores import Scorer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -105,6 +107,8 @@ def export_run(
         require_compressed_tensors()
     run = open_run(ckpt, base, hash_weights=False)
     check_vacant(out, force=force, inputs=[run.base.folder])
+    # A licence that is a link to somebody's key would be published with the model.
+    check_inside(run.base.folder, _carried(run))
     fitness = check_fitness(run, tp, scheme)
     target = run.base.dtype if dtype == "auto" else DTYPES[dtype]
     if gguf:
@@ -186,54 +190,13 @@ def _check_fits(run: Run, out: Path, dtypes: list[torch.dtype]) -> None:
     """
     dry_run(run, dtypes[0])
     numbers = sum(prod(shape) for shape in narrow_shapes(run).values())
-    needed_bytes = sum(numbers * dtype.itemsize for dtype in dtypes) + _SPARE_BYTES
-    place = next(path for path in out.absolute().parents if path.exists())
-    free_bytes = shutil.disk_usage(place).free
-    if free_bytes < needed_bytes:
-        raise DiskFull(
-            place,
-            expected=f"{needed_bytes / 1e9:.2f} GB of free space",
-            found=f"{free_bytes / 1e9:.2f} GB",
-            fix="Free some space, or choose another --out.",
-        )
+    check_room(out.parent, sum(numbers * dtype.itemsize for dtype in dtypes) + _SPARE_BYTES)
 
 
-def _write_model(
-    run: Run,
-    folder: Path,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-    runs_in: torch.dtype | None = None,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> dict[str, str]:
-    """Write config and weights; `meanwhile` is called between blocks, to end it early. SHA-256 of the weight files."""
-
-    def advance(done_bytes: int) -> None:
-        show(done_bytes)
-        meanwhile()
-
-    shapes = narrow_shapes(run)
-    rewriting = rewriting_of(run, dtype, runs_in)
-    total_bytes = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
-    with (
-        WeightFiles(folder, shapes, dtype, max_shard_bytes) as files,
-        byte_progress(f"write {_name(dtype)} weights", total_bytes) as show,
-    ):
-        write_blocks(files, shapes, rewriting.blocks, advance)
-    config = json.dumps(narrow_config(run, dtype), indent=2)
-    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
-    if len(files.shards) > 1:
-        document = json.dumps(index_document(files.shards, shapes, dtype), indent=2)
-        (folder / "model.safetensors.index.json").write_text(document + "\n", encoding="utf-8")
-    return files.sha256
+def _carried(run: Run) -> list[Path]:
+    return [path for pattern in _CARRIED for path in run.base.folder.glob(pattern) if path.is_file()]
 
 
 def _carry_files(run: Run, folder: Path) -> None:
-    for pattern in _CARRIED:
-        for path in run.base.folder.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    for path in _carried(run):
+        shutil.copyfile(path, folder / path.name)

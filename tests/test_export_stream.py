@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pat_serve.errors import BrokenPlan, DiskFull
+from pat_serve.checkpoint import open_checkpoint
+from pat_serve.errors import BrokenCheckpoint, BrokenPlan, DiskFull
 from pat_serve.export import blocks, exporter
 from pat_serve.export.exporter import export_run
 from pat_serve.export.hashes import hash_files
@@ -86,6 +87,19 @@ def test_parity_of_what_was_cut_early(run: Path, tmp_path: Path):
     parity = export_run(run, tmp_path / "out").parity
     assert parity is not None
     assert parity.max_abs_over_std < 1e-4
+
+
+def test_a_norm_that_is_folded_into_others_is_checked_as_well(run: Path, tmp_path: Path):
+    opened = open_run(run)
+    base = shutil.copytree(opened.base.folder, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][0] = torch.inf
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    rewriting = rewriting_of(replace(opened, base=open_checkpoint(str(base))), torch.float32)
+    reader = "model.layers.0.self_attn.q_proj.weight" if opened.plan.rotation is not None else "unused"
+    for name in {"model.layers.0.input_layernorm.weight", reader} - {"unused"}:
+        with pytest.raises(BrokenCheckpoint, match=r"finite numbers in model\.layers\.0\.input_layernorm\.weight"):
+            list(rewriting.blocks(name, blocks.Scratch()))
 
 
 def test_a_plan_that_fits_no_tensor_fails_before_the_first_byte(run: Path, tmp_path: Path):
