@@ -126,8 +126,17 @@ def dry_run(run: Run, dtype: torch.dtype) -> None:
     Raises:
         BrokenPlan: one does not; then the plan or the adapter does not fit the base.
     """
-    rewriting = rewriting_of(run, dtype, device="meta")
-    for name, shape in narrow_shapes(run).items():
+    rewriting, shapes = rewriting_of(run, dtype, device="meta"), narrow_shapes(run)
+    for module in run.adapter:
+        # An update of a head that stays the embedding would be lost, one of that embedding would miss the head.
+        if f"{module}.weight" not in shapes or (module == EMBEDDING and _HEAD_WEIGHT not in shapes):
+            raise BrokenPlan(
+                run.folder,
+                expected="updates of tensors that the export writes as they are",
+                found=f"one of {module}, which is tied to another",
+                fix="Train with --tied-embeddings untie, or without an adapter on it.",
+            )
+    for name, shape in shapes.items():
         try:
             blocks = list(rewriting.blocks(name, Scratch()))
             found = (sum(len(block) for block in blocks), *blocks[0].shape[1:])

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from pat_serve.checkpoint import open_checkpoint
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, DiskFull
 from pat_serve.export import blocks, exporter
+from pat_serve.export.adapter import LoraUpdate
 from pat_serve.export.exporter import export_run
 from pat_serve.export.hashes import hash_files
 from pat_serve.export.narrow import dry_run, narrow_shapes, narrow_tensors, rewriting_of
 from pat_serve.export.reader import open_run
 from pat_serve.hybrid import HybridFold
-from pat_serve.plan import PruningPlan
+from pat_serve.plan import PruningPlan, file_sha256
 from tests.test_export_parity import random_run
 from tests.tiny_models import save_tiny_llama
 
@@ -145,3 +146,31 @@ def test_a_thread_keeps_little_in_memory(run: Path):
             for _ in rewriting.blocks(name, scratch):
                 pass
     assert max(taken) <= largest
+
+
+def test_an_update_without_a_tensor_of_its_own(tmp_path: Path):
+    """A tied head that stays the embedding: an update of either would change one and not the other."""
+    base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=True)
+    run = random_run(tmp_path / "run", base)
+    plan = PruningPlan.load(run)
+    scale = plan.folds["model.embed_tokens"].scale_D.clamp(min=0.5)
+    diagonal = HybridFold(l0_RD=torch.zeros(0, 64), l1_DR=torch.zeros(64, 0), scale_D=scale)
+    replace(plan, folds={**plan.folds, "model.embed_tokens": diagonal}).save(run)
+    opened = open_run(run)
+    dry_run(opened, torch.float32)
+    vocab = opened.base.tensors["model.embed_tokens.weight"].shape[0]
+    update = LoraUpdate(a_RI=torch.randn(4, 64), b_OR=torch.randn(vocab, 4), scaling=1.0)
+    for module in ("lm_head", "model.embed_tokens"):
+        with pytest.raises(BrokenPlan, match=f"found one of {module}, which is tied"):
+            dry_run(replace(opened, adapter={module: update}), torch.float32)
+
+
+def test_an_adapter_of_another_rank(run: Path, tmp_path: Path):
+    """Its scaling would be of the configuration's rank, and so another one than that of the training."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = copy / "adapter/adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 8'))
+    plan = PruningPlan.load(copy)
+    replace(plan, adapter={name: file_sha256(copy / "adapter" / name) for name in plan.adapter}).save(copy)
+    with pytest.raises(BrokenPlan, match="expected an update of rank 8, found rank 4"):
+        open_run(copy)
