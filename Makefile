@@ -27,7 +27,7 @@ demo: $(READY) ## train, prune, export, serve, ask, measure: the whole way on a 
 	$(BIN)/pat-demo --out $(OUT)
 
 study: $(READY) ## quality against speed at four ratios, with seeds: hours, goes on where it stopped; TEXTS=folder SIZE=tiny
-	$(BIN)/python -m benchmarks.study --out $(STUDY_OUT) --size $(SIZE) $(if $(TEXTS),--data $(TEXTS)) --sweep hio --sweep identity
+	$(BIN)/python -m benchmarks.study --out $(STUDY_OUT) --size $(SIZE) $(if $(TEXTS),--data $(TEXTS)) --sweep hio --sweep identity --sweep masks
 
 test: $(READY) ## the tests, real vLLM included
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not docker'

@@ -4,19 +4,23 @@ Example: python -m benchmarks.server_overhead --out overhead.json
 
 A tiny model, so that a token takes a few milliseconds and the HTTP side's cost can be seen; pat-serve with a key and
 all its checks, both with their access logs. Short rounds alternate (A B B A ...), and single requests do, so that what
-slows the machine slows both. The bars: 0.98 of vLLM's throughput, 1 ms more at the median of a request's latency, 2 s
-more until ready. CPU time of the process that answers, which a busy machine changes little, is told beside them.
+slows the machine slows both. The server whose turn it is not is stopped (SIGSTOP): vLLM's processes go on spinning for
+a while after a request, on the cores that the other one computes on. The bars: 0.98 of vLLM's throughput, 1 ms more at
+the median of a request's latency, 2 s more until ready. CPU time of the process that answers, which a busy machine
+changes little, is told beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -73,11 +77,13 @@ def measure(model: Path, scratch: Path, options: argparse.Namespace) -> dict[str
                 up[name] = kept.enter_context(start)
                 ready[name].append((up[name].ready_s, tree_cpu_s(up[name])))
             print(f"{name}: ready after {ready[name][-1][0]:.2f} s, {ready[name][-1][1]:.2f} s of CPU", flush=True)
+        pids = {name: processes(up[name]) for name in NAMES}
+        kept.callback(lambda: [resume(pids[name]) for name in NAMES])
         for name in NAMES:
             throughput(up[name], str(model), options)
         spent = {name: http_cpu_s(up[name]) for name in NAMES}
         before = {name: memory(up[name]) for name in NAMES}
-        for name in turns(options.rounds):
+        for name in alone(turns(options.rounds), pids):
             tokens[name].append(throughput(up[name], str(model), options))
         print("throughput:", {name: round(percentile(rates, 50), 1) for name, rates in tokens.items()}, flush=True)
         for name in NAMES:
@@ -87,7 +93,7 @@ def measure(model: Path, scratch: Path, options: argparse.Namespace) -> dict[str
         for name in NAMES:
             latencies(clients[name], str(model), 20)
         spent = {name: http_cpu_s(up[name]) for name in NAMES}
-        for name in turns(options.pairs):
+        for name in alone(turns(options.pairs), pids):
             latency[name] += latencies(clients[name], str(model), 1)
         for name in NAMES:
             cpu[name]["single"] = (http_cpu_s(up[name]) - spent[name]) / options.pairs
@@ -157,6 +163,31 @@ def tree_cpu_s(served: Served) -> float:
     process = psutil.Process(served.process.pid)
     times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
     return float(sum(one.user + one.system for one in times))
+
+
+def processes(served: Served) -> list[int]:
+    """All of a server's processes."""
+    process = psutil.Process(served.process.pid)
+    return [process.pid, *(one.pid for one in process.children(recursive=True))]
+
+
+def resume(pids: Sequence[int]) -> None:
+    """Let stopped processes go on; those that ended need nothing."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def alone(order: Iterable[str], pids: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    """The same names, each with all other servers stopped while it is worked on; afterwards all go on."""
+    for name in order:
+        resume(pids[name])
+        for other in pids.keys() - {name}:
+            for pid in pids[other]:
+                os.kill(pid, signal.SIGSTOP)
+        yield name
+    for stopped in pids.values():
+        resume(stopped)
 
 
 def turns(rounds: int) -> Iterator[str]:

@@ -19,7 +19,7 @@ from pat_serve.hardware import DTYPE_BYTES, describe
 from pat_serve.server.analysis.advice import advise
 from pat_serve.server.analysis.roofline import ModelShape
 from pat_serve.server.analysis.statistics import percentile
-from pat_serve.server.analysis.trace import BatchTrace
+from pat_serve.server.analysis.trace import BatchTrace, prompts_digest
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.baseline import Baseline, available
 from pat_serve.server.bench.speedup import config_sha256
@@ -35,7 +35,6 @@ from pat_serve.server.measure import together
 from pat_serve.server.readiness import Readiness
 from pat_serve.server.speedup_request import LiveSpeedupResult, SpeedupRequest
 from pat_serve.server.workers.cpu_watch import CpuWatch
-from pat_serve.server.workers.offline import prompts_digest
 from pat_serve.server.workers.process_group import ProcessGroup
 
 # vLLM's worker spins for a second after its last step; the other engine's turn would begin with a core less.

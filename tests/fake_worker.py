@@ -19,8 +19,7 @@ import random
 import sys
 from pathlib import Path
 
-from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
-from pat_serve.server.workers.offline import prompts_digest
+from pat_serve.server.analysis.trace import BatchTrace, RequestTrace, prompts_digest
 from pat_serve.server.workers.protocol import Command, Failed, Prefill, Ready, Serve, Served, Start, Stepped
 
 

@@ -112,6 +112,22 @@ def test_forward_and_gradients_are_those_of_the_plain_formula(dtype: torch.dtype
         torch.testing.assert_close(mine, reference, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_an_operator_it_is_the_scale_and_the_gate(dtype: torch.dtype):
+    torch.manual_seed(0)
+    shared = SharedMask(D, K, GateSchedule(milestone=10, kind="cut"))
+    shared.set_step(0)
+    hsm = HybridModule(D, 0, shared)
+    torch.nn.init.normal_(hsm.scale_D)
+    x = torch.randn(2, 3, D, dtype=dtype, requires_grad=True)
+    ours, plain = hsm(x), apply_hybrid(x, hsm.operator(), shared.gate())
+    assert torch.equal(ours, plain)
+    assert ours.dtype == dtype
+    kept = shared.kept_indices()
+    hsm.narrow(kept)
+    assert torch.equal(hsm(x[..., kept]), plain[..., kept])
+
+
 def test_gradients_agree_with_finite_differences():
     torch.manual_seed(0)
     hsm = HybridModule(D, R, mask()).double()

@@ -14,6 +14,7 @@ from pat_serve.training import preflight
 from pat_serve.training.calibration import Calibration
 from pat_serve.training.config import PAPER, TrainRecipe
 from pat_serve.training.insert import adapt
+from pat_serve.training.narrow import narrow_model
 from pat_serve.training.preflight import estimate_training
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
@@ -49,20 +50,31 @@ def test_the_default_recipe_is_counted_as_it_is_trained(tied: bool, rows: Path, 
     estimate = estimate_training(opened, recipe, "float32", 48, 24, 64, "cpu")
     base = AutoModelForCausalLM.from_pretrained(opened.folder, dtype=torch.float32)
     measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=torch.eye(64))
-    model, _ = adapt(base, opened.family, recipe, 48, 24, measured)
+    model, method = adapt(base, opened.family, recipe, 48, 24, measured)
+    narrow_model(model, method, 2, method.kept_channels())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert estimate.lora_parameters + estimate.method_parameters == trained
     frozen = sum(p.numel() for name, p in model.named_parameters() if not p.requires_grad and "pat_mask" not in name)
     assert estimate.base_parameters == frozen
     assert estimate.weights_bytes == 4 * frozen
+    # It is calibrated before it is cut.
+    wide = estimate_training(opened, recipe.model_copy(update={"narrow": "off"}), "float32", 48, 24, 64, "cpu")
+    assert wide.preparing_bytes == 0
+    assert estimate.weights_bytes < wide.weights_bytes < estimate.preparing_bytes < wide.total_bytes
+    assert estimate.activations_bytes < wide.activations_bytes
 
 
-def test_activations_are_what_autograd_keeps(checkpoint: Checkpoint):
+@pytest.mark.parametrize("narrow", [False, True])
+def test_activations_are_what_autograd_keeps(narrow: bool, checkpoint: Checkpoint):
     """Counted on the real graph: every tensor that is saved for the backward pass and is no parameter."""
-    recipe = tiny_recipe(checkpoint.folder, Path("d"))
+    cut = {"gate": "cut", "mask_start": "energy", "hio_rank": 0} if narrow else {}
+    recipe = tiny_recipe(checkpoint.folder, Path("d"), **cut)
     base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
-    model, method = adapt(base, checkpoint.family, recipe, 48, 24)
+    measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=None)
+    model, method = adapt(base, checkpoint.family, recipe, 48, 24, measured)
     method.on_step(0)
+    if narrow:
+        narrow_model(model, method, 2, method.kept_channels())
     model.train()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}

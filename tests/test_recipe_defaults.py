@@ -65,6 +65,16 @@ def test_operator_has_a_rank_where_the_mask_is_trained() -> None:
     assert recipe().resolved(tied=False).resolved_hio_rank(4096) == 0
     assert recipe(**PAPER).resolved(tied=False).resolved_hio_rank(4096) == 200
     assert recipe(hio_rank=64).resolved(tied=False).resolved_hio_rank(4096) == 64
+    assert recipe(hio_rank="64").resolved(tied=False).resolved_hio_rank(4096) == 64
+
+
+def test_an_automatic_rank_is_the_default_in_words() -> None:
+    assert recipe(hio_rank="auto") == recipe()
+    assert recipe(hio_rank="auto", **PAPER).resolved(tied=False).resolved_hio_rank(256) == 8
+    with pytest.raises(UsageError, match="hio_rank"):
+        recipe(hio_rank="most")
+    with pytest.raises(UsageError, match="hio_rank"):
+        recipe(hio_rank=-1)
 
 
 def test_unknown_preset() -> None:
@@ -105,7 +115,14 @@ def test_force_measures_anew(rows: Path, tiny_base: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("rotate", "energy"), ("gate", "cut"), ("hio_rank", 8), ("mask_learning_rate", 0.1), ("identity_weight", 0.5)],
+    [
+        ("rotate", "energy"),
+        ("gate", "cut"),
+        ("hio_rank", 8),
+        ("mask_learning_rate", 0.1),
+        ("identity_weight", 0.5),
+        ("narrow", "off"),
+    ],
 )
 def test_a_method_that_prunes_nothing_takes_no_setting_of_pruning(name: str, value: object) -> None:
     asked = recipe(method="lora", **{name: value})

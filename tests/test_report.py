@@ -140,3 +140,12 @@ def test_labels_must_tell_results_apart(tmp_path: Path) -> None:
         done = CliRunner().invoke(app, ["compare", str(one), str(one), *labels])
         assert isinstance(done.exception, PatServeError)
     assert isinstance(CliRunner().invoke(app, ["compare", str(one), str(one)]).exception, UsageError)
+
+
+def test_a_model_against_itself_keeps_its_roles_apart() -> None:
+    result = speedup_result()
+    same = result.model_copy(update={"candidate": result.candidate.model_copy(update={"name": result.baseline.name})})
+    table = compared([("A/A", same), ("again", same)])
+    durations = {head.model for head, _ in table if head.figure == "duration p50"}
+    assert durations == {f"{result.baseline.name} ({role})" for role in ("baseline", "candidate")}
+    assert all(row is not None for _, columns in table for row in columns)

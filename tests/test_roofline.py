@@ -81,6 +81,8 @@ def test_int8_layers_are_read_in_a_byte_a_weight() -> None:
     assert dense.weight_bytes(4) == 4 * dense.parameters
     assert dense.weight_bytes(4) - int8.weight_bytes(4) == 3 * layers
     assert shape_of({**plain, "quantization_config": {"quant_method": "gptq"}}, "tiny").linear_bytes is None
+    int4 = shape_of({**plain, "quantization_config": {"quant_method": "gptq", "bits": 4}}, "tiny")
+    assert 2 * int4.layer_bytes(4) == int8.layer_bytes(4) == dense.layer_bytes(4) / 4
 
 
 def test_prefill_flops_by_hand() -> None:

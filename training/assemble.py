@@ -75,6 +75,7 @@ def assemble(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> J
 def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> tuple[nn.Module, Method]:
     from pat_serve.training.compensation import compensate
     from pat_serve.training.insert import build_model
+    from pat_serve.training.narrow import narrow_model
 
     recipe, inputs, checkpoint = prepared.recipe, prepared.inputs, prepared.checkpoint
     # The loss's gradient is taken without recomputation: one row at a time keeps what a whole batch would with it.
@@ -105,6 +106,8 @@ def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> tup
         # A checkpoint holds the adapter as it has become since.
         method.on_step(0)
         compensate(model, method, checkpoint.family, checkpoint.num_layers, batches)
+    if inputs.narrow:
+        narrow_model(model, method, checkpoint.num_layers, method.kept_channels())
     return model, method
 
 

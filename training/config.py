@@ -50,6 +50,19 @@ def preset(name: str) -> dict[str, Any]:
     return presets[name]
 
 
+def auto_hio_rank(gate: str, hidden_size: int) -> int:
+    """The rule of thumb for the operator's rank R (docs/study.md, docs/ablation.md).
+
+    Where channels are cut from the start, none: LoRA on the same linears does what the operator would. Where the mask
+    is trained, the paper's share of the width (200 of 4096), in multiples of 8.
+
+    Args:
+        gate: of the resolved recipe.
+        hidden_size: D, of the base.
+    """
+    return 0 if gate == "cut" else max(8, hidden_size * 200 // 4096 // 8 * 8)
+
+
 class TrainRecipe(pydantic.BaseModel):
     """Settings of a run; the defaults are the paper's (method PAT) where it names them.
 
@@ -105,6 +118,8 @@ class TrainRecipe(pydantic.BaseModel):
     distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
     # The paper's 1; 0 leaves the identity loss out (docs/study.md).
     identity_weight: float = pydantic.Field(default=1.0, ge=0)
+    # Train on the kept channels alone where the cut stands before the first step (narrow.py).
+    narrow: Literal["auto", "off"] = "auto"
 
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = (TENSORBOARD,)
     logging_steps: int = pydantic.Field(default=10, ge=1)
@@ -150,6 +165,12 @@ class TrainRecipe(pydantic.BaseModel):
         if not isinstance(names, str):
             return names
         return tuple(name.strip() for name in names.split(",") if name.strip() not in ("", "none"))
+
+    @pydantic.field_validator("hio_rank", mode="before")
+    @classmethod
+    def _auto_rank(cls, rank: object) -> object:
+        """`auto`, in words or as nothing, is decided when the gate and the width are known."""
+        return None if rank == "auto" else rank
 
     @pydantic.field_validator("lr_scheduler")
     @classmethod
@@ -199,7 +220,7 @@ class TrainRecipe(pydantic.BaseModel):
         return TrainRecipe.build(self.model_dump() | chosen, "recipe")
 
     def _refuse_pruning_settings(self) -> None:
-        for name in (*UNPRUNED, "hio_rank", "mask_learning_rate", "milestone_share", "identity_weight"):
+        for name in (*UNPRUNED, "hio_rank", "mask_learning_rate", "milestone_share", "identity_weight", "narrow"):
             value, default = getattr(self, name), TrainRecipe.model_fields[name].default
             # A preset's value says nothing of what the user wants.
             if value not in (default, PAPER.get(name, default)):
@@ -211,13 +232,8 @@ class TrainRecipe(pydantic.BaseModel):
                 )
 
     def resolved_hio_rank(self, hidden_size: int) -> int:
-        """The HIO's rank R: as given, or the paper's share of the width (200 of 4096), in multiples of 8.
-
-        None where channels are cut from the start: LoRA on the same linears does what the operator would.
-        """
-        if self.hio_rank is not None:
-            return self.hio_rank
-        return 0 if self.gate == "cut" else max(8, hidden_size * 200 // 4096 // 8 * 8)
+        """The HIO's rank R: as given, or by the rule of thumb (`auto_hio_rank`)."""
+        return auto_hio_rank(self.gate, hidden_size) if self.hio_rank is None else self.hio_rank
 
     def resolved_warmup_steps(self, total_steps: int) -> int:
         """The paper's 100 steps, or a tenth of a run that is shorter than 1,000."""

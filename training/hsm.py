@@ -143,7 +143,9 @@ class HybridModule(nn.Module):
         self.scale_D = nn.Parameter(torch.ones(hidden_size, dtype=torch.float32))
         if rank:
             nn.init.kaiming_uniform_(self.l0_RD, a=math.sqrt(5))
+        self.rank = rank
         self.enabled = True
+        self._gated = True
         # In a tuple, so that the mask is not registered once more under every HSM.
         self._mask = (mask,)
 
@@ -151,14 +153,26 @@ class HybridModule(nn.Module):
         """Apply the operator and the shared gate: `apply_hybrid` with less kept for the backward pass."""
         if not self.enabled:
             return x
-        gain_D = self.scale_D * self._mask[0]()
+        gain_D = self.scale_D * self._mask[0]() if self._gated else self.scale_D
+        if not self.rank:
+            return (x * gain_D).to(x.dtype)
         y: Tensor = _Hybrid.apply(x, self.l0_RD, self.l1_DR, gain_D)  # type: ignore[no-untyped-call]  # torch's
         return y
+
+    def narrow(self, kept_K: Tensor) -> None:
+        """Take inputs of the kept channels alone, for all of which the gate is open."""
+        for parameter, dimension in ((self.l0_RD, 1), (self.l1_DR, 0), (self.scale_D, 0)):
+            parameter.data = parameter.data.index_select(dimension, kept_K.to(parameter.device))
+        self._gated = False
 
     def bound_scale(self) -> None:
         """Project the scale to `LEAST_SCALE` and above."""
         with torch.no_grad():
             self.scale_D.clamp_(min=LEAST_SCALE)
+
+    def orthonormal(self) -> Tensor:
+        """What the identity loss keeps the rows of orthonormal: L0 (R, D)."""
+        return self.l0_RD
 
     def operator(self) -> HybridFold:
         """The live parameters as a fold."""

@@ -23,6 +23,7 @@ class RunInputs(pydantic.BaseModel):
         total_steps: optimizer steps, which the schedules are stretched over.
         target_width: K.
         dtype: of the frozen base weights, which `auto` chose by the machine.
+        narrow: the model is cut down to the kept channels before its first step, so checkpoints are as narrow.
         processes: that train together; with the recipe's batch size they make the batch of an optimizer step.
     """
 
@@ -34,6 +35,7 @@ class RunInputs(pydantic.BaseModel):
     total_steps: int
     target_width: int
     dtype: str
+    narrow: bool = False
     processes: int = 1
 
     def save(self, run: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN
 from pat_serve.checkpoint import Checkpoint
 from pat_serve.errors import TooLarge
 from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes
@@ -19,6 +20,8 @@ from pat_serve.progress import say
 from pat_serve.rotation import untie_head
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.insert import adapt
+from pat_serve.training.methods import METHODS
+from pat_serve.training.narrow import narrow_model
 from pat_serve.training.ranks import sharded_by_fsdp
 
 # A float32 weight, its gradient and Adam's two moments.
@@ -38,15 +41,18 @@ class Preflight:
     """A training's size.
 
     Attributes:
-        base_parameters: frozen ones, of the base.
+        base_parameters: frozen ones, of the base, at the width that is trained.
         lora_parameters: trained ones, of the adapter.
         method_parameters: trained ones, of the method's modules (HSMs and mask).
-        weights_bytes: the base in the training's dtype; under FSDP one process's share and a layer in full.
+        weights_bytes: the base in the training's dtype, as wide as it is trained; under FSDP one process's share and a
+            layer in full.
         trained_bytes: what is trained in float32, its gradients and Adam's moments; under FSDP one process's share.
         activations_bytes: what the backward pass needs of one micro-batch.
         logits_bytes: of one micro-batch, with log-probabilities and gradients.
         allocator_bytes: what a CPU's heap loses between small activations.
         tokens_per_step: of one optimizer step over all processes, at most.
+        preparing_bytes: what the calibration takes before the model is cut down: the wide base, and what the backward
+            pass needs of one batch without LoRA. 0 for a model that stays wide, which needs more later, and under FSDP.
     """
 
     base_parameters: int
@@ -58,12 +64,13 @@ class Preflight:
     logits_bytes: int
     allocator_bytes: int
     tokens_per_step: int
+    preparing_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        """Everything together, for one process."""
+        """The most that is needed at once, for one process."""
         batch = self.activations_bytes + self.logits_bytes + self.allocator_bytes
-        return self.weights_bytes + self.trained_bytes + batch + OVERHEAD_BYTES
+        return max(self.weights_bytes + self.trained_bytes + batch, self.preparing_bytes) + OVERHEAD_BYTES
 
     def report(self, available_bytes: int, device: str) -> None:
         """Tell the user."""
@@ -82,6 +89,7 @@ class Preflight:
             f"weights {_gb(self.weights_bytes)}, trained with gradients and Adam moments {_gb(self.trained_bytes)}, "
             f"activations {_gb(self.activations_bytes)}, logits {_gb(self.logits_bytes)}, "
             f"allocator {_gb(self.allocator_bytes)}"
+            + (f"; before the cut {_gb(self.preparing_bytes)}" if self.preparing_bytes else "")
         )
 
 
@@ -99,6 +107,10 @@ def check_memory(
         available = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
     else:
         available = available_memory_bytes()
+    wide = METHODS[recipe.method].stays_wide(recipe)
+    if METHODS[recipe.method].prunes:
+        channels = f"{target_width} of {checkpoint.hidden_size}" if wide is None else f"all {checkpoint.hidden_size}"
+        say(f"preflight: trains {channels} channels" + (f", since {wide}" if wide else ""))
     estimate.report(available, device)
     if not recipe.skip_preflight:
         require_room(estimate, available, device)
@@ -137,29 +149,37 @@ def estimate_training(
         longest_tokens: of a row of the data.
         device: "cpu" or "cuda", whose dropout keep different things.
     """
+    narrow = METHODS[recipe.method].stays_wide(recipe) is None
+    hidden = target_width if narrow else checkpoint.hidden_size
     lora, own = _trained_parameters(checkpoint, recipe, target_width, total_steps)
-    base = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
-    if checkpoint.tied:
-        base -= math.prod(checkpoint.tensors["lm_head.weight"].shape) if "lm_head.weight" in checkpoint.tensors else 0
-    if _unties(checkpoint, recipe):
-        base += int(checkpoint.config["vocab_size"]) * checkpoint.hidden_size
+    base = _base_parameters(checkpoint, recipe, hidden)
     width = DTYPE_BYTES[dtype]
     weights = base * width
     if recipe.quantize_base:
         weights -= round(_quantized_parameters(checkpoint) * (width - NF4_BYTES))
     tokens = recipe.batch_size * longest_tokens
-    layer = _layer_bytes_per_token(checkpoint, recipe, width, device) * tokens
+    layer = (
+        _dense_bytes_per_token(checkpoint, width, hidden)
+        + _tuning_bytes_per_token(checkpoint, recipe, width, device, hidden)
+    ) * tokens
     if recipe.gradient_checkpointing:
-        activations = checkpoint.num_layers * checkpoint.hidden_size * width * tokens + layer
+        activations = checkpoint.num_layers * hidden * width * tokens + layer
     else:
         activations = checkpoint.num_layers * layer
     # The embedding's HSM and the final norm.
-    activations += tokens * checkpoint.hidden_size * (4 + (2 * width if recipe.method != "lora" else 0))
-    on_heap = device == "cpu" and tokens * checkpoint.hidden_size * width < HEAP_BLOCK_BYTES
+    activations += tokens * hidden * (4 + (2 * width if recipe.method != "lora" else 0))
+    on_heap = device == "cpu" and tokens * hidden * width < HEAP_BLOCK_BYTES
     # The log-probabilities and two gradients in float32; of a 16-bit head its own gradient as well.
     # To distil: both models' log-probabilities, the teacher's logits, and what the divergence keeps of each.
     distilled = 16 + width if recipe.distillation_weight else 0
     logits = tokens * int(checkpoint.config["vocab_size"]) * (12 + (width if width < 4 else 0) + distilled)
+    preparing = 0
+    if narrow and not sharded_by_fsdp():
+        # As assemble.py calibrates: without recomputation, and then one row at a time.
+        rows = 1 / recipe.batch_size if recipe.gradient_checkpointing else 1
+        dense = checkpoint.num_layers * _dense_bytes_per_token(checkpoint, width, checkpoint.hidden_size) * tokens
+        wide = _base_parameters(checkpoint, recipe, checkpoint.hidden_size) * width
+        preparing = wide + round(rows * (dense + logits))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trained = (lora + own) * TRAINED_BYTES
     if sharded_by_fsdp() and processes > 1:
@@ -176,7 +196,22 @@ def estimate_training(
         logits_bytes=logits,
         allocator_bytes=round(HEAP_LOSS * (activations + logits)) if on_heap else 0,
         tokens_per_step=tokens * recipe.gradient_accumulation_steps * processes,
+        preparing_bytes=preparing,
     )
+
+
+def _base_parameters(checkpoint: Checkpoint, recipe: TrainRecipe, hidden: int) -> int:
+    """The base's own, at a width."""
+    shapes = {name: list(entry.shape) for name, entry in checkpoint.tensors.items()}
+    if checkpoint.tied:
+        shapes.pop(f"{HEAD}.weight", None)
+    if _unties(checkpoint, recipe):
+        shapes[f"{HEAD}.weight"] = shapes[f"{EMBEDDING}.weight"]
+    count = 0
+    for name, shape in shapes.items():
+        axes = checkpoint.family.match(name)[0].axes
+        count += math.prod(hidden if axis == HIDDEN else size for axis, size in zip(axes, shape, strict=False))
+    return count
 
 
 def _trained_parameters(
@@ -192,7 +227,9 @@ def _trained_parameters(
         base = AutoModelForCausalLM.from_config(config)
         if _unties(checkpoint, recipe):
             untie_head(base)
-        model, _ = adapt(base, checkpoint.family, uncalibrated, target_width, total_steps)
+        model, method = adapt(base, checkpoint.family, uncalibrated, target_width, total_steps)
+        if METHODS[recipe.method].stays_wide(recipe) is None:
+            narrow_model(model, method, checkpoint.num_layers, torch.arange(target_width))
     trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
     lora = sum(count for name, count in trained.items() if ".lora_" in name)
     return lora, sum(trained.values()) - lora
@@ -209,24 +246,29 @@ def _quantized_parameters(checkpoint: Checkpoint) -> int:
     return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
 
 
-def _layer_bytes_per_token(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, device: str) -> int:
-    """What autograd keeps of one decoder layer for each token, in bytes; `width` bytes a number in the base's dtype.
+def _dense_bytes_per_token(checkpoint: Checkpoint, width: int, hidden: int) -> int:
+    """What autograd keeps of one frozen decoder layer for each token, in bytes; `width` bytes a number in its dtype.
 
     Frozen linears keep nothing of a token. Attention keeps no scores: sdpa's kernels recompute them.
     """
-    hidden, ffn = checkpoint.hidden_size, int(checkpoint.config["intermediate_size"])
-    heads = checkpoint.num_attention_heads * checkpoint.head_dim
     norms = 2 * 4 * hidden  # their inputs, in float32
-    attention = 4 * heads * width  # q, k and v (repeated for all heads) and the output
-    mlp = 3 * ffn * width  # gate before and after the activation, up
+    attention = 4 * checkpoint.num_attention_heads * checkpoint.head_dim * width  # q, k, v (repeated), the output
+    mlp = 3 * int(checkpoint.config["intermediate_size"]) * width  # gate before and after the activation, up
+    return norms + attention + mlp
+
+
+def _tuning_bytes_per_token(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, device: str, hidden: int) -> int:
+    """What LoRA and the method add to that."""
+    ffn, heads = int(checkpoint.config["intermediate_size"]), checkpoint.num_attention_heads * checkpoint.head_dim
     inputs = 5 * hidden + heads + ffn  # of the seven linears that LoRA adapts
     # What LoRA's A gets, and what dropout remembers: bits as bytes on a GPU, float32 factors on a CPU.
     dropout = (1 if device == "cuda" else 4) if recipe.lora_dropout else 0
     lora = inputs * (width + dropout) + 7 * recipe.lora_rank * width
     hybrid = 0
     if recipe.method != "lora":
-        hybrid = 2 * width * (hidden + recipe.resolved_hio_rank(hidden))  # the operator's input, and L0's output
-    return norms + attention + mlp + lora + hybrid
+        # The operator's input, and L0's output.
+        hybrid = 2 * width * (hidden + recipe.resolved_hio_rank(checkpoint.hidden_size))
+    return lora + hybrid
 
 
 def _gb(count: int) -> str:

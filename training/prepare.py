@@ -79,5 +79,6 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
         target_width=width,
         processes=ranks.count,
         dtype=dtype,
+        narrow=METHODS[recipe.method].stays_wide(recipe) is None,
     )
     return Prepared(asked=asked, recipe=recipe, checkpoint=checkpoint, tokenizer=tokenizer, data=data, inputs=inputs)

@@ -80,6 +80,9 @@ def whole(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     if isinstance(tensor, DTensor):
+        # Factors of rank 0: torch cannot gather a tensor without an element.
+        if not tensor.numel():
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         full: Tensor = tensor.full_tensor()
         return full
     return tensor
@@ -99,6 +102,8 @@ def overwrite(parameter: Tensor, value: Tensor) -> None:
     """Give a parameter that FSDP may have sharded the values of a whole tensor."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
+    if not parameter.numel():
+        return
     if isinstance(parameter, DTensor):
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from pat_serve.training.continuation import (
     saved_recipe,
     state_of,
 )
+from pat_serve.training.narrow import wide_adapter
 from pat_serve.training.prepare import Prepared, prepare
 from pat_serve.training.ranks import Ranks, snapshot
 from pat_serve.training.result import write_result
@@ -125,6 +126,7 @@ def _finish(prepared: Prepared, run: Path, job: Job, ranks: Ranks) -> None:
     method, model = job.method, job.trainer.accelerator.unwrap_model(job.trainer.model)
     # Left to itself, peft also writes the HSMs that sit under the adapted modules. Every rank gathers, rank 0 writes.
     lora = {name: snapshot(tensor) for name, tensor in job.trainer.trained() if ".lora_" in name}
+    lora = wide_adapter(lora, method)
     plan = method.plan(prepared.inputs.base)
     ranks.agree(
         lambda: write_result(

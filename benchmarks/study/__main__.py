@@ -2,29 +2,29 @@
 
 Example: `python -m benchmarks.study --out study/ --data TEXTS`
 
-Without --data it reads the interpreter's documentation alone. Every line of results.jsonl is one checkpoint; the table
+Without --data it reads the interpreter's documentation alone. Every line of results.jsonl is one checkpoint; the tables
 and the curve are made from it, at any time, by --table.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.exported import train_and_export
-from benchmarks.study import measuring, report
+from benchmarks.study import measuring, report, runs
 from benchmarks.study.corpus import build
-from benchmarks.study.methods import DENSE, METHODS, RATIOS, SWEEP_RATIOS, SWEEPS, settings
+from benchmarks.study.domains import DOMAINS, build_domain
+from benchmarks.study.methods import BASE, DENSE, SWEEPS, jobs
 from pat_serve.atomic import write_text
 from pat_serve.demo.base_model import BaseSettings, train_base
-from pat_serve.hardware import describe
+from pat_serve.errors import UsageError
 from pat_serve.locate import read_config
 
-BASE = "the base, untuned"
 # Widths and layers; the first is what an hour on two cores holds.
 SIZES = {
     "tiny": BaseSettings(
@@ -51,87 +51,97 @@ def main(
     seeds: Annotated[int, typer.Option(help="Runs of each method at each ratio.")] = 3,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 150,
     only: Annotated[list[str] | None, typer.Option(help="Methods whose name contains this.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Only this cut, such as 0.25.")] = None,
     sweep: Annotated[list[str] | None, typer.Option(help=f"Beside the curve: {', '.join(SWEEPS)}.")] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve/--no-curve", help="The curve's methods too, or the sweeps' alone.")
+    ] = True,
+    domain: Annotated[
+        str | None, typer.Option(help=f"Tune on other texts, at 25 % and with three methods: {', '.join(DOMAINS)}.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="A base of the same size, instead of training one.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Begin no run after so many seconds.")] = None,
-    table: Annotated[bool, typer.Option("--table", help="Only print the table of what is there.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Only print the tables of what is there.")] = False,
 ) -> None:
     """Quality against speed at 12.5, 25, 37.5 and 50 %, with spreads over seeds."""
     results, began = out / "results.jsonl", time.monotonic()
+    _check_names(sweep or [], domain)
     if not table:
-        _prepare(out, data, SIZES[size])
+        _prepare(out, data, SIZES[size], domain, base)
+        if "hio" in (sweep or []):
+            _measure_operators(out)
         done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in report.read(results)}
         if (BASE, 0.0, 0, steps) not in done:
-            _keep({"method": BASE, "ratio": 0.0, "seed": 0, "steps": steps} | _figures(out, out / "base"), results)
-        for name, ratio, seed, method in _jobs(seeds, sweep or []):
+            figures = measuring.quality(out / "base", out / "data")
+            _keep([{"method": BASE, "ratio": 0.0, "seed": 0, "steps": steps} | figures], results)
+        for job in jobs(seeds, sweep or [], ratios=ratio, domain=domain is not None, curve=curve):
             # Speed is measured against the dense model, so one is always there.
-            unwanted = only and not any(part in name for part in only) and (name, seed) != (DENSE, 0)
-            if unwanted or (name, ratio, seed, steps) in done:
+            unwanted = only and not any(part in job.name for part in only) and (job.name, job.seed) != (DENSE, 0)
+            if unwanted or (job.name, job.ratio, job.seed, steps) in done:
                 continue
             if seconds is not None and time.monotonic() - began > seconds:
                 print(f"stopped after {seconds:g} s; call again to go on")
                 break
-            _keep(_run(out, name, method, ratio, seed, steps, SIZES[size].hidden_size), results)
+            _keep(runs.run(out, job, steps, SIZES[size].hidden_size), results)
     lines = [line for line in report.read(results) if line["steps"] == steps]
-    print(report.table(lines))
-    report.write_curve(lines, out / "curve.html")
+    print(report.tables(lines, _operator_costs(out)))
+    report.write_curve(report.of_curve(lines), out / "curve.html")
 
 
-def _jobs(seeds: int, sweeps: list[str]) -> list[tuple[str, float, int, dict[str, Any]]]:
-    """Seed after seed, so that whatever is finished early is a whole curve."""
-    jobs: list[tuple[str, float, int, dict[str, Any]]] = []
-    for seed in range(seeds):
-        jobs.append((DENSE, 0.0, seed, {}))
-        jobs += [(name, ratio, seed, method) for ratio in RATIOS for name, method in METHODS.items()]
-        jobs += [
-            (name, ratio, seed, method)
-            for sweep in sweeps
-            for ratio in SWEEP_RATIOS[sweep]
-            for name, method in SWEEPS[sweep].items()
-        ]
-    return jobs
+def _check_names(sweeps: list[str], domain: str | None) -> None:
+    for name in sweeps:
+        if name not in SWEEPS:
+            raise typer.BadParameter(f"--sweep {name}: one of {', '.join(SWEEPS)}")
+    if domain is not None and domain not in DOMAINS:
+        raise typer.BadParameter(f"--domain {domain}: one of {', '.join(DOMAINS)}")
 
 
-def _prepare(out: Path, data: Path | None, base: BaseSettings) -> None:
+def _prepare(out: Path, data: Path | None, settings: BaseSettings, domain: str | None, base: Path | None) -> None:
+    marker = out / "data" / "domain.json"
     if not (out / "base").exists():
-        corpus = build(data)
+        try:
+            corpus = build(data) if domain is None else build_domain(domain, data)
+        except UsageError as error:
+            raise typer.BadParameter(str(error)) from error
         corpus.save(out / "data")
-        train_base(corpus.base_texts, out / "base", base)
+        write_text(marker, json.dumps(domain))
+        if base is None:
+            train_base(corpus.base_texts, out / "base", settings)
+        else:
+            shutil.copytree(base, out / "base")
+    # Of a folder that is older than domains there is none.
+    written = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else None
+    if written != domain:
+        raise typer.BadParameter(f"{out} holds the texts of domain {written}, not {domain}: choose another --out")
     width = read_config(out / "base")["hidden_size"]
-    if width != base.hidden_size:
-        raise typer.BadParameter(f"{out} holds a base of width {width}, not {base.hidden_size}: choose another --out")
+    if width != settings.hidden_size:
+        raise typer.BadParameter(
+            f"{out} holds a base of width {width}, not {settings.hidden_size}: choose another --out"
+        )
 
 
-def _run(
-    out: Path, name: str, method: dict[str, Any], ratio: float, seed: int, steps: int, base_width: int
-) -> dict[str, Any]:
-    width = None if name == DENSE else round(base_width * (1 - ratio))
-    inputs = {"model": str(out / "base"), "data": str(out / "data" / "tune.jsonl"), "max_steps": steps, "seed": seed}
-    run, pruned = out / "run", out / ("dense" if name == DENSE else "pruned")
-    exported = train_and_export(settings(name, method, width) | inputs, name, run, pruned)
-    line = {
-        "method": name,
-        "ratio": ratio,
-        "seed": seed,
-        "steps": steps,
-        **exported,
-        **_figures(out, pruned),
-        **measuring.polarisation(run),
-        "machine": describe(),
-    }
-    if name != DENSE:
-        line |= measuring.speedup(out / "dense", pruned)
-    return line
+def _measure_operators(out: Path) -> None:
+    from benchmarks.study import operator_cost
+
+    path = out / report.OPERATOR_COST_FILE
+    if path.exists():
+        return
+    runs.register()
+    costs = operator_cost.measure(out / "base", SWEEPS["hio"].methods, "the default")
+    write_text(path, json.dumps(costs, indent=2) + "\n")
 
 
-def _figures(out: Path, model: Path) -> dict[str, float]:
-    return measuring.quality(model, out / "data")
+def _operator_costs(out: Path) -> dict[str, Any]:
+    path = out / report.OPERATOR_COST_FILE
+    costs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return costs
 
 
-def _keep(line: dict[str, Any], results: Path) -> None:
-    shown = {key: value for key, value in line.items() if key != "machine"}
-    print(json.dumps(shown), flush=True)
+def _keep(lines: list[dict[str, Any]], results: Path) -> None:
+    for line in lines:
+        print(json.dumps({key: value for key, value in line.items() if key != "machine"}), flush=True)
     # Whole: a line that was cut off by the machine's end would end every later call.
-    write_text(results, "".join(json.dumps(each) + "\n" for each in [*report.read(results), line]))
+    write_text(results, "".join(json.dumps(each) + "\n" for each in [*report.read(results), *lines]))
 
 
 if __name__ == "__main__":

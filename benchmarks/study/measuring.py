@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 CONTEXT_TOKENS = 128
+# Mean distance of the gate from 0 or 1 below which it counts as decided.
+POLARISED = 0.1
 
 
 def quality(model: Path, data: Path) -> dict[str, float]:
@@ -67,10 +70,41 @@ def speedup(dense: Path, pruned: Path, *, rounds: int = 9, batch_size: int = 8) 
     return {"speedup": found.median, "speedup_low": found.low, "speedup_high": found.high}
 
 
-def polarisation(run: Path) -> dict[str, Any]:
-    """How far the gate was from 0 and 1 when it was frozen, where the recipe has such a gate."""
-    import json
+def course(run: Path) -> dict[str, Any]:
+    """How a training went, from its metrics.jsonl; what the recipe does not have is left out.
 
+    Returns:
+        `grad_norm_max`: the largest norm of a gradient before clipping, of the logged steps.
+        `gate_freeze_gap`: how far the gate was from 0 and 1, on average, when it was frozen.
+        `softness_before_freeze`: the same of the last logged step before.
+        `polarised_step`: the logged step from which on the gate's softness stays below 0.1, before the freeze; None
+            where it does not.
+    """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    norms = [line["grad_norm"] for line in lines if line.get("grad_norm") is not None]
+    figures: dict[str, Any] = {"grad_norm_max": max(norms)} if norms else {}
     gaps = [line["gate_freeze_gap"] for line in lines if line.get("gate_freeze_gap") is not None]
-    return {"gate_freeze_gap": gaps[-1]} if gaps else {}
+    if not gaps:
+        return figures
+    soft = [
+        (line["step"], line["gate_softness"])
+        for line in lines
+        if "gate_softness" in line and "gate_freeze_gap" not in line
+    ]
+    # The gate begins open, with every channel kept: as hard as at the end. What counts is the last time it is soft.
+    undecided = [at for at, (_, softness) in enumerate(soft) if softness >= POLARISED]
+    decided = soft[undecided[-1] + 1 :] if undecided else []
+    return figures | {
+        "gate_freeze_gap": gaps[-1],
+        "softness_before_freeze": soft[-1][1] if soft else None,
+        "polarised_step": decided[0][0] if decided else None,
+    }
+
+
+def nonzero_parameters(model: Path) -> int:
+    """Numbers of a checkpoint that are not zero: what a model of rows that are cut could leave out."""
+    from safetensors.torch import load_file
+
+    return sum(
+        int(tensor.count_nonzero()) for path in model.glob("*.safetensors") for tensor in load_file(path).values()
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.ablation.variants import SHARED, VARIANTS
-from pat_serve.training.config import PAPER
 
 DENSE = "dense LoRA"
+BASE = "the base, untuned"
 # In the order of interest: whatever is finished early tells the most.
 RATIOS = (0.25, 0.5, 0.125, 0.375)
 
@@ -18,21 +20,121 @@ METHODS: dict[str, dict[str, Any]] = {
     "LLM-Pruner score, then LoRA": VARIANTS["baseline: LLM-Pruner score, cut, LoRA"],
     "PCA slice, then LoRA": VARIANTS["baseline: PCA slice, cut, LoRA"],
 }
+_PUBLISHED, _DEFAULT, _SLICE = "PAT as published", "the default", "PCA slice, then LoRA"
+# What a domain's slice of the curve holds.
+DOMAIN_METHODS = {name: METHODS[name] for name in (_PUBLISHED, _DEFAULT, _SLICE)}
+DOMAIN_RATIOS = (0.25,)
 
-# The paper leaves the operator's rank open, and the seeds ask what the identity loss is worth; each at all the ratios
-# would be hours: the rank at a quarter of the width, the identity loss at a quarter and a half.
-HIO_RANKS = (0, 8, 16, 32, 64)
-SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
-    "hio": {
-        **{f"PAT as published, HIO {rank}": {**PAPER, "hio_rank": rank} for rank in HIO_RANKS},
-        **{f"the default, HIO {rank}": {**METHODS["the default"], "hio_rank": rank} for rank in HIO_RANKS},
-    },
-    "identity": {"PAT as published, no identity loss": {**METHODS["PAT as published"], "identity_weight": 0.0}},
+# The paper leaves the operator's rank open.
+HIO_RANKS = (0, 8, 16, 32, 64, 128)
+DENSE_OPERATOR = "pat-dense-operator"
+# A method name that ends so is a run's second export, not a run.
+ALIGNED = ", then aligned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Methods beside the curve's.
+
+    Attributes:
+        methods: what is trained; those of the curve that they are compared with have the curve's own names and are not
+            trained twice.
+        ratios: at which.
+        question: what the report's table answers.
+    """
+
+    methods: Mapping[str, dict[str, Any]]
+    ratios: tuple[float, ...]
+    question: str
+
+
+def _ranks(name: str) -> dict[str, dict[str, Any]]:
+    """One recipe at all ranks and with the dense operator; its own rank is the curve's method itself."""
+    ranks = {
+        name if rank == METHODS[name]["hio_rank"] else f"{name}, HIO {rank}": {**METHODS[name], "hio_rank": rank}
+        for rank in HIO_RANKS
+    }
+    return {**ranks, f"{name}, dense operator": {**METHODS[name], "method": DENSE_OPERATOR}}
+
+
+# Each at all the ratios would be hours: the rank and the masks at a quarter of the width, the identity loss at two.
+SWEEPS: dict[str, Sweep] = {
+    "hio": Sweep(
+        methods=_ranks(_PUBLISHED) | _ranks(_DEFAULT),
+        ratios=(0.25,),
+        question="The operator's rank",
+    ),
+    "identity": Sweep(
+        methods={
+            _PUBLISHED: METHODS[_PUBLISHED],
+            f"{_PUBLISHED}, no identity loss": {**METHODS[_PUBLISHED], "identity_weight": 0.0},
+        },
+        ratios=(0.25, 0.5),
+        question="With and without the identity loss, and whether the mask polarises",
+    ),
+    "masks": Sweep(
+        methods={
+            _DEFAULT: METHODS[_DEFAULT],
+            f"{_DEFAULT}, one mask by the writers' scores": {**METHODS[_DEFAULT], "method": "pat-one-mask"},
+            f"{_DEFAULT}, a mask a writer": {**METHODS[_DEFAULT], "method": "pat-mask-per-writer"},
+            f"{_DEFAULT}, masks of uneven widths": {**METHODS[_DEFAULT], "method": "pat-uneven-masks"},
+            f"{_DEFAULT}, a mask a writer, aligned half-way": {**METHODS[_DEFAULT], "method": "pat-aligned-masks"},
+            _PUBLISHED: METHODS[_PUBLISHED],
+            f"{_PUBLISHED}, a mask a writer": {**METHODS[_PUBLISHED], "method": "pat-mask-per-writer"},
+        },
+        ratios=(0.25,),
+        question="One mask against a mask a writer",
+    ),
 }
-SWEEP_RATIOS = {"hio": (0.25,), "identity": (0.25, 0.5)}
 
 
-def settings(name: str, method: dict[str, Any], width: int | None) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run: a method at a ratio with a seed."""
+
+    name: str
+    ratio: float
+    seed: int
+    method: Mapping[str, Any]
+
+
+def jobs(
+    seeds: int,
+    sweeps: list[str],
+    *,
+    ratios: list[float] | None = None,
+    domain: bool = False,
+    curve: bool = True,
+) -> list[Job]:
+    """Seed after seed, so that whatever is finished early is a whole curve; nothing twice.
+
+    Args:
+        seeds: runs of each method at each ratio.
+        sweeps: of SWEEPS, in the order wanted.
+        ratios: those wanted; None for all that the curve and the sweeps have.
+        domain: a domain's slice in the place of the whole curve.
+        curve: with the curve's methods, and not the sweeps' alone.
+    """
+    methods, all_ratios = (DOMAIN_METHODS, DOMAIN_RATIOS) if domain else (METHODS, RATIOS)
+    wanted: dict[tuple[str, float, int], Job] = {}
+
+    def add(name: str, ratio: float, seed: int, method: Mapping[str, Any]) -> None:
+        if name == DENSE or ratios is None or ratio in ratios:
+            wanted.setdefault((name, ratio, seed), Job(name=name, ratio=ratio, seed=seed, method=method))
+
+    for seed in range(seeds):
+        add(DENSE, 0.0, seed, {})
+        for ratio in all_ratios if curve else ():
+            for name, method in methods.items():
+                add(name, ratio, seed, method)
+        for sweep in (SWEEPS[name] for name in sweeps):
+            for ratio in sweep.ratios:
+                for name, method in sweep.methods.items():
+                    add(name, ratio, seed, method)
+    return list(wanted.values())
+
+
+def settings(name: str, method: Mapping[str, Any], width: int | None) -> dict[str, Any]:
     """A recipe's settings.
 
     Args:
@@ -41,4 +143,5 @@ def settings(name: str, method: dict[str, Any], width: int | None) -> dict[str, 
         width: of the pruned model; None for the dense one.
     """
     own = {"method": "lora"} if name == DENSE else {**method, "hidden_size": width}
-    return SHARED | own
+    # When the mask polarises is read from the run's metrics.
+    return SHARED | {"logging_steps": 2} | own

@@ -1,15 +1,18 @@
-"""Table and curve of the study, from results.jsonl."""
+"""Tables and curve of the study, from results.jsonl."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-DENSE = "dense LoRA"
+from benchmarks.study.methods import ALIGNED, BASE, DENSE, METHODS, SWEEPS
+
+OPERATOR_COST_FILE = "operator-cost.json"
 Line = dict[str, Any]
+Cell = Callable[[list[Line]], str]
 
 
 def read(path: Path) -> list[Line]:
@@ -17,24 +20,102 @@ def read(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def table(lines: list[Line]) -> str:
-    """Markdown: means over seeds ± standard deviations; distances to dense LoRA are paired by seed."""
+def tables(lines: list[Line], operator_costs: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """Markdown: the curve, and every sweep of which there is a line that is not the curve's.
+
+    Args:
+        lines: of one number of steps.
+        operator_costs: as `operator_cost.measure` gives them.
+    """
+    sections = [f"### The curve\n\n{table(of_curve(lines))}"]
+    for name, sweep in SWEEPS.items():
+        if not any(_trained(line["method"]) in sweep.methods.keys() - METHODS.keys() for line in lines):
+            continue
+        # In the sweep's order, and at its ratios; dense LoRA above them all.
+        wanted = [DENSE, *(each for method in sweep.methods for each in (method, method + ALIGNED))]
+        own = [
+            line
+            for method in wanted
+            for line in lines
+            if line["method"] == method and (method == DENSE or line["ratio"] in sweep.ratios)
+        ]
+        sections.append(f"### {sweep.question}\n\n{table(own, _COLUMNS[name](operator_costs or {}))}")
+    return "\n\n".join(sections)
+
+
+def of_curve(lines: list[Line]) -> list[Line]:
+    """Those of the curve's methods."""
+    return [line for line in lines if line["method"] in (DENSE, BASE, *METHODS)]
+
+
+def table(lines: list[Line], columns: Mapping[str, Cell] | None = None) -> str:
+    """Markdown: means over seeds ± standard deviations; distances to dense LoRA are paired by seed.
+
+    Args:
+        lines: what to show, in the order of their ratios.
+        columns: further ones, by their heads: what makes a cell of a row's lines.
+    """
+    columns = columns or {}
     measures = _measures(lines)
     dense = {line["seed"]: line for line in lines if line["method"] == DENSE}
-    head = ["cut", "method", "seeds", "parameters", *measures, "times as fast"]
+    head = ["cut", "method", "seeds", "parameters", *measures, "times as fast", *columns]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for (ratio, method), own in _groups(lines):
-        cells = [f"{ratio:.1%}", method, str(len(own))]
-        cells.append(f"{own[0]['parameters']:,}" if "parameters" in own[0] else "")
+    for (ratio, method), every in _groups(lines):
+        # Of a run that diverged there is nothing but that it did.
+        own = [line for line in every if "diverged" not in line]
+        counted = str(len(own)) if own == every else f"{len(own)}, and {len(every) - len(own)} diverged"
+        cells = [f"{ratio:.1%}", method, counted]
+        cells.append(f"{own[0]['parameters']:,}" if own and "parameters" in own[0] else "")
         for measure in measures:
-            cell = spread([line[measure] for line in own], "{:.3f}" if measure.startswith("acc") else "{:.2f}")
-            pairs = [line[measure] / dense[line["seed"]][measure] - 1 for line in own if line["seed"] in dense]
+            cell = _mean(own, measure, "{:.3f}" if measure.startswith("acc") else "{:.2f}")
+            pairs = [
+                line[measure] / dense[line["seed"]][measure] - 1
+                for line in own
+                if measure in line and measure in dense.get(line["seed"], {})
+            ]
             if pairs and method != DENSE:
                 cell += f" ({spread([100 * pair for pair in pairs], '{:+.1f}')} %)"
             cells.append(cell)
-        fast = [line["speedup"] for line in own if "speedup" in line]
-        rows.append("| " + " | ".join([*cells, spread(fast, "{:.3f}") if fast else ""]) + " |")
+        cells += [_mean(own, "speedup", "{:.3f}"), *(cell_of(own) for cell_of in columns.values())]
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def _cost_columns(costs: Mapping[str, Mapping[str, Any]]) -> dict[str, Cell]:
+    def of(lines: list[Line], form: str) -> str:
+        cost = costs.get(lines[0]["method"]) if lines else None
+        return form.format(**cost) if cost else ""
+
+    return {
+        "trained numbers": lambda lines: of(lines, "{trained_parameters:,}"),
+        "a step, to the default's": lambda lines: of(lines, "{relative:.3f} [{low:.3f}, {high:.3f}]"),
+    }
+
+
+def _course_columns(_costs: Mapping[str, Mapping[str, Any]]) -> dict[str, Cell]:
+    def polarised(lines: list[Line]) -> str:
+        known = [line for line in lines if "polarised_step" in line]
+        steps = [float(line["polarised_step"]) for line in known if line["polarised_step"] is not None]
+        if not known:
+            return ""
+        return f"{len(steps)} of {len(known)}" + (f", at step {spread(steps, '{:.0f}')}" if steps else "")
+
+    return {
+        "gate moved at the freeze": lambda lines: _mean(lines, "gate_freeze_gap", "{:.3f}"),
+        "polarised before the freeze": polarised,
+        "largest gradient norm": lambda lines: _mean(lines, "grad_norm_max", "{:.2f}"),
+    }
+
+
+def _mask_columns(_costs: Mapping[str, Mapping[str, Any]]) -> dict[str, Cell]:
+    return {"of them not zero": lambda lines: _mean(lines, "nonzero_parameters", "{:,.0f}")}
+
+
+_COLUMNS: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], dict[str, Cell]]] = {
+    "hio": _cost_columns,
+    "identity": _course_columns,
+    "masks": _mask_columns,
+}
 
 
 def write_curve(lines: list[Line], path: Path) -> None:
@@ -43,6 +124,7 @@ def write_curve(lines: list[Line], path: Path) -> None:
         import plotly.graph_objects as go
     except ImportError:
         return
+    lines = [line for line in lines if "diverged" not in line]
     dense = {line["seed"]: line for line in lines if line["method"] == DENSE}
     parts = []
     for measure in _measures(lines):
@@ -74,6 +156,16 @@ def spread(values: list[float], form: str) -> str:
     """Mean ± standard deviation; the mean alone of one value."""
     mean = form.format(statistics.mean(values))
     return f"{mean} ± {form.replace('+', '').format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def _mean(lines: list[Line], key: str, form: str) -> str:
+    """What the lines have of a figure; nothing where none has it."""
+    values = [line[key] for line in lines if line.get(key) is not None]
+    return spread(values, form) if values else ""
+
+
+def _trained(method: str) -> str:
+    return method.removesuffix(ALIGNED)
 
 
 def _measures(lines: list[Line]) -> list[str]:

@@ -112,14 +112,24 @@ def train(
         float | None, Flag(help="Share of the loss that is KL to the dense base, in [0, 1). [default: 0]")
     ] = None,
     hio_rank: Annotated[
-        int | None,
-        Flag(help="Rank of the hybrid operators. [default: 0 with --gate cut, else 200 of 4096, in proportion]"),
+        str | None,
+        Flag(
+            help="Rank of the hybrid operators, or auto: 0 with --gate cut, else 200 of 4096, in proportion. "
+            "[default: auto]"
+        ),
     ] = None,
     tied_embeddings: Annotated[
         str | None,
         Flag(
             help="Of a tied base: keep (mask and scale on the embedding), untie (full operator) or auto (untied by "
             "the rotation, kept without one)."
+        ),
+    ] = None,
+    narrow: Annotated[
+        str | None,
+        Flag(
+            help="off: train at the base's full width, also where the kept channels alone would do (--gate cut without "
+            "operators, teacher and 4-bit base); the result is the same. [default: auto]"
         ),
     ] = None,
     milestone_share: Annotated[

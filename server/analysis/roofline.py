@@ -19,7 +19,8 @@ from pat_serve.errors import BrokenCheckpoint
 class ModelShape:
     """The sizes of a Llama-like decoder that decide what a step costs.
 
-    `linear_bytes` is set where the layers' matrices are stored in fewer bytes than the rest (int8, fp8).
+    `linear_bytes` of a weight is set where the layers' matrices are stored smaller than the rest (int8: 1, int4: 0.5);
+    scales are not counted.
     """
 
     hidden_size: int
@@ -30,7 +31,7 @@ class ModelShape:
     ffn_size: int
     vocab_size: int
     tied_head: bool
-    linear_bytes: int | None = None
+    linear_bytes: float | None = None
 
     @property
     def layer_weights(self) -> int:
@@ -54,14 +55,14 @@ class ModelShape:
         tables = self.head_weights * (1 if self.tied_head else 2)
         return self.num_layers * self.layer_weights + self.norm_weights + tables
 
-    def layer_bytes(self, dtype_bytes: int) -> int:
+    def layer_bytes(self, dtype_bytes: int) -> float:
         """Bytes of one layer's matrices, in a model that is otherwise served with so many bytes a weight."""
         return self.layer_weights * (self.linear_bytes or dtype_bytes)
 
     def weight_bytes(self, dtype_bytes: int) -> int:
         """Bytes of all parameters, likewise."""
         others = self.parameters - self.num_layers * self.layer_weights
-        return self.num_layers * self.layer_bytes(dtype_bytes) + others * dtype_bytes
+        return round(self.num_layers * self.layer_bytes(dtype_bytes)) + others * dtype_bytes
 
     @property
     def kv_values_per_token(self) -> int:
@@ -107,11 +108,12 @@ def shape_of(config: Mapping[str, Any], source: object) -> ModelShape:
     )
 
 
-def _linear_bytes(config: Mapping[str, Any]) -> int | None:
-    """Bytes of a quantised weight, from compressed-tensors' entry in a config.json; None where there is none."""
-    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
-    bits = [(group.get("weights") or {}).get("num_bits") for group in groups.values()]
-    return bits[0] // 8 if bits and bits[0] in (8, 16) else None
+def _linear_bytes(config: Mapping[str, Any]) -> float | None:
+    """Bytes of a quantised weight, as compressed-tensors, GPTQ or AWQ tell it in a config.json; None without."""
+    quantization = config.get("quantization_config") or {}
+    groups = quantization.get("config_groups") or {}
+    bits = [(group.get("weights") or {}).get("num_bits") for group in groups.values()] or [quantization.get("bits")]
+    return bits[0] / 8 if bits[0] in (2, 3, 4, 8, 16) else None
 
 
 def decode_bytes(shape: ModelShape, *, batch_size: int, context_tokens: float, dtype_bytes: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pat_serve.server.analysis.statistics import percentile
@@ -76,3 +78,9 @@ class RequestTrace:
 
     submitted_s: float
     tokens_s: tuple[float, ...]
+
+
+def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of token ids: numbers joined by blanks, prompts by line feeds."""
+    text = "\n".join(" ".join(map(str, prompt)) for prompt in prompts)
+    return hashlib.sha256(text.encode()).hexdigest()

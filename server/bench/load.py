@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -83,14 +84,20 @@ def check_load(settings: LoadSettings) -> None:
     """
     web = settings.url.startswith(("http://", "https://"))
     want("--url", web, "a URL with http:// or https://", settings.url, "Try --url http://127.0.0.1:8000.")
-    want("--rate", bool(settings.rates) and min(settings.rates) > 0, "above 0", settings.rates, "Try --rate 1.")
+    want(
+        "--rate",
+        bool(settings.rates) and all(0 < one < math.inf for one in settings.rates),
+        "above 0, finite",
+        settings.rates,
+        "Try --rate 1, or --profile sweep.",
+    )
     want("--sweep-size", settings.sweep_size >= 3, "at least 3", settings.sweep_size, "Try --sweep-size 5.")
     want("--prompt-tokens", settings.prompt_tokens >= 1, "at least 1", settings.prompt_tokens, "Try 64.")
     want("--output-tokens", settings.output_tokens >= 1, "at least 1", settings.output_tokens, "Try 16.")
-    want("--seconds", settings.seconds > 0, "above 0", settings.seconds, "Try --seconds 20.")
+    want("--seconds", 0 < settings.seconds < math.inf, "above 0, finite", settings.seconds, "Try --seconds 20.")
     for name, bound_s in settings.slo.items():
         want(f"--slo {name}", name in SLO_NAMES, ", ".join(SLO_NAMES), name, "Try --slo ttft=0.2.")
-        want(f"--slo {name}", bound_s > 0, "seconds above 0", bound_s, f"Try --slo {name}=0.2.")
+        want(f"--slo {name}", 0 < bound_s < math.inf, "seconds above 0", bound_s, f"Try --slo {name}=0.2.")
 
 
 def look_up(url: str, model: str, *, api_key: str | None) -> Served:

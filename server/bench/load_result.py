@@ -97,7 +97,7 @@ class LoadRun(_Record):
         cut_off: requests that the end of the run cut off; neither good nor bad, since nobody knows.
         requests_per_s: completed, over the duration.
         output_tokens_per_s: of completed requests.
-        concurrency: mean number of requests in flight.
+        concurrency: mean number of requests in flight; one that failed counts until its last token.
         good_share: of completed and errored requests, those within the bounds; None without bounds.
         goodput_per_s: those a second; None without bounds.
         late_s: by how much the client sent its requests later than its schedule, 95th percentile.
@@ -177,7 +177,7 @@ def load_run(
         cut_off=len(requests) - judged,
         requests_per_s=len(completed) / duration_s,
         output_tokens_per_s=sum(one.output_tokens for one in completed) / duration_s,
-        concurrency=sum(one["e2e"] for one in times) / duration_s,
+        concurrency=_in_flight_s(requests, duration_s) / duration_s,
         good_share=good / judged if slo and judged else None,
         goodput_per_s=good / duration_s if slo else None,
         late_s=percentile(late_s, 95) if late_s else None,
@@ -186,6 +186,18 @@ def load_run(
         e2e=spread("e2e"),
         requests=tuple(requests),
     )
+
+
+def _in_flight_s(requests: Sequence[LoadRequest], duration_s: float) -> float:
+    """Seconds in flight, summed over requests: one that the end of the run cut off was there until that end."""
+    if not requests:
+        return 0.0
+    end_s = min(one.sent_s for one in requests) + duration_s
+    total_s = 0.0
+    for one in requests:
+        until_s = end_s if one.outcome == "cut_off" else one.last_token_s
+        total_s += max(0.0, (one.sent_s if until_s is None else until_s) - one.sent_s)
+    return total_s
 
 
 def read_guidellm(report: Mapping[str, Any], slo: Mapping[str, float]) -> tuple[LoadRun, ...]:

@@ -7,11 +7,10 @@ import math
 import random
 from collections.abc import Sequence
 
-from pat_serve.server.analysis.trace import BatchTrace
+from pat_serve.server.analysis.trace import BatchTrace, prompts_digest
 from pat_serve.server.bench.speedup_analysis import latency_s
 from pat_serve.server.bench.speedup_result import Round, SpeedupSettings, WarmUp
 from pat_serve.server.workers.cpu_watch import CpuWatch
-from pat_serve.server.workers.offline import prompts_digest
 from pat_serve.server.workers.process import EngineProcess
 
 # Two runs that differ by less than this count as the same: smaller changes are noise on most machines.

@@ -22,46 +22,57 @@ async def within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: Se
 
 
 class _Deadline:
+    # Timers rather than tasks that race: this runs for every request, and most of them never come near their deadline.
+
     def __init__(self, timeout_s: float, receive: Receive, send: Send) -> None:
         self._timeout_s = timeout_s
         self._receive = receive
         self._send = send
-        self._expired = asyncio.Event()
+        self._expired = False
+        self._answer: asyncio.Task[None] | None = None
+        self._waiting: set[asyncio.Timeout] = set()
         self._start: Message | None = None
         self._complete = False
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
-        timer = asyncio.create_task(self._expire(scope))
-        work = asyncio.ensure_future(app(scope, self.receive, self.send))
+        loop = asyncio.get_running_loop()
+        failure: Exception | None = None
         try:
-            await asyncio.wait({work, timer}, return_when=asyncio.FIRST_COMPLETED)
-            if self._expired.is_set():
-                # The work may end at once, while our end of the answer still waits for a client that reads slowly; one
-                # that stops reading is cut off by the protocol, and then this ends too.
-                await asyncio.wait({timer})
-            if not work.done():
-                await asyncio.wait({work}, timeout=_END_S)
-            if work.done():
-                work.result()
-        finally:
-            timer.cancel()
-            work.cancel()
-            await asyncio.gather(timer, work, return_exceptions=True)
+            async with asyncio.timeout(None) as limit:
+                timer = loop.call_later(self._timeout_s, self._expire, scope, limit)
+                try:
+                    await app(scope, self.receive, self.send)
+                finally:
+                    timer.cancel()
+                    self._complete = True
+        except Exception as error:
+            if not (isinstance(error, TimeoutError) and limit.expired()):
+                failure = error
+        if self._answer is not None:
+            # The app may end at once, while our end of the answer still waits for a client that reads slowly; one that
+            # stops reading is cut off by the protocol, and then this ends too.
+            await asyncio.wait({self._answer})
+        if failure is not None:
+            raise failure
 
     async def receive(self) -> Message:
         """The connection's next message, or a disconnect once the time is over."""
-        real = asyncio.ensure_future(self._receive())
-        expired = asyncio.create_task(self._expired.wait())
-        try:
-            await asyncio.wait({real, expired}, return_when=asyncio.FIRST_COMPLETED)
-            return real.result() if real.done() else {"type": "http.disconnect"}
-        finally:
-            real.cancel()
-            expired.cancel()
+        if not self._expired:
+            try:
+                async with asyncio.timeout(None) as waiting:
+                    self._waiting.add(waiting)
+                    try:
+                        return await self._receive()
+                    finally:
+                        self._waiting.discard(waiting)
+            except TimeoutError:
+                if not waiting.expired():
+                    raise
+        return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
         """Pass an answer's part on, unless ours has taken its place."""
-        if self._expired.is_set():
+        if self._expired:
             return
         if message["type"] == "http.response.start":
             self._start = message
@@ -69,11 +80,18 @@ class _Deadline:
             self._complete = True
         await self._send(message)
 
-    async def _expire(self, scope: Scope) -> None:
-        await asyncio.sleep(self._timeout_s)
+    def _expire(self, scope: Scope, limit: asyncio.Timeout) -> None:
+        """The time is over: the app sees its client leave, and the client gets our end of the answer."""
         if self._complete:
             return
-        self._expired.set()
+        self._expired = True
+        loop = asyncio.get_running_loop()
+        for waiting in self._waiting:
+            waiting.reschedule(loop.time())
+        self._answer = loop.create_task(self._answer_late(scope))
+        self._answer.add_done_callback(lambda _: None if self._complete else limit.reschedule(loop.time() + _END_S))
+
+    async def _answer_late(self, scope: Scope) -> None:
         error = HttpError(504, "deadline", f"the answer took longer than {self._timeout_s:g} s and was stopped")
         if self._start is None:
             await error.response()(scope, self._receive, self._send)

@@ -75,7 +75,7 @@ def csv_text(results: Iterable[BaseModel]) -> str:
 
 
 def _speedup(result: SpeedupResult) -> Iterator[Row]:
-    models = {"baseline": result.baseline.name, "candidate": result.candidate.name}
+    models = _names(result)
     pair = f"{models['baseline']} / {models['candidate']}"
     for regime in result.regimes:
         batch = str(regime.batch_size)
@@ -105,7 +105,7 @@ def _speedup(result: SpeedupResult) -> Iterator[Row]:
             kind="speedup", model=pair, where="prefill, average over batches", figure="speed-up", unit="",
             value=average.median, low=average.low, high=average.high,
         )  # fmt: skip
-    for model in (result.baseline, result.candidate):
+    for role, model in (("baseline", result.baseline), ("candidate", result.candidate)):
         figures = [("process peak", "bytes", model.peak_memory_bytes)]
         if model.capacity is not None:
             figures += [
@@ -114,7 +114,15 @@ def _speedup(result: SpeedupResult) -> Iterator[Row]:
                 ("requests in equal memory", "", model.capacity.requests),
             ]
         for figure, unit, value in figures:
-            yield Row(kind="speedup", model=model.name, where="memory", figure=figure, unit=unit, value=value)
+            yield Row(kind="speedup", model=models[role], where="memory", figure=figure, unit=unit, value=value)
+
+
+def _names(result: SpeedupResult) -> dict[str, str]:
+    """A model's name by role; a model checked against itself (A/A) gets its role added."""
+    names = {"baseline": result.baseline.name, "candidate": result.candidate.name}
+    if names["baseline"] == names["candidate"]:
+        return {role: f"{name} ({role})" for role, name in names.items()}
+    return names
 
 
 def _latency(result: LatencyResult) -> Iterator[Row]:

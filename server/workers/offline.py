@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from pat_serve.scores import LISTED_TOKENS, ListedScores, ScoreRequest, Scores
-from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
+from pat_serve.server.analysis.trace import BatchTrace, RequestTrace, prompts_digest
 from pat_serve.server.draft import speculative_config
 from pat_serve.server.engine import offline_llm, submit
 
@@ -207,9 +206,3 @@ class _Batch:
             first_token_step=self._first_token_step,
             prompts_sha256=prompts_digest(self._prompts),
         )
-
-
-def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
-    """SHA-256 of token ids: numbers joined by blanks, prompts by line feeds."""
-    text = "\n".join(" ".join(map(str, prompt)) for prompt in prompts)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -18,10 +18,10 @@ import psutil
 import pytest
 
 from pat_serve.errors import EngineError
+from pat_serve.server.analysis.trace import prompts_digest
 from pat_serve.server.bench.speedup import check_speedup
 from pat_serve.server.bench.speedup_result import Regime, SpeedupResult, SpeedupSettings
 from pat_serve.server.bench.speedup_rounds import round_prompts
-from pat_serve.server.workers.offline import prompts_digest
 from tests.tiny_models import tiny_config
 
 pytestmark = pytest.mark.vllm

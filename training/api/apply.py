@@ -17,6 +17,7 @@ from pat_serve.training.compensation import compensate
 from pat_serve.training.config import TrainRecipe, preset
 from pat_serve.training.insert import adapt
 from pat_serve.training.methods.pat import Pat
+from pat_serve.training.narrow import narrow_model
 from pat_serve.training.schedule import LEAST_STEPS
 from pat_serve.training.width import check_ties, target_width
 
@@ -41,6 +42,7 @@ class PatConfig:
         gate: how it closes: "anneal", "gradual", "cut".
         compensate: start LoRA where it makes up for the cut.
         tied_embeddings: "keep" or "untie", where the base ties them.
+        narrow: "auto" trains the kept channels alone where the cut stands before the first step; "off" all of them.
         milestone_share: share of the run after which an annealed gate would be hard.
         mask_learning_rate: 0.5 / milestone by default.
         base: where the model's files are, if not where `from_pretrained` found them.
@@ -60,6 +62,7 @@ class PatConfig:
     gate: str | None = None
     compensate: bool | None = None
     tied_embeddings: str | None = None
+    narrow: str | None = None
     milestone_share: float | None = None
     mask_learning_rate: float | None = None
     base: str | None = None
@@ -73,13 +76,14 @@ def apply_pat(
 
     Args:
         model: from `AutoModelForCausalLM.from_pretrained`; its files must still be there, the export starts from them.
-            Its weights are changed in place where the recipe rotates.
+            Its weights are changed in place: rotated, and cut down to the kept channels, as the recipe says.
         config: the settings.
         calibration: about 128 examples of the training data, as the Trainer gets them: `input_ids`, and `labels` if
             they differ. The default recipe measures the stream on them; the paper's needs none.
 
     Returns:
-        the PEFT model, with an `AppliedPat` as its attribute `pat`.
+        the PEFT model, with an `AppliedPat` as its attribute `pat`. Its config keeps the base's hidden_size, whatever
+        it is trained at: `save_run` writes for that.
 
     Raises:
         PatServeError: the model's files are not found, are of no known family or hold other weights, the width is
@@ -109,6 +113,8 @@ def apply_pat(
     if recipe.compensate:
         method.on_step(0)
         compensate(adapted, method, checkpoint.family, checkpoint.num_layers, batches)
+    if Pat.stays_wide(recipe) is None:
+        narrow_model(adapted, method, checkpoint.num_layers, method.kept_channels())
     adapted.pat = AppliedPat(
         method=method,
         recipe=recipe,

@@ -9,6 +9,7 @@ from pat_serve.atomic import check_vacant, new_folder
 from pat_serve.errors import ChangedInput, UnfinishedRun, UsageError
 from pat_serve.training.api.applied import AppliedPat, applied, frozen_hashes
 from pat_serve.training.data import load_tokenizer
+from pat_serve.training.narrow import wide_adapter
 from pat_serve.training.result import write_result
 
 
@@ -53,6 +54,7 @@ def save_run(
         handle.recipe.model_copy(update={"max_steps": handle.method.total_steps}).save(staging)
         plan = handle.method.plan(handle.checkpoint.reference())
         lora = {name: tensor.cpu() for name, tensor in model.state_dict().items() if ".lora_" in name}
+        lora = wide_adapter(lora, handle.method)
         write_result(staging, model=model, lora=lora, tokenizer=tokenizer, prompts=prompts, plan=plan)
     return folder
 

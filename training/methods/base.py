@@ -42,11 +42,22 @@ class Method(ABC):
         self.step = 0
         # Set before `attach` when the method wants one.
         self.calibration: Calibration | None = None
+        # int64 (K,): the base's channels that the model has, once it is narrowed; None while it has them all.
+        self.narrowed_to: Tensor | None = None
 
     @classmethod
     def wants_calibration(cls, recipe: TrainRecipe) -> bool:
         """The recipe asks for something that is measured on the base before the first step."""
         return False
+
+    @classmethod
+    def stays_wide(cls, recipe: TrainRecipe) -> str | None:
+        """Why the model keeps its full width while it trains; None if it can be cut down before the first step.
+
+        Args:
+            recipe: the run's settings, resolved.
+        """
+        return "nothing is cut"
 
     @abstractmethod
     def attach(self, model: nn.Module, num_layers: int) -> None:
@@ -63,6 +74,10 @@ class Method(ABC):
     def set_total_steps(self, total_steps: int) -> None:
         """Stretch the schedules over another number of steps; before the first, for loops that learn it late."""
         self.total_steps = total_steps
+
+    def narrow(self, kept_K: Tensor) -> None:
+        """The model has been cut down to these channels: follow with the method's modules (see narrow.py)."""
+        self.narrowed_to = kept_K
 
     def on_step(self, step: int) -> None:
         """Called before every optimizer step with its number, from 0, also after a resume."""

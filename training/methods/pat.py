@@ -20,6 +20,7 @@ from pat_serve.training.config import TrainRecipe
 from pat_serve.training.hsm import HybridModule, SharedMask
 from pat_serve.training.losses import count_loss, identity_loss, push_loss
 from pat_serve.training.methods.base import Method
+from pat_serve.training.narrow import scatter
 from pat_serve.training.ranks import snapshot, whole
 from pat_serve.training.schedule import GateSchedule
 
@@ -38,6 +39,18 @@ class Pat(Method):
         """Rotation and the energy start do."""
         return recipe.rotate != "none" or recipe.mask_start != "zero"
 
+    @classmethod
+    def stays_wide(cls, recipe: TrainRecipe) -> str | None:
+        """The cut must stand before the first step, and nothing may look at what goes."""
+        reasons = {
+            "the gate closes while it trains": recipe.gate != "cut",
+            "its operators mix channels before some of them go": bool(recipe.hio_rank),
+            "its teacher is the dense base": recipe.distillation_weight > 0,
+            "a 4-bit base cannot be cut": recipe.quantize_base is not None,
+            "--narrow off": recipe.narrow == "off",
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
     def attach(self, model: nn.Module, num_layers: int) -> None:
         """Put an HSM behind every residual writer."""
         assert self.recipe.gate != "auto", "the recipe was not resolved"
@@ -54,10 +67,14 @@ class Pat(Method):
         kept_tied = {EMBEDDING} if self.recipe.tied_embeddings != "untie" and _tied(model) else set()
         for site in self.family.residual_writers(num_layers):
             writer = model.get_submodule(site)
-            hsm = HybridModule(self.hidden_size, 0 if site in kept_tied else rank, self.mask)
+            hsm = self.make_hsm(site, 0 if site in kept_tied else rank)
             writer.add_module("hsm", hsm)
             writer.register_forward_hook(_run_hsm)
             self.hsms[site] = hsm
+
+    def make_hsm(self, site: str, rank: int) -> HybridModule:
+        """The HSM behind one residual writer; what studies another kind of operator or of mask overrides this."""
+        return HybridModule(self.hidden_size, rank, self.mask)
 
     def modules(self) -> dict[str, nn.Module]:
         """The mask and every HSM."""
@@ -94,9 +111,16 @@ class Pat(Method):
                 )
         self.mask.require_open()
 
+    def narrow(self, kept_K: Tensor) -> None:
+        """Every HSM scales the kept channels; the mask stays as it is, for the plan."""
+        super().narrow(kept_K)
+        for hsm in self.hsms.values():
+            hsm.narrow(kept_K)
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Every HSM hands its input on."""
+        assert self.narrowed_to is None, "the dense model is gone"
         for hsm in self.hsms.values():
             hsm.enabled = False
         try:
@@ -107,7 +131,7 @@ class Pat(Method):
 
     def losses(self) -> dict[str, Tensor]:
         """Mask losses while the mask moves; the weighted identity loss over all HSMs throughout."""
-        factors = [whole(hsm.l0_RD) for hsm in self.hsms.values() if len(hsm.l0_RD)]
+        factors = [whole(hsm.orthonormal()) for hsm in self.hsms.values() if len(hsm.l0_RD)]
         weight = self.recipe.identity_weight
         terms = {"identity_loss": weight * identity_loss(factors)} if factors and weight else {}
         if not self.mask.frozen and self.mask.schedule.trains_mask:
@@ -139,9 +163,18 @@ class Pat(Method):
     def folds(self) -> dict[str, HybridFold]:
         """Every HSM's operator; all ranks must ask, since each may hold a shard."""
         return {
-            site: HybridFold(l0_RD=snapshot(hsm.l0_RD), l1_DR=snapshot(hsm.l1_DR), scale_D=snapshot(hsm.scale_D))
+            site: HybridFold(
+                l0_RD=self._wide(hsm.l0_RD, 1), l1_DR=self._wide(hsm.l1_DR, 0), scale_D=self._wide(hsm.scale_D, 0, 1.0)
+            )
             for site, hsm in self.hsms.items()
         }
+
+    def _wide(self, parameter: Tensor, dimension: int, fill: float = 0.0) -> Tensor:
+        """A parameter of an HSM over all of the base's channels, with its starting value where the model was cut."""
+        whole_D = snapshot(parameter)
+        if self.narrowed_to is None:
+            return whole_D
+        return scatter(whole_D, self.narrowed_to, self.hidden_size, dimension, fill)
 
 
 def _tied(model: nn.Module) -> bool:
