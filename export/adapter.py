@@ -82,7 +82,7 @@ def read_adapter(folder: Path, base: Checkpoint, named: Mapping[str, str]) -> Ma
             found=", ".join(sorted(named)),
             fix="Copy the run again.",
         )
-    scaling = _scaling(folder / _ADAPTER_FILES[0])
+    rank, scaling = _rank_and_scaling(folder / _ADAPTER_FILES[0])
     weights = folder / _ADAPTER_FILES[1]
     try:
         entries = read_header(weights)
@@ -99,6 +99,14 @@ def read_adapter(folder: Path, base: Checkpoint, named: Mapping[str, str]) -> Ma
                 expected=f"an update of the base's {module}" + (f" of shape {target.shape}" if target else ""),
                 found="no such module" if target is None else f"{b} times {a}",
                 fix="The adapter belongs to another base.",
+            )
+        if a[0] != rank:
+            # The scaling is of the configuration's rank.
+            raise BrokenPlan(
+                weights,
+                expected=f"an update of rank {rank}",
+                found=f"rank {a[0]} of {module}",
+                fix="Copy the run again.",
             )
         for name in _StoredAdapter.names(module):
             if not bool(torch.isfinite(entries[name].read()).all()):
@@ -132,8 +140,8 @@ _PLAIN_ADAPTER: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _scaling(path: Path) -> float:
-    """What B A is multiplied with: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+def _rank_and_scaling(path: Path) -> tuple[int, float]:
+    """r, and what B A is multiplied with: alpha / r, or alpha / sqrt(r) with rsLoRA."""
     try:
         config = parse(path.read_bytes())
         rank, alpha, rank_stabilized = config["r"], config["lora_alpha"], config.get("use_rslora", False)
@@ -158,7 +166,7 @@ def _scaling(path: Path) -> float:
             found=f"r={rank!r:.40}, lora_alpha={alpha!r:.40}",
             fix="Copy the run again.",
         )
-    return float(alpha / (rank**0.5 if rank_stabilized else rank))
+    return rank, float(alpha / (rank**0.5 if rank_stabilized else rank))
 
 
 def _paired_modules(names: Iterable[str], weights: Path) -> list[str]:

@@ -6,7 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 
 from pat_serve.atomic import check_vacant, new_folder
 from pat_serve.errors import DiskFull, UsageError
+from pat_serve.export.base_files import BaseFiles
 from pat_serve.export.card import model_card, provenance
 from pat_serve.export.fit import check_fitness
 from pat_serve.export.formats.gguf import require_gguf, write_gguf
@@ -24,12 +25,14 @@ from pat_serve.export.formats.quantize import quantize_export
 from pat_serve.export.formats.schemes import scheme_named
 from pat_serve.export.hashes import hash_files
 from pat_serve.export.measured import quality_section
-from pat_serve.export.narrow import dry_run, narrow_config, narrow_shapes, rewriting_of
+from pat_serve.export.model_files import check_room
+from pat_serve.export.model_files import dtype_name as _name
+from pat_serve.export.model_files import write_model as _write_model
+from pat_serve.export.narrow import dry_run, narrow_config, narrow_shapes
 from pat_serve.export.parity import EXACT, Parity, measure_parity
 from pat_serve.export.reader import Run, open_run
 from pat_serve.export.rounding import check_rounding
-from pat_serve.export.writer import WeightFiles, index_document, write_blocks
-from pat_serve.progress import byte_progress
+from pat_serve.locate import check_inside
 from pat_serve.scores import Scorer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -102,17 +105,22 @@ def export_run(
         )
     if scheme and parity:
         require_compressed_tensors()
-    run = open_run(ckpt, base)
+    run = open_run(ckpt, base, hash_weights=False)
     check_vacant(out, force=force, inputs=[run.base.folder])
+    # A licence that is a link to somebody's key would be published with the model.
+    check_inside(run.base.folder, _carried(run))
     fitness = check_fitness(run, tp, scheme)
     target = run.base.dtype if dtype == "auto" else DTYPES[dtype]
     if gguf:
         require_gguf(narrow_config(run, target), run.base.folder, quantized=scheme is not None)
     # 8-bit weights are made from the exact float32 ones, which are proven first.
     written = torch.float32 if scheme else target
-    _check_fits(run, out, [written, *([target] if scheme else []), *([target] if gguf else [])])
-    with _room_on_disk(out), new_folder(out, replace=force) as staging:
-        _write_model(run, staging, written, max_shard_bytes, runs_in=target)
+    with ExitStack() as stack:
+        base_files = stack.enter_context(BaseFiles(run))
+        _check_fits(run, out, [written, *([target] if scheme else []), *([target] if gguf else [])])
+        stack.enter_context(_room_on_disk(out))
+        staging = stack.enter_context(new_folder(out, replace=force))
+        hashes = _write_model(run, staging, written, max_shard_bytes, runs_in=target, meanwhile=base_files.poll)
         outcome = _prove(run, staging, written, out, runs_in=target, walk=walk, scorer=scorer) if parity else None
         quality = quantize_export(run, staging, scheme, target, max_shard_bytes, out, parity) if scheme else None
         _carry_files(run, staging)
@@ -120,10 +128,11 @@ def export_run(
             write_gguf(staging)
         kept = {"quality": accept(staging, run.base.folder)} if accept else {}
         record = provenance(run, _name(target), outcome, scheme, quality, fitness) | kept
-        record["files"] = hash_files(staging)
+        record["files"] = hash_files(staging, {} if scheme else hashes)
         (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         measured = quality_section(record["quality"]) if kept else None
         (staging / "README.md").write_text(model_card(record, measured), encoding="utf-8")
+        base_files.require()
     return Exported(out=out, record=record, parity=outcome, quality=quality)
 
 
@@ -181,42 +190,13 @@ def _check_fits(run: Run, out: Path, dtypes: list[torch.dtype]) -> None:
     """
     dry_run(run, dtypes[0])
     numbers = sum(prod(shape) for shape in narrow_shapes(run).values())
-    needed_bytes = sum(numbers * dtype.itemsize for dtype in dtypes) + _SPARE_BYTES
-    place = next(path for path in out.absolute().parents if path.exists())
-    free_bytes = shutil.disk_usage(place).free
-    if free_bytes < needed_bytes:
-        raise DiskFull(
-            place,
-            expected=f"{needed_bytes / 1e9:.2f} GB of free space",
-            found=f"{free_bytes / 1e9:.2f} GB",
-            fix="Free some space, or choose another --out.",
-        )
+    check_room(out.parent, sum(numbers * dtype.itemsize for dtype in dtypes) + _SPARE_BYTES)
 
 
-def _write_model(
-    run: Run, folder: Path, dtype: torch.dtype, max_shard_bytes: int, runs_in: torch.dtype | None = None
-) -> None:
-    shapes = narrow_shapes(run)
-    rewriting = rewriting_of(run, dtype, runs_in)
-    total_bytes = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
-    with (
-        WeightFiles(folder, shapes, dtype, max_shard_bytes) as files,
-        byte_progress(f"write {_name(dtype)} weights", total_bytes) as advance,
-    ):
-        write_blocks(files, shapes, rewriting.blocks, advance)
-    config = json.dumps(narrow_config(run, dtype), indent=2)
-    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
-    if len(files.shards) > 1:
-        document = json.dumps(index_document(files.shards, shapes, dtype), indent=2)
-        (folder / "model.safetensors.index.json").write_text(document + "\n", encoding="utf-8")
+def _carried(run: Run) -> list[Path]:
+    return [path for pattern in _CARRIED for path in run.base.folder.glob(pattern) if path.is_file()]
 
 
 def _carry_files(run: Run, folder: Path) -> None:
-    for pattern in _CARRIED:
-        for path in run.base.folder.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    for path in _carried(run):
+        shutil.copyfile(path, folder / path.name)

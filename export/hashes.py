@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,8 +12,15 @@ from pat_serve.plan import file_sha256
 _THREADS = 2
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 by file name: config.json, the weights and their index."""
+def hash_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """SHA-256 by file name: config.json, the weights and their index.
+
+    Args:
+        folder: of a checkpoint.
+        known: of files that were hashed while they were written.
+    """
+    known = known or {}
     paths = [folder / "config.json", *sorted(folder.glob("*.safetensors*"))]
     with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip((path.name for path in paths), pool.map(file_sha256, paths), strict=True))
+        hashes = pool.map(lambda path: known.get(path.name) or file_sha256(path), paths)
+        return dict(zip((path.name for path in paths), hashes, strict=True))

@@ -95,9 +95,14 @@ def narrow_tensors(
         dtype: to write. The rewriting itself runs in float32, or in float64 for a float64 base.
         runs_in: dtype in which the model will run, which rounds the factor of a scaled embedding; `dtype` by default.
     """
-    rewriting = rewriting_of(run, dtype, runs_in)
+    rewriting, shapes, scratch = rewriting_of(run, dtype, runs_in), narrow_shapes(run), Scratch()
     for name in names:
-        yield name, torch.cat(list(rewriting.blocks(name, Scratch())))
+        whole, done = torch.empty(shapes[name], dtype=dtype), 0
+        for block in rewriting.blocks(name, scratch):
+            # A block is gone when the next one is asked for.
+            whole[done : done + len(block)] = block
+            done += len(block)
+        yield name, whole
 
 
 def rewriting_of(run: Run, dtype: torch.dtype, runs_in: torch.dtype | None = None, device: str = "cpu") -> Rewriting:
@@ -121,8 +126,17 @@ def dry_run(run: Run, dtype: torch.dtype) -> None:
     Raises:
         BrokenPlan: one does not; then the plan or the adapter does not fit the base.
     """
-    rewriting = rewriting_of(run, dtype, device="meta")
-    for name, shape in narrow_shapes(run).items():
+    rewriting, shapes = rewriting_of(run, dtype, device="meta"), narrow_shapes(run)
+    for module in run.adapter:
+        # An update of a head that stays the embedding would be lost, one of that embedding would miss the head.
+        if f"{module}.weight" not in shapes or (module == EMBEDDING and _HEAD_WEIGHT not in shapes):
+            raise BrokenPlan(
+                run.folder,
+                expected="updates of tensors that the export writes as they are",
+                found=f"one of {module}, which is tied to another",
+                fix="Train with --tied-embeddings untie, or without an adapter on it.",
+            )
+    for name, shape in shapes.items():
         try:
             blocks = list(rewriting.blocks(name, Scratch()))
             found = (sum(len(block) for block in blocks), *blocks[0].shape[1:])

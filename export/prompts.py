@@ -80,6 +80,11 @@ def parity_prompts(run: Run, *, new_tokens: int = NEW_TOKENS) -> Prompts:
     )
 
 
+def own_prompts(run: Run) -> list[list[int]]:
+    """The whole prompts that are the run's own, without the random ones."""
+    return parity_prompts(run).whole[:-RANDOM_PROMPTS]
+
+
 def _own_prompts(run: Run) -> list[list[int]]:
     path = run.folder / PARITY_PROMPTS_FILE
     try:

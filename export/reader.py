@@ -20,6 +20,8 @@ from pat_serve.run_folder import ADAPTER_FOLDER, RECIPE_FILE, checkpoint_step, l
 
 __all__ = ["LoraUpdate", "Run", "open_run"]
 
+OTHER_BASE = "Give the base's original folder with --base."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -32,12 +34,13 @@ class Run:
     adapter: Mapping[str, LoraUpdate]
 
 
-def open_run(folder: Path, base_override: str | None = None) -> Run:
+def open_run(folder: Path, base_override: str | None = None, *, hash_weights: bool = True) -> Run:
     """Open a run and check that its parts fit together.
 
     Args:
         folder: run/.
         base_override: where the base lies now, if it was moved since.
+        hash_weights: read the base's weight files and compare their hashes; without it `BaseFiles` has to.
 
     Raises:
         RunError: not a run, or its training has not finished.
@@ -55,7 +58,7 @@ def open_run(folder: Path, base_override: str | None = None) -> Run:
             found=error.found,
             fix="If it was moved, say where with --base.",
         ) from error
-    _check_base(plan, base)
+    _check_base(plan, base, hash_weights)
     _check_hashes(folder / ADAPTER_FOLDER, plan.adapter, "Copy the run again.")
     adapter = read_adapter(folder / ADAPTER_FOLDER, base, plan.adapter) if plan.adapter else {}
     return Run(folder=folder, plan=plan, recipe=_read_recipe(folder), base=base, adapter=adapter)
@@ -96,16 +99,17 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
     return recipe
 
 
-def _check_base(plan: PruningPlan, base: Checkpoint) -> None:
+def _check_base(plan: PruningPlan, base: Checkpoint, hash_weights: bool) -> None:
     files = {"config.json", *(path.name for path in base.shards())}
     if set(plan.base.sha256) != files:
         raise BrokenPlan(
             PLAN_JSON,
             expected=f"the SHA-256 of all {len(files)} files of the base in {base.folder}",
             found=f"{len(plan.base.sha256)}, among them not {sorted(files ^ set(plan.base.sha256))[0]!r:.80}",
-            fix="Give the base's original folder with --base.",
+            fix=OTHER_BASE,
         )
-    _check_hashes(base.folder, plan.base.sha256, "Give the base's original folder with --base.")
+    hashed = plan.base.sha256 if hash_weights else {"config.json": plan.base.sha256["config.json"]}
+    _check_hashes(base.folder, hashed, OTHER_BASE)
     cut = plan.axes.get(HIDDEN)
     if cut is None or cut.width != base.hidden_size:
         raise BrokenPlan(
@@ -163,9 +167,14 @@ def _check_hashes(folder: Path, sha256: Mapping[str, str], fix: str) -> None:
         for path, expected, found in zip(paths, sha256.values(), hashes, strict=True):
             if found != expected:
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise BrokenPlan(
-                    path,
-                    expected=f"the file of the training (SHA-256 {expected[:12]}...)",
-                    found="no such file" if found is None else f"{found[:12]}...",
-                    fix=fix,
-                )
+                raise other_file(path, expected, found, fix)
+
+
+def other_file(path: Path, expected: str, found: str | None, fix: str) -> BrokenPlan:
+    """The error of a file with another SHA-256 than the plan names; None for one that is not there."""
+    return BrokenPlan(
+        path,
+        expected=f"the file of the training (SHA-256 {expected[:12]}...)",
+        found="no such file" if found is None else f"{found[:12]}...",
+        fix=fix,
+    )

@@ -14,7 +14,7 @@ from pat_serve.export.reader import Run
 from pat_serve.progress import track
 
 # Another machine, or another number of threads, adds float32 products in another order: that may tip a rounding.
-_REORDERING = 1e-5
+REORDERING = 1e-5
 
 
 def check_rounding(run: Run, folder: Path, dtype: torch.dtype, out: Path, *, same_machine: bool = True) -> None:
@@ -35,7 +35,7 @@ def check_rounding(run: Run, folder: Path, dtype: torch.dtype, out: Path, *, sam
     for name, exact in track(narrow_tensors(run, names, torch.float32, dtype), "parity: rounding", len(names)):
         found = files.read(name) if name in files.tensors else None
         equal = found is not None and (
-            torch.equal(exact.to(dtype), found) if same_machine else _is_nearest(exact, found)
+            torch.equal(exact.to(dtype), found) if same_machine else is_nearest(exact, found)
         )
         if not equal:
             raise ParityError(
@@ -46,9 +46,10 @@ def check_rounding(run: Run, folder: Path, dtype: torch.dtype, out: Path, *, sam
             )
 
 
-def _is_nearest(exact: Tensor, found: Tensor) -> bool:
+def is_nearest(exact: Tensor, found: Tensor) -> bool:
+    """A tensor is another one rounded to its dtype, up to what another order of additions can change."""
     if found.shape != exact.shape or not found.dtype.is_floating_point:
         return False
     half_step = torch.finfo(found.dtype).eps / 2
-    allowed = half_step * (1 + 1e-6) * exact.abs() + _REORDERING * exact.abs().max()
+    allowed = half_step * (1 + 1e-6) * exact.abs() + REORDERING * exact.abs().max()
     return bool(((exact - found.float()).abs() <= allowed).all())

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import torch
 
 from pat_serve.architectures import HIDDEN
-from pat_serve.errors import BrokenCheckpoint, BrokenPlan, MissingModel, UnsupportedModel, first_line
+from pat_serve.errors import BrokenCheckpoint, BrokenPlan, MissingModel, UsageError, first_line
+from pat_serve.export.formats.check import check_eight_bits
+from pat_serve.export.formats.quality import QuantizationQuality, measure_quality, require_compressed_tensors
+from pat_serve.export.formats.schemes import SCHEMES, Scheme, quantization_config
 from pat_serve.export.hashes import hash_files
+from pat_serve.export.model_files import check_room, write_model
+from pat_serve.export.narrow import narrow_shapes
 from pat_serve.export.parity import Parity, measure_parity
+from pat_serve.export.prompts import own_prompts
 from pat_serve.export.reader import Run, open_run
 from pat_serve.export.rounding import check_rounding
 from pat_serve.locate import read_config
@@ -20,7 +28,7 @@ from pat_serve.plan import BaseReference
 from pat_serve.scores import Scorer
 
 RECORD = "pat_export.json"
-_DTYPES = {"float32", "float16", "bfloat16", "float64"}
+_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +38,41 @@ class Verification:
     Attributes:
         folder: the export.
         files: names of the files whose hashes are those of the export; empty where the export recorded none.
-        parity: measured now.
+        parity: measured now; of an 8-bit export that of the float32 weights which it was rounded from.
+        quality: what the 8 bits cost, measured now; None for an export that is not quantized.
     """
 
     folder: Path
     files: list[str]
     parity: Parity
+    quality: QuantizationQuality | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         return {
-            "passed": self.parity.passed,
+            "passed": self.parity.passed and (self.quality is None or self.quality.passed),
             "folder": str(self.folder),
             "files": self.files,
             "parity": self.parity.as_dict(),
+            "quality": self.quality and self.quality.as_dict(),
         }
+
+    def require(self) -> None:
+        """Raise unless all is well.
+
+        Raises:
+            ParityError: with the figures that are out of tolerance.
+        """
+        fix = "Export again; if the new export passes, these files were changed."
+        self.parity.require(self.folder, fix)
+        if self.quality is not None:
+            self.quality.require(self.folder, fix)
+
+
+class _Quantization(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
+
+    scheme: Literal["int8", "fp8"]
 
 
 class _Record(pydantic.BaseModel):
@@ -53,9 +81,10 @@ class _Record(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
 
     version: int = pydantic.Field(ge=1, le=1)
-    dtype: str
+    dtype: Literal["float32", "float16", "bfloat16", "float64"]
     base: BaseReference
     kept_channels: list[int]
+    quantization: _Quantization | None = None
     files: dict[str, str] = {}
 
 
@@ -83,21 +112,49 @@ def verify_export(
     """
     record = _read_record(folder)
     files = _check_files(folder, record)
-    if read_config(folder).get("quantization_config") or record.dtype not in _DTYPES:
-        raise UnsupportedModel(
-            folder,
-            expected="an export in float32, bfloat16 or float16",
-            found="a quantized one, whose distance from the trained model is no rounding of single weights",
-            fix="Verify the unquantized export that it was made from, and compare perplexities with pat-eval.",
-        )
+    scheme = SCHEMES[record.quantization.scheme] if record.quantization else None
+    _check_scheme(folder, scheme)
+    if scheme:
+        if scorer is not None:
+            raise UsageError("--vllm", expected="an export in floats", found=scheme.name, fix="Leave it out.")
+        require_compressed_tensors()
     run = open_run(ckpt, base)
     _check_origin(folder, record, run)
     target = getattr(torch, record.dtype)
+    if scheme:
+        parity, quality = _measure_eight_bits(run, folder, scheme, target, walk)
+        return Verification(folder=folder, files=files, parity=parity, quality=quality)
     if target.itemsize < torch.float32.itemsize:
         check_rounding(run, folder, target, folder, same_machine=False)
     return Verification(
         folder=folder, files=files, parity=measure_parity(run, folder, target, walk=walk, scorer=scorer)
     )
+
+
+def _check_scheme(folder: Path, scheme: Scheme | None) -> None:
+    """config.json tells loaders to read the weights in the way in which they were written."""
+    wanted = quantization_config(scheme) if scheme else None
+    found = read_config(folder).get("quantization_config")
+    if found != wanted:
+        raise BrokenCheckpoint(
+            folder / "config.json",
+            expected=f"the quantization_config of {scheme.name}" if scheme else f"none, as {RECORD} says",
+            found="none" if found is None else f"{found!r:.80}",
+            fix="Copy the export again, or export again.",
+        )
+
+
+def _measure_eight_bits(
+    run: Run, folder: Path, scheme: Scheme, floats: torch.dtype, walk: bool | None
+) -> tuple[Parity, QuantizationQuality]:
+    """As at the export: the exact float32 weights against the trained model, and the 8-bit ones against these."""
+    check_eight_bits(run, folder, scheme, floats)
+    with tempfile.TemporaryDirectory(prefix="pat-verify-") as scratch:
+        exact = Path(scratch)
+        check_room(exact, sum(prod(shape) for shape in narrow_shapes(run).values()) * torch.float32.itemsize)
+        write_model(run, exact, torch.float32, _SHARD_BYTES, runs_in=floats)
+        parity = measure_parity(run, exact, torch.float32, runs_in=floats, walk=walk)
+        return parity, measure_quality(exact, folder, scheme, own_prompts(run))
 
 
 def _read_record(folder: Path) -> _Record:

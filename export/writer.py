@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pat_serve.checkpoint import DTYPES
 from pat_serve.export.blocks import Scratch
+from pat_serve.export.settle import Settling
 
 # Each with half of torch's threads. More would wait for the same disk and hold more tensors.
 THREADS = 2
@@ -45,33 +46,11 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def write_shard(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
-) -> None:
-    """Write one safetensors file.
-
-    Args:
-        path: of the file.
-        shapes: its tensors and their shapes, in order: the header is written before any tensor is there.
-        dtype: of all tensors.
-        tensors: the same tensors in the same order.
-    """
-    header, _ = _header(shapes, dtype)
-    expected = iter(shapes.items())
-    with path.open("wb") as file:
-        file.write(header)
-        for name, tensor in tensors:
-            assert (name, tuple(tensor.shape)) == next(expected), name
-            assert tensor.dtype == dtype, name
-            file.write(_bytes(tensor))
-    assert next(expected, None) is None
-
-
 class WeightFiles:
     """The weight files of a checkpoint, each of its full size from the start, filled block by block in any order.
 
-    Several threads may write at once. As a context manager it forces every file to the disk as soon as its last block
-    is there, so that the disk works while the next one is computed.
+    Several threads may write at once. As a context manager it hashes the files and forces them to the disk while they
+    are written; at its end they are on the disk, and `sha256` has their hashes.
 
     Args:
         folder: for the files.
@@ -84,19 +63,26 @@ class WeightFiles:
         self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
     ) -> None:
         self._dtype = dtype
-        self._lock = threading.Lock()
         self._descriptors: list[int] = []
-        self._left_bytes: list[int] = []
         self._places: dict[str, tuple[int, int, int]] = {}
         self.shards = plan_shards(shapes, dtype, max_shard_bytes)
+        self.sha256: dict[str, str] = {}
+        self._left_bytes: dict[str, int] = {}
+        headers: list[int] = []
+        sizes: list[tuple[int, int]] = []
         for number, (file, names) in enumerate(zip(shard_names(len(self.shards)), self.shards, strict=True)):
             header, offsets = _header({name: shapes[name] for name in names}, dtype)
-            descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             self._descriptors.append(descriptor)
             _write_all(descriptor, memoryview(header), 0)
             for name, (begin, end) in offsets.items():
                 self._places[name] = (number, len(header) + begin, end - begin)
-            self._left_bytes.append(sum(end - begin for begin, end in offsets.values()))
+                self._left_bytes[name] = end - begin
+            headers.append(len(header))
+            sizes.append((descriptor, len(header) + sum(end - begin for begin, end in offsets.values())))
+        self._settling = Settling(sizes)
+        for number, size in enumerate(headers):
+            self._settling.note(number, 0, size)
 
     def write(self, name: str, done_bytes: int, block: Tensor) -> int:
         """Write a run of rows of a tensor.
@@ -113,21 +99,26 @@ class WeightFiles:
         data = _bytes(block)
         number, offset, size = self._places[name]
         assert done_bytes + len(data) <= size, name
-        _write_all(self._descriptors[number], data, offset + done_bytes)
-        with self._lock:
-            self._left_bytes[number] -= len(data)
-            complete = not self._left_bytes[number]
-        if complete:
-            os.fsync(self._descriptors[number])
+        begin = offset + done_bytes
+        _write_all(self._descriptors[number], data, begin)
+        self._left_bytes[name] -= len(data)
+        self._settling.note(number, begin, begin + len(data))
+        self._settling.check()
         return len(data)
 
     def __enter__(self) -> Self:
+        self._settling.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        assert kind is not None or not any(self._left_bytes), "every byte of every tensor was written"
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        assert kind is not None or not any(self._left_bytes.values()), "every byte of every tensor was written"
+        try:
+            self._settling.__exit__(kind, *rest)
+        finally:
+            for descriptor in self._descriptors:
+                os.close(descriptor)
+        if kind is None:
+            self.sha256 = dict(zip(shard_names(len(self.shards)), self._settling.sha256, strict=True))
 
 
 def write_blocks(

@@ -59,21 +59,3 @@ def apply_hybrid(x: Tensor, fold: HybridFold, gate_D: Tensor) -> Tensor:
         x = x + F.linear(F.linear(x, fold.l0_RD.to(x.dtype)), fold.l1_DR.to(x.dtype))
     # Rounded to bfloat16, a scale near 1 would move in steps of 0.004: the product is taken in the scale's own dtype.
     return (x * (fold.scale_D * gate_D)).to(x.dtype)
-
-
-def fold_rows(weight: Tensor, fold: HybridFold) -> Tensor:
-    """T W for a weight whose FIRST axis is the hidden one: the linear that computes HSM(W x) with the gate open.
-
-    Args:
-        weight: (D, n) for o_proj and down_proj, (D,) for their biases.
-        fold: the operator, in the weight's dtype.
-    """
-    if weight.dim() == 1:
-        return (weight + fold.l1_DR @ (fold.l0_RD @ weight)) * fold.scale_D
-    # One pass over the weight, and one for the scale in place: an export's time is passes over memory.
-    return torch.addmm(weight, fold.l1_DR, fold.l0_RD @ weight).mul_(fold.scale_D[:, None])
-
-
-def fold_columns(embedding_VD: Tensor, fold: HybridFold) -> Tensor:
-    """e -> T e for every row e of an embedding table (V, D)."""
-    return torch.addmm(embedding_VD, embedding_VD @ fold.l0_RD.T, fold.l1_DR.T).mul_(fold.scale_D)

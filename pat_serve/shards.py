@@ -163,13 +163,16 @@ def read_index(index: Path) -> dict[str, str]:
     return weights
 
 
-def read_tensors(folder: Path, source: object, ignored: Callable[[str], bool]) -> dict[str, TensorEntry]:
+def read_tensors(
+    folder: Path, source: object, ignored: Callable[[str], bool], dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> dict[str, TensorEntry]:
     """Every tensor of a checkpoint's folder by name, in the shards' order.
 
     Args:
         folder: of the checkpoint.
         source: what the user called it.
         ignored: names that count for nothing: leftovers that no loader reads.
+        dtypes: that the shards may hold, by their names in a header.
 
     Raises:
         UnsupportedModel: as `find_shards`.
@@ -177,7 +180,7 @@ def read_tensors(folder: Path, source: object, ignored: Callable[[str], bool]) -
     """
     tensors: dict[str, TensorEntry] = {}
     for shard in find_shards(folder, source):
-        for name, entry in read_header(shard).items():
+        for name, entry in read_header(shard, dtypes).items():
             if ignored(name):
                 continue
             if name in tensors:

@@ -112,6 +112,14 @@ def test_a_link_that_leads_out(name: str, folder: Path):
     refuse(folder, BrokenCheckpoint, "in the model's own folder, found a link")
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE.md", "tokenizer.secret"])
+def test_a_carried_file_that_is_a_link_out(name: str, folder: Path):
+    """It would be published with the model: a base could so ask for somebody's key."""
+    (folder / "key").write_text("secret")
+    (folder / "base" / name).symlink_to(folder / "key")
+    refuse(folder, BrokenCheckpoint, "in the model's own folder, found a link")
+
+
 def test_the_links_of_a_hub_snapshot_are_followed(folder: Path):
     """The hub's cache keeps files under their hashes and links them into a snapshot."""
     snapshot = folder / "models--a--b/snapshots" / ("0" * 40)

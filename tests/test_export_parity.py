@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pat_serve.errors import ParityError
-from pat_serve.export import exporter
+from pat_serve.export import blocks, exporter
 from pat_serve.export.exporter import export_run
 from pat_serve.export.figures import TOLERANCES, Figures, HeldLogits, compare_greedy, compare_logits
 from pat_serve.export.listed import compare_listed
 from pat_serve.export.parity import measure_parity
 from pat_serve.export.reader import open_run
+from pat_serve.export.rewrite import fuse
 from pat_serve.hybrid import HybridFold
 from pat_serve.layerwise import LayerwiseModel
 from pat_serve.masked import load_masked_model
@@ -99,11 +101,12 @@ def test_the_gate_refuses_a_wrong_rewriting(
     """Damage one tensor between writing and checking; nothing may be left behind."""
     write = exporter._write_model
 
-    def write_damaged(run, folder: Path, dtype: torch.dtype, max_shard_bytes: int, runs_in=None) -> None:
-        write(run, folder, dtype, max_shard_bytes, runs_in)
+    def write_damaged(run, folder: Path, *arguments, **settings) -> dict[str, str]:
+        hashes = write(run, folder, *arguments, **settings)
         tensors = load_file(folder / "model.safetensors")
         tensors[name] = change(tensors[name])
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return hashes
 
     monkeypatch.setattr(exporter, "_write_model", write_damaged)
     with pytest.raises(ParityError, match="Nothing was exported"):
@@ -122,9 +125,7 @@ def test_the_gate_refuses_the_published_mistakes(
     if mistake == "eps":
         monkeypatch.setattr("pat_serve.export.narrow.narrow_eps", lambda eps, cut: eps)
     else:
-        monkeypatch.setattr(
-            "pat_serve.export.rewrite.fold_rows", lambda weight, fold: weight + fold.l1_DR @ (fold.l0_RD @ weight)
-        )
+        monkeypatch.setattr(blocks, "fuse", lambda spec, *parts: replace(fuse(spec, *parts), scale_K=None))
     with pytest.raises(ParityError, match="found"):
         export_run(run, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()
@@ -166,11 +167,12 @@ def test_a_mistake_does_not_hide_in_a_model_that_amplifies(
     else:
         write = exporter._write_model
 
-        def write_damaged(run, folder: Path, *arguments, **settings) -> None:
-            write(run, folder, *arguments, **settings)
+        def write_damaged(run, folder: Path, *arguments, **settings) -> dict[str, str]:
+            hashes = write(run, folder, *arguments, **settings)
             tensors = load_file(folder / "model.safetensors")
             tensors["model.embed_tokens.weight"][7, 7] *= 1.00001
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+            return hashes
 
         monkeypatch.setattr(exporter, "_write_model", write_damaged)
     with pytest.raises(ParityError, match="found"):

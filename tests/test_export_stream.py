@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from pat_serve.errors import BrokenPlan, DiskFull
+from pat_serve.checkpoint import open_checkpoint
+from pat_serve.errors import BrokenCheckpoint, BrokenPlan, DiskFull
 from pat_serve.export import blocks, exporter
+from pat_serve.export.adapter import LoraUpdate
 from pat_serve.export.exporter import export_run
+from pat_serve.export.hashes import hash_files
 from pat_serve.export.narrow import dry_run, narrow_shapes, narrow_tensors, rewriting_of
 from pat_serve.export.reader import open_run
 from pat_serve.hybrid import HybridFold
-from pat_serve.plan import PruningPlan
+from pat_serve.plan import PruningPlan, file_sha256
 from tests.test_export_parity import random_run
 from tests.tiny_models import save_tiny_llama
 
@@ -43,14 +47,40 @@ def test_the_blocks_change_nothing(run: Path, tmp_path: Path, monkeypatch: pytes
     names = list(narrow_shapes(opened))
     whole = dict(narrow_tensors(opened, names, torch.float32))
     monkeypatch.setattr(blocks, "_BLOCK_NUMBERS", 700)
+    monkeypatch.setattr(blocks, "_PRODUCT_NUMBERS", 1300)
     out = export_run(run, tmp_path / "out", max_shard_bytes=100_000, parity=False).out
     written: dict[str, torch.Tensor] = {}
     for path in out.glob("*.safetensors"):
         assert path.stat().st_size < 110_000 or len(load_file(path)) == 1
         written |= load_file(path)
-    assert written.keys() == whole.keys()
+    put_together = dict(narrow_tensors(opened, names, torch.float32))
+    assert written.keys() == whole.keys() == put_together.keys()
     for name, tensor in whole.items():
         torch.testing.assert_close(written[name], tensor, rtol=1e-5, atol=1e-5)
+        assert torch.equal(written[name], put_together[name]), name
+
+
+def test_hashes_are_taken_while_the_files_are_written(run: Path, tmp_path: Path):
+    done = export_run(run, tmp_path / "out", max_shard_bytes=100_000, parity=False)
+    assert len(list(done.out.glob("*.safetensors"))) > 1
+    assert done.record["files"] == hash_files(done.out)
+
+
+def test_another_base_is_noticed_before_anything_has_a_name(run: Path, tmp_path: Path):
+    """Its hash is taken beside the writing, so a weight that is read may be another one until the end."""
+    base = shutil.copytree(run.parent / "base", tmp_path / "base")
+    content = bytearray((base / "model.safetensors").read_bytes())
+    content[-2] ^= 1
+    (base / "model.safetensors").write_bytes(content)
+    with pytest.raises(BrokenPlan, match=r"model\.safetensors: expected the file of the training"):
+        export_run(run, tmp_path / "out", base=str(base), parity=False)
+    # A NaN is found by the rewriting too, perhaps earlier; where it comes from says more.
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BrokenPlan, match=r"model\.safetensors: expected the file of the training"):
+        export_run(run, tmp_path / "out", base=str(base), parity=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_parity_of_what_was_cut_early(run: Path, tmp_path: Path):
@@ -58,6 +88,19 @@ def test_parity_of_what_was_cut_early(run: Path, tmp_path: Path):
     parity = export_run(run, tmp_path / "out").parity
     assert parity is not None
     assert parity.max_abs_over_std < 1e-4
+
+
+def test_a_norm_that_is_folded_into_others_is_checked_as_well(run: Path, tmp_path: Path):
+    opened = open_run(run)
+    base = shutil.copytree(opened.base.folder, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][0] = torch.inf
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    rewriting = rewriting_of(replace(opened, base=open_checkpoint(str(base))), torch.float32)
+    reader = "model.layers.0.self_attn.q_proj.weight" if opened.plan.rotation is not None else "unused"
+    for name in {"model.layers.0.input_layernorm.weight", reader} - {"unused"}:
+        with pytest.raises(BrokenCheckpoint, match=r"finite numbers in model\.layers\.0\.input_layernorm\.weight"):
+            list(rewriting.blocks(name, blocks.Scratch()))
 
 
 def test_a_plan_that_fits_no_tensor_fails_before_the_first_byte(run: Path, tmp_path: Path):
@@ -97,8 +140,37 @@ def test_a_thread_keeps_little_in_memory(run: Path):
     largest = max(entry.size_bytes for entry in opened.base.tensors.values() if entry.shape[0] == 64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "_BLOCK_NUMBERS", 256)
+        patch.setattr(blocks, "_PRODUCT_NUMBERS", 256)
         rewriting = rewriting_of(opened, torch.bfloat16)
         for name in narrow_shapes(opened):
             for _ in rewriting.blocks(name, scratch):
                 pass
     assert max(taken) <= largest
+
+
+def test_an_update_without_a_tensor_of_its_own(tmp_path: Path):
+    """A tied head that stays the embedding: an update of either would change one and not the other."""
+    base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=True)
+    run = random_run(tmp_path / "run", base)
+    plan = PruningPlan.load(run)
+    scale = plan.folds["model.embed_tokens"].scale_D.clamp(min=0.5)
+    diagonal = HybridFold(l0_RD=torch.zeros(0, 64), l1_DR=torch.zeros(64, 0), scale_D=scale)
+    replace(plan, folds={**plan.folds, "model.embed_tokens": diagonal}).save(run)
+    opened = open_run(run)
+    dry_run(opened, torch.float32)
+    vocab = opened.base.tensors["model.embed_tokens.weight"].shape[0]
+    update = LoraUpdate(a_RI=torch.randn(4, 64), b_OR=torch.randn(vocab, 4), scaling=1.0)
+    for module in ("lm_head", "model.embed_tokens"):
+        with pytest.raises(BrokenPlan, match=f"found one of {module}, which is tied"):
+            dry_run(replace(opened, adapter={module: update}), torch.float32)
+
+
+def test_an_adapter_of_another_rank(run: Path, tmp_path: Path):
+    """Its scaling would be of the configuration's rank, and so another one than that of the training."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = copy / "adapter/adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 8'))
+    plan = PruningPlan.load(copy)
+    replace(plan, adapter={name: file_sha256(copy / "adapter" / name) for name in plan.adapter}).save(copy)
+    with pytest.raises(BrokenPlan, match="expected an update of rank 8, found rank 4"):
+        open_run(copy)

@@ -6,13 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pat_serve.errors import BrokenCheckpoint, BrokenPlan, MissingModel, ParityError, UnsupportedModel
+from pat_serve.errors import BrokenCheckpoint, BrokenPlan, MissingModel, ParityError, UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.export.hashes import hash_files
 from pat_serve.export.verify import verify_export
@@ -115,11 +116,78 @@ def test_what_is_no_export(run: Path, copy: Path, tmp_path: Path):
         verify_export(run, run)
     edit(copy / "config.json", quantization_config={"quant_method": "compressed-tensors"})
     edit(copy / "pat_export.json", files=hash_files(copy))
-    with pytest.raises(UnsupportedModel, match="a quantized one"):
+    with pytest.raises(BrokenCheckpoint, match=r"config\.json: expected none, as pat_export\.json says"):
         verify_export(copy, run)
     (copy / "pat_export.json").write_text("{")
     with pytest.raises(BrokenCheckpoint, match="the record of an export"):
         verify_export(copy, run)
+
+
+@pytest.fixture(scope="module")
+def int8(run: Path) -> Path:
+    return export_run(run, run.parent / "int8", dtype="bfloat16", quantize="int8").out
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_an_untouched_quantized_export(quantize: str, run: Path, int8: Path, tmp_path: Path):
+    out = int8 if quantize == "int8" else export_run(run, tmp_path / "out", quantize="fp8", max_shard_bytes=100_000).out
+    record = json.loads((out / "pat_export.json").read_text())
+    found = verify_export(out, run)
+    assert found.quality is not None
+    then, now = record["quantization"]["quality"], found.quality.as_dict()
+    assert then.pop("scheme") == now.pop("scheme") == quantize
+    assert now == pytest.approx(then, rel=1e-3, abs=1e-9)
+    assert found.parity.max_abs_over_std == pytest.approx(record["parity"]["max_abs_over_std"], rel=1e-3)
+    assert found.as_dict()["passed"]
+    assert found.files == sorted(hash_files(out))
+
+
+@pytest.mark.parametrize("change", ["a step", "a scale", "a float", "lost", "added", "dtype"])
+def test_a_quantized_weight_that_was_changed(change: str, run: Path, int8: Path, tmp_path: Path):
+    copy = shutil.copytree(int8, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    if change == "a step":
+        tensors[name][3, 5] += 2 if tensors[name][3, 5] < 0 else -2
+    elif change == "a scale":
+        tensors[f"{name}_scale"][3] *= 1.01
+    elif change == "a float":
+        name = "model.norm.weight"
+        tensors[name][3] *= 1.02
+    elif change == "lost":
+        name = f"{name}_scale"
+        del tensors[name]
+    elif change == "added":
+        name = f"{name}_zero_point"
+        tensors[name] = torch.zeros(1)
+    else:
+        tensors[name] = tensors[name].float()
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    edit(copy / "pat_export.json", files=hash_files(copy))
+    with pytest.raises(ParityError, match=f"{name} to be the float32 tensor in the format"):
+        verify_export(copy, run)
+
+
+def test_a_quantized_export_in_vllm_or_with_another_scheme(run: Path, int8: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="--vllm"):
+        verify_export(int8, run, scorer=lambda request: pytest.fail("asked"))
+    copy = shutil.copytree(int8, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["ignore"] = []
+    edit(copy / "config.json", **config)
+    edit(copy / "pat_export.json", files=hash_files(copy))
+    with pytest.raises(BrokenCheckpoint, match="expected the quantization_config of int8"):
+        verify_export(copy, run)
+
+
+def test_quality_is_required_of_a_quantized_export(run: Path, int8: Path):
+    found = verify_export(int8, run)
+    assert found.quality is not None
+    worse = replace(found, quality=replace(found.quality, mean_kl_nats=1.0))
+    assert not worse.as_dict()["passed"]
+    with pytest.raises(ParityError, match="Export again"):
+        worse.require()
+    found.require()
 
 
 def test_the_command(run: Path, copy: Path):
@@ -146,12 +214,12 @@ def test_the_command(run: Path, copy: Path):
 
 
 def test_half_a_step_is_what_rounding_may_move():
-    from pat_serve.export.rounding import _is_nearest
+    from pat_serve.export.rounding import is_nearest
 
     exact = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.bfloat16, torch.float16):
         rounded = exact.to(dtype)
-        assert _is_nearest(exact, rounded)
-        assert _is_nearest(exact * (1 + 1e-7), rounded)
-        assert not _is_nearest(exact, torch.nextafter(rounded, torch.tensor(9.0, dtype=dtype)))
-        assert not _is_nearest(exact, rounded[:-1])
+        assert is_nearest(exact, rounded)
+        assert is_nearest(exact * (1 + 1e-7), rounded)
+        assert not is_nearest(exact, torch.nextafter(rounded, torch.tensor(9.0, dtype=dtype)))
+        assert not is_nearest(exact, rounded[:-1])

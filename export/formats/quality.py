@@ -81,8 +81,12 @@ class QuantizationQuality:
             f"{self.top1_agreement:.2%} equal greedy tokens"
         )
 
-    def require(self, out: Path) -> None:
+    def require(self, out: Path, fix: str) -> None:
         """Raise unless passed.
+
+        Args:
+            out: what was measured.
+            fix: what follows.
 
         Raises:
             ParityError: with the figures.
@@ -93,7 +97,7 @@ class QuantizationQuality:
             f"{out} in {self.scheme}",
             expected=f"perplexity up to {self.perplexity_limit:g}x and a mean KL up to {self.kl_limit_nats:g} nats",
             found=f"{self.perplexity_ratio:.4f}x and {self.mean_kl_nats:.3g} nats",
-            fix="Nothing was exported: this model loses too much in 8 bits. Export it without --quantize.",
+            fix=fix,
         )
 
 

@@ -21,14 +21,14 @@ from pat_serve.architectures import EMBEDDING, HEAD
 from pat_serve.export.formats.overflow import round_floats
 from pat_serve.export.formats.quality import QuantizationQuality, measure_quality
 from pat_serve.export.formats.schemes import SCALE_SUFFIX, Scheme, quantization_config, quantize_channels
-from pat_serve.export.prompts import RANDOM_PROMPTS, parity_prompts
+from pat_serve.export.prompts import own_prompts
 from pat_serve.export.reader import Run
 from pat_serve.export.writer import shard_names
 from pat_serve.progress import track
 from pat_serve.shards import TensorEntry, read_header
 
 _INDEX = "model.safetensors.index.json"
-_HEADER_DTYPES = {
+HEADER_DTYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
     torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
@@ -75,9 +75,9 @@ def quantize_export(
     quantized = folder / f".{scheme.name}"
     quantized.mkdir()
     quantize_folder(folder, quantized, scheme, floats, max_shard_bytes)
-    quality = measure_quality(folder, quantized, scheme, parity_prompts(run).whole[:-RANDOM_PROMPTS]) if judge else None
+    quality = measure_quality(folder, quantized, scheme, own_prompts(run)) if judge else None
     if quality is not None:
-        quality.require(out)
+        quality.require(out, "Nothing was exported: this model loses too much in 8 bits. Export it without --quantize.")
     replace_weights(folder, quantized)
     return quality
 
@@ -186,7 +186,7 @@ def _write_shard(path: Path, shard: dict[str, Stored], tensors: Iterator[tuple[s
     for name, entry in shard.items():
         end = offset + entry.size_bytes
         header[name] = {
-            "dtype": _HEADER_DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, end]
+            "dtype": HEADER_DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, end]
         }  # fmt: skip
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
