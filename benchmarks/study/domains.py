@@ -173,7 +173,8 @@ def _messages(catalogues: Path) -> dict[str, tuple[list[str], list[str]]]:
 def _catalogue(path: Path) -> Iterator[tuple[str, str]]:
     try:
         with path.open("rb") as file:
-            pairs: dict[object, str] = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
+            # Public calls look messages up and list none; babel's reader, which lists them, stops at a malformed date.
+            pairs: dict[object, str] = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]  # not stubbed
     except (OSError, UnicodeDecodeError):
         # A few old ones do not say what they are encoded in.
         return
