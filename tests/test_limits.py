@@ -65,7 +65,14 @@ def test_environment_adds_the_plugin_and_keeps_what_is_set() -> None:
     environment = {"VLLM_PLUGINS": "mine", "DO_NOT_TRACK": "0"}
     prepare_environment(environment)
     prepare_environment(environment)
-    assert environment == {"VLLM_PLUGINS": "mine,pat_serve", "DO_NOT_TRACK": "0", "VLLM_NO_USAGE_STATS": "1"}
+    added = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75"}
+    assert environment == {"VLLM_PLUGINS": "mine,pat_serve", "DO_NOT_TRACK": "0"} | added
+
+
+def test_a_keep_alive_of_the_users_stays() -> None:
+    environment = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "5"}
+    prepare_environment(environment)
+    assert environment["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "5"
 
 
 def settings(**changes: Any) -> ServeSettings:

@@ -14,7 +14,7 @@ from pat_serve.server.cluster.events import WholeEvents, error_event, is_event_s
 from pat_serve.server.cluster.repeat import replica_lost
 
 _CONNECT_S = 10.0
-# uvicorn closes idle connections after 5 s.
+# Sooner than the server, whose VLLM_HTTP_TIMEOUT_KEEP_ALIVE may be vLLM's own 5 s.
 _KEEP_ALIVE_S = 2.0
 # Of a connection, not of a message. Ray Serve answers with the request's id itself.
 _HOP_BY_HOP = frozenset(

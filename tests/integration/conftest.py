@@ -43,9 +43,7 @@ class Server:
     log: Path
 
     def client(self) -> httpx.Client:
-        # The server closes an idle connection after 5 s; httpx would use it until then, and lose the race.
-        limits = httpx.Limits(keepalive_expiry=2)
-        return httpx.Client(base_url=self.url, timeout=60, limits=limits, headers={"Authorization": f"Bearer {KEY}"})
+        return httpx.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {KEY}"})
 
 
 def free_port() -> int:
