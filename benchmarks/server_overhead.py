@@ -3,11 +3,11 @@
 Example: python -m benchmarks.server_overhead --out overhead.json
 
 A tiny model, so that a token takes a few milliseconds and the HTTP side's cost can be seen (--hidden-size and --layers
-make one as large as people serve); pat-serve with a key and all its checks, both with their access logs. Short rounds alternate (A B B A ...), and single requests do, so that what
-slows the machine slows both. The server whose turn it is not is stopped (SIGSTOP): vLLM's processes go on spinning for
-a while after a request, on the cores that the other one computes on. The bars: 0.98 of vLLM's throughput, 1 ms more at
-the median of a request's latency, 2 s more until ready. CPU time of the process that answers, which a busy machine
-changes little, is told beside them.
+make one as large as people serve); pat-serve with a key and all its checks, both with their access logs. Short rounds
+alternate (A B B A ...), and single requests do, so that what slows the machine slows both. The server whose turn it is
+not is stopped (SIGSTOP): vLLM's processes go on spinning for a while after a request, on the cores that the other one
+computes on. The bars: 0.98 of vLLM's throughput, 1 ms more at the median of a request's latency, 2 s more until ready.
+CPU time of the process that answers, which a busy machine changes little, is told beside them.
 """
 
 from __future__ import annotations
