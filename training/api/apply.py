@@ -45,6 +45,7 @@ class PatConfig:
         narrow: "auto" trains the kept channels alone where the cut stands before the first step; "off" all of them.
         milestone_share: share of the run after which an annealed gate would be hard.
         mask_learning_rate: 0.5 / milestone by default.
+        lr_scale: factors of the Trainer's learning rate by group: "lora_a", "lora_b", "head", "hsm", "norms".
         base: where the model's files are, if not where `from_pretrained` found them.
         revision: of the base on the hub; the loaded one's by default.
     """
@@ -65,6 +66,7 @@ class PatConfig:
     narrow: str | None = None
     milestone_share: float | None = None
     mask_learning_rate: float | None = None
+    lr_scale: Mapping[str, float] | None = None
     base: str | None = None
     revision: str | None = None
 
