@@ -121,6 +121,8 @@ class TrainRecipe(pydantic.BaseModel):
     distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
     # The paper's 1; 0 leaves the identity loss out (docs/study.md).
     identity_weight: float = pydantic.Field(default=1.0, ge=0)
+    # The gains of the norms over the residual stream too (norms.py).
+    train_norms: bool = False
     # Train on the kept channels alone where the cut stands before the first step (narrow.py).
     narrow: Literal["auto", "off"] = "auto"
 
@@ -147,6 +149,8 @@ class TrainRecipe(pydantic.BaseModel):
             raise ValueError("a quantized weight has no gradient: mask_start energy or zero")
         if self.quantize_base and self.compensate:
             raise ValueError("compensate reads weights, which a quantized base has packed: no compensate")
+        if self.train_norms and self.distillation_weight:
+            raise ValueError("the teacher shares the student's norms: train_norms or distillation_weight, not both")
         if self.compensate and self.gate in ("anneal", "gradual"):
             raise ValueError("compensate makes up for a cut that is there from the start: gate cut")
         return self
@@ -237,7 +241,7 @@ class TrainRecipe(pydantic.BaseModel):
         return TrainRecipe.build(self.model_dump() | chosen, "recipe")
 
     def _refuse_untrained_groups(self, *, lora_head: bool, prunes: bool) -> None:
-        found = untrained_group(self.lr_scale, lora_head=lora_head, prunes=prunes, train_norms=False)
+        found = untrained_group(self.lr_scale, lora_head=lora_head, prunes=prunes, train_norms=self.train_norms)
         if found is not None:
             raise UsageError("--lr-scale", expected="groups that are trained", found=found[0], fix=found[1])
 

@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "loss axes, cut, compensated, head (the default)": _BEST,
     "loss axes, cut, compensated, head, HIO 32": {**_BEST, "hio_rank": 32},
     "loss axes, cut, compensated, head, distilled": {**_BEST, "distillation_weight": 0.5},
+    "the default, norms": {**_BEST, "train_norms": True},
     "the default, LoRA+ (B x4)": {**_BEST, "lr_scale": {"lora_b": 4.0}},
     "the default, LoRA+ (B x16)": {**_BEST, "lr_scale": {"lora_b": 16.0}},
     "the default, head x3": {**_BEST, "lr_scale": {"head": 3.0}},

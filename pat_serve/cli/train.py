@@ -132,6 +132,10 @@ def train(
             "the rotation, kept without one)."
         ),
     ] = None,
+    train_norms: Annotated[
+        bool | None,
+        Flag("--train-norms/--no-train-norms", help="Train the gains of the stream's norms too. [default: no]"),
+    ] = None,
     narrow: Annotated[
         str | None,
         Flag(
