@@ -2,12 +2,12 @@
 
 Example: python -m benchmarks.server_overhead --out overhead.json
 
-A tiny model, so that a token takes a few milliseconds and the HTTP side's cost can be seen; pat-serve with a key and
-all its checks, both with their access logs. Short rounds alternate (A B B A ...), and single requests do, so that what
-slows the machine slows both. The server whose turn it is not is stopped (SIGSTOP): vLLM's processes go on spinning for
-a while after a request, on the cores that the other one computes on. The bars: 0.98 of vLLM's throughput, 1 ms more at
-the median of a request's latency, 2 s more until ready. CPU time of the process that answers, which a busy machine
-changes little, is told beside them.
+A tiny model, so that a token takes a few milliseconds and the HTTP side's cost can be seen (--hidden-size and --layers
+make one as large as people serve); pat-serve with a key and all its checks, both with their access logs. Short rounds
+alternate (A B B A ...), and single requests do, so that what slows the machine slows both. The server whose turn it is
+not is stopped (SIGSTOP): vLLM's processes go on spinning for a while after a request, on the cores that the other one
+computes on. The bars: 0.98 of vLLM's throughput, 1 ms more at the median of a request's latency, 2 s more until ready.
+CPU time of the process that answers, which a busy machine changes little, is told beside them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ VLLM_FLAGS = "--dtype float32 --enforce-eager --load-format safetensors --kv-cac
 def main() -> None:
     """Measure, print the figures with their verdicts, write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="model folder; a tiny random one by default")
+    parser.add_argument("--model", type=Path, help="model folder; a random one by default")
+    parser.add_argument("--hidden-size", type=int, default=64, help="of the random model; 64: tokens of 1 to 2 ms")
+    parser.add_argument("--layers", type=int, default=2, help="of the random model")
     parser.add_argument("--rounds", type=int, default=40, help="timed rounds of each server's throughput")
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--requests", type=int, default=16, help="of a throughput round")
@@ -51,7 +53,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        model = options.model or save_tiny_llama(Path(scratch) / "model", max_position_embeddings=2048)
+        sizes = {"hidden_size": options.hidden_size, "num_hidden_layers": options.layers}
+        sizes |= {"intermediate_size": 2 * options.hidden_size, "max_position_embeddings": 2048}
+        # Heads of 32, as vLLM's CPU kernels want them.
+        sizes |= {"num_attention_heads": options.hidden_size // 16, "num_key_value_heads": options.hidden_size // 32}
+        model = options.model or save_tiny_llama(Path(scratch) / "model", **sizes)
         figures = measure(model, Path(scratch), options)
     figures |= {"date": datetime.now(UTC).date().isoformat(), "machine": describe()}
     print(json.dumps({name: value for name, value in figures.items() if name not in ("raw", "machine")}, indent=2))
