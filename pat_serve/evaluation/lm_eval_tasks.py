@@ -121,6 +121,35 @@ class Tasks:
         assert found is not None, "lm-eval answers in the first process, which this one is"
         return _pooled(name, found["samples"], found["versions"])
 
+    def data_sources(self, name: str) -> set[str] | None:
+        """Hub ids of all data that a task or a group's tasks read, from their YAML alone; nothing is loaded.
+
+        Returns:
+            None where the YAML does not say: a task in Python, one that makes its own data, one that reads files.
+        """
+        found: set[str] = set()
+        waiting: list[Any] = [name]
+        while waiting:
+            spec = waiting.pop()
+            named = spec if isinstance(spec, str) else spec.get("group") or spec.get("task")
+            entry = self._manager.task_index.get(named) if isinstance(named, str) else None
+            own = entry.cfg or {} if entry is not None else {}
+            config = own | (spec if isinstance(spec, dict) else {})
+            if entry is not None and entry.cfg is None:
+                waiting += sorted(entry.tags)  # a tag is no more than its tasks
+                continue
+            # What a group says of its members' data overrides them.
+            if isinstance(config.get("task"), list):
+                waiting += config["task"]
+                if "dataset_path" not in config:
+                    continue
+            if "class" in config or "custom_dataset" in config or "data_files" in (config.get("dataset_kwargs") or {}):
+                return None
+            if not isinstance(config.get("dataset_path"), str):
+                return None
+            found.add(config["dataset_path"])
+        return found
+
     def _load(self, name: str) -> dict[str, Any]:
         if name not in self._loaded:
             way_out = "Check the network and HF_HUB_OFFLINE; for pat14 tasks local files do: --task-data DIR."

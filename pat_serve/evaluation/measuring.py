@@ -13,10 +13,12 @@ from pat_serve.errors import DataError, HubError, UsageError
 from pat_serve.evaluation.backends import BackendSettings
 from pat_serve.evaluation.cache import Cache
 from pat_serve.evaluation.compare import answer_measures, perplexity_measure
+from pat_serve.evaluation.identity import dataset_commits
 from pat_serve.evaluation.lm_eval_tasks import Tasks
 from pat_serve.evaluation.outcomes import Answers, Likelihoods, examples_sha256
 from pat_serve.evaluation.paper14 import GROUPS, PREFIX, members
 from pat_serve.evaluation.paper14.local_items import local_files
+from pat_serve.evaluation.paper14.questions import SOURCES
 from pat_serve.evaluation.report import Measure, Model
 from pat_serve.evaluation.subject import Examples, Subject
 from pat_serve.evaluation.text import DEFAULT_CONTEXT_TOKENS, cut_windows
@@ -49,11 +51,13 @@ class Responses:
     Attributes:
         name: in the report.
         encode: a tokenizer -> examples, and the number of rows that were too long.
-        settings: what that depends on, for report and cache.
+        identity: what tells these rows from others, for the cache; None where nobody knows, and nothing is kept.
+        settings: what else the examples depend on, for report and cache.
     """
 
     name: str
     encode: Callable[[Any], tuple[Examples, int]]
+    identity: str | None
     settings: dict[str, Any]
 
 
@@ -144,7 +148,8 @@ class _Work:
     def measure(self, subject: Subject) -> None:
         plan, common = self.plan, self._common(subject)
         if plan.responses is not None:
-            name, settings = plan.responses.name, {**plan.responses.settings, "limit": plan.limit}
+            name, identity = plan.responses.name, plan.responses.identity
+            settings = {"data": identity, **plan.responses.settings, "limit": plan.limit}
             self._likelihoods(subject, name, common | {"measure": "responses", **settings}, self._responses)
         for text in plan.texts:
             settings = {"context_tokens": self.context_tokens, "stride": plan.stride, "limit": plan.limit}
@@ -178,7 +183,8 @@ class _Work:
         self, subject: Subject, of: str, key: dict[str, Any], measure: Callable[[Subject], Likelihoods]
     ) -> None:
         self._say(subject, f"ppl({of})")
-        found = self.cache.get_or(None if subject.sha256 is None else key, lambda: measure(subject))
+        known = subject.sha256 is not None and key.get("data", "") is not None
+        found = self.cache.get_or(key if known else None, lambda: measure(subject))
         assert isinstance(found, Likelihoods)
         self.likelihoods.setdefault(of, {})[subject.name] = found
         self.settings[of] = {name: value for name, value in key.items() if name not in ("model", "measure")}
@@ -217,12 +223,12 @@ class _Work:
         self._say(subject, task)
         key = common | {
             "measure": "task", "task": task, "num_fewshot": plan.num_fewshot, "limit": plan.limit,
-            "lm_eval": version("lm-eval"), "task_data": self._data_sha256(task),
+            "lm_eval": version("lm-eval"), "task_data": (data := self._task_data(task)),
             "max_length_tokens": plan.backend.max_length_tokens,
         }  # fmt: skip
         try:
             found = self.cache.get_or(
-                None if subject.sha256 is None else key,
+                None if subject.sha256 is None or data is None else key,
                 lambda: lm_eval.answers(subject.lm, task, limit=plan.limit, num_fewshot=plan.num_fewshot),
             )
         except HubError as error:
@@ -249,9 +255,13 @@ class _Work:
             return True
         return bool(local_files(folder, _bare(task)))
 
-    def _data_sha256(self, task: str) -> list[str] | None:
-        if self.plan.task_data is None or not task.startswith(f"{PREFIX}_"):
-            return None
+    def _task_data(self, task: str) -> list[str] | dict[str, str] | None:
+        """What identifies a task's items: hashes of local files, or commits of hub data sets; None: nobody knows."""
+        if not task.startswith(f"{PREFIX}_"):
+            assert self.lm_eval is not None
+            return dataset_commits(self.lm_eval.data_sources(task))
+        if self.plan.task_data is None:
+            return dataset_commits({SOURCES[_bare(task)].path})
         return [file_sha256(path) for path in local_files(self.plan.task_data, _bare(task))]
 
     def _say(self, subject: Subject, what: str) -> None:

@@ -6,8 +6,9 @@ Items are drawn together, so what makes one of them hard cancels; a comparison o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import comb
+from dataclasses import dataclass, replace
+from math import comb, inf, sqrt
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,17 +17,20 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+# With fewer even rows that all agree could be chance: 2 * 0.5 ** 5 is above 1 - CONFIDENCE (the sign test).
+LEAST_ROWS = 6
+_Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 # Picks held in memory at a time: 64 MB.
 _PICKS = 8_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A ratio candidate / reference with its bootstrap percentile interval.
+    """A ratio candidate / reference with its bootstrap percentile interval, widened where items are too few for one.
 
     Attributes:
         ratio: of the two point estimates.
-        low: lower end; NaN where a single item leaves nothing to resample.
+        low: lower end; NaN where fewer than LEAST_ROWS leave too little to resample.
         high: upper end, likewise.
         p_value: two-sided, of the ratio being 1: twice the smaller share of resamples on either side of it.
     """
@@ -90,6 +94,9 @@ def mean_ratio(
 ) -> Interval:
     """Ratio of two means over the same items: of accuracies, say.
 
+    Where all scores are 0 or 1 the interval is never narrower than the score interval of the difference: items that
+    both answer alike give a bootstrap nothing to draw, and five of them would look as sure as a thousand.
+
     Args:
         reference: one array of item scores for each task; the mean is that of the tasks' means, each task resampled
             within itself.
@@ -107,7 +114,58 @@ def mean_ratio(
         return Interval(ratio=float("nan"), low=float("nan"), high=float("nan"), p_value=float("nan"))
     with np.errstate(divide="ignore", invalid="ignore"):
         samples_R = sums_2R[1] / sums_2R[0]
-    return _interval(points[1] / points[0], samples_R[np.isfinite(samples_R)], max(map(len, reference)))
+    found = _interval(points[1] / points[0], samples_R[np.isfinite(samples_R)], sum(map(len, reference)))
+    if not all(_is_binary(scores) for side in (reference, candidate) for scores in side):
+        return found
+    low, high = (1 + end * len(reference) / points[0] for end in _mean_difference(reference, candidate))
+    return replace(found, low=float(np.fmin(found.low, max(0.0, low))), high=float(np.fmax(found.high, high)))
+
+
+def paired_difference(won: int, lost: int, items: int) -> tuple[float, float]:
+    """Score interval of the difference of two paired shares (Tango 1998): it has a width however few items differ.
+
+    Args:
+        won: items that the candidate alone got right.
+        lost: items that the reference alone got right.
+        items: all of them.
+
+    Returns:
+        lower and upper end of candidate - reference.
+    """
+
+    def score(difference: float) -> float:
+        """Standard errors by which the measured difference is above a supposed one; falls as that rises."""
+        # The share of lost items that is likeliest under it solves 2n q^2 + b q + c = 0.
+        b = (2 * items - won + lost) * difference - won - lost
+        c = -lost * difference * (1 - difference)
+        share = (sqrt(max(0.0, b * b - 8 * items * c)) - b) / (4 * items)
+        variance = items * (2 * share + difference * (1 - difference))
+        above = won - lost - items * difference
+        return above / sqrt(variance) if variance > 1e-12 else inf if above > 0 else -inf if above < 0 else 0.0
+
+    def crossing(level: float) -> float:
+        low, high = -1.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if score(middle) > level else (low, middle)
+        return (low + high) / 2
+
+    return crossing(_Z), crossing(-_Z)
+
+
+def _mean_difference(reference: list[Floats], candidate: list[Floats]) -> tuple[float, float]:
+    """Of the mean of several tasks' shares: the tasks' own intervals put together (MOVER, Zou and Donner 2008)."""
+    below = above = middle = 0.0
+    for before_N, after_N in zip(reference, candidate, strict=True):
+        won, lost, _ = mcnemar_exact(before_N, after_N)
+        difference = (won - lost) / len(before_N)
+        low, high = paired_difference(won, lost, len(before_N))
+        middle, below, above = middle + difference, below + (difference - low) ** 2, above + (high - difference) ** 2
+    return (middle - sqrt(below)) / len(reference), (middle + sqrt(above)) / len(reference)
+
+
+def _is_binary(scores_N: Floats) -> bool:
+    return set(np.unique(scores_N)) <= {0.0, 1.0}
 
 
 def _resampled_means(scores_N: Floats, seed: int, resamples: int) -> Floats:
@@ -122,7 +180,7 @@ def _draws(items: int, seed: int, resamples: int) -> Iterator[NDArray[np.intp]]:
 
 
 def _interval(ratio: float, samples_R: Floats, items: int) -> Interval:
-    if len(samples_R) == 0 or items < 2:
+    if len(samples_R) == 0 or items < LEAST_ROWS:
         return Interval(ratio=ratio, low=float("nan"), high=float("nan"), p_value=float("nan"))
     tail = (1 - CONFIDENCE) / 2 * 100
     low, high = np.percentile(samples_R, [tail, 100 - tail])
