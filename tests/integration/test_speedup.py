@@ -152,6 +152,8 @@ def test_no_process_outlives_a_signal(number: signal.Signals, tmp_path: Path, ma
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # A shell without job control has what it runs in the background ignore SIGINT, and these tests may be that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline_s = time.monotonic() + 120
     while len(processes(mark)) < 3:
