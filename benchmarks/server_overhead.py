@@ -35,7 +35,7 @@ from tests.tiny_models import save_tiny_llama
 
 THROUGHPUT_BAR, LATENCY_BAR_S, READY_BAR_S = 0.98, 1e-3, 2.0
 NAMES = ("vllm", "pat-serve")
-VLLM_FLAGS = "--dtype float32 --enforce-eager --load-format safetensors --kv-cache-memory-bytes 67108864"
+VLLM_FLAGS = "--dtype float32 --enforce-eager --load-format safetensors --kv-cache-memory-bytes 536870912"
 
 
 def main() -> None:

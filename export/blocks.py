@@ -151,7 +151,10 @@ class Rewriting:
         return scratch.tensor("wide", tuple(stored.shape), self._compute).copy_(stored)
 
     def _rewrite(self, tensor: Tensor, job: _Job, scratch: Scratch) -> Tensor:
-        if job.rotation is not None:
+        if job.trained_gain is not None:
+            # Of the turned stream, where it is turned.
+            tensor = job.trained_gain
+        elif job.rotation is not None:
             tensor = rotate_tensor(tensor, job.spec, self._run.base.family, job.rotation, job.gain_D)
         out = None
         if job.fused is not None and tensor.dim() == 2 and not tensor.is_meta:
@@ -178,6 +181,7 @@ class Rewriting:
         fold = _fold_on(fold.to(self._compute), self._device) if fold else None
         update = run.adapter.get(module) if kind == "weight" else None
         update = _update_on(update, self._device, self._compute) if update else None
+        gain = run.plan.norms.get(module) if kind == "weight" else None
         gain_D, rotation, cut = None, self._rotation, self._cut
         axes = spec.axes if kind == "weight" else spec.axes[:1]
         if rotation is not None and kind == "weight" and not spec.hidden_norm:
@@ -195,6 +199,7 @@ class Rewriting:
             rotation=rotation,
             gain_D=gain_D,
             tied_scale_K=self._tied_scale() if module == FINAL_NORM else None,
+            trained_gain=gain.to(self._device, self._compute) if gain is not None else None,
         )
 
     def _tied_scale(self) -> Tensor | None:
@@ -240,6 +245,7 @@ class _Job:
     rotation: Tensor | None
     gain_D: Tensor | None
     tied_scale_K: Tensor | None
+    trained_gain: Tensor | None
 
     @property
     def thick(self) -> bool:

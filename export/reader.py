@@ -136,6 +136,15 @@ def _check_base(plan: PruningPlan, base: Checkpoint, hash_weights: bool) -> None
                 found=f"{width}",
                 fix="Repeat the training.",
             )
+    norms = {name for name, spec, _ in base.family.modules(base.num_layers) if spec.hidden_norm}
+    for name, gain in plan.norms.items():
+        if name not in norms or tuple(gain.shape) != (base.hidden_size,):
+            raise BrokenPlan(
+                PLAN_JSON,
+                expected=f"gains of width {base.hidden_size} for norms over the residual stream",
+                found=f"{len(gain)} numbers for {name!r:.80}",
+                fix="Repeat the training.",
+            )
     fold = plan.folds.get(EMBEDDING)
     if base.tied and fold is not None and not fold.rank:
         smallest = float(fold.scale_D[cut.kept].abs().min())

@@ -9,7 +9,7 @@ Shape suffixes: B prompts, T tokens, P positions, D hidden_size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -84,6 +84,21 @@ class RotatedWeights:
             gain_D = effective_gain(stored_D, self._family).to(compute)
         rotation_DD = self._rotation_DD.to(compute)
         return rotate_tensor(tensor.to(compute), spec, self._family, rotation_DD, gain_D).to(tensor.dtype)
+
+
+class ReplacedWeights:
+    """The same, with some tensors given: norms' gains that were trained."""
+
+    def __init__(self, weights: Weights, replaced: Mapping[str, Tensor]) -> None:
+        self._weights, self._replaced = weights, replaced
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor."""
+        return self._replaced[name] if name in self._replaced else self._weights.tensor(name)
+
+    def rows(self, name: str, rows: Sequence[int] | slice) -> Tensor:
+        """Some rows of a table, which are never replaced."""
+        return self._weights.rows(name, rows)
 
 
 def meta_model(config: Any) -> Any:

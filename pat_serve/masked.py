@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pat_serve.architectures import HIDDEN
 from pat_serve.checkpoint import Checkpoint
 from pat_serve.hybrid import HybridFold, apply_hybrid
-from pat_serve.layerwise import LayerwiseModel, RotatedWeights, StoredWeights, Weights, meta_model
+from pat_serve.layerwise import LayerwiseModel, ReplacedWeights, RotatedWeights, StoredWeights, Weights, meta_model
 from pat_serve.plan import PruningPlan
 from pat_serve.recognize import family_of
 from pat_serve.rotation import rotate_model, untie_head
@@ -44,6 +44,8 @@ def load_masked_model(base_folder: Path, run: Path, plan: PruningPlan, dtype: to
             model, family_of(model.config.to_dict(), base_folder), model.config.num_hidden_layers, plan.rotation
         )
     modules = dict(model.named_modules())
+    for name, gain in plan.norms.items():
+        modules[name].weight = nn.Parameter(gain.to(dtype), requires_grad=False)
     if plan.adapter:
         model = PeftModel.from_pretrained(model, run / ADAPTER_FOLDER, autocast_adapter_dtype=False)
         modules = dict(model.get_base_model().named_modules())
@@ -66,6 +68,8 @@ def open_masked_layerwise(base: Checkpoint, run: Path, plan: PruningPlan, dtype:
     if plan.rotation is not None:
         weights = RotatedWeights(weights, base.family, plan.rotation)
         untie_head(model)
+    if plan.norms:
+        weights = ReplacedWeights(weights, {f"{name}.weight": gain for name, gain in plan.norms.items()})
     layerwise = LayerwiseModel(model, weights, dtype)
     modules = dict(model.named_modules())
     if plan.adapter:

@@ -79,6 +79,9 @@ class PruningPlan:
             axes, folds and adapter refer to the turned stream. None where it stays as it is.
         adapter: SHA-256 by file name of the LoRA adapter in `adapter/` that is to be merged before folding; empty for
             none. Without it an export and its parity gate would both trust a damaged adapter.
+        norms: trained gains (D,) by the dotted name of their RMSNorm, in the form that the base stores (Gemma: w of
+            1 + w). They take the place of the base's, of the turned base's where there is a rotation; a norm without a
+            line keeps its own.
     """
 
     method: str
@@ -87,6 +90,7 @@ class PruningPlan:
     folds: Mapping[str, HybridFold] = field(default_factory=dict)
     rotation: Tensor | None = None
     adapter: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write plan.safetensors, then plan.json; each is complete or absent."""
@@ -99,6 +103,7 @@ class PruningPlan:
             }
         if self.rotation is not None:
             arrays["rotation"] = self.rotation
+        arrays |= {f"norms.{module}": gain for module, gain in self.norms.items()}
         temporary = folder / f".{PLAN_ARRAYS}.partial"
         save_file({name: array.contiguous() for name, array in arrays.items()}, temporary)
         with temporary.open("rb") as written:
@@ -110,6 +115,7 @@ class PruningPlan:
             axes={name: _Axis(width=cut.width, kept=len(cut.kept)) for name, cut in self.axes.items()},
             folds=sorted(self.folds),
             rotated=self.rotation is not None,
+            norms=sorted(self.norms),
             adapter=self.adapter,
             arrays_sha256=file_sha256(folder / PLAN_ARRAYS),
         )
@@ -143,11 +149,15 @@ class PruningPlan:
         axes = {name: _read_axis(path, name, axis, entries) for name, axis in document.axes.items()}
         folds = _StoredFolds(path, document.folds, entries)
         rotation = _stored(path, "rotation", entries, (None, None)).read() if document.rotated else None
+        norms = {module: _stored(path, f"norms.{module}", entries, (None,)).read() for module in document.norms}
         expected = {*(f"axes.{name}" for name in axes), *folds.arrays(), *(["rotation"] if document.rotated else [])}
+        expected |= {f"norms.{module}" for module in norms}
         if set(entries) != expected:
             difference = sorted(set(entries) ^ expected)[0]
             raise _broken(path, f"the arrays that {PLAN_JSON} names and no others", f"a difference: {difference}")
         folds.check()
+        for module, gain in norms.items():
+            _check_finite(path, f"norms.{module}", gain)
         if rotation is not None:
             _check_rotation(path, rotation)
         return PruningPlan(
@@ -157,6 +167,7 @@ class PruningPlan:
             folds=folds,
             rotation=rotation,
             adapter=document.adapter,
+            norms=norms,
         )
 
 
@@ -258,6 +269,7 @@ class _Document(pydantic.BaseModel):
     axes: dict[str, _Axis]
     folds: list[str]
     rotated: bool = False
+    norms: list[str] = []
     adapter: dict[str, str]
     arrays_sha256: str
 

@@ -29,8 +29,8 @@ from pat_serve.server.trusted_model import check_trusted
 
 GIB = 2**30
 DEFAULT_KV_CACHE_GIB = 4.0
-# vLLM's own 5 s are those after which httpx, and so the openai client, gives an idle connection up: a client that uses it
-# in that instant loses the race. Load balancers keep theirs for a minute.
+# vLLM's own 5 s are those after which httpx, and so the openai client, gives an idle connection up: a client that uses
+# it in that instant loses the race. Load balancers keep theirs for a minute.
 KEEP_ALIVE_S = 75
 # Formats that open pickles if they find nothing else.
 _UNSAFE_LOAD_FORMATS = ("auto", "hf", "pt", "npcache")

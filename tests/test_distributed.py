@@ -32,7 +32,8 @@ TERMS = ("loss", "cross_entropy", "distillation", "identity_loss", "count_loss",
 def arguments(base: Path, rows: Path, run: Path, batch_size: int) -> list[str]:
     flags = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value))]
     where = ["--model", str(base), "--data", str(rows), "--out", str(run)]
-    return ["--resume", "auto", *where, *flags, "--batch-size", str(batch_size)]
+    groups = ["--train-norms", "--lr-scale", "lora_b=2"]
+    return ["--resume", "auto", *where, *flags, *groups, "--batch-size", str(batch_size)]
 
 
 def launched(config: str) -> dict[str, str]:
@@ -93,7 +94,9 @@ def test_two_ranks_train_one_mask_after_one_teacher(
     config: str, trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path
 ):
     """The default is cut down before its first step; the published mask moves, here with a distance to the base."""
-    more = ["--recipe", "paper", "--hio-rank", "8", "--distillation-weight", "0.5"]
+    # The teacher has no norms of its own.
+    more = ["--recipe", "paper", "--hio-rank", "8", "--distillation-weight", "0.5", "--no-train-norms"]
+    more += ["--lr-scale", "hsm=2"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert trainings.run(arguments(tiny_base, rows, one, batch_size=4) + more) == 0, trainings.log.read_text()
     ranks = trainings.run_ranks(arguments(tiny_base, rows, two, batch_size=2) + more, launched(config))

@@ -15,6 +15,7 @@ from pat_serve.training.calibration import Calibration
 from pat_serve.training.config import PAPER, TrainRecipe
 from pat_serve.training.insert import adapt
 from pat_serve.training.narrow import narrow_model
+from pat_serve.training.norms import train_norms
 from pat_serve.training.preflight import estimate_training
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
@@ -64,17 +65,19 @@ def test_the_default_recipe_is_counted_as_it_is_trained(tied: bool, rows: Path, 
     assert estimate.activations_bytes < wide.activations_bytes
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_activations_are_what_autograd_keeps(narrow: bool, checkpoint: Checkpoint):
+@pytest.mark.parametrize(("narrow", "norms"), [(False, False), (True, False), (True, True)])
+def test_activations_are_what_autograd_keeps(narrow: bool, norms: bool, checkpoint: Checkpoint):
     """Counted on the real graph: every tensor that is saved for the backward pass and is no parameter."""
     cut = {"gate": "cut", "mask_start": "energy", "hio_rank": 0} if narrow else {}
-    recipe = tiny_recipe(checkpoint.folder, Path("d"), **cut)
+    recipe = tiny_recipe(checkpoint.folder, Path("d"), train_norms=norms, **cut)
     base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
     measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=None)
     model, method = adapt(base, checkpoint.family, recipe, 48, 24, measured)
     method.on_step(0)
     if narrow:
         narrow_model(model, method, 2, method.kept_channels())
+    if norms:
+        train_norms(model, method, 2)
     model.train()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
@@ -92,6 +95,11 @@ def test_activations_are_what_autograd_keeps(narrow: bool, checkpoint: Checkpoin
     measured = sum(storage.nbytes() for storage in saved.values()) - log_probabilities
     estimate = estimate_training(checkpoint, recipe, "float32", 48, 24, 128, "cpu")
     assert estimate.activations_bytes == pytest.approx(measured, rel=0.15)
+    if norms:
+        without = recipe.model_copy(update={"train_norms": False})
+        plain = estimate_training(checkpoint, without, "float32", 48, 24, 128, "cpu")
+        # Two norms of 48 in each of two layers, and the final one.
+        assert estimate.method_parameters - plain.method_parameters == 5 * 48
 
 
 def test_the_estimate_follows_its_causes(checkpoint: Checkpoint):

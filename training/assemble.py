@@ -76,6 +76,7 @@ def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> tup
     from pat_serve.training.compensation import compensate
     from pat_serve.training.insert import build_model
     from pat_serve.training.narrow import narrow_model
+    from pat_serve.training.norms import train_norms
 
     recipe, inputs, checkpoint = prepared.recipe, prepared.inputs, prepared.checkpoint
     # The loss's gradient is taken without recomputation: one row at a time keeps what a whole batch would with it.
@@ -108,6 +109,8 @@ def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> tup
         compensate(model, method, checkpoint.family, checkpoint.num_layers, batches)
     if inputs.narrow:
         narrow_model(model, method, checkpoint.num_layers, method.kept_channels())
+    if recipe.train_norms:
+        train_norms(model, method, checkpoint.num_layers)
     return model, method
 
 

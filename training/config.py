@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -11,6 +11,7 @@ import yaml
 from pat_serve.atomic import write_text
 from pat_serve.errors import UsageError, first_line
 from pat_serve.run_folder import RECIPE_FILE
+from pat_serve.training.groups import check_groups, parse_scales, untrained_group
 
 TENSORBOARD: Literal["tensorboard"] = "tensorboard"
 
@@ -93,6 +94,8 @@ class TrainRecipe(pydantic.BaseModel):
     max_length_tokens: int = pydantic.Field(default=256, ge=8)
     learning_rate: float = pydantic.Field(default=5e-5, gt=0)
     mask_learning_rate: float | None = pydantic.Field(default=None, gt=0)
+    # Factors by group of parameters (groups.py).
+    lr_scale: dict[str, Annotated[float, pydantic.Field(gt=0)]] = pydantic.Field(default_factory=dict)
     lr_scheduler: str = "cosine"
     warmup_steps: int | None = pydantic.Field(default=None, ge=0)
     weight_decay: float = pydantic.Field(default=0.0, ge=0)
@@ -118,6 +121,8 @@ class TrainRecipe(pydantic.BaseModel):
     distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
     # The paper's 1; 0 leaves the identity loss out (docs/study.md).
     identity_weight: float = pydantic.Field(default=1.0, ge=0)
+    # The gains of the norms over the residual stream too (norms.py).
+    train_norms: bool = False
     # Train on the kept channels alone where the cut stands before the first step (narrow.py).
     narrow: Literal["auto", "off"] = "auto"
 
@@ -144,6 +149,8 @@ class TrainRecipe(pydantic.BaseModel):
             raise ValueError("a quantized weight has no gradient: mask_start energy or zero")
         if self.quantize_base and self.compensate:
             raise ValueError("compensate reads weights, which a quantized base has packed: no compensate")
+        if self.train_norms and self.distillation_weight:
+            raise ValueError("the teacher shares the student's norms: train_norms or distillation_weight, not both")
         if self.compensate and self.gate in ("anneal", "gradual"):
             raise ValueError("compensate makes up for a cut that is there from the start: gate cut")
         return self
@@ -165,6 +172,18 @@ class TrainRecipe(pydantic.BaseModel):
         if not isinstance(names, str):
             return names
         return tuple(name.strip() for name in names.split(",") if name.strip() not in ("", "none"))
+
+    @pydantic.field_validator("lr_scale", mode="before")
+    @classmethod
+    def _split_scales(cls, scales: object) -> object:
+        """As flags they are texts."""
+        return parse_scales(scales)
+
+    @pydantic.field_validator("lr_scale")
+    @classmethod
+    def _known_groups(cls, scales: dict[str, float]) -> dict[str, float]:
+        check_groups(scales)
+        return scales
 
     @pydantic.field_validator("hio_rank", mode="before")
     @classmethod
@@ -198,6 +217,7 @@ class TrainRecipe(pydantic.BaseModel):
         """
         if not prunes:
             self._refuse_pruning_settings()
+            self._refuse_untrained_groups(lora_head=bool(self.lora_head), prunes=False)
             return self.model_copy(update=UNPRUNED | {"lora_head": bool(self.lora_head)})
         rotate = self.rotate
         if rotate == "auto":
@@ -217,7 +237,13 @@ class TrainRecipe(pydantic.BaseModel):
             "compensate": gate == "cut" and not self.quantize_base if self.compensate is None else self.compensate,
             "lora_head": rotate != "none" if self.lora_head is None else self.lora_head,
         }
+        self._refuse_untrained_groups(lora_head=bool(chosen["lora_head"]), prunes=True)
         return TrainRecipe.build(self.model_dump() | chosen, "recipe")
+
+    def _refuse_untrained_groups(self, *, lora_head: bool, prunes: bool) -> None:
+        found = untrained_group(self.lr_scale, lora_head=lora_head, prunes=prunes, train_norms=self.train_norms)
+        if found is not None:
+            raise UsageError("--lr-scale", expected="groups that are trained", found=found[0], fix=found[1])
 
     def _refuse_pruning_settings(self) -> None:
         for name in (*UNPRUNED, "hio_rank", "mask_learning_rate", "milestone_share", "identity_weight", "narrow"):

@@ -22,6 +22,7 @@ from pat_serve.training.config import TrainRecipe
 from pat_serve.training.insert import adapt
 from pat_serve.training.methods import METHODS
 from pat_serve.training.narrow import narrow_model
+from pat_serve.training.norms import train_norms
 from pat_serve.training.ranks import sharded_by_fsdp
 
 # A float32 weight, its gradient and Adam's two moments.
@@ -230,6 +231,8 @@ def _trained_parameters(
         model, method = adapt(base, checkpoint.family, uncalibrated, target_width, total_steps)
         if METHODS[recipe.method].stays_wide(recipe) is None:
             narrow_model(model, method, checkpoint.num_layers, torch.arange(target_width))
+        if recipe.train_norms:
+            train_norms(model, method, checkpoint.num_layers)
     trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
     lora = sum(count for name, count in trained.items() if ".lora_" in name)
     return lora, sum(trained.values()) - lora
@@ -268,7 +271,9 @@ def _tuning_bytes_per_token(checkpoint: Checkpoint, recipe: TrainRecipe, width: 
     if recipe.method != "lora":
         # The operator's input, and L0's output.
         hybrid = 2 * width * (hidden + recipe.resolved_hio_rank(checkpoint.hidden_size))
-    return lora + hybrid
+    # The normalized stream, which the gains' gradients are made of.
+    norms = 2 * hidden * width if recipe.train_norms else 0
+    return lora + hybrid + norms
 
 
 def _gb(count: int) -> str:

@@ -39,7 +39,8 @@ def write_result(
     Raises:
         Diverged: a trained number is not finite; nothing is written.
     """
-    trained = [*lora.values(), *(tensor for fold in plan.folds.values() for tensor in vars(fold).values())]
+    folded = (tensor for fold in plan.folds.values() for tensor in vars(fold).values())
+    trained = [*lora.values(), *folded, *plan.norms.values()]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in trained):
         raise Diverged(
             run,

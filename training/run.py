@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pat_serve.atomic import check_vacant, new_folder
@@ -18,6 +18,7 @@ from pat_serve.training.continuation import (
     state_of,
 )
 from pat_serve.training.narrow import wide_adapter
+from pat_serve.training.norms import trained_gains
 from pat_serve.training.prepare import Prepared, prepare
 from pat_serve.training.ranks import Ranks, snapshot
 from pat_serve.training.result import write_result
@@ -128,6 +129,8 @@ def _finish(prepared: Prepared, run: Path, job: Job, ranks: Ranks) -> None:
     lora = {name: snapshot(tensor) for name, tensor in job.trainer.trained() if ".lora_" in name}
     lora = wide_adapter(lora, method)
     plan = method.plan(prepared.inputs.base)
+    if prepared.recipe.train_norms:
+        plan = replace(plan, norms=trained_gains(model, method, prepared.checkpoint.num_layers))
     ranks.agree(
         lambda: write_result(
             run,

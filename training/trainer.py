@@ -21,6 +21,7 @@ from pat_serve.errors import Diverged
 from pat_serve.run_folder import CHECKPOINTS_FOLDER, list_checkpoints
 from pat_serve.training.callbacks import StepTimer
 from pat_serve.training.evaluation import response_nll, response_perplexity
+from pat_serve.training.groups import NORMS, groups_of, rate_factor
 from pat_serve.training.losses import distillation_loss
 from pat_serve.training.methods import Method
 from pat_serve.training.ranks import overwrite, snapshot
@@ -162,15 +163,23 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
                 for parameter in module.parameters()
             }
             # Apart even where the two rates are equal, as the paper's are: the schedule is for the recipe's alone.
-            groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-            for parameter in (model or self.model).parameters():
+            # A norm's gain is not decayed: it is near one, and not near zero.
+            groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+            # In the model's order, which a resumed run's optimizer state is matched by.
+            for name, parameter in (model or self.model).named_parameters():
                 if parameter.requires_grad:
-                    rate = own.get(id(parameter), self.args.learning_rate)
-                    groups.setdefault((rate, id(parameter) in own), []).append(parameter)
+                    rate = own.get(id(parameter))
+                    if rate is None:
+                        rate = self.args.learning_rate * rate_factor(name, self.method.recipe.lr_scale)
+                    gain = NORMS in groups_of(name) and id(parameter) not in own
+                    groups.setdefault((rate, id(parameter) in own, gain), []).append(parameter)
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
             settings["weight_decay"] = self.args.weight_decay
             self.optimizer = optimizer_class(
-                [{"params": group, "lr": rate, OWN_RATE: is_own} for (rate, is_own), group in groups.items()],
+                [
+                    {"params": group, "lr": rate, OWN_RATE: is_own} | ({"weight_decay": 0.0} if gain else {})
+                    for (rate, is_own, gain), group in groups.items()
+                ],
                 **settings,
             )
         return self.optimizer

@@ -57,6 +57,13 @@ def train(
     mask_learning_rate: Annotated[
         float | None, Flag(help="The mask's. [default: 0.5 / milestone, the paper's way at any length]")
     ] = None,
+    lr_scale: Annotated[
+        list[str] | None,
+        Flag(
+            metavar="GROUP=FACTOR",
+            help="Multiply the learning rate of a group: lora_a, lora_b (LoRA+: 16), head, hsm, norms. Repeatable.",
+        ),
+    ] = None,
     lr_scheduler: Annotated[str | None, Flag(help="A transformers scheduler. [default: cosine]")] = None,
     warmup_steps: Annotated[int | None, Flag(help="[default: 100, or a tenth of a short run]")] = None,
     weight_decay: Annotated[float | None, Flag(help="[default: 0]")] = None,
@@ -125,6 +132,10 @@ def train(
             "the rotation, kept without one)."
         ),
     ] = None,
+    train_norms: Annotated[
+        bool | None,
+        Flag("--train-norms/--no-train-norms", help="Train the gains of the stream's norms too. [default: no]"),
+    ] = None,
     narrow: Annotated[
         str | None,
         Flag(
@@ -153,7 +164,7 @@ def train(
     """
     own = {"context", "out", "resume", "config", "recipe", "force", "debug"}
     flags: dict[str, Any] = {
-        name: value for name, value in context.params.items() if name not in own and value is not None
+        name: value for name, value in context.params.items() if name not in own and value not in (None, [], ())
     }
     auto = resume == "auto"
     if auto and (out is None or force):

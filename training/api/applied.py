@@ -49,12 +49,12 @@ def applied(model: Any) -> AppliedPat:
     return handle
 
 
-def frozen_hashes(base: nn.Module) -> dict[str, str]:
-    """SHA-256 of every parameter of the base itself, by its name without peft's wrapper."""
+def frozen_hashes(base: nn.Module, trained: frozenset[str] = frozenset()) -> dict[str, str]:
+    """SHA-256 of every parameter of the base itself, by its name without peft's wrapper; without the trained ones."""
     return {
         name.replace(".base_layer.", "."): _sha256(parameter)
         for name, parameter in base.named_parameters()
-        if ".lora_" not in name and ".hsm." not in name and not name.startswith("pat_mask.")
+        if ".lora_" not in name and ".hsm." not in name and not name.startswith("pat_mask.") and name not in trained
     }
 
 

@@ -18,6 +18,7 @@ from pat_serve.training.config import TrainRecipe, preset
 from pat_serve.training.insert import adapt
 from pat_serve.training.methods.pat import Pat
 from pat_serve.training.narrow import narrow_model
+from pat_serve.training.norms import hidden_norms, train_norms
 from pat_serve.training.schedule import LEAST_STEPS
 from pat_serve.training.width import check_ties, target_width
 
@@ -42,9 +43,11 @@ class PatConfig:
         gate: how it closes: "anneal", "gradual", "cut".
         compensate: start LoRA where it makes up for the cut.
         tied_embeddings: "keep" or "untie", where the base ties them.
+        train_norms: train the gains of the norms over the residual stream too.
         narrow: "auto" trains the kept channels alone where the cut stands before the first step; "off" all of them.
         milestone_share: share of the run after which an annealed gate would be hard.
         mask_learning_rate: 0.5 / milestone by default.
+        lr_scale: factors of the Trainer's learning rate by group: "lora_a", "lora_b", "head", "hsm", "norms".
         base: where the model's files are, if not where `from_pretrained` found them.
         revision: of the base on the hub; the loaded one's by default.
     """
@@ -62,9 +65,11 @@ class PatConfig:
     gate: str | None = None
     compensate: bool | None = None
     tied_embeddings: str | None = None
+    train_norms: bool | None = None
     narrow: str | None = None
     milestone_share: float | None = None
     mask_learning_rate: float | None = None
+    lr_scale: Mapping[str, float] | None = None
     base: str | None = None
     revision: str | None = None
 
@@ -115,11 +120,15 @@ def apply_pat(
         compensate(adapted, method, checkpoint.family, checkpoint.num_layers, batches)
     if Pat.stays_wide(recipe) is None:
         narrow_model(adapted, method, checkpoint.num_layers, method.kept_channels())
+    gains: frozenset[str] = frozenset()
+    if recipe.train_norms:
+        train_norms(adapted, method, checkpoint.num_layers)
+        gains = frozenset(f"{name}.weight" for name, _ in hidden_norms(adapted, method, checkpoint.num_layers))
     adapted.pat = AppliedPat(
         method=method,
         recipe=recipe,
         checkpoint=checkpoint,
-        frozen_sha256=frozen_hashes(adapted.get_base_model()),
+        frozen_sha256=frozen_hashes(adapted.get_base_model(), gains),
     )
     adapted.register_forward_hook(add_losses, with_kwargs=True)
     return adapted

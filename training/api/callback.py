@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pat_serve.errors import Diverged, RunError, UsageError
 from pat_serve.training.api.applied import AppliedPat, applied
+from pat_serve.training.groups import rate_factor
 from pat_serve.training.methods.pat import Pat
 from pat_serve.training.schedule import LEAST_STEPS
 
@@ -54,6 +56,7 @@ class PatCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         averaged = distributed and args.average_tokens_across_devices
         handle.loss_multiplier = torch.distributed.get_world_size() if averaged else 1
         _give_mask_its_rate(handle.method, kwargs["optimizer"], kwargs["lr_scheduler"])
+        _scale_rates(kwargs["model"], handle.recipe.lr_scale, kwargs["optimizer"], kwargs["lr_scheduler"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -139,14 +142,7 @@ def _give_mask_its_rate(method: Pat, optimizer: Any, scheduler: Any) -> None:
     """Move the mask's logits into a parameter group of their own, with a constant rate, if they are trained at all."""
     if not method.mask.schedule.trains_mask:
         return
-    scheduler = getattr(scheduler, "scheduler", scheduler)  # out of accelerate's wrapper
-    if not isinstance(scheduler, LambdaLR):
-        raise UsageError(
-            "lr_scheduler_type",
-            expected="one that multiplies the rate (linear, cosine, constant, ...)",
-            found=type(scheduler).__name__,
-            fix="Choose another: the mask has a learning rate of its own.",
-        )
+    scheduler = _multiplying(scheduler)
     (logits,) = method.mask.parameters()
     (rate,) = method.learning_rates().values()
     group = next(group for group in optimizer.param_groups if any(entry is logits for entry in group["params"]))
@@ -155,3 +151,44 @@ def _give_mask_its_rate(method: Pat, optimizer: Any, scheduler: Any) -> None:
     optimizer.add_param_group(own | {"params": [logits], "lr": rate, "initial_lr": rate})
     scheduler.base_lrs.append(rate)
     scheduler.lr_lambdas.append(lambda _step: 1.0)
+
+
+def _scale_rates(model: Any, scales: Mapping[str, float], optimizer: Any, scheduler: Any) -> None:
+    """Move what has another rate than the Trainer's into groups of its own, under the Trainer's schedule."""
+    if not scales:
+        return
+    scheduler = _multiplying(scheduler)
+    mask = {id(parameter) for parameter in applied(model).method.mask.parameters()}
+    factors = {
+        id(parameter): rate_factor(name, scales)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in mask
+    }
+    for index, group in enumerate(list(optimizer.param_groups)):
+        moved: dict[float, list[Any]] = {}
+        for parameter in group["params"]:
+            moved.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
+        group["params"] = moved.pop(1.0, [])
+        settings = {name: value for name, value in group.items() if name != "params"}
+        for factor, parameters in moved.items():
+            rates = {name: settings[name] * factor for name in ("lr", "initial_lr")}
+            optimizer.add_param_group(settings | rates | {"params": parameters})
+            scheduler.base_lrs.append(rates["initial_lr"])
+            scheduler.lr_lambdas.append(scheduler.lr_lambdas[index])
+
+
+def _multiplying(scheduler: Any) -> LambdaLR:
+    """The scheduler itself, out of accelerate's wrapper.
+
+    Raises:
+        UsageError: of a kind that takes no further parameter group.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    if not isinstance(scheduler, LambdaLR):
+        raise UsageError(
+            "lr_scheduler_type",
+            expected="one that multiplies the rate (linear, cosine, constant, ...)",
+            found=type(scheduler).__name__,
+            fix="Choose another: the mask has a learning rate of its own, and so has every group of lr_scale.",
+        )
+    return scheduler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pat_serve.errors import ChangedInput, UnfinishedRun, UsageError
 from pat_serve.training.api.applied import AppliedPat, applied, frozen_hashes
 from pat_serve.training.data import load_tokenizer
 from pat_serve.training.narrow import wide_adapter
+from pat_serve.training.norms import trained_gains
 from pat_serve.training.result import write_result
 
 
@@ -53,6 +55,8 @@ def save_run(
     with new_folder(folder) as staging:
         handle.recipe.model_copy(update={"max_steps": handle.method.total_steps}).save(staging)
         plan = handle.method.plan(handle.checkpoint.reference())
+        if handle.recipe.train_norms:
+            plan = replace(plan, norms=trained_gains(model, handle.method, handle.checkpoint.num_layers))
         lora = {name: tensor.cpu() for name, tensor in model.state_dict().items() if ".lora_" in name}
         lora = wide_adapter(lora, handle.method)
         write_result(staging, model=model, lora=lora, tokenizer=tokenizer, prompts=prompts, plan=plan)

@@ -1,0 +1,85 @@
+"""Learning rates by group: which trained parameters a name stands for, and what `--lr-scale` makes of their rates.
+
+LoRA+ (arXiv 2402.12354) is `lora_b=16`: B starts at zero and wants a larger rate than A. A parameter can be of several
+groups, as the head's B is of `head` and `lora_b`: the factors multiply. The mask is of none; its rate is
+`mask_learning_rate`, which no schedule moves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from pat_serve.architectures import HEAD
+
+LORA_A, LORA_B, HEAD_GROUP, HSM, NORMS = "lora_a", "lora_b", "head", "hsm", "norms"
+GROUPS = (LORA_A, LORA_B, HEAD_GROUP, HSM, NORMS)
+
+
+def groups_of(parameter: str) -> frozenset[str]:
+    """The groups of a trained parameter other than the mask.
+
+    Args:
+        parameter: its dotted name in the PEFT model, whatever wraps that.
+    """
+    parts = parameter.split(".")
+    if "hsm" in parts:
+        return frozenset({HSM})
+    halves = {group for half, group in (("lora_A", LORA_A), ("lora_B", LORA_B)) if half in parts}
+    if halves:
+        return frozenset(halves | ({HEAD_GROUP} if HEAD in parts else set()))
+    # Beside LoRA and the method's modules the norms' gains alone are trained.
+    return frozenset({NORMS})
+
+
+def rate_factor(parameter: str, scales: Mapping[str, float]) -> float:
+    """What a parameter's learning rate is multiplied by: the product over its groups."""
+    return math.prod(scales[group] for group in sorted(groups_of(parameter)) if group in scales)
+
+
+def parse_scales(given: object) -> object:
+    """`GROUP=FACTOR` texts as a mapping; what is none of them is left to be refused by the type.
+
+    Raises:
+        ValueError: a text is no GROUP=FACTOR, or a group comes twice.
+    """
+    if not isinstance(given, list | tuple):
+        return given
+    scales: dict[str, str] = {}
+    for entry in given:
+        group, equals, factor = str(entry).partition("=")
+        if not equals or not group.strip():
+            raise ValueError(f"GROUP=FACTOR, with a group of {', '.join(GROUPS)}")
+        if group.strip() in scales:
+            raise ValueError(f"one factor for {group.strip()}")
+        scales[group.strip()] = factor.strip()
+    return scales
+
+
+def check_groups(scales: Mapping[str, float]) -> None:
+    """Every group is known.
+
+    Raises:
+        ValueError: naming one that is not.
+    """
+    for group in scales:
+        if group in ("mask", "pat_mask"):
+            raise ValueError("no mask among the groups: its rate is mask_learning_rate")
+        if group not in GROUPS:
+            raise ValueError(f"groups of {', '.join(GROUPS)}, and {group!r} is none")
+
+
+def untrained_group(
+    scales: Mapping[str, float], *, lora_head: bool, prunes: bool, train_norms: bool
+) -> tuple[str, str] | None:
+    """The first scaled group that a run trains nothing of, and what would train it; None if there is none."""
+    trains = {
+        HEAD_GROUP: (lora_head, "Add --lora-head, or leave the group out."),
+        HSM: (prunes, "Choose a method that prunes, or leave the group out."),
+        NORMS: (train_norms, "Add --train-norms, or leave the group out."),
+    }
+    for group in scales:
+        holds, fix = trains.get(group, (True, ""))
+        if not holds:
+            return group, fix
+    return None
