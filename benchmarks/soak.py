@@ -1,10 +1,15 @@
 """Does a server that is used for long keep what it should give back? Memory, descriptors, processes, cache blocks.
 
 Example: python -m benchmarks.soak --minutes 30 --out soak.md
+         python -m benchmarks.soak --minutes 30 --plain --out plain.md
+         python -m benchmarks.soak --minutes 30 --plain-samples plain.json --out soak.md
 
 Mixed load with clients that leave at every stage. Every few seconds it pauses; when all clients are done, the engine
 must be idle within 2 s and hold no cache block, and then the processes are measured. Memory is judged by its slope over
 what the clients did, with an interval, once the first quarter (caches fill, allocators grow) is left out.
+
+--plain puts the same load, as far as it understands it, on plain vLLM. With its samples a run of ours judges the
+engine's processes, which run none of our code, by how much more they grow than there.
 """
 
 from __future__ import annotations
@@ -84,7 +89,24 @@ def settled(samples: Sequence[Sample]) -> Sequence[Sample]:
     return samples[int(len(samples) * WARMUP_SHARE) :]
 
 
-def verdicts(samples: Sequence[Sample]) -> dict[str, str]:
+def engine_growth(samples: Sequence[Sample]) -> Slope:
+    """Bytes an action of the engine's processes, after the warm-up."""
+    kept = settled(samples)
+    return slope([sample.requests for sample in kept], [sample.engine_bytes for sample in kept])
+
+
+def engine_excess(samples: Sequence[Sample], plain: Sequence[Sample]) -> Slope:
+    """Bytes an action that the engine grows more than in plain vLLM.
+
+    Growth falls as caches fill, so both count the actions that both have done. The interval is that of two independent
+    ends at worst.
+    """
+    common = min(samples[-1].requests, plain[-1].requests)
+    ours, theirs = (engine_growth([one for one in run if one.requests <= common]) for run in (samples, plain))
+    return Slope(median=ours.median - theirs.median, low=ours.low - theirs.high, high=ours.high - theirs.low)
+
+
+def verdicts(samples: Sequence[Sample], plain: Sequence[Sample] | None = None) -> dict[str, str]:
     """What each figure says."""
     kept = settled(samples)
     requests = [sample.requests for sample in kept]
@@ -95,7 +117,11 @@ def verdicts(samples: Sequence[Sample]) -> dict[str, str]:
 
     return {
         "memory of the HTTP process": slope(requests, [sample.http_bytes for sample in kept]).verdict(LEAK_BYTES),
-        "memory of the engine": slope(requests, [sample.engine_bytes for sample in kept]).verdict(LEAK_BYTES),
+        **(
+            {"memory of the engine": engine_growth(samples).verdict(LEAK_BYTES)}
+            if plain is None
+            else {"memory of the engine, beyond plain vLLM's": engine_excess(samples, plain).verdict(LEAK_BYTES)}
+        ),
         "descriptors": bounded([sample.descriptors for sample in kept]),
         "processes": bounded([sample.processes for sample in kept]),
         "threads": bounded([sample.threads for sample in kept]),
@@ -121,7 +147,7 @@ def table(samples: Sequence[Sample]) -> str:
     return "\n".join(lines)
 
 
-def measure(server: psutil.Process, port: int, begun_s: float, requests: int) -> Sample:
+def measure(server: psutil.Process, port: int, begun_s: float, requests: int, *, plain: bool) -> Sample:
     """Wait until the engine is idle, and look."""
     client, paused_s = Client(port), time.monotonic()
     while True:
@@ -135,10 +161,10 @@ def measure(server: psutil.Process, port: int, begun_s: float, requests: int) ->
             break
         time.sleep(0.02)
     client.connection.close()
-    # The first process only watches the second, which answers; all others are the engine's.
-    [http] = server.children()
+    # Ours only watches a second one, which answers, as plain vLLM's first does itself; all others are the engine's.
+    [http] = [server] if plain else server.children()
     engine = http.children(recursive=True)
-    processes = [server, http, *engine]
+    processes = [server, *server.children(recursive=True)]
     return Sample(
         at_s=time.monotonic() - begun_s,
         requests=requests,
@@ -166,43 +192,55 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=5, help="seconds of load between two samples")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--out", type=Path, help="write the table as Markdown, and beside it the samples as JSON")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--plain", action="store_true", help="put the load on plain vLLM")
+    either.add_argument("--plain-samples", type=Path, help="samples of a run with --plain, to compare the engine with")
     options = parser.parse_args()
+    reference = None
+    if options.plain_samples:
+        reference = [Sample(**row) for row in json.loads(options.plain_samples.read_text(encoding="utf-8"))]
+    name = "vllm" if options.plain else "pat-serve"
     with tempfile.TemporaryDirectory() as scratch:
         model = options.model or save_tiny_llama(Path(scratch) / "model", max_position_embeddings=MODEL_LENGTH)
         log = Path(scratch) / "server.log"
-        with serving("pat-serve", model, log, vllm_flags=VLLM_FLAGS, flags=["--max-queue", "64"]) as served:
-            load = Load(served.port, str(model), workers=options.workers)
+        with serving(name, model, log, vllm_flags=VLLM_FLAGS, flags=["--max-queue", "64"]) as served:
+            load = Load(served.port, str(model), workers=options.workers, plain=options.plain)
             samples, begun_s = [], time.monotonic()
             while time.monotonic() < begun_s + options.minutes * 60:
                 load.go()
                 time.sleep(options.every)
                 load.pause()
                 requests = load.done.total()
-                samples.append(measure(psutil.Process(served.process.pid), served.port, begun_s, requests))
+                server = psutil.Process(served.process.pid)
+                samples.append(measure(server, served.port, begun_s, requests, plain=options.plain))
             load.end()
         tracebacks = log.read_text(errors="replace").count("Traceback")
-    text = report(samples, load, tracebacks)
+    text = report(samples, load, tracebacks, name=name, plain=reference)
     print(text)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
         raw = json.dumps([asdict(sample) for sample in samples])
         options.out.with_suffix(".json").write_text(raw + "\n", encoding="utf-8")
-    if load.unexpected or tracebacks or not set(verdicts(samples).values()) <= {"no leak", "yes"}:
+    if load.unexpected or tracebacks or not set(verdicts(samples, reference).values()) <= {"no leak", "yes"}:
         raise SystemExit("not passed")
 
 
-def report(samples: Sequence[Sample], load: Load, tracebacks: int) -> str:
+def report(
+    samples: Sequence[Sample], load: Load, tracebacks: int, *, name: str, plain: Sequence[Sample] | None
+) -> str:
     """The run in Markdown."""
     kept, machine = settled(samples), describe()
     requests = [sample.requests for sample in kept]
     grown = {
         "HTTP process": slope(requests, [sample.http_bytes for sample in kept]),
-        "engine": slope(requests, [sample.engine_bytes for sample in kept]),
+        "engine": engine_growth(samples),
     }
+    if plain:
+        grown["engine beyond plain vLLM's"] = engine_excess(samples, plain)
     kinds = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(load.done.items()))
     told = [
         f"{datetime.now(UTC).date().isoformat()}, {machine['cpu_model']}, {machine['cpu_cores']} cores; "
-        f"{samples[-1].at_s / 60:.1f} minutes, {samples[-1].requests} actions of clients: {kinds}.",
+        f"{name}; {samples[-1].at_s / 60:.1f} minutes, {samples[-1].requests} actions of clients: {kinds}.",
         "",
         table(samples),
         "",
@@ -210,7 +248,7 @@ def report(samples: Sequence[Sample], load: Load, tracebacks: int) -> str:
         + ", ".join(f"{name} {one.median:.0f} bytes ({one.low:.0f} to {one.high:.0f})" for name, one in grown.items())
         + f"; a leak is a 95 % interval above {LEAK_BYTES}.",
         "",
-        *(f"- {name}: {verdict}" for name, verdict in verdicts(samples).items()),
+        *(f"- {name}: {verdict}" for name, verdict in verdicts(samples, plain).items()),
         f"- unexpected answers: {len(load.unexpected)}"
         + (f", the first: {load.unexpected[0]}" if load.unexpected else ""),
         f"- tracebacks in the server's log: {tracebacks}",

@@ -25,11 +25,14 @@ class Load:
         port: of the server.
         model: name under which it serves.
         workers: number of threads.
+        plain: the server is plain vLLM's: all goes to its one route, nobody is a stranger, and what would
+            hurt it (a billion sequences) is left out. A short benchmark is the requests that it would send.
         seed: of what they do.
     """
 
-    def __init__(self, port: int, model: str, *, workers: int, seed: int = 0) -> None:
-        self._port, self._model = port, model
+    def __init__(self, port: int, model: str, *, workers: int, plain: bool = False, seed: int = 0) -> None:
+        self._port, self._model, self._plain = port, model, plain
+        self._routes = ["/v1/completions"] if plain else ["/generate", "/v1/completions"]
         self.done: Counter[str] = Counter()
         self.unexpected: list[str] = []
         self._open, self._ended = threading.Event(), threading.Event()
@@ -64,6 +67,8 @@ class Load:
             self.looks: 1, self.leave_stream: 4, self.leave_whole: 4, self.leave_at_once: 2, self.half_a_body: 1,
             self.benchmark: 1,
         }  # fmt: skip
+        if self._plain:
+            del kinds[self.stranger]
         while self._open.wait() and not self._ended.is_set():
             with self._change:
                 self._busy += 1
@@ -97,12 +102,12 @@ class Load:
 
     def whole(self, chance: random.Random) -> None:
         """An answer in one piece."""
-        route = chance.choice(["/generate", "/v1/completions"])
+        route = chance.choice(self._routes)
         self._ask(route, self._body(chance, route, chance.randrange(1, 24)), 200)
 
     def stream(self, chance: random.Random) -> None:
         """A stream that is read to its end."""
-        route = chance.choice(["/generate", "/v1/completions"])
+        route = chance.choice(self._routes)
         self._ask(route, self._body(chance, route, chance.randrange(1, 24), stream=True), 200)
 
     def several(self, chance: random.Random) -> None:
@@ -111,12 +116,15 @@ class Load:
 
     def long_prompt(self, chance: random.Random) -> None:
         """A prompt that takes a while."""
-        self._ask("/generate", {"prompt_token_ids": [chance.randrange(3, 380)] * _LONG, "max_tokens": 2}, 200)
+        body = self._body(chance, self._routes[0], 2)
+        body["prompt" if self._plain else "prompt_token_ids"] = [chance.randrange(3, 380)] * _LONG
+        self._ask(self._routes[0], body, 200)
 
     def wrong(self, chance: random.Random) -> None:
         """A request that is refused."""
-        self._ask("/generate", self._body(chance, "/generate", 10**9), 400)
-        self._ask("/v1/completions", self._body(chance, "/v1/completions", 4, n=10**9), 400)
+        self._ask(self._routes[0], self._body(chance, self._routes[0], 10**9), 400)
+        more: dict[str, Any] = {"temperature": -1} if self._plain else {"n": 10**9}
+        self._ask("/v1/completions", self._body(chance, "/v1/completions", 4, **more), 400)
         self._ask(f"/no/{chance.random()}", {}, 404)
 
     def stranger(self, chance: random.Random) -> None:
@@ -130,19 +138,23 @@ class Load:
     def looks(self, _: random.Random) -> None:
         """A scrape and two probes."""
         client = Client(self._port)
-        for path in ("/metrics", "/ready", "/health"):
+        for path in ("/metrics", "/health") if self._plain else ("/metrics", "/ready", "/health"):
             if (status := client.get(path)[0]) != 200:
                 self.unexpected.append(f"{path}: {status}")
         client.connection.close()
 
-    def benchmark(self, _: random.Random) -> None:
+    def benchmark(self, chance: random.Random) -> None:
         """A short benchmark; 409 while another runs."""
+        if self._plain:
+            for _ in range(2):
+                self._ask(self._routes[0], self._body(chance, self._routes[0], 4), 200)
+            return
         body = {"rounds": 1, "warmup": 0, "batch_size": 2, "prompt_tokens": 8, "output_tokens": 4}
         self._ask("/benchmark/latency", body, 200, 409)
 
     def leave_stream(self, chance: random.Random) -> None:
         """A client that leaves between two events."""
-        route = chance.choice(["/generate", "/v1/completions"])
+        route = chance.choice(self._routes)
         client = Client(self._port)
         answer = client.send(route, self._body(chance, route, _LONG, stream=True))
         for _ in range(chance.randrange(1, 12)):
@@ -152,7 +164,7 @@ class Load:
 
     def leave_whole(self, chance: random.Random) -> None:
         """A client that does not wait for its answer."""
-        route = chance.choice(["/generate", "/v1/completions"])
+        route = chance.choice(self._routes)
         client = Client(self._port)
         client.connection.request("POST", route, json.dumps(self._body(chance, route, _LONG)), client.headers)
         threading.Event().wait(chance.random() * 0.3)
@@ -160,15 +172,15 @@ class Load:
 
     def leave_at_once(self, chance: random.Random) -> None:
         """A connection that is reset as soon as its request is out."""
-        self._send_and_reset(json.dumps(self._body(chance, "/generate", _LONG)), 1.0)
+        self._send_and_reset(json.dumps(self._body(chance, self._routes[0], _LONG)), 1.0)
 
     def half_a_body(self, chance: random.Random) -> None:
         """A connection that is reset in the middle of its body."""
-        self._send_and_reset(json.dumps(self._body(chance, "/generate", 4)), 0.5)
+        self._send_and_reset(json.dumps(self._body(chance, self._routes[0], 4)), 0.5)
 
     def _send_and_reset(self, content: str, share: float) -> None:
         with socket.create_connection(("127.0.0.1", self._port), timeout=120) as raw, suppress(OSError):
-            head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+            head = f"POST {self._routes[0]} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
             raw.sendall((head + content[: int(len(content) * share)]).encode())
             # Closing then sends a reset in place of an orderly end.

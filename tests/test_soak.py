@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.soak import LEAK_BYTES, MIB, Sample, slope, table, verdicts
+from benchmarks.soak import LEAK_BYTES, MIB, Sample, engine_excess, slope, table, verdicts
 
 REST = Sample(
     at_s=0, requests=0, http_bytes=0, engine_bytes=10**9, descriptors=90, processes=4, threads=70, idle_s=0.1, blocks=0
@@ -69,3 +69,17 @@ def test_one_pause_with_blocks_held_or_a_slow_end() -> None:
     samples = run(0)
     samples[5] = replace(samples[5], blocks=0.01, idle_s=2.5)
     assert verdicts(samples) == GOOD | {"cache blocks": "leak", "idle in time": "no"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"), [(3000, "no leak"), (3000 - 2 * LEAK_BYTES, "no leak"), (3000 + 2 * LEAK_BYTES, "leak")]
+)
+def test_an_engine_is_judged_by_what_it_grows_more_than_in_plain_vllm(ours: float, verdict: str) -> None:
+    def engine(bytes_per_action: float, count: int) -> list[Sample]:
+        grown = run(bytes_per_action, count=count)
+        return [replace(sample, engine_bytes=sample.http_bytes, http_bytes=10**9) for sample in grown]
+
+    # The other run was longer: what it did beyond ours does not count.
+    plain = engine(3000, 60) + [replace(one, requests=one.requests + 6000) for one in engine(0, 60)]
+    assert verdicts(engine(ours, 60), plain)["memory of the engine, beyond plain vLLM's"] == verdict
+    assert engine_excess(engine(ours, 60), plain).median == pytest.approx(ours - 3000, abs=400)
