@@ -225,9 +225,7 @@ def main() -> None:
         raise SystemExit("not passed")
 
 
-def report(
-    samples: Sequence[Sample], load: Load, tracebacks: int, *, name: str, plain: Sequence[Sample] | None
-) -> str:
+def report(samples: Sequence[Sample], load: Load, tracebacks: int, *, name: str, plain: Sequence[Sample] | None) -> str:
     """The run in Markdown."""
     kept, machine = settled(samples), describe()
     requests = [sample.requests for sample in kept]
