@@ -73,7 +73,10 @@ def stock_trainer(base: Path, rows: Path, out: Path, config: PatConfig | None = 
     )
 
 
-@pytest.mark.parametrize("config", [PAPER, PatConfig()], ids=lambda config: config.recipe)
+# Of "auto", by the rule of thumb, the published recipe has 8 at this width too.
+@pytest.mark.parametrize(
+    "config", [PatConfig(recipe="paper", hio_rank="auto"), PatConfig()], ids=lambda config: config.recipe
+)
 def test_a_stock_trainer_comes_to_what_the_command_comes_to(
     config: PatConfig, tiny_base: Path, rows: Path, tmp_path: Path
 ):

@@ -107,6 +107,14 @@ def test_an_unchecked_export_says_so(record: dict):
     assert "**not checked**" in model_card(record)
 
 
+def test_what_else_was_trained_is_told_and_what_was_not_is_not(record: dict):
+    record["recipe"] |= {"train_norms": False, "lr_scale": {}}
+    assert "train_norms" not in model_card(record)
+    assert "lr_scale" not in model_card(record)
+    record["recipe"] |= {"train_norms": True, "lr_scale": {"lora_b": 4.0}}
+    assert "- train_norms: True\n- lr_scale: {'lora_b': 4.0}\n" in model_card(record)
+
+
 def test_no_license_is_not_invented(tmp_path: Path, record: dict):
     assert base_license(tmp_path) == {}
     (tmp_path / "README.md").write_text("---\n- broken: [\n---\n")

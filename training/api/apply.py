@@ -37,7 +37,7 @@ class PatConfig:
         lora_alpha: of the adapter.
         lora_dropout: of the adapter.
         lora_head: adapt the head too.
-        hio_rank: of the hybrid operators.
+        hio_rank: of the hybrid operators; "auto" by the rule of thumb (`docs/study.md`).
         rotate: "none", or the axes to turn the residual stream to: "energy", "loss".
         mask_start: what the mask starts from: "zero", "energy", "gradient".
         gate: how it closes: "anneal", "gradual", "cut".
@@ -59,7 +59,7 @@ class PatConfig:
     lora_alpha: float | None = None
     lora_dropout: float | None = None
     lora_head: bool | None = None
-    hio_rank: int | None = None
+    hio_rank: int | Literal["auto"] | None = None
     rotate: str | None = None
     mask_start: str | None = None
     gate: str | None = None
