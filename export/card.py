@@ -123,7 +123,7 @@ def _text(record: dict[str, Any], name: str, scheme: Scheme | None, measured: st
     base, exported = record["parameters"]["base"], record["parameters"]["exported"]
     widths, dtype = record["hidden_size"], record["dtype"]
     stored = f"{scheme.name} (W8A8, compressed-tensors), everything else {dtype}" if scheme else dtype
-    recipe = "\n".join(f"- {key}: {record['recipe'][key]}" for key in _RECIPE if record["recipe"].get(key) not in (None, False, {}))
+    recipe = "\n".join(f"- {key}: {record['recipe'][key]}" for key in _RECIPE if record["recipe"].get(key))
     runs = f" It runs in {scheme.runs_on}." if scheme else ""
     needs = "\nTransformers needs `pip install compressed-tensors` to read it.\n" if scheme else ""
     return f"""# {name}, hidden size {widths["exported"]}
