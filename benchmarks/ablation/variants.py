@@ -51,6 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the default, LoRA+ (B x16)": {**_BEST, "lr_scale": {"lora_b": 16.0}},
     "the default, head x3": {**_BEST, "lr_scale": {"head": 3.0}},
     "the default, rank 64": {**_BEST, "lora_rank": 64, "lora_alpha": 64},
+    "the default, rank 64, norms": {**_BEST, "lora_rank": 64, "lora_alpha": 64, "train_norms": True},
+    "the default, rank 64, distilled": {**_BEST, "lora_rank": 64, "lora_alpha": 64, "distillation_weight": 0.5},
     "the default, 2e-3": {**_BEST, "learning_rate": 2e-3},
 }
 
