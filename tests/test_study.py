@@ -85,17 +85,17 @@ def test_what_is_saved_is_what_the_tasks_read(built: corpus.Corpus, tmp_path: Pa
 def test_every_job_is_a_recipe():
     found = jobs(2, list(SWEEPS))
     # Beside the curve's own: 6 ranks and the dense operator of two recipes less their own ranks, one without the
-    # identity loss at two ratios, and five of the masks.
-    assert len(found) == 2 * (1 + len(METHODS) * len(RATIOS) + 12 + 2 + 5)
+    # identity loss at two ratios, five of the masks, and three with the head or without.
+    assert len(found) == 2 * (1 + len(METHODS) * len(RATIOS) + 12 + 2 + 5 + 3)
     assert (found[0].name, found[0].ratio, found[0].seed) == (DENSE, 0.0, 0)
     for base in SIZES.values():
         for job in found:
             width = round(base.hidden_size * (1 - job.ratio))
             assert width % base.heads == 0
-            recipe = TrainRecipe.build(
-                settings(job.name, job.method, width) | {"model": "m", "data": "d", "max_steps": 9}, job.name
-            )
-            assert recipe.hidden_size == (None if job.name == DENSE else width)
+            recipe = TrainRecipe.build(settings(job, width) | {"model": "m", "data": "d", "max_steps": 9}, job.name)
+            assert recipe.hidden_size == (None if job.dense else width)
+            assert job.dense == (job.ratio == 0)
+            assert "head" not in job.name or recipe.resolved(tied=False).lora_head == (", no head" not in job.name)
 
 
 def test_a_sweep_alone_keeps_what_it_is_compared_with():
@@ -289,8 +289,8 @@ def test_a_base_of_each_family_can_be_tuned_as_the_study_does(name: str, built: 
     )
     built.save(tmp_path / "data")
     folder = families.prepare(tmp_path, name, base, lambda: built.base_texts)
-    [method] = [job.method for family, job in families.jobs(1) if (family, job.name) == (name, "the default")]
-    recipe = settings("the default", method, 48) | {
+    [job] = [job for family, job in families.jobs(1) if (family, job.name) == (name, "the default")]
+    recipe = settings(job, 48) | {
         "model": str(folder / "base"), "data": str(folder / "data/tune.jsonl"), "max_steps": 14,
     }  # fmt: skip
     facts = train_and_export(recipe, "the default", tmp_path / "run", tmp_path / "pruned")

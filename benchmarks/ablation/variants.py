@@ -30,6 +30,7 @@ _BEST: dict[str, Any] = {**_CUT, **_LOSS_AXES, "compensate": True, "lora_head": 
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense LoRA": {"method": "lora"},
+    "dense LoRA, head": {"method": "lora", "lora_head": True},
     "dense LoRA, rank 64": {"method": "lora", "lora_rank": 64, "lora_alpha": 64},
     "dense LoRA, 2e-3": {"method": "lora", "learning_rate": 2e-3},
     "PAT as published": _PAPER,
@@ -46,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "loss axes, cut, compensated, head (the default)": _BEST,
     "loss axes, cut, compensated, head, HIO 32": {**_BEST, "hio_rank": 32},
     "loss axes, cut, compensated, head, distilled": {**_BEST, "distillation_weight": 0.5},
+    "the default, no head": {**_BEST, "lora_head": False},
     "the default, norms": {**_BEST, "train_norms": True},
     "the default, LoRA+ (B x4)": {**_BEST, "lr_scale": {"lora_b": 4.0}},
     "the default, LoRA+ (B x16)": {**_BEST, "lr_scale": {"lora_b": 16.0}},

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.study import report
-from benchmarks.study.methods import DENSE, METHODS, Job
+from benchmarks.study.methods import DENSE, DENSE_METHOD, METHODS, Job
 from pat_serve.demo.base_model import BaseSettings, train_base
 
 SWEEP = "families"
@@ -50,7 +50,7 @@ def jobs(seeds: int) -> Iterator[tuple[str, Job]]:
     """Family and run, seed after seed; a family's dense LoRA comes before what is compared with it."""
     for seed in range(seeds):
         for family in NAMES:
-            yield family, Job(name=DENSE, ratio=0.0, seed=seed, method={})
+            yield family, Job(name=DENSE, ratio=0.0, seed=seed, method=DENSE_METHOD)
             for name in COMPARED:
                 yield family, Job(name=name, ratio=RATIO, seed=seed, method=METHODS[name])
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.ablation.variants import SHARED, VARIANTS
 
 DENSE = "dense LoRA"
+DENSE_METHOD: dict[str, Any] = {"method": "lora"}
 BASE = "the base, untuned"
 # In the order of interest: whatever is finished early tells the most.
 RATIOS = (0.25, 0.5, 0.125, 0.375)
@@ -85,6 +86,18 @@ SWEEPS: dict[str, Sweep] = {
         ratios=(0.25,),
         question="One mask against a mask a writer",
     ),
+    # The default adapts the head, and dense LoRA, as is the custom, does not: what of their distance is that?
+    "head": Sweep(
+        methods={
+            f"{DENSE}, head": {**DENSE_METHOD, "lora_head": True},
+            _DEFAULT: METHODS[_DEFAULT],
+            f"{_DEFAULT}, no head": {**METHODS[_DEFAULT], "lora_head": False},
+            _SLICE: METHODS[_SLICE],
+            f"{_SLICE}, head": {**METHODS[_SLICE], "lora_head": True},
+        },
+        ratios=(0.25,),
+        question="With and without an adapter on the head",
+    ),
 }
 
 
@@ -96,6 +109,11 @@ class Job:
     ratio: float
     seed: int
     method: Mapping[str, Any]
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is cut."""
+        return self.method.get("method") == DENSE_METHOD["method"]
 
 
 def jobs(
@@ -119,11 +137,14 @@ def jobs(
     wanted: dict[tuple[str, float, int], Job] = {}
 
     def add(name: str, ratio: float, seed: int, method: Mapping[str, Any]) -> None:
-        if name == DENSE or ratios is None or ratio in ratios:
-            wanted.setdefault((name, ratio, seed), Job(name=name, ratio=ratio, seed=seed, method=method))
+        job = Job(name=name, ratio=ratio, seed=seed, method=method)
+        if job.dense:
+            job = replace(job, ratio=0.0)
+        if job.dense or ratios is None or ratio in ratios:
+            wanted.setdefault((name, job.ratio, seed), job)
 
     for seed in range(seeds):
-        add(DENSE, 0.0, seed, {})
+        add(DENSE, 0.0, seed, DENSE_METHOD)
         for ratio in all_ratios if curve else ():
             for name, method in methods.items():
                 add(name, ratio, seed, method)
@@ -134,14 +155,13 @@ def jobs(
     return list(wanted.values())
 
 
-def settings(name: str, method: Mapping[str, Any], width: int | None) -> dict[str, Any]:
-    """A recipe's settings.
+def settings(job: Job, width: int | None) -> dict[str, Any]:
+    """A run's settings.
 
     Args:
-        name: of the method, for nothing but telling the dense one.
-        method: what is its own.
-        width: of the pruned model; None for the dense one.
+        job: the run.
+        width: of the pruned model; None for a dense one.
     """
-    own = {"method": "lora"} if name == DENSE else {**method, "hidden_size": width}
+    own = {} if job.dense else {"hidden_size": width}
     # When the mask polarises is read from the run's metrics.
-    return SHARED | {"logging_steps": 2} | own
+    return SHARED | {"logging_steps": 2} | dict(job.method) | own

@@ -37,7 +37,7 @@ def tables(lines: list[Line], operator_costs: Mapping[str, Mapping[str, Any]] | 
             line
             for method in wanted
             for line in lines
-            if line["method"] == method and (method == DENSE or line["ratio"] in sweep.ratios)
+            if line["method"] == method and line["ratio"] in (0.0, *sweep.ratios)
         ]
         sections.append(f"### {sweep.question}\n\n{table(own, _COLUMNS[name](operator_costs or {}))}")
     return "\n\n".join(sections)
@@ -115,6 +115,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], dict[str, Cell]]
     "hio": _cost_columns,
     "identity": _course_columns,
     "masks": _mask_columns,
+    "head": lambda _costs: {},
 }
 
 

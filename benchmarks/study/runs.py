@@ -30,13 +30,12 @@ def run(out: Path, job: Job, steps: int, base_width: int) -> list[Line]:
     from pat_serve.training.methods import METHODS
 
     register()
-    dense = job.name == DENSE
-    width = None if dense else round(base_width * (1 - job.ratio))
+    width = None if job.dense else round(base_width * (1 - job.ratio))
     inputs = {
         "model": str(out / "base"), "data": str(out / "data" / "tune.jsonl"), "max_steps": steps, "seed": job.seed,
     }  # fmt: skip
-    recipe = settings(job.name, job.method, width) | inputs
-    trained, exported = out / "run", out / ("dense" if dense else "pruned")
+    recipe = settings(job, width) | inputs
+    trained, exported = out / "run", out / ("dense" if job.name == DENSE else "pruned")
     method = METHODS[str(recipe.get("method", "pat"))]
     if issubclass(method, SeparateMasks):
         SeparateMasks.scores = scores_of(recipe, job.name)
@@ -49,7 +48,7 @@ def run(out: Path, job: Job, steps: int, base_width: int) -> list[Line]:
 
     def line(name: str, facts: dict[str, Any]) -> Line:
         figures = measuring.quality(exported, out / "data") | measuring.course(trained)
-        speed = {} if dense else measuring.speedup(out / "dense", exported)
+        speed = {} if job.dense else measuring.speedup(out / "dense", exported)
         return head | {"method": name, **facts, **figures, "machine": describe(), **speed}
 
     if not issubclass(method, SeparateMasks):
