@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,6 +22,7 @@ import pytest
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.server.bench.load import check_load, guidellm_environment, look_up, run_load, scenario
 from pat_serve.server.bench.load_result import LoadRequest, LoadSettings, load_run, read_guidellm
+from pat_serve.server.workers.load_client import set_the_clock_first
 from tests.integration.conftest import free_port
 from tests.tiny_models import save_tiny_llama
 
@@ -192,6 +195,29 @@ def test_the_key_travels_in_a_file_of_our_own_and_one_process_sends() -> None:
 
 
 @pytest.mark.slow
+def test_the_clock_of_poisson_arrivals_is_set_before_a_worker_can_read_it() -> None:
+    strategies = pytest.importorskip("guidellm.scheduler.strategies")
+    original = strategies.AsyncPoissonStrategy.init_processes_start
+
+    def seen_by_the_first_worker() -> float:
+        strategy = strategies.AsyncPoissonStrategy(rate=2.0)
+        strategy.init_processes_timings(1, 8, multiprocessing.get_context("spawn"))
+        seen: list[float] = []
+        strategy._processes_init_event = SimpleNamespace(set=lambda: seen.append(strategy._offset.value))
+        strategy.init_processes_start(1e9)
+        assert strategy._offset.value == strategy._processes_start_time.value == 1e9
+        [first] = seen
+        return first
+
+    # Where this is no longer so, guidellm has been mended and the replacement can go.
+    assert seen_by_the_first_worker() == -1
+    try:
+        set_the_clock_first()
+        assert seen_by_the_first_worker() == 1e9
+    finally:
+        strategies.AsyncPoissonStrategy.init_processes_start = original
+
+
 def test_guidellm_measures_a_server_of_known_latency(tmp_path: Path) -> None:
     """guidellm's own mock server: 100 ms to the first token, 20 ms to each other."""
     port, model = free_port(), save_tiny_llama(tmp_path / "tiny")

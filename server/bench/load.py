@@ -24,6 +24,7 @@ from pat_serve.errors import EngineError, UsageError, want
 from pat_serve.extras import require
 from pat_serve.hardware import describe
 from pat_serve.server.bench.load_result import SLO_NAMES, LoadResult, LoadSettings, read_guidellm
+from pat_serve.server.workers import load_client
 
 _LOOK_TIMEOUT_S = 10.0
 # For guidellm to import, to make its prompts and to write its report, beside the runs themselves.
@@ -180,8 +181,8 @@ def scenario(settings: LoadSettings, url: str, model: str, tokenizer: str, api_k
 def guidellm_environment(environ: Mapping[str, str], *, tokenizer: str) -> dict[str, str]:
     """guidellm's environment; values that the user has set win.
 
-    One worker process: of several, guidellm 0.8's Poisson arrivals start before their clock is set, and everything is
-    sent at once (`LoadRun.late_s` would show it). One is enough for hundreds of requests a second.
+    One worker process, which is enough for hundreds of requests a second: the machine is the server's. Whether the
+    client kept its schedule is in `LoadRun.late_s`.
     """
     ours = {"GUIDELLM__MAX_WORKER_PROCESSES": "1"}
     if Path(tokenizer).is_dir():
@@ -197,8 +198,8 @@ def _run_guidellm(
     write_json(plan, scenario(settings, url, model, tokenizer, api_key))
     plan.chmod(0o600)
     runs = settings.sweep_size if settings.profile == "sweep" else len(settings.rates)
-    command = [sys.executable, "-P", "-m", "guidellm", "run", "--config", str(plan), "--disable-console"]
-    command += ["--output", f"kind=json,path={report}"]
+    command = [sys.executable, "-P", "-m", load_client.__name__, "run"]
+    command += ["--config", str(plan), "--disable-console", "--output", f"kind=json,path={report}"]
     with log.open("wb") as output:
         try:
             done = subprocess.run(
