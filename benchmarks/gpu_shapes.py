@@ -1,12 +1,13 @@
 """Llama-2-7B shapes at full depth on a GPU, a quarter narrower against dense: torch and transformers alone.
 
-Not run yet: no GPU was at hand when it was written.
+    python -m benchmarks.gpu_shapes --batch 1,8,32 --context 128,1024,2048 --out gpu.json
+    python -m benchmarks.gpu_shapes --batch 1,8,32 --context 128,1024 --phases decode --compile
+    python -m benchmarks.gpu_shapes --batch 1,2,4,8,16,32,64 --context 128 --phases prefill      # the paper's measure
 
-    python -m benchmarks.gpu_shapes --batch 1,8,32 --context 128,1024 --out gpu.json
-
-Random bfloat16 weights; decode steps as CUDA graphs over a static cache, prefill eager. Both models are on the GPU at
-once (13.5 and 10.1 GB beside their caches) and take turns, ABBA; ratios are paired, beside the ceiling that counted
-bytes (decode) or FLOPs (prefill) give.
+Random bfloat16 weights; decode steps as CUDA graphs over a static cache, prefill eager; `--compile` fuses what stands
+between the matrix products of a decode step, as serving engines do. Both models are on the GPU at once (13.5 and 10.1
+GB beside their caches) and take turns, ABBA; ratios are paired, beside the ceiling that counted bytes (decode) or FLOPs
+(prefill) give, and beside the floor: the time that the counted work takes at this GPU's own measured rates.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -23,11 +25,25 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from pat_serve.hardware import describe
-from pat_serve.server.analysis.roofline import decode_ceiling, prefill_ceiling, shape_of
-from pat_serve.server.analysis.statistics import paired_ratio
+from pat_serve.server.analysis.roofline import (
+    ModelShape,
+    decode_bytes,
+    decode_ceiling,
+    decode_flops,
+    prefill_bytes,
+    prefill_ceiling,
+    prefill_flops,
+    shape_of,
+)
+from pat_serve.server.analysis.statistics import paired_ratio, percentile
+from pat_serve.server.workers.probe import MachineRates, measure_rates
 
 SHAPES = {"dense": "llama2-7b", "narrow": "llama2-7b-pat25"}
+DTYPE, DTYPE_BYTES = torch.bfloat16, 2
 WARMUPS = 3
+# Decode steps in a turn: the cache has room for as many behind the context.
+STEPS = 20
+LEAST_ROUNDS = 6
 
 
 def config(name: str, layers: int | None) -> dict[str, Any]:
@@ -37,107 +53,215 @@ def config(name: str, layers: int | None) -> dict[str, Any]:
     return {**loaded, **({"num_hidden_layers": layers} if layers else {})}
 
 
-def build(settings: dict[str, Any]) -> LlamaForCausalLM:
+def build(settings: dict[str, Any], device: str) -> LlamaForCausalLM:
     """A random model on the GPU, made there: no copy through the host."""
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
+    torch.set_default_dtype(DTYPE)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def fuse(model: LlamaForCausalLM) -> None:
+    """Let the compiler fuse the norms and the MLP's activation with what stands beside them."""
+    torch._dynamo.config.recompile_limit = 64
+    for layer in model.model.layers:
+        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            part.compile(dynamic=False)
+    model.model.norm.compile(dynamic=False)
 
 
 class Runner:
-    """One model with a cache for one batch and context."""
+    """One model with a cache for one batch and context.
 
-    def __init__(self, model: LlamaForCausalLM, batch: int, context: int) -> None:
-        self._model = model
-        self._cache = StaticCache(config=model.config, max_cache_len=context + 8)
-        self._prompt = torch.randint(model.config.vocab_size, (batch, context), device="cuda")
+    The cache counts its tokens itself (transformers 5), also when a captured step is replayed: `rewind` sets it back.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, batch: int, context: int, *, decodes: bool) -> None:
+        self._model, self._context = model, context
+        self._cache = StaticCache(config=model.config, max_cache_len=context + STEPS)
+        self._prompt = torch.randint(model.config.vocab_size, (batch, context), device=model.device)
         self._token = self._prompt[:, -1:].clone()
-        self._position = torch.tensor([context], device="cuda")
+        self._graph: Any = None
         self.prefill()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUPS):
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._step()
+        if decodes and model.device.type == "cuda":
+            self._capture()
 
     def prefill(self) -> None:
         """The whole prompt, with the last position's logits alone."""
         self._cache.reset()
-        positions = torch.arange(self._prompt.shape[1], device="cuda")
-        self._model(self._prompt, past_key_values=self._cache, cache_position=positions, logits_to_keep=1)
+        with torch.compiler.set_stance("force_eager"):
+            self._model(self._prompt, past_key_values=self._cache, logits_to_keep=1)
+
+    def rewind(self) -> None:
+        """Back to the end of the prompt."""
+        for layer in self._cache.layers:
+            layer.cumulative_length.fill_(self._context)
 
     def decode(self) -> None:
-        """One step of the captured graph; it writes the same cache slot every time."""
-        self._graph.replay()
+        """One step: the next token of every request."""
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
 
     def _step(self) -> None:
-        self._model(self._token, past_key_values=self._cache, cache_position=self._position)
+        self._model(self._token, past_key_values=self._cache)
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUPS):
+                self.rewind()
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.rewind()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self._graph = graph
 
 
-def milliseconds(work: Callable[[], None], repeats: int) -> float:
-    """Mean of some repeats, by CUDA's own clock."""
+def turn_s(runner: Runner, phase: str) -> float:
+    """Seconds of a prefill or of a decode step (mean of STEPS), by the GPU's own clock."""
+    repeats = STEPS if phase == "decode" else 1
+    runner.rewind()
+    work: Callable[[], None] = getattr(runner, phase)
+    if not torch.cuda.is_available():
+        begun_s = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        return (time.perf_counter() - begun_s) / repeats
     begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begun.record()
     for _ in range(repeats):
         work()
     ended.record()
     torch.cuda.synchronize()
-    return float(begun.elapsed_time(ended)) / repeats
+    return float(begun.elapsed_time(ended)) / 1e3 / repeats
+
+
+def measure(runners: dict[str, Runner], phase: str, *, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Both models in turns, for so many rounds or, after LEAST_ROUNDS, until the time is up."""
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(WARMUPS):
+        for runner in runners.values():
+            turn_s(runner, phase)
+    deadline_s = time.monotonic() + seconds
+    for index in range(rounds):
+        if index >= LEAST_ROUNDS and time.monotonic() > deadline_s:
+            break
+        for name in list(runners) if index % 2 else list(runners)[::-1]:
+            times[name].append(turn_s(runners[name], phase))
+    return times
+
+
+def ceiling_of(shapes: dict[str, ModelShape], phase: str, batch: int, context: int) -> float:
+    """The largest ratio that counted bytes or FLOPs allow."""
+    pair = (shapes["dense"], shapes["narrow"])
+    if phase == "prefill":
+        return prefill_ceiling(*pair, batch_size=batch, prompt_tokens=context)
+    tokens = context + STEPS / 2
+    return decode_ceiling(*pair, batch_size=batch, context_tokens=tokens, dtype_bytes=DTYPE_BYTES)
+
+
+def floor_s(rates: MachineRates, shape: ModelShape, phase: str, batch: int, context: int) -> float:
+    """The time that the counted work takes at the machine's own rates."""
+    if phase == "prefill":
+        size: dict[str, Any] = {"batch_size": batch, "prompt_tokens": context}
+        return rates.floor_s(
+            read_bytes=prefill_bytes(shape, **size, dtype_bytes=DTYPE_BYTES), flops=prefill_flops(shape, **size)
+        )
+    size = {"batch_size": batch, "context_tokens": context + STEPS / 2}
+    return rates.floor_s(
+        read_bytes=decode_bytes(shape, **size, dtype_bytes=DTYPE_BYTES), flops=decode_flops(shape, **size)
+    )
+
+
+def cell(
+    models: dict[str, LlamaForCausalLM],
+    shapes: dict[str, ModelShape],
+    rates: MachineRates,
+    batch: int,
+    context: int,
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """All phases of one batch and context."""
+    lines = []
+    runners = {
+        name: Runner(model, batch, context, decodes="decode" in options.phases) for name, model in models.items()
+    }
+    for phase in options.phases:
+        times = measure(runners, phase, rounds=options.rounds, seconds=options.seconds)
+        ratio, ceiling = paired_ratio(times["dense"], times["narrow"]), ceiling_of(shapes, phase, batch, context)
+        medians = {name: percentile(samples, 50) for name, samples in times.items()}
+        floors = {name: floor_s(rates, shape, phase, batch, context) for name, shape in shapes.items()}
+        print(
+            f"{phase:7s} {batch:3d} x {context:5d}: {medians['dense'] * 1e3:8.3f} ms {medians['narrow'] * 1e3:8.3f} ms "
+            f"{ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] of {ceiling:.3f} = {ratio.median / ceiling:.0%}; "
+            f"floors {floors['dense'] * 1e3:.3f}, {floors['narrow'] * 1e3:.3f} ms; {len(times['dense'])} rounds",
+            flush=True,
+        )
+        lines.append(
+            {"phase": phase, "batch": batch, "context_tokens": context, "ceiling": ceiling, "ratio": ratio.median,
+             "ratio_low": ratio.low, "ratio_high": ratio.high, "median_s": medians, "floor_s": floors,
+             "samples_s": times}
+        )  # fmt: skip
+    return lines
+
+
+def numbers(text: str) -> list[int]:
+    """1,8,32"""
+    return [int(each) for each in text.split(",")]
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=numbers, default="1,8,32")
+    parser.add_argument("--context", type=numbers, default="128,1024")
+    parser.add_argument("--phases", nargs="+", choices=("prefill", "decode"), default=["prefill", "decode"])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a phase, after which no round begins")
+    parser.add_argument("--layers", type=int, default=None, help="cut both, for a smaller GPU")
+    parser.add_argument("--compile", action="store_true", help="fuse norms and activations of a decode step")
+    parser.add_argument("--device", default="cuda", help="cpu: to try the script")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
 
 
 def main() -> None:
     """Print a line for each phase, batch and context; write everything with --out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", default="1,8,32")
-    parser.add_argument("--context", default="128,1024")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--layers", type=int, default=None, help="cut both, for a smaller GPU")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device")
-    configs = {name: config(name, arguments.layers) for name in SHAPES}
+    options = parse()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: expected one, or --device cpu with --layers 1 to try the script")
+    configs = {name: config(name, options.layers) for name in SHAPES}
     shapes = {name: shape_of(settings, name) for name, settings in configs.items()}
-    models = {name: build(settings) for name, settings in configs.items()}
-    lines = []
+    rates = measure_rates("bfloat16")
+    print(f"this machine: {rates.bytes_per_s / 1e12:.2f} TB/s read, {rates.flops_per_s / 1e12:.0f} TFLOP/s", flush=True)
+    models = {name: build(settings, options.device) for name, settings in configs.items()}
+    if options.compile:
+        for model in models.values():
+            fuse(model)
+    lines, left_out = [], []
     with torch.inference_mode():
-        for batch, context in itertools.product(
-            map(int, arguments.batch.split(",")), map(int, arguments.context.split(","))
-        ):
-            runners = {name: Runner(model, batch, context) for name, model in models.items()}
-            pair = (shapes["dense"], shapes["narrow"])
-            ceilings = {
-                "prefill": prefill_ceiling(*pair, batch_size=batch, prompt_tokens=context),
-                "decode": decode_ceiling(*pair, batch_size=batch, context_tokens=context, dtype_bytes=2),
-            }
-            for phase, ceiling in ceilings.items():
-                times: dict[str, list[float]] = {name: [] for name in runners}
-                for index in range(arguments.rounds + WARMUPS):
-                    for name in list(runners) if index % 2 else list(runners)[::-1]:
-                        taken_ms = milliseconds(getattr(runners[name], phase), 20 if phase == "decode" else 1)
-                        if index >= WARMUPS:
-                            times[name].append(taken_ms)
-                ratio = paired_ratio(times["dense"], times["narrow"])
-                print(
-                    f"{phase:7s} {batch:3d} x {context:5d}: {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] of "
-                    f"{ceiling:.3f}, {ratio.median / ceiling:.0%}"
-                )
-                lines.append(
-                    {"phase": phase, "batch": batch, "context": context, "ceiling": ceiling, "ratio": ratio.median,
-                     "low": ratio.low, "high": ratio.high, "milliseconds": times}
-                )  # fmt: skip
-            del runners
-            torch.cuda.empty_cache()
-    if arguments.out:
-        arguments.out.write_text(
-            json.dumps({"machine": describe(), "layers": arguments.layers, "lines": lines}, indent=2)
-        )
+        for batch, context in itertools.product(options.batch, options.context):
+            try:
+                lines += cell(models, shapes, rates, batch, context, options)
+            except torch.cuda.OutOfMemoryError:
+                print(f"{batch} x {context}: does not fit both models' caches", flush=True)
+                left_out.append([batch, context])
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    if options.out:
+        record = {
+            "machine": describe(), "layers": options.layers, "compile": options.compile, "rates": vars(rates),
+            "weight_bytes": {name: shape.weight_bytes(DTYPE_BYTES) for name, shape in shapes.items()},
+            "lines": lines, "left_out_for_memory": left_out,
+        }  # fmt: skip
+        options.out.write_text(json.dumps(record, indent=2))
 
 
 if __name__ == "__main__":

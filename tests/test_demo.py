@@ -68,7 +68,7 @@ def test_packing_wastes_less_than_a_block():
     tokenizer = train_tokenizer(texts, 300)
     blocks = pack(texts, tokenizer, 16)
     assert all(len(block["input_ids"]) == 16 for block in blocks)
-    joined = tokenizer.decode([token for block in blocks for token in block["input_ids"]])
+    joined = tokenizer.decode([token for block in blocks for token in block["input_ids"].tolist()])
     assert joined.startswith("<s>The number 0 is followed by 1.</s><s>The number 1")
 
 

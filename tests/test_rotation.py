@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from pat_serve.architectures import LLAMA
 from pat_serve.export.exporter import export_run
 from pat_serve.plan import PruningPlan
 from pat_serve.rotation import principal_axes, rotate_model
-from pat_serve.training.calibration import Calibration, stream_covariance
+from pat_serve.training.calibration import Calibration, calibrate, stream_covariance
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_llama, tiny_llama
@@ -63,6 +64,18 @@ def test_covariance_leaves_padding_out_and_weighs_tokens_alike() -> None:
     assert torch.allclose(stream_covariance(model, LLAMA, 2, [padded])[0], plain, rtol=1e-4, atol=1e-4)
     # 5 norms and 10 tokens, each of square length D = 64.
     assert float(plain.trace()) == pytest.approx(5 * 10 * 64, rel=1e-5)
+
+
+@pytest.mark.parametrize("rotate", ["energy", "loss"])
+def test_calibrating_leaves_no_gradient_and_no_weight_frozen(rotate: Literal["energy", "loss"]) -> None:
+    model = tiny_llama()
+    ids = torch.randint(384, (1, 10), generator=torch.Generator().manual_seed(3))
+    model.lm_head.requires_grad_(False)
+    calibrate(
+        model, LLAMA, 2, [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}], rotate=rotate
+    )
+    assert all(parameter.grad is None for parameter in model.parameters()), "that would be the model once more"
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == {"lm_head.weight"}
 
 
 @pytest.mark.parametrize(

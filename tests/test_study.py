@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.study import corpus, families, measuring, report
+from benchmarks.study import corpus, families, measuring, package_docs, report
 from benchmarks.study.__main__ import SIZES, main
 from benchmarks.study.methods import DENSE, METHODS, RATIOS, SWEEPS, Job, jobs, settings
 from pat_serve.demo.base_model import BaseSettings
@@ -85,8 +85,8 @@ def test_what_is_saved_is_what_the_tasks_read(built: corpus.Corpus, tmp_path: Pa
 def test_every_job_is_a_recipe():
     found = jobs(2, list(SWEEPS))
     # Beside the curve's own: 6 ranks and the dense operator of two recipes less their own ranks, one without the
-    # identity loss at two ratios, five of the masks, and three with the head or without.
-    assert len(found) == 2 * (1 + len(METHODS) * len(RATIOS) + 12 + 2 + 5 + 3)
+    # identity loss at two ratios, five of the masks, three with the head or without, and three rates of two.
+    assert len(found) == 2 * (1 + len(METHODS) * len(RATIOS) + 12 + 2 + 5 + 3 + 6)
     assert (found[0].name, found[0].ratio, found[0].seed) == (DENSE, 0.0, 0)
     for base in SIZES.values():
         for job in found:
@@ -185,7 +185,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the methods that the study would train; nothing is trained or measured."""
     names: list[str] = []
 
-    def run(out: Path, job: Job, steps: int, width: int) -> list[dict[str, object]]:
+    def run(out: Path, job: Job, steps: int, width: int, part: int | None = None) -> list[dict[str, object]]:
         names.append(job.name)
         head = {"method": job.name, "ratio": job.ratio, "seed": job.seed, "steps": steps}
         return [head | {"parameters": 1, "ppl(a)": 1.0}]
@@ -209,6 +209,44 @@ def test_some_methods_alone_still_have_a_dense_model_to_be_timed_against(ran: li
     assert ran.count(DENSE) == 1
     main(out, size="tiny", seeds=2, only=["PCA slice"])
     assert ran.count(DENSE) == 1, "finished work is not repeated"
+
+
+def test_parts_share_the_runs_and_the_table(ran: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import typer
+
+    out = base_of_width(tmp_path, SIZES["tiny"].hidden_size)
+    with pytest.raises(typer.BadParameter, match="dense model first"):
+        main(out, size="tiny", seeds=1, ratio=[0.25], part="1/2")
+    main(out, size="tiny", seeds=1, only=[DENSE], ratio=[0.25])
+    (out / "dense").mkdir()
+    for part in ("1/2", "2/2"):
+        main(out, size="tiny", seeds=1, ratio=[0.25], part=part)
+    assert sorted(ran) == sorted([DENSE, *METHODS]), "each once"
+    capsys.readouterr()
+    main(out, size="tiny", table=True)
+    table = capsys.readouterr().out
+    assert all(name in table for name in METHODS)
+    for wrong in ("3/2", "0/2", "x"):
+        with pytest.raises(typer.BadParameter, match="such as 2/8"):
+            main(out, part=wrong)
+
+
+def test_docstrings_of_packages_quote_nothing_that_is_held_out(tmp_path: Path):
+    source = '''
+def one():
+    """Say what this does at some length, so that it is long enough to be worth a text of its own."""
+
+def two():
+    """Say what this does at some length, and then quote.
+
+    Return the
+    held-out sentence.
+    """
+'''
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/module.py").write_text(source)
+    found = list(package_docs.collect(tmp_path, ["Return the held-out sentence."]))
+    assert [text.split("\n")[0] for text in found] == ["def one():"]
 
 
 def test_another_size_needs_another_folder(ran: list[str], tmp_path: Path):

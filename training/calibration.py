@@ -149,19 +149,19 @@ def gradient_importance(model: Any, family: Family, num_layers: int, batches: It
         total_D.add_((score.sum(others) if others else score).double().cpu())
         weight.grad = None
 
-    for name, spec, _ in family.modules(num_layers):
-        weight: Any = model.get_submodule(name).weight
-        # A tied head is the embedding, and its gradient has both parts.
-        if HIDDEN in spec.axes and not any(weight is other for other in touched):
-            weight.requires_grad_(True)
-            touched.append(weight)
-            dimension = spec.axes.index(HIDDEN)
-            handles.append(weight.register_post_accumulate_grad_hook(lambda w, d=dimension: take(w, d)))
     with _evaluating(model, handles), torch.enable_grad():
+        for name, spec, _ in family.modules(num_layers):
+            weight: Any = model.get_submodule(name).weight
+            # A tied head is the embedding, and its gradient has both parts.
+            if HIDDEN in spec.axes and not any(weight is other for other in touched):
+                weight.requires_grad_(True)
+                touched.append(weight)
+                dimension = spec.axes.index(HIDDEN)
+                handles.append(weight.register_post_accumulate_grad_hook(lambda w, d=dimension: take(w, d)))
         for batch in batches:
             _loss(model, batch, backward=True)
-    for weight in touched:
-        weight.requires_grad_(False)
+        for weight in touched:
+            weight.requires_grad_(False)
     return total_D
 
 
@@ -182,7 +182,7 @@ def _loss(model: Any, batch: dict[str, Tensor], backward: bool) -> None:
     device = model.device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     labels_BT = batch.pop("labels")
-    # Nothing of a frozen base asks for a gradient: the embedding's output is where it begins.
+    # Nothing of the base asks for a gradient here: the embedding's output is where it begins.
     embedding = model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_() if out.is_leaf else out)
     try:
@@ -197,11 +197,16 @@ def _loss(model: Any, batch: dict[str, Tensor], backward: bool) -> None:
 
 @contextmanager
 def _evaluating(model: Any, handles: list[RemovableHandle]) -> Iterator[None]:
+    """In evaluation mode and frozen: a gradient of every weight would be a second copy of the model."""
     was_training = model.training
+    unfrozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
+    model.requires_grad_(False)
     try:
         yield
     finally:
         model.train(was_training)
+        for parameter in unfrozen:
+            parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()

@@ -96,6 +96,10 @@ def adapt(
     method = METHODS[recipe.method](recipe, family, base.config.hidden_size, target_width, total_steps)
     method.calibration = calibration
     method.attach(model.get_base_model(), base.config.num_hidden_layers)
+    # The base is on its device already, and the Trainer would move what is new only after it has been called, or, with
+    # a quantized base, never.
+    for module in method.modules().values():
+        module.to(base.device)
     if recipe.gradient_checkpointing and not method.modules():
         # The embedding's output needs a gradient for the recomputation to reach the adapters; an HSM gives it one.
         model.enable_input_require_grads()

@@ -35,11 +35,14 @@ SIZES = {
         vocab_size=8192,
         hidden_size=768,
         intermediate_size=2048,
-        layers=12,
+        layers=16,
         heads=12,
         kv_heads=4,
-        batch_size=32,
-        steps=4000,
+        context_tokens=256,
+        batch_size=128,
+        steps=1200,
+        learning_rate=1e-3,
+        initializer_range=0.02,
     ),
 }
 
@@ -63,22 +66,31 @@ def main(
         str | None, typer.Option(help=f"Tune on other texts, at 25 % and with three methods: {', '.join(DOMAINS)}.")
     ] = None,
     base: Annotated[Path | None, typer.Option(help="A base of the same size, instead of training one.")] = None,
+    more: Annotated[Path | None, typer.Option(help="More texts for the base: benchmarks.study.package_docs.")] = None,
+    part: Annotated[
+        str | None, typer.Option(help="2/8: the second eighth of the runs, beside other processes that do the others.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help="Begin no run after so many seconds.")] = None,
     table: Annotated[bool, typer.Option("--table", help="Only print the tables of what is there.")] = False,
 ) -> None:
     """Quality against speed at 12.5, 25, 37.5 and 50 %, with spreads over seeds."""
-    results, began = out / "results.jsonl", time.monotonic()
+    began = time.monotonic()
+    number, parts = _part(part)
+    results = out / ("results.jsonl" if part is None else f"results-{number}-of-{parts}.jsonl")
     _check_names(sweep or [], domain)
     if not table:
-        _prepare(out, data, SIZES[size], domain, base)
+        _prepare(out, data, SIZES[size], domain, base, more)
         if "hio" in (sweep or []):
             _measure_operators(out)
-        done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in report.read(results)}
-        if (BASE, 0.0, 0, steps) not in done:
+        done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in report.read_all(out)}
+        if (BASE, 0.0, 0, steps) not in done and number == 1:
             figures = measuring.quality(out / "base", out / "data")
             _keep([{"method": BASE, "ratio": 0.0, "seed": 0, "steps": steps} | figures], results)
         of_table = [name for name in sweep or [] if name in SWEEPS]
-        for job in jobs(seeds, of_table, ratios=ratio, domain=domain is not None, curve=curve):
+        if part is not None and not (out / "dense").exists():
+            raise typer.BadParameter(f'--part: train the dense model first, with --only "{DENSE}" --seeds 1')
+        wanted = jobs(seeds, of_table, ratios=ratio, domain=domain is not None, curve=curve)
+        for job in wanted[number - 1 :: parts]:
             # Speed is measured against the dense model, so one is always there.
             unwanted = only and not any(part in job.name for part in only) and (job.name, job.seed) != (DENSE, 0)
             if unwanted or (job.name, job.ratio, job.seed, steps) in done:
@@ -86,14 +98,25 @@ def main(
             if seconds is not None and time.monotonic() - began > seconds:
                 print(f"stopped after {seconds:g} s; call again to go on")
                 break
-            _keep(runs.run(out, job, steps, SIZES[size].hidden_size), results)
+            _keep(runs.run(out, job, steps, SIZES[size].hidden_size, part=None if part is None else number), results)
         if families.SWEEP in (sweep or []):
             left = None if seconds is None else seconds - (time.monotonic() - began)
             _run_families(out, data, SIZES[size], seeds, steps, left)
-    lines = [line for line in report.read(results) if line["steps"] == steps]
+    lines = [line for line in report.read_all(out) if line["steps"] == steps]
     print(report.tables(lines, _operator_costs(out)))
     print(families.table(out, steps))
     report.write_curve(report.of_curve(lines), out / "curve.html")
+
+
+def _part(text: str | None) -> tuple[int, int]:
+    """Which part of how many."""
+    try:
+        number, parts = map(int, (text or "1/1").split("/"))
+    except ValueError:
+        number, parts = 0, 0
+    if not 1 <= number <= parts:
+        raise typer.BadParameter(f"--part {text}: such as 2/8")
+    return number, parts
 
 
 def _check_names(sweeps: list[str], domain: str | None) -> None:
@@ -106,11 +129,18 @@ def _check_names(sweeps: list[str], domain: str | None) -> None:
         raise typer.BadParameter(f"--domain {domain}: one of {', '.join(DOMAINS)}")
 
 
-def _prepare(out: Path, data: Path | None, settings: BaseSettings, domain: str | None, base: Path | None) -> None:
+def _prepare(
+    out: Path,
+    data: Path | None,
+    settings: BaseSettings,
+    domain: str | None,
+    base: Path | None,
+    more: Path | None,
+) -> None:
     marker = out / "data" / "domain.json"
     if not (out / "base").exists():
         try:
-            corpus = build(data) if domain is None else build_domain(domain, data)
+            corpus = build(data, more=more) if domain is None else build_domain(domain, data)
         except UsageError as error:
             raise typer.BadParameter(str(error)) from error
         corpus.save(out / "data")

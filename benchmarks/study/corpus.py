@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.ablation.corpus import row_of
+from benchmarks.study import package_docs
 from pat_serve.demo.corpus import build_corpus as build_documentation
 
 # Of each task, and of all subjects of MMLU together, whatever is more than this goes into training.
@@ -53,13 +54,14 @@ class Corpus:
             (folder / "items" / name).write_text(json.dumps(items), encoding="utf-8")
 
 
-def build(data: Path | None, seed: int = 0, library: Path | None = None) -> Corpus:
+def build(data: Path | None, seed: int = 0, library: Path | None = None, more: Path | None = None) -> Corpus:
     """Split the texts with a seed.
 
     Args:
         data: folder with wikitext2.{valid,test}.txt and eval/*.json; None for the documentation alone.
         seed: of the split.
         library: Python's standard library; the running interpreter's when None.
+        more: texts for the base, as `package_docs` writes them.
     """
     shuffler = random.Random(seed)
     documentation = build_documentation(library)
@@ -82,6 +84,8 @@ def build(data: Path | None, seed: int = 0, library: Path | None = None) -> Corp
         half = len(written) // 2
         base += written[:half]
         tune += [row_of(text) for text in written[half:]]
+    if more is not None:
+        base += package_docs.read(more)
     shuffler.shuffle(base)
     shuffler.shuffle(tune)
     return Corpus(

@@ -26,6 +26,14 @@ _PUBLISHED, _DEFAULT, _SLICE = "PAT as published", "the default", "PCA slice, th
 DOMAIN_METHODS = {name: METHODS[name] for name in (_PUBLISHED, _DEFAULT, _SLICE)}
 DOMAIN_RATIOS = (0.25,)
 
+# None: the curve's own, 1e-3 with an alpha of the rank.
+_RATES: dict[str, dict[str, Any] | None] = {
+    "1e-3": None,
+    "the paper's rates": {"learning_rate": 5e-5, "lora_alpha": 4, "lora_dropout": 0.05, "max_grad_norm": 0.3},
+    "2e-4": {"learning_rate": 2e-4},
+    "5e-4": {"learning_rate": 5e-4},
+}
+
 # The paper leaves the operator's rank open.
 HIO_RANKS = (0, 8, 16, 32, 64, 128)
 DENSE_OPERATOR = "pat-dense-operator"
@@ -97,6 +105,16 @@ SWEEPS: dict[str, Sweep] = {
         },
         ratios=(0.25,),
         question="With and without an adapter on the head",
+    ),
+    # The curve's learning rate is one for short runs of small models; the paper's is one for thirty thousand steps.
+    "rates": Sweep(
+        methods={
+            name if rates is None else f"{name}, {label}": method | (rates or {})
+            for label, rates in _RATES.items()
+            for name, method in ((DENSE, DENSE_METHOD), (_DEFAULT, METHODS[_DEFAULT]))
+        },
+        ratios=(0.25,),
+        question="Learning rate and LoRA's alpha",
     ),
 }
 

@@ -20,6 +20,11 @@ def read(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def read_all(folder: Path) -> list[Line]:
+    """The results of a study's folder, those of parts that ran side by side too."""
+    return [line for path in sorted(folder.glob("results*.jsonl")) for line in read(path)]
+
+
 def tables(lines: list[Line], operator_costs: Mapping[str, Mapping[str, Any]] | None = None) -> str:
     """Markdown: the curve, and every sweep of which there is a line that is not the curve's.
 
@@ -29,10 +34,10 @@ def tables(lines: list[Line], operator_costs: Mapping[str, Mapping[str, Any]] | 
     """
     sections = [f"### The curve\n\n{table(of_curve(lines))}"]
     for name, sweep in SWEEPS.items():
-        if not any(_trained(line["method"]) in sweep.methods.keys() - METHODS.keys() for line in lines):
+        if not any(_trained(line["method"]) in sweep.methods.keys() - METHODS.keys() - {DENSE} for line in lines):
             continue
         # In the sweep's order, and at its ratios; dense LoRA above them all.
-        wanted = [DENSE, *(each for method in sweep.methods for each in (method, method + ALIGNED))]
+        wanted = dict.fromkeys([DENSE, *(each for method in sweep.methods for each in (method, method + ALIGNED))])
         own = [
             line
             for method in wanted
@@ -116,6 +121,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], dict[str, Cell]]
     "identity": _course_columns,
     "masks": _mask_columns,
     "head": lambda _costs: {},
+    "rates": lambda _costs: {},
 }
 
 

@@ -14,7 +14,7 @@ from pat_serve.hardware import describe
 Line = dict[str, Any]
 
 
-def run(out: Path, job: Job, steps: int, base_width: int) -> list[Line]:
+def run(out: Path, job: Job, steps: int, base_width: int, part: int | None = None) -> list[Line]:
     """Train, export and measure one job.
 
     Args:
@@ -22,6 +22,7 @@ def run(out: Path, job: Job, steps: int, base_width: int) -> list[Line]:
         job: what to run.
         steps: optimizer steps.
         base_width: D.
+        part: of the runs that go side by side; each has its own folder for what it makes.
 
     Returns:
         its line, and of a run whose writers have masks of their own that of the model with its masks aligned.
@@ -35,7 +36,10 @@ def run(out: Path, job: Job, steps: int, base_width: int) -> list[Line]:
         "model": str(out / "base"), "data": str(out / "data" / "tune.jsonl"), "max_steps": steps, "seed": job.seed,
     }  # fmt: skip
     recipe = settings(job, width) | inputs
-    trained, exported = out / "run", out / ("dense" if job.name == DENSE else "pruned")
+    own = out if part is None else out / f"part-{part}"
+    own.mkdir(exist_ok=True)
+    # Of the dense models only the first serves as the one that speed is measured against.
+    trained, exported = own / "run", (out / "dense" if (job.name, job.seed) == (DENSE, 0) else own / "exported")
     method = METHODS[str(recipe.get("method", "pat"))]
     if issubclass(method, SeparateMasks):
         SeparateMasks.scores = scores_of(recipe, job.name)
@@ -56,8 +60,8 @@ def run(out: Path, job: Job, steps: int, base_width: int) -> list[Line]:
     lines = [line(job.name, facts | {"nonzero_parameters": measuring.nonzero_parameters(exported)})]
     assert width is not None
     if facts["hidden_size"] != width:
-        align(trained, out / "aligned", width, SeparateMasks.scores)
-        lines.append(line(job.name + ALIGNED, export(out / "aligned", exported)))
+        align(trained, own / "aligned", width, SeparateMasks.scores)
+        lines.append(line(job.name + ALIGNED, export(own / "aligned", exported)))
     return lines
 
 

@@ -1,7 +1,9 @@
-"""A small Llama, trained from nothing on the demo's texts, so that there is a base model without any download."""
+"""A small Llama, trained from nothing on given texts, so that there is a base model without any download."""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from rich.progress import Progress, TaskID
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +29,8 @@ from pat_serve.atomic import new_folder
 from pat_serve.progress import console, progress_bar
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+# What a tokenizer learns from: more text than this changes nothing but the time.
+TOKENIZER_CHARACTERS = 12_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,24 +65,40 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_first(texts, TOKENIZER_CHARACTERS), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=512
     )
 
 
-def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast, context_tokens: int) -> list[dict[str, list[int]]]:
-    """Concatenate <s> text </s> ... and cut into blocks of equal length; the rest is dropped."""
-    stream: list[int] = []
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-        stream += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-    starts = range(0, len(stream) - context_tokens + 1, context_tokens)
-    return [{"input_ids": block, "labels": block} for block in (stream[at : at + context_tokens] for at in starts)]
+def _first(texts: list[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        if characters <= 0:
+            return
+        characters -= len(text)
+        yield text
+
+
+def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast, context_tokens: int) -> list[dict[str, Tensor]]:
+    """Concatenate <s> text </s> ... and cut into blocks of equal length; the rest is dropped.
+
+    Returns:
+        `input_ids` and `labels` of each block: int64 (context_tokens,).
+    """
+    ids = array("i")
+    for text in tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]:
+        ids.append(tokenizer.bos_token_id)
+        ids.extend(text)
+        ids.append(tokenizer.eos_token_id)
+    stream = torch.tensor(ids, dtype=torch.int64)
+    blocks = stream[: len(stream) // context_tokens * context_tokens].view(-1, context_tokens)
+    return [{"input_ids": block, "labels": block} for block in blocks]
 
 
 def train_base(texts: list[str], folder: Path, settings: BaseSettings) -> None:
-    """Train tokenizer and model and save both, atomically."""
+    """Train tokenizer and model and save both, atomically; on a GPU in mixed precision, if there is one."""
     set_seed(settings.seed)
+    on_gpu = torch.cuda.is_available()
     tokenizer = train_tokenizer(texts, settings.vocab_size)
     # Qwen3 and Gemma would take heads as wide as their large models'.
     own = {"head_dim": settings.hidden_size // settings.heads} if settings.model_type in ("qwen3", "gemma") else {}
@@ -115,7 +136,8 @@ def train_base(texts: list[str], folder: Path, settings: BaseSettings) -> None:
             save_strategy="no",
             logging_steps=10,
             report_to=[],
-            use_cpu=True,
+            use_cpu=not on_gpu,
+            bf16=on_gpu,
         )
         with progress_bar() as progress:
             task = progress.add_task("train the base model", total=settings.steps)

@@ -64,9 +64,9 @@ def build_corpus(library: Path | None = None) -> Corpus:
         library: its folder; the running interpreter's when None.
     """
     library = library or Path(sysconfig.get_paths()["stdlib"])
-    documented = list(_documented(library))
+    found = list(documented(library))
     rows: dict[bool, dict[str, dict[str, str]]] = {True: {}, False: {}}
-    for item in documented:
+    for item in found:
         sentence = item.first_sentence
         if sentence and len(item.signature) <= MAX_SIGNATURE_CHARS:
             # Keyed by signature: an inherited or overloaded method counts once.
@@ -74,7 +74,7 @@ def build_corpus(library: Path | None = None) -> Corpus:
             rows[is_held_out(item.module)].setdefault(item.signature, row)
     held_out = {signature: row for signature, row in rows[True].items() if signature not in rows[False]}
     docstrings = [
-        f"{item.signature}\n{inspect.cleandoc(item.docstring)}" for item in documented if not is_held_out(item.module)
+        f"{item.signature}\n{inspect.cleandoc(item.docstring)}" for item in found if not is_held_out(item.module)
     ]
     return Corpus(
         base_texts=[*_language_reference(), *docstrings],
@@ -97,7 +97,8 @@ def _language_reference() -> list[str]:
     return [str(text) for text in topics.values()]
 
 
-def _documented(library: Path) -> Iterator[Documented]:
+def documented(library: Path) -> Iterator[Documented]:
+    """Every function and class with a docstring in a folder of sources, in the order of the files."""
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library)
         if _SKIPPED & set(relative.parts):

@@ -24,6 +24,8 @@ from pat_serve.server.workers.process import worker_environment
 
 # Rows and columns of the matrices: the largest of Llama-2-7B twice over, and a square one.
 _WIDE, _TALL, _SQUARE = 4096, 32768, 2048
+# What keeps a GPU busy for a millisecond: smaller ones time their own launch.
+_GPU_TALL, _GPU_SQUARE = 8 * _TALL, 4 * _SQUARE
 _SECONDS, _LEAST_TRIES = 1.5, 5
 _TIMEOUT_S = 300
 
@@ -89,16 +91,20 @@ def measure_rates(dtype: str) -> MachineRates:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = getattr(torch, dtype)
+    tall, side = (_GPU_TALL, _GPU_SQUARE) if device == "cuda" else (_TALL, _SQUARE)
+
+    def random(rows: int, columns: int) -> Any:
+        # A GPU multiplies constants faster than what a model holds.
+        return torch.randn(rows, columns, device=device).to(kind)
+
     with torch.inference_mode():
-        weight = torch.full((_TALL, _WIDE), 0.5, dtype=kind, device=device)
-        row = torch.full((1, _WIDE), 0.5, dtype=kind, device=device)
-        square = torch.full((_SQUARE, _SQUARE), 0.5, dtype=kind, device=device)
+        weight, row, square = random(tall, _WIDE), random(1, _WIDE), random(side, side)
         reading_s = _best_s(lambda: torch.nn.functional.linear(row, weight), device)
         product_s = _best_s(lambda: square @ square, device)
     return MachineRates(
         dtype=dtype,
         bytes_per_s=weight.numel() * weight.element_size() / reading_s,
-        flops_per_s=2 * _SQUARE**3 / product_s,
+        flops_per_s=2 * side**3 / product_s,
     )
 
 

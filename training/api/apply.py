@@ -113,8 +113,6 @@ def apply_pat(
     adapted: Any
     adapted, method = adapt(model, checkpoint.family, recipe, width, LEAST_STEPS, measured)
     assert isinstance(method, Pat)
-    for module in method.modules().values():
-        module.to(next(model.parameters()).device)
     if recipe.compensate:
         method.on_step(0)
         compensate(adapted, method, checkpoint.family, checkpoint.num_layers, batches)
