@@ -2,12 +2,15 @@
 
     python -m benchmarks.gpu_shapes --batch 1,8,32 --context 128,1024,2048 --out gpu.json
     python -m benchmarks.gpu_shapes --batch 1,8,32 --context 128,1024 --phases decode --compile
-    python -m benchmarks.gpu_shapes --batch 1,2,4,8,16,32,64 --context 128 --phases prefill      # the paper's measure
+    python -m benchmarks.gpu_shapes --batch 1,4,16,64 --context 128 --phases prefill --graph-prefill   # as the paper's
+    python -m benchmarks.gpu_shapes --batch 1 --context 128 --phases decode --profile
 
-Random bfloat16 weights; decode steps as CUDA graphs over a static cache, prefill eager; `--compile` fuses what stands
-between the matrix products of a decode step, as serving engines do. Both models are on the GPU at once (13.5 and 10.1
-GB beside their caches) and take turns, ABBA; ratios are paired, beside the ceiling that counted bytes (decode) or FLOPs
-(prefill) give, and beside the floor: the time that the counted work takes at this GPU's own measured rates.
+Random bfloat16 weights; decode steps as CUDA graphs over a static cache, prefill eager, or as a graph too, since eager
+launches take longer than the kernels of a short prompt. `--compile` fuses what stands between the matrix products of a
+decode step, as serving engines do; `--profile` says what kinds of kernels a step's time goes to. Both models are on the
+GPU at once (13.5 and 10.1 GB beside their caches) and take turns, ABBA; ratios are paired, beside the ceiling that
+counted bytes (decode) or FLOPs (prefill) give, and beside the floor: the time that the counted work takes at this
+GPU's own measured rates.
 """
 
 from __future__ import annotations
@@ -16,14 +19,14 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.gpu_runner import STEPS, WARMUPS, Runner, kernels, turn_s
 from pat_serve.hardware import describe
 from pat_serve.server.analysis.roofline import (
     ModelShape,
@@ -40,9 +43,6 @@ from pat_serve.server.workers.probe import MachineRates, measure_rates
 
 SHAPES = {"dense": "llama2-7b", "narrow": "llama2-7b-pat25"}
 DTYPE, DTYPE_BYTES = torch.bfloat16, 2
-WARMUPS = 3
-# Decode steps in a turn: the cache has room for as many behind the context.
-STEPS = 20
 LEAST_ROUNDS = 6
 
 
@@ -70,77 +70,6 @@ def fuse(model: LlamaForCausalLM) -> None:
         for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
             part.compile(dynamic=False)
     model.model.norm.compile(dynamic=False)
-
-
-class Runner:
-    """One model with a cache for one batch and context.
-
-    The cache counts its tokens itself (transformers 5), also when a captured step is replayed: `rewind` sets it back.
-    """
-
-    def __init__(self, model: LlamaForCausalLM, batch: int, context: int, *, decodes: bool) -> None:
-        self._model, self._context = model, context
-        self._cache = StaticCache(config=model.config, max_cache_len=context + STEPS)
-        self._prompt = torch.randint(model.config.vocab_size, (batch, context), device=model.device)
-        self._token = self._prompt[:, -1:].clone()
-        self._graph: Any = None
-        self.prefill()
-        if decodes and model.device.type == "cuda":
-            self._capture()
-
-    def prefill(self) -> None:
-        """The whole prompt, with the last position's logits alone."""
-        self._cache.reset()
-        with torch.compiler.set_stance("force_eager"):
-            self._model(self._prompt, past_key_values=self._cache, logits_to_keep=1)
-
-    def rewind(self) -> None:
-        """Back to the end of the prompt."""
-        for layer in self._cache.layers:
-            layer.cumulative_length.fill_(self._context)
-
-    def decode(self) -> None:
-        """One step: the next token of every request."""
-        if self._graph is None:
-            self._step()
-        else:
-            self._graph.replay()
-
-    def _step(self) -> None:
-        self._model(self._token, past_key_values=self._cache)
-
-    def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUPS):
-                self.rewind()
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.rewind()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        self._graph = graph
-
-
-def turn_s(runner: Runner, phase: str) -> float:
-    """Seconds of a prefill or of a decode step (mean of STEPS), by the GPU's own clock."""
-    repeats = STEPS if phase == "decode" else 1
-    runner.rewind()
-    work: Callable[[], None] = getattr(runner, phase)
-    if not torch.cuda.is_available():
-        begun_s = time.perf_counter()
-        for _ in range(repeats):
-            work()
-        return (time.perf_counter() - begun_s) / repeats
-    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begun.record()
-    for _ in range(repeats):
-        work()
-    ended.record()
-    torch.cuda.synchronize()
-    return float(begun.elapsed_time(ended)) / 1e3 / repeats
 
 
 def measure(runners: dict[str, Runner], phase: str, *, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -189,9 +118,11 @@ def cell(
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """All phases of one batch and context."""
-    lines = []
+    lines: list[dict[str, Any]] = []
+    decodes = "decode" in options.phases
     runners = {
-        name: Runner(model, batch, context, decodes="decode" in options.phases) for name, model in models.items()
+        name: Runner(model, batch, context, decodes=decodes, graph_prefill=options.graph_prefill)
+        for name, model in models.items()
     }
     for phase in options.phases:
         times = measure(runners, phase, rounds=options.rounds, seconds=options.seconds)
@@ -209,6 +140,16 @@ def cell(
              "ratio_low": ratio.low, "ratio_high": ratio.high, "median_s": medians, "floor_s": floors,
              "samples_s": times}
         )  # fmt: skip
+    if options.profile:
+        lines += [
+            {
+                "phase": f"{phase}, by kernel",
+                "batch": batch,
+                "context_tokens": context,
+                "kernels_s": kernels(runners, phase),
+            }
+            for phase in options.phases
+        ]
     return lines
 
 
@@ -226,6 +167,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a phase, after which no round begins")
     parser.add_argument("--layers", type=int, default=None, help="cut both, for a smaller GPU")
+    parser.add_argument("--graph-prefill", action="store_true", help="prefill as a CUDA graph: short prompts")
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes, by kind of kernel")
     parser.add_argument("--compile", action="store_true", help="fuse norms and activations of a decode step")
     parser.add_argument("--device", default="cuda", help="cpu: to try the script")
     parser.add_argument("--out", type=Path)

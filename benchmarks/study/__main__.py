@@ -40,7 +40,7 @@ SIZES = {
         kv_heads=4,
         context_tokens=256,
         batch_size=128,
-        steps=1200,
+        steps=1000,
         learning_rate=1e-3,
         initializer_range=0.02,
     ),
@@ -76,7 +76,8 @@ def main(
     """Quality against speed at 12.5, 25, 37.5 and 50 %, with spreads over seeds."""
     began = time.monotonic()
     number, parts = _part(part)
-    results = out / ("results.jsonl" if part is None else f"results-{number}-of-{parts}.jsonl")
+    side = None if part is None else f"part-{number}-of-{parts}"
+    results = out / (f"results-{side}.jsonl" if side else "results.jsonl")
     _check_names(sweep or [], domain)
     if not table:
         _prepare(out, data, SIZES[size], domain, base, more)
@@ -87,18 +88,21 @@ def main(
             figures = measuring.quality(out / "base", out / "data")
             _keep([{"method": BASE, "ratio": 0.0, "seed": 0, "steps": steps} | figures], results)
         of_table = [name for name in sweep or [] if name in SWEEPS]
-        if part is not None and not (out / "dense").exists():
-            raise typer.BadParameter(f'--part: train the dense model first, with --only "{DENSE}" --seeds 1')
-        wanted = jobs(seeds, of_table, ratios=ratio, domain=domain is not None, curve=curve)
+        wanted = [
+            job
+            for job in jobs(seeds, of_table, ratios=ratio, domain=domain is not None, curve=curve)
+            # Speed is measured against the dense model, so one is always there; parts measure none.
+            if not only
+            or any(name in job.name for name in only)
+            or (side is None and (job.name, job.seed) == (DENSE, 0))
+        ]
         for job in wanted[number - 1 :: parts]:
-            # Speed is measured against the dense model, so one is always there.
-            unwanted = only and not any(part in job.name for part in only) and (job.name, job.seed) != (DENSE, 0)
-            if unwanted or (job.name, job.ratio, job.seed, steps) in done:
+            if (job.name, job.ratio, job.seed, steps) in done:
                 continue
             if seconds is not None and time.monotonic() - began > seconds:
                 print(f"stopped after {seconds:g} s; call again to go on")
                 break
-            _keep(runs.run(out, job, steps, SIZES[size].hidden_size, part=None if part is None else number), results)
+            _keep(runs.run(out, job, steps, SIZES[size].hidden_size, side), results)
         if families.SWEEP in (sweep or []):
             left = None if seconds is None else seconds - (time.monotonic() - began)
             _run_families(out, data, SIZES[size], seeds, steps, left)

@@ -14,7 +14,7 @@ from pat_serve.hardware import describe
 Line = dict[str, Any]
 
 
-def run(out: Path, job: Job, steps: int, base_width: int, part: int | None = None) -> list[Line]:
+def run(out: Path, job: Job, steps: int, base_width: int, part: str | None = None) -> list[Line]:
     """Train, export and measure one job.
 
     Args:
@@ -22,7 +22,7 @@ def run(out: Path, job: Job, steps: int, base_width: int, part: int | None = Non
         job: what to run.
         steps: optimizer steps.
         base_width: D.
-        part: of the runs that go side by side; each has its own folder for what it makes.
+        part: of the runs that go side by side; each has a folder of its own for what it makes, and measures no speed.
 
     Returns:
         its line, and of a run whose writers have masks of their own that of the model with its masks aligned.
@@ -36,7 +36,7 @@ def run(out: Path, job: Job, steps: int, base_width: int, part: int | None = Non
         "model": str(out / "base"), "data": str(out / "data" / "tune.jsonl"), "max_steps": steps, "seed": job.seed,
     }  # fmt: skip
     recipe = settings(job, width) | inputs
-    own = out if part is None else out / f"part-{part}"
+    own = out if part is None else out / part
     own.mkdir(exist_ok=True)
     # Of the dense models only the first serves as the one that speed is measured against.
     trained, exported = own / "run", (out / "dense" if (job.name, job.seed) == (DENSE, 0) else own / "exported")
@@ -52,7 +52,8 @@ def run(out: Path, job: Job, steps: int, base_width: int, part: int | None = Non
 
     def line(name: str, facts: dict[str, Any]) -> Line:
         figures = measuring.quality(exported, out / "data") | measuring.course(trained)
-        speed = {} if job.dense else measuring.speedup(out / "dense", exported)
+        # Side by side they would time each other.
+        speed = {} if job.dense or part else measuring.speedup(out / "dense", exported)
         return head | {"method": name, **facts, **figures, "machine": describe(), **speed}
 
     if not issubclass(method, SeparateMasks):
