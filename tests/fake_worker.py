@@ -8,6 +8,7 @@ Its clock is made up, so nothing waits. Beside its config.json a model folder ma
     stalls              numbers of the batches (warm-up counts) that take ten times as long
     dies_at             number of the batch at which the process ends
     fails_at            number of the batch at which it reports a failure
+    other_prompts_at    number of the batch in which it works on other token ids than it was sent
     accepted            with a draft: proposed tokens that each step keeps
 """
 
@@ -44,6 +45,7 @@ class FakeEngine:
 
     def batch(self, command: Prefill) -> BatchTrace:
         """All timestamps of a batch at once; the decode commands that follow only wait for its last step."""
+        other = [[0]] if self._batches == self._truth.get("other_prompts_at") else []
         slower, size = self.next_batch(), len(command.prompts)
         starts, ends, submitted_s = [], [], self._now_s
         for index in range(command.output_tokens):
@@ -57,7 +59,7 @@ class FakeEngine:
             steps_ended_s=tuple(ends),
             steps_tokens=(size,) * command.output_tokens,
             first_token_step=0,
-            prompts_sha256=prompts_digest(command.prompts),
+            prompts_sha256=prompts_digest(command.prompts + other),
         )
 
     def serve(self, command: Serve) -> Served:

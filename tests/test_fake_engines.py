@@ -17,7 +17,9 @@ from pat_serve.server.bench.speculative import measure_speculative
 from pat_serve.server.bench.speculative_result import SpeculativeSettings
 from pat_serve.server.bench.speedup import check_speedup
 from pat_serve.server.bench.speedup_result import Regime, SpeedupResult, SpeedupSettings
+from pat_serve.server.bench.speedup_table import around_line
 from pat_serve.server.workers import process as worker_process
+from pat_serve.server.workers.cpu_watch import CpuWatch
 from tests.tiny_models import tiny_config
 
 # They measure real time, which a busy machine stretches.
@@ -32,6 +34,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     monkeypatch.setattr(worker_process, "WORKER", "tests.fake_worker")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    # Their clock is made up: what others do on this machine meanwhile says nothing.
+    monkeypatch.setattr(CpuWatch, "other_share", 0.0)
 
     def make(name: str, *, hidden_size: int = 64, **truth: Any) -> str:
         folder = tmp_path / name
@@ -80,6 +84,32 @@ def test_known_latencies_in_known_verdict_out(
         assert sum(regime.noise.stalls for regime in result.regimes) >= 4
     if "drift" in disturbance:
         assert all(regime.noise.drift > 0.2 for regime in result.regimes)
+
+
+def test_a_warm_up_that_never_settles_and_a_busy_machine_give_no_verdict(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, narrow = model("dense"), model("narrow", hidden_size=48, prefill_s=0.2, step_s=0.05)
+    # Every other one of the warm-ups takes ten times as long, and no round does.
+    jumpy = model("jumpy", hidden_size=48, prefill_s=0.2, step_s=0.05, stalls=(0, 2, 4, 6))
+    result = check(dense, jumpy, rounds=5)
+    assert (result.baseline.warm_up.stationary, result.candidate.warm_up.stationary) == (True, False)
+    assert len(result.candidate.warm_up.traces) == 8
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert "did not settle" in result.reason
+    assert "candidate NOT settled within 8 runs" in around_line(result)
+    assert result.advice
+    monkeypatch.setattr(CpuWatch, "other_share", 0.6)
+    busy = check(dense, narrow, rounds=5)
+    assert busy.verdict is Verdict.INCONCLUSIVE
+    assert "other processes took 60% of the CPU time" in busy.reason
+
+
+def test_an_engine_that_worked_on_other_token_ids_is_no_measurement(model: Model) -> None:
+    changed = model("changed", hidden_size=48, other_prompts_at=4)
+    with pytest.raises(EngineError, match="token ids that it was sent in round 2") as caught:
+        check(model("dense"), changed, rounds=5)
+    assert "candidate" in caught.value.subject
 
 
 def test_a_wanted_precision_takes_the_rounds_that_it_needs(model: Model) -> None:

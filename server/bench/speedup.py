@@ -17,11 +17,10 @@ from pathlib import Path
 from pat_serve.extras import require
 from pat_serve.hardware import DTYPE_BYTES, describe, serving_dtype
 from pat_serve.server.analysis.advice import advise
-from pat_serve.server.analysis.statistics import percentile
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.bench.model_source import ModelSource, resolve
 from pat_serve.server.bench.scratch import scratch_folder
-from pat_serve.server.bench.speedup_analysis import conclude, conclude_average
+from pat_serve.server.bench.speedup_analysis import conclude, conclude_average, surroundings_of
 from pat_serve.server.bench.speedup_checks import (
     candidate_settings,
     check_memory,
@@ -107,10 +106,10 @@ def _measure(
         )
         rounds, stopped, rounds_s = measure_rounds(first, second, pair, warm_ups, progress)
         peaks = [engine.peak_memory_bytes() for engine in (first, second)]
-    regimes = pair.analyse(rounds)
+    regimes, surroundings = pair.analyse(rounds, warm_ups), surroundings_of(rounds, warm_ups)
     average = pair.average(regimes)
     if average is not None and settings.judge_average:
-        verdict, reason = conclude_average(average, regimes, settings.claim)
+        verdict, reason = conclude_average(average, regimes, settings.claim, surroundings)
     else:
         verdict, reason = conclude(regimes, rounds, settings.claim)
     advice = advise(
@@ -118,7 +117,7 @@ def _measure(
         average if settings.judge_average else None,
         claim=settings.claim,
         seconds_per_round=rounds_s * len(settings.batches) / len(rounds),
-        other_cpu_share=percentile([one.other_cpu_share for one in rounds], 50),
+        surroundings=surroundings,
     )
 
     def record(source: ModelSource, own: SpeedupSettings, start: Ready, peak: int, warmed: WarmUp) -> ModelRecord:

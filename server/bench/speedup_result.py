@@ -199,6 +199,17 @@ class RegimeResult(_Record):
     verdict: Verdict
     reason: str
 
+    @property
+    def name(self) -> str:
+        """What tells it from the check's other results: the phase, and the batch or both batches."""
+        return f"{self.regime.value}, batch {self.batches}"
+
+    @property
+    def batches(self) -> str:
+        """The batch size, or with fixed memory both."""
+        same = self.candidate_batch_size == self.batch_size
+        return str(self.batch_size) if same else f"{self.batch_size}/{self.candidate_batch_size}"
+
 
 class SpeedupResult(_Record):
     """A complete check. `verdict` and `reason` sum up the regimes, or judge the average where that is the claim.

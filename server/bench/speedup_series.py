@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pat_serve.server.analysis.precision import relative_width, rounds_for_width
 from pat_serve.server.analysis.roofline import ModelShape
 from pat_serve.server.analysis.statistics import PairedRatio
-from pat_serve.server.bench.speedup_analysis import analyse, average_ratio
+from pat_serve.server.bench.speedup_analysis import analyse, average_ratio, surroundings_of
 from pat_serve.server.bench.speedup_result import Regime, RegimeResult, Round, SpeedupSettings, WarmUp
 from pat_serve.server.bench.speedup_rounds import run_round, steps_per_turn
 from pat_serve.server.workers.process import EngineProcess
@@ -36,8 +36,9 @@ class Pair:
     settings: SpeedupSettings
     dtype_bytes: int
 
-    def analyse(self, rounds: Sequence[Round]) -> tuple[RegimeResult, ...]:
-        """Every regime at every batch size, from the rounds so far."""
+    def analyse(self, rounds: Sequence[Round], warm_ups: Sequence[WarmUp] = ()) -> tuple[RegimeResult, ...]:
+        """Every regime at every batch size, from the rounds so far; only verdicts depend on the warm-ups."""
+        surroundings = surroundings_of(rounds, warm_ups)
         return tuple(
             analyse(
                 regime,
@@ -47,6 +48,7 @@ class Pair:
                 candidate=self.candidate,
                 candidate_batch=self.candidate_batch,
                 dtype_bytes=self.dtype_bytes,
+                surroundings=surroundings,
             )
             for size in self.settings.batches
             for regime in self.settings.regimes

@@ -78,10 +78,7 @@ def _speedup(result: SpeedupResult) -> Iterator[Row]:
     models = _names(result)
     pair = f"{models['baseline']} / {models['candidate']}"
     for regime in result.regimes:
-        batch = str(regime.batch_size)
-        if regime.candidate_batch_size != regime.batch_size:
-            batch += f"/{regime.candidate_batch_size}"
-        where = f"{regime.regime.value}, batch {batch}, context {regime.context_tokens:g}"
+        where = f"{regime.name}, context {regime.context_tokens:g}"
         summaries: Sequence[tuple[str, Summary]] = (("baseline", regime.baseline), ("candidate", regime.candidate))
         for role, summary in summaries:
             yield Row(
