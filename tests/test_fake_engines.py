@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 
 from pat_serve.errors import EngineError
 from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench import model_source, speculative
 from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings
 from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
+from pat_serve.server.bench.model_source import ModelSource
 from pat_serve.server.bench.speculative import measure_speculative
 from pat_serve.server.bench.speculative_result import SpeculativeSettings
 from pat_serve.server.bench.speedup import check_speedup
@@ -171,6 +174,27 @@ def test_latency_and_throughput_of_known_engines(model: Model) -> None:
     assert [run.output_tokens_per_s for run in throughput.runs] == pytest.approx(
         [5 / 0.8, 10 / 0.8, 20 / 0.8, 40 / 0.8]
     )
+
+
+@pytest.mark.parametrize("from_the_hub", ["model", "draft"])
+def test_an_engine_may_fetch_what_any_of_its_models_lacks(
+    from_the_hub: str, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(name: str, **settings: Any) -> ModelSource:
+        source = model_source.resolve(name, **settings)
+        return dataclasses.replace(source, on_disk=settings["flag"] != f"--{from_the_hub}")
+
+    offline = {}
+
+    def engine(label: str, **settings: Any) -> worker_process.EngineProcess:
+        offline[label] = settings["offline"]
+        return worker_process.EngineProcess(label, **settings)
+
+    monkeypatch.setattr(speculative, "resolve", found)
+    monkeypatch.setattr(speculative, "EngineProcess", engine)
+    settings = SpeculativeSettings(load_format="dummy", draft_tokens=1, output_tokens=5, prompt_tokens=8, rounds=5)
+    measure_speculative(model("dense"), model("narrow", hidden_size=48), settings, (), progress=quiet)
+    assert offline == {"model": from_the_hub != "model", "model with its draft": False}
 
 
 def test_a_draft_of_known_acceptance(model: Model) -> None:
