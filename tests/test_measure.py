@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,21 @@ def test_throughput_of_known_timestamps() -> None:
         batch_size=2, context_tokens=66
     )
     assert run.roof_tokens_per_s == pytest.approx(8 / wave_s)
+
+
+@pytest.mark.parametrize("flag", ["--prompt-tokens", "--output-tokens", "--waves", "--concurrency"])
+def test_a_throughput_of_nothing_is_refused_in_one_line(flag: str) -> None:
+    command = [sys.executable, "-m", "pat_serve.cli.bench", "throughput", "--model", "llama2-7b", flag, "0"]
+    done = subprocess.run([*command, "--load-format", "dummy"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert flag in line
+
+
+def test_lengths_of_nothing_have_no_latency() -> None:
+    for change in ({"prompt_tokens": (0,)}, {"output_tokens": (0,)}):
+        with pytest.raises(UsageError, match="at least 1"):
+            measure_latency("llama2-7b", LatencySettings.model_validate(change), progress=lambda *_: None)
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
