@@ -9,6 +9,7 @@ Its clock is made up, so nothing waits. Beside its config.json a model folder ma
     dies_at             number of the batch at which the process ends
     fails_at            number of the batch at which it reports a failure
     other_prompts_at    number of the batch in which it works on other token ids than it was sent
+    gpu_memory_bytes    what it says that it holds on a GPU
     accepted            with a draft: proposed tokens that each step keeps
 """
 
@@ -31,6 +32,11 @@ class FakeEngine:
         self._start, self._draw = start, random.Random(start.model)
         self._truth = json.loads((Path(start.model) / "fake.json").read_text())
         self._batches, self._now_s = 0, 100.0
+
+    @property
+    def gpu_memory_bytes(self) -> int | None:
+        """As it was told."""
+        return self._truth.get("gpu_memory_bytes")
 
     def next_batch(self) -> float:
         """By how much the coming batch is slower than the truth."""
@@ -93,7 +99,7 @@ def main() -> None:
             try:
                 if isinstance(command, Start):
                     engine = FakeEngine(command)
-                    reply = Ready(start_s=0.1, peak_memory_bytes=1)
+                    reply = Ready(start_s=0.1, peak_memory_bytes=1, gpu_memory_bytes=engine.gpu_memory_bytes)
                 elif isinstance(command, Serve):
                     assert engine is not None
                     reply = engine.serve(command)

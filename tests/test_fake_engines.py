@@ -20,7 +20,8 @@ from pat_serve.server.bench.speculative import measure_speculative
 from pat_serve.server.bench.speculative_result import SpeculativeSettings
 from pat_serve.server.bench.speedup import check_speedup
 from pat_serve.server.bench.speedup_result import Regime, SpeedupResult, SpeedupSettings
-from pat_serve.server.bench.speedup_table import around_line
+from pat_serve.server.bench.speedup_table import around_line, memory_lines
+from pat_serve.server.report.rows import rows_of
 from pat_serve.server.workers import process as worker_process
 from pat_serve.server.workers.cpu_watch import CpuWatch
 from tests.tiny_models import tiny_config
@@ -106,6 +107,20 @@ def test_a_warm_up_that_never_settles_and_a_busy_machine_give_no_verdict(
     busy = check(dense, narrow, rounds=5)
     assert busy.verdict is Verdict.INCONCLUSIVE
     assert "other processes took 60% of the CPU time" in busy.reason
+
+
+def test_memory_on_a_gpu_is_told_apart_from_the_host_s(model: Model) -> None:
+    dense, narrow = model("dense", gpu_memory_bytes=3 << 30), model("narrow", hidden_size=48)
+    result = check(dense, narrow, rounds=5)
+    assert (result.baseline.gpu_memory_bytes, result.candidate.gpu_memory_bytes) == (3 << 30, None)
+    lines = memory_lines(result)
+    assert "GiB (host), on the GPU 3.00 GiB" in lines[0]
+    assert "GPU" not in lines[1]
+    assert [row.value for row in rows_of(result) if row.figure == "GPU peak"] == [3 << 30]
+    settings = LatencySettings(load_format="dummy", prompt_tokens=(8,), output_tokens=(3,), rounds=2, roofline=False)
+    latency = measure_latency(dense, settings, progress=quiet)
+    assert latency.gpu_memory_bytes == 3 << 30
+    assert [row.value for row in rows_of(latency) if row.figure == "GPU peak"] == [3 << 30]
 
 
 def test_an_engine_that_worked_on_other_token_ids_is_no_measurement(model: Model) -> None:

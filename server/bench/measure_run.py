@@ -208,6 +208,7 @@ def _with_engine(
         "dtype": dtype,
         "start_s": ready.start_s,
         "peak_memory_bytes": peak_bytes,
+        "gpu_memory_bytes": ready.gpu_memory_bytes,
     }
     return common, measured
 

@@ -128,6 +128,7 @@ def _measure(
             parameters=source.shape.parameters,
             start_s=start.start_s,
             peak_memory_bytes=peak,
+            gpu_memory_bytes=start.gpu_memory_bytes,
             batch_size=own.largest_batch,
             capacity=fitting_requests(baseline, source, settings, dtype),
             warm_up=warmed,

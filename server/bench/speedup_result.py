@@ -144,7 +144,8 @@ class ModelRecord(_Record):
         shape: its sizes, cut as measured.
         parameters: number of parameters, cut as measured.
         start_s: from starting the engine to its being ready.
-        peak_memory_bytes: of the engine's process on the host, over its whole life.
+        peak_memory_bytes: of the engine's process on the host, over its whole life; a GPU's memory is not in it.
+        gpu_memory_bytes: the most that the engine held on the GPU until it was ready; None without a GPU.
         warm_up: its runs before the first round.
         batch_size: requests at once, the most that it was given.
         capacity: requests that would fit into the memory that the baseline takes; None where nobody counted.
@@ -159,6 +160,7 @@ class ModelRecord(_Record):
     warm_up: WarmUp
     batch_size: int = 1
     capacity: Capacity | None = None
+    gpu_memory_bytes: int | None = None
 
 
 class RegimeResult(_Record):

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from pat_serve.server.analysis.statistics import percentile
 from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench.measure_table import peaks
 from pat_serve.server.bench.speedup_result import ModelRecord, RegimeResult, SpeedupResult
 
 _COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.INCONCLUSIVE: "yellow"}
@@ -74,7 +75,7 @@ def memory_lines(result: SpeedupResult) -> list[str]:
     """Memory of both models, and the requests that the same memory holds of each."""
     lines, held = [], []
     for label, model in (("baseline", result.baseline), ("candidate", result.candidate)):
-        line = f"memory  {label}: process peak {model.peak_memory_bytes / 2**30:.2f} GiB"
+        line = f"memory  {label}: {peaks(model.peak_memory_bytes, model.gpu_memory_bytes)}"
         if model.capacity is not None:
             fits = model.capacity
             line += f", weights {fits.weight_bytes / 2**30:.2f} GiB"

@@ -104,6 +104,8 @@ def _speedup(result: SpeedupResult) -> Iterator[Row]:
         )  # fmt: skip
     for role, model in (("baseline", result.baseline), ("candidate", result.candidate)):
         figures = [("process peak", "bytes", model.peak_memory_bytes)]
+        if model.gpu_memory_bytes is not None:
+            figures.append(("GPU peak", "bytes", model.gpu_memory_bytes))
         if model.capacity is not None:
             figures += [
                 ("weights", "bytes", model.capacity.weight_bytes),
@@ -137,7 +139,7 @@ def _latency(result: LatencyResult) -> Iterator[Row]:
                     yield Row(**{**asdict(row), "ceiling": roof.floor_s, "reached": roof.reached})
                 else:
                     yield row
-    yield _peak("latency", result)
+    yield from _peaks("latency", result)
 
 
 def _throughput(result: ThroughputResult) -> Iterator[Row]:
@@ -153,7 +155,7 @@ def _throughput(result: ThroughputResult) -> Iterator[Row]:
         )
         yield from _times("throughput", result.model, where, "TTFT", run.ttft)
         yield from _times("throughput", result.model, where, "TPOT", run.tpot)
-    yield _peak("throughput", result)
+    yield from _peaks("throughput", result)
 
 
 def _load(result: LoadResult) -> Iterator[Row]:
@@ -208,8 +210,7 @@ def _times(kind: str, model: str, where: str, name: str, times: Distribution | N
             )
 
 
-def _peak(kind: str, result: LatencyResult | ThroughputResult) -> Row:
-    return Row(
-        kind=kind, model=result.model, where="memory", figure="process peak", unit="bytes",
-        value=result.peak_memory_bytes,
-    )  # fmt: skip
+def _peaks(kind: str, result: LatencyResult | ThroughputResult) -> Iterator[Row]:
+    for figure, value in (("process peak", result.peak_memory_bytes), ("GPU peak", result.gpu_memory_bytes)):
+        if value is not None:
+            yield Row(kind=kind, model=result.model, where="memory", figure=figure, unit="bytes", value=value)
