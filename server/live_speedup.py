@@ -250,6 +250,8 @@ def _settings(body: SpeedupRequest, engine: Engine) -> SpeedupSettings:
         regimes=tuple(regime for regime in Regime if regime.value in body.regimes),
         dtype=engine.dtype,
         enforce_eager=engine.eager,
+        # A probe takes the machine from the users for seconds; `pat-bench` makes one.
+        roofline=False,
         seed=body.seed,
     )
 

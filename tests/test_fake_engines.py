@@ -12,7 +12,7 @@ import pytest
 
 from pat_serve.errors import EngineError
 from pat_serve.server.analysis.verdict import Verdict
-from pat_serve.server.bench import model_source, speculative
+from pat_serve.server.bench import model_source, speculative, speedup
 from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings
 from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
 from pat_serve.server.bench.model_source import ModelSource
@@ -20,10 +20,11 @@ from pat_serve.server.bench.speculative import measure_speculative
 from pat_serve.server.bench.speculative_result import SpeculativeSettings
 from pat_serve.server.bench.speedup import check_speedup
 from pat_serve.server.bench.speedup_result import Regime, SpeedupResult, SpeedupSettings
-from pat_serve.server.bench.speedup_table import around_line, memory_lines
+from pat_serve.server.bench.speedup_table import around_line, floor_lines, memory_lines
 from pat_serve.server.report.rows import rows_of
 from pat_serve.server.workers import process as worker_process
 from pat_serve.server.workers.cpu_watch import CpuWatch
+from pat_serve.server.workers.probe import MachineRates
 from tests.tiny_models import tiny_config
 
 # They measure real time, which a busy machine stretches.
@@ -56,7 +57,9 @@ def quiet(*_: Any) -> None:
 
 
 def check(baseline: str, candidate: str, **settings: Any) -> SpeedupResult:
-    chosen = SpeedupSettings.model_validate({"load_format": "dummy", "prompt_tokens": 16, **settings})
+    chosen = SpeedupSettings.model_validate(
+        {"load_format": "dummy", "prompt_tokens": 16, "roofline": False, **settings}
+    )
     return check_speedup(baseline, candidate, chosen, progress=quiet)
 
 
@@ -107,6 +110,32 @@ def test_a_warm_up_that_never_settles_and_a_busy_machine_give_no_verdict(
     busy = check(dense, narrow, rounds=5)
     assert busy.verdict is Verdict.INCONCLUSIVE
     assert "other processes took 60% of the CPU time" in busy.reason
+
+
+def test_both_models_stand_beside_their_floors(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = MachineRates(dtype="float32", bytes_per_s=1e8, flops_per_s=1e10)
+    monkeypatch.setattr(speedup, "probe_machine", lambda *_, **__: rates)
+    dense, narrow = model("dense"), model("narrow", hidden_size=48, prefill_s=0.2, step_s=0.05)
+    result = check(dense, narrow, rounds=5, roofline=True)
+    assert result.rates == rates
+    for regime in result.regimes:
+        rows = [row for row in rows_of(result) if row.where.startswith(regime.name) and row.unit == "s"]
+        for side, roof, row in zip(
+            (regime.baseline, regime.candidate), (regime.baseline_roof, regime.candidate_roof), rows, strict=True
+        ):
+            assert roof is not None
+            assert roof.reached == pytest.approx(roof.floor_s / side.median)
+            assert (row.ceiling, row.reached) == (roof.floor_s, roof.reached)
+        [line] = floor_lines(regime)
+        assert line.startswith(f"floor   {regime.name}: baseline ")
+    # With a machine's two rates, prefill and decode each meet the roof that the ceiling of the ratio is counted by.
+    decode = result.regimes[1]
+    assert decode.baseline_roof is not None
+    assert decode.candidate_roof is not None
+    assert decode.baseline_roof.floor_s / decode.candidate_roof.floor_s == pytest.approx(decode.ceiling)
+    without = check(dense, narrow, rounds=5)
+    assert without.rates is None
+    assert floor_lines(without.regimes[0]) == []
 
 
 def test_memory_on_a_gpu_is_told_apart_from_the_host_s(model: Model) -> None:

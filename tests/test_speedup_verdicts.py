@@ -15,9 +15,11 @@ from pat_serve.server.analysis.precision import relative_width, rounds_for_verdi
 from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.bench import speedup_series
+from pat_serve.server.bench.measure_summary import Floors
 from pat_serve.server.bench.speedup_analysis import conclude, conclude_average, surroundings_of
 from pat_serve.server.bench.speedup_result import Regime, WarmUp
 from pat_serve.server.bench.speedup_series import measure_rounds
+from pat_serve.server.workers.probe import MachineRates
 from tests.speedup_records import DENSE, NARROW, pair, rounds, trace
 
 PASS, FAIL, INCONCLUSIVE = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE
@@ -184,6 +186,16 @@ def test_fixed_memory_counts_requests_and_compares_throughput() -> None:
     assert result.ratio.median == pytest.approx(2.0, rel=0.02)
     assert (result.batch_size, result.candidate_batch_size) == (8, 16)
     assert result.ceiling > 2
+    # A floor is of what stands beside it: here of a request's share of the step.
+    rates = MachineRates(dtype="bfloat16", bytes_per_s=20e9, flops_per_s=100e9)
+    [result] = dataclasses.replace(doubled, rates=rates).analyse(
+        rounds(12, ratio=1.0, batch_sizes=(8,), candidate_batch=16)
+    )
+    step_s = Floors(shape=NARROW, rates=rates, dtype_bytes=2).decode_step_s(
+        batch_size=16, context_tokens=result.context_tokens
+    )
+    assert result.candidate_roof is not None
+    assert result.candidate_roof.floor_s == pytest.approx(step_s / 16)
 
 
 def series(monkeypatch: pytest.MonkeyPatch, noise: float, **settings: Any) -> tuple[int, str]:

@@ -33,6 +33,7 @@ from pat_serve.server.bench.speedup_checks import (
 from pat_serve.server.bench.speedup_result import ModelRecord, SpeedupResult, SpeedupSettings, WarmUp
 from pat_serve.server.bench.speedup_rounds import warm_up
 from pat_serve.server.bench.speedup_series import Pair, Progress, measure_rounds
+from pat_serve.server.workers.probe import probe_machine
 from pat_serve.server.workers.process import EngineProcess, start_together
 from pat_serve.server.workers.protocol import Ready, Start
 
@@ -81,12 +82,17 @@ def _measure(
 ) -> SpeedupResult:
     date, begun_s = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     others = candidate_settings(baseline, candidate, settings, dtype)
+    rates = None
+    if settings.roofline:
+        progress("probing the machine", 0, settings.rounds)
+        rates = probe_machine(dtype, scratch=scratch)
     pair = Pair(
         baseline=baseline.shape,
         candidate=candidate.shape,
         candidate_batch=others.batch_size if settings.fixed_memory else None,
         settings=settings,
         dtype_bytes=DTYPE_BYTES[dtype],
+        rates=rates,
     )
     with (
         EngineProcess("baseline", log=scratch / "baseline.log", offline=baseline.on_disk) as first,
@@ -149,6 +155,7 @@ def _measure(
         reason=reason,
         advice=advice if verdict is Verdict.INCONCLUSIVE else (),
         rounds=tuple(rounds),
+        rates=rates,
     )
 
 

@@ -11,7 +11,10 @@ from pat_serve.server.analysis.roofline import ModelShape, decode_bytes, prefill
 from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio, percentile, summarize
 from pat_serve.server.analysis.trace import BatchTrace
 from pat_serve.server.analysis.verdict import MAX_OTHER_CPU_SHARE, Surroundings, Verdict, judge, overall
+from pat_serve.server.bench.measure_result import Roof
+from pat_serve.server.bench.measure_summary import Floors
 from pat_serve.server.bench.speedup_result import Regime, RegimeResult, Round, SpeedupSettings, WarmUp
+from pat_serve.server.workers.probe import MachineRates
 
 # From this share of the machine on, other processes are worth a word in the verdict's reason.
 _TELLING_SHARE = 0.1
@@ -50,6 +53,7 @@ def analyse(
     dtype_bytes: int,
     surroundings: Surroundings,
     candidate_batch: int | None = None,
+    rates: MachineRates | None = None,
 ) -> RegimeResult:
     """Ratio, ceiling, noise and verdict of one regime at one batch size.
 
@@ -62,6 +66,7 @@ def analyse(
         dtype_bytes: bytes of a weight.
         surroundings: of the whole check.
         candidate_batch: where the candidate had another batch.
+        rates: of the probed machine; None leaves the floors out.
     """
     batch, other_batch = settings.batch_size, candidate_batch or settings.batch_size
     baseline_s = [cost_s(pair.baseline, regime, per_request=settings.fixed_memory) for pair in rounds]
@@ -75,6 +80,17 @@ def analyse(
         if regime is Regime.PREFILL:
             return prefill_flops(shape, batch_size=size, prompt_tokens=settings.prompt_tokens)
         return decode_bytes(shape, batch_size=size, context_tokens=context, dtype_bytes=dtype_bytes)
+
+    def roof(shape: ModelShape, size: int, durations_s: Sequence[float]) -> Roof | None:
+        if rates is None:
+            return None
+        floors = Floors(shape=shape, rates=rates, dtype_bytes=dtype_bytes)
+        if regime is Regime.PREFILL:
+            floor_s = floors.prefill_s(batch_size=size, prompt_tokens=settings.prompt_tokens)
+        else:
+            floor_s = floors.decode_step_s(batch_size=size, context_tokens=context)
+        floor_s /= size if settings.fixed_memory else 1
+        return Roof(floor_s=floor_s, reached=floor_s / percentile(durations_s, 50))
 
     ceiling = work(baseline, batch) / work(candidate, other_batch) * (other_batch / batch)
     judgement = judge(
@@ -102,6 +118,8 @@ def analyse(
         rounds_needed=rounds_for_verdict(ratio, settings.claim),
         verdict=judgement.verdict,
         reason=judgement.reason,
+        baseline_roof=roof(baseline, batch, baseline_s),
+        candidate_roof=roof(candidate, other_batch, candidate_s),
     )
 
 

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from pat_serve.server.analysis.statistics import percentile
 from pat_serve.server.analysis.verdict import Verdict
-from pat_serve.server.bench.measure_table import peaks
+from pat_serve.server.bench.measure_table import milliseconds, peaks
 from pat_serve.server.bench.speedup_result import ModelRecord, RegimeResult, SpeedupResult
 
 _COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.INCONCLUSIVE: "yellow"}
@@ -39,6 +39,9 @@ def print_result(result: SpeedupResult) -> None:
         console.print(f"average over batches (prefill, geometric mean)  {interval}")
     for regime in result.regimes:
         console.print(noise_line(regime), markup=False, soft_wrap=True)
+    for regime in result.regimes:
+        for line in floor_lines(regime):
+            console.print(line, markup=False, soft_wrap=True)
     console.print(around_line(result), markup=False, soft_wrap=True)
     for line in memory_lines(result):
         console.print(line, markup=False, soft_wrap=True)
@@ -59,6 +62,16 @@ def noise_line(result: RegimeResult) -> str:
         f"{noise.candidate_spread:.1%}, of the ratios {noise.ratio_spread:.1%}, drift {noise.drift:+.1%}, "
         f"{noise.stalls} stalls{order}"
     )
+
+
+def floor_lines(result: RegimeResult) -> list[str]:
+    """What both models' counted work takes at least on the probed machine; none without a probe."""
+    told = [
+        f"{label} {milliseconds(roof.floor_s)} ms, {roof.reached:.0%} reached"
+        for label, roof in (("baseline", result.baseline_roof), ("candidate", result.candidate_roof))
+        if roof is not None
+    ]
+    return [f"floor   {result.name}: {'; '.join(told)}"] if told else []
 
 
 def around_line(result: SpeedupResult) -> str:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from pat_serve.server.analysis.statistics import Summary
 from pat_serve.server.bench.load_result import LoadResult
-from pat_serve.server.bench.measure_result import Distribution, LatencyResult, ThroughputResult
+from pat_serve.server.bench.measure_result import Distribution, LatencyResult, Roof, ThroughputResult
 from pat_serve.server.bench.speculative_result import SpeculativeResult
 from pat_serve.server.bench.speedup_result import SpeedupResult
 from pat_serve.server.planning.result import PlanResult
@@ -79,11 +79,15 @@ def _speedup(result: SpeedupResult) -> Iterator[Row]:
     pair = f"{models['baseline']} / {models['candidate']}"
     for regime in result.regimes:
         where = f"{regime.name}, context {regime.context_tokens:g}"
-        summaries: Sequence[tuple[str, Summary]] = (("baseline", regime.baseline), ("candidate", regime.candidate))
-        for role, summary in summaries:
+        durations: Sequence[tuple[str, Summary, Roof | None]] = (
+            ("baseline", regime.baseline, regime.baseline_roof),
+            ("candidate", regime.candidate, regime.candidate_roof),
+        )
+        for role, summary, roof in durations:
             yield Row(
-                kind="speedup", model=models[role], where=where, figure="duration p50", unit="s", value=summary.p50
-            )
+                kind="speedup", model=models[role], where=where, figure="duration p50", unit="s", value=summary.p50,
+                ceiling=roof.floor_s if roof else None, reached=roof.reached if roof else None,
+            )  # fmt: skip
         yield Row(
             kind="speedup",
             model=pair,
