@@ -98,6 +98,13 @@ def available_memory_bytes() -> int:
     return max(available, 0)
 
 
+def free_gpu_bytes() -> int | None:
+    """Memory of the first GPU that nobody has taken; None without a GPU."""
+    import torch
+
+    return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else None
+
+
 def _cpu_multiplies_bf16() -> bool:
     import torch
 

@@ -18,12 +18,11 @@ from fastapi import Request
 from pat_serve.hardware import DTYPE_BYTES, describe
 from pat_serve.server.analysis.advice import advise
 from pat_serve.server.analysis.roofline import ModelShape
-from pat_serve.server.analysis.statistics import percentile
 from pat_serve.server.analysis.trace import BatchTrace, prompts_digest
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.baseline import Baseline, available
 from pat_serve.server.bench.speedup import config_sha256
-from pat_serve.server.bench.speedup_analysis import analyse, conclude
+from pat_serve.server.bench.speedup_analysis import analyse, conclude, surroundings_of
 from pat_serve.server.bench.speedup_result import ModelRecord, Regime, Round, SpeedupSettings, WarmUp
 from pat_serve.server.bench.speedup_rounds import MAX_WARMUP_RUNS, is_stationary, round_prompts
 from pat_serve.server.benchmark_roofline import countable_shape
@@ -175,9 +174,17 @@ def _judge(
     begun_s: float,
     date: str,
 ) -> LiveSpeedupResult:
-    dtype = pruned.engine.dtype
+    dtype, surroundings = pruned.engine.dtype, surroundings_of(rounds, warm_ups)
     regimes = tuple(
-        analyse(regime, rounds, settings, baseline=shapes[0], candidate=shapes[1], dtype_bytes=DTYPE_BYTES[dtype])
+        analyse(
+            regime,
+            rounds,
+            settings,
+            baseline=shapes[0],
+            candidate=shapes[1],
+            dtype_bytes=DTYPE_BYTES[dtype],
+            surroundings=surroundings,
+        )
         for regime in settings.regimes
     )
     verdict, reason = conclude(regimes, rounds, settings.claim)
@@ -186,7 +193,7 @@ def _judge(
         None,
         claim=settings.claim,
         seconds_per_round=(time.monotonic() - begun_s) / len(rounds),
-        other_cpu_share=percentile([one.other_cpu_share for one in rounds], 50),
+        surroundings=surroundings,
     )
     if others:
         # Users' work runs on the served engine alone, beside the baseline's turns and in the batches of its own: what
@@ -243,6 +250,8 @@ def _settings(body: SpeedupRequest, engine: Engine) -> SpeedupSettings:
         regimes=tuple(regime for regime in Regime if regime.value in body.regimes),
         dtype=engine.dtype,
         enforce_eager=engine.eager,
+        # A probe takes the machine from the users for seconds; `pat-bench` makes one.
+        roofline=False,
         seed=body.seed,
     )
 

@@ -8,6 +8,8 @@ Its clock is made up, so nothing waits. Beside its config.json a model folder ma
     stalls              numbers of the batches (warm-up counts) that take ten times as long
     dies_at             number of the batch at which the process ends
     fails_at            number of the batch at which it reports a failure
+    other_prompts_at    number of the batch in which it works on other token ids than it was sent
+    gpu_memory_bytes    what it says that it holds on a GPU
     accepted            with a draft: proposed tokens that each step keeps
 """
 
@@ -31,6 +33,11 @@ class FakeEngine:
         self._truth = json.loads((Path(start.model) / "fake.json").read_text())
         self._batches, self._now_s = 0, 100.0
 
+    @property
+    def gpu_memory_bytes(self) -> int | None:
+        """As it was told."""
+        return self._truth.get("gpu_memory_bytes")
+
     def next_batch(self) -> float:
         """By how much the coming batch is slower than the truth."""
         number, truth = self._batches, self._truth
@@ -44,6 +51,7 @@ class FakeEngine:
 
     def batch(self, command: Prefill) -> BatchTrace:
         """All timestamps of a batch at once; the decode commands that follow only wait for its last step."""
+        other = [[0]] if self._batches == self._truth.get("other_prompts_at") else []
         slower, size = self.next_batch(), len(command.prompts)
         starts, ends, submitted_s = [], [], self._now_s
         for index in range(command.output_tokens):
@@ -57,7 +65,7 @@ class FakeEngine:
             steps_ended_s=tuple(ends),
             steps_tokens=(size,) * command.output_tokens,
             first_token_step=0,
-            prompts_sha256=prompts_digest(command.prompts),
+            prompts_sha256=prompts_digest(command.prompts + other),
         )
 
     def serve(self, command: Serve) -> Served:
@@ -91,7 +99,7 @@ def main() -> None:
             try:
                 if isinstance(command, Start):
                     engine = FakeEngine(command)
-                    reply = Ready(start_s=0.1, peak_memory_bytes=1)
+                    reply = Ready(start_s=0.1, peak_memory_bytes=1, gpu_memory_bytes=engine.gpu_memory_bytes)
                 elif isinstance(command, Serve):
                     assert engine is not None
                     reply = engine.serve(command)

@@ -53,6 +53,7 @@ def rounds(
     stalled: Sequence[int] = (),
     batch_sizes: Sequence[int] = (1,),
     candidate_batch: int | None = None,
+    speed: float = 1.0,
     seed: int = 0,
 ) -> list[Round]:
     """Rounds of a candidate that is truly `ratio` times faster, on a machine with this noise, drift and stalls.
@@ -65,12 +66,13 @@ def rounds(
         stalled: rounds in which one model took ten times as long.
         batch_sizes: of the baseline.
         candidate_batch: of the candidate where it differs.
+        speed: of the machine.
         seed: of the noise.
     """
     draw = random.Random(seed)
     made = []
     for index in range(count):
-        machine = 1 + drift * index / max(1, count - 1)
+        machine = (1 + drift * index / max(1, count - 1)) / speed
         for size in batch_sizes:
             factor = [machine * draw.lognormvariate(0, noise) for _ in range(2)]
             if index in stalled:

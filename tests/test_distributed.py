@@ -109,6 +109,22 @@ def test_two_ranks_train_one_mask_after_one_teacher(
     assert kept[0] == kept[1]
 
 
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_a_line_of_metrics_across_a_resume_is_of_all_ranks(
+    config: str, trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path
+):
+    """A checkpoint at step 5 lies between two lines, and the two ranks have seen other rows of steps 4 and 5."""
+    run = tmp_path / "run"
+    command = [*arguments(tiny_base, rows, run, batch_size=2), "--logging-steps", "3", "--keep-checkpoints", "3"]
+    assert trainings.run_ranks(command, launched(config)) == [0, 0], trainings.log.read_text()
+    expected = curve(run)
+    # Back to the first checkpoint.
+    for name in ("plan.json", "plan.safetensors", "checkpoints/step-13", "checkpoints/step-10"):
+        (run / name).rename(tmp_path / Path(name).name)
+    assert trainings.run_ranks(command, launched(config)) == [0, 0], trainings.log.read_text()
+    assert curve(run) == [pytest.approx(line, rel=1e-6) for line in expected]
+
+
 def test_one_mistake_is_one_message(trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/mine.txt").touch()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from pat_serve.evaluation.compare import answer_measures
+from pat_serve.evaluation.compare import answer_measures, perplexity_measure
 from pat_serve.evaluation.gate import judge, parse_bound
-from pat_serve.evaluation.outcomes import Answers
+from pat_serve.evaluation.outcomes import Answers, Likelihoods
 from pat_serve.evaluation.paired import mcnemar_exact, mean_ratio, paired_difference, perplexity_ratio
 
 
@@ -180,3 +180,37 @@ def test_all_right_passes_a_bound_only_with_enough_items(items: int, outcome: st
     [measure] = answer_measures("task", {"dense": [right], "pruned": [right]}, {})
     [bound] = judge([parse_bound("acc >= 0.9", "--gate")], [measure])
     assert bound.outcome == outcome
+
+
+@pytest.mark.parametrize(("windows", "outcome"), [(2, "inconclusive"), (5, "inconclusive"), (6, "pass")])
+def test_an_absolute_bound_takes_as_many_windows_as_a_relative_one(windows: int, outcome: str):
+    rows = Likelihoods(sums=[30.0 + at / 10 for at in range(windows)], counts=[10] * windows, sha256="s", unit="window")
+    measure = perplexity_measure("t", {"dense": rows, "pruned": rows}, {})
+    [bound] = judge([parse_bound("ppl <= 30", "--gate")], [measure])
+    assert (bound.outcome, bound.low is None) == (outcome, windows < 6)
+
+
+@pytest.mark.parametrize(
+    ("scores", "outcome"),
+    [
+        # Shares of a right answer are no right answers: three of them say little, and 0.9 thrice no more.
+        ([0.8, 0.9, 1.0], "inconclusive"),
+        ([0.9, 0.9, 0.9], "inconclusive"),
+        ([0.9] * 9, "inconclusive"),
+        ([0.8, 0.9, 1.0] * 3, "pass"),
+        # Right or wrong have an interval of their own, however few they are.
+        ([1.0, 0.0, 0.0, 0.0], "fail"),
+    ],
+)
+def test_absolute_bounds_on_scores_of_few_items(scores: list[float], outcome: str):
+    answers = Answers(items=[str(number) for number in range(len(scores))], right=scores, metric="f1")
+    [measure] = answer_measures("task", {"dense": [answers], "pruned": [answers]}, {})
+    [bound] = judge([parse_bound("f1 >= 0.8", "--gate")], [measure])
+    assert bound.outcome == outcome
+
+
+def test_tasks_that_are_all_right_and_all_wrong_have_no_interval_together():
+    right, wrong = (Answers(items=list("abcdefgh"), right=[share] * 8, metric="acc") for share in (1.0, 0.0))
+    [measure] = answer_measures("mean", {"dense": [right, wrong], "pruned": [right, wrong]}, {})
+    [bound] = judge([parse_bound("acc >= 0.5", "--gate")], [measure])
+    assert (bound.measured, bound.outcome) == (0.5, "inconclusive")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,19 @@ import pytest
 
 from pat_serve.errors import EngineError
 from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench import model_source, speculative, speedup
 from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings
 from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
+from pat_serve.server.bench.model_source import ModelSource
 from pat_serve.server.bench.speculative import measure_speculative
 from pat_serve.server.bench.speculative_result import SpeculativeSettings
 from pat_serve.server.bench.speedup import check_speedup
 from pat_serve.server.bench.speedup_result import Regime, SpeedupResult, SpeedupSettings
+from pat_serve.server.bench.speedup_table import around_line, floor_lines, memory_lines
+from pat_serve.server.report.rows import rows_of
 from pat_serve.server.workers import process as worker_process
+from pat_serve.server.workers.cpu_watch import CpuWatch
+from pat_serve.server.workers.probe import MachineRates
 from tests.tiny_models import tiny_config
 
 # They measure real time, which a busy machine stretches.
@@ -32,6 +39,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     monkeypatch.setattr(worker_process, "WORKER", "tests.fake_worker")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    # Their clock is made up: what others do on this machine meanwhile says nothing.
+    monkeypatch.setattr(CpuWatch, "other_share", 0.0)
 
     def make(name: str, *, hidden_size: int = 64, **truth: Any) -> str:
         folder = tmp_path / name
@@ -48,7 +57,9 @@ def quiet(*_: Any) -> None:
 
 
 def check(baseline: str, candidate: str, **settings: Any) -> SpeedupResult:
-    chosen = SpeedupSettings.model_validate({"load_format": "dummy", "prompt_tokens": 16, **settings})
+    chosen = SpeedupSettings.model_validate(
+        {"load_format": "dummy", "prompt_tokens": 16, "roofline": False, **settings}
+    )
     return check_speedup(baseline, candidate, chosen, progress=quiet)
 
 
@@ -80,6 +91,72 @@ def test_known_latencies_in_known_verdict_out(
         assert sum(regime.noise.stalls for regime in result.regimes) >= 4
     if "drift" in disturbance:
         assert all(regime.noise.drift > 0.2 for regime in result.regimes)
+
+
+def test_a_warm_up_that_never_settles_and_a_busy_machine_give_no_verdict(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, narrow = model("dense"), model("narrow", hidden_size=48, prefill_s=0.2, step_s=0.05)
+    # Every other one of the warm-ups takes ten times as long, and no round does.
+    jumpy = model("jumpy", hidden_size=48, prefill_s=0.2, step_s=0.05, stalls=(0, 2, 4, 6))
+    result = check(dense, jumpy, rounds=5)
+    assert (result.baseline.warm_up.stationary, result.candidate.warm_up.stationary) == (True, False)
+    assert len(result.candidate.warm_up.traces) == 8
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert "did not settle" in result.reason
+    assert "candidate NOT settled within 8 runs" in around_line(result)
+    assert result.advice
+    monkeypatch.setattr(CpuWatch, "other_share", 0.6)
+    busy = check(dense, narrow, rounds=5)
+    assert busy.verdict is Verdict.INCONCLUSIVE
+    assert "other processes took 60% of the CPU time" in busy.reason
+
+
+def test_both_models_stand_beside_their_floors(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = MachineRates(dtype="float32", bytes_per_s=1e8, flops_per_s=1e10)
+    monkeypatch.setattr(speedup, "probe_machine", lambda *_, **__: rates)
+    dense, narrow = model("dense"), model("narrow", hidden_size=48, prefill_s=0.2, step_s=0.05)
+    result = check(dense, narrow, rounds=5, roofline=True)
+    assert result.rates == rates
+    for regime in result.regimes:
+        rows = [row for row in rows_of(result) if row.where.startswith(regime.name) and row.unit == "s"]
+        for side, roof, row in zip(
+            (regime.baseline, regime.candidate), (regime.baseline_roof, regime.candidate_roof), rows, strict=True
+        ):
+            assert roof is not None
+            assert roof.reached == pytest.approx(roof.floor_s / side.median)
+            assert (row.ceiling, row.reached) == (roof.floor_s, roof.reached)
+        [line] = floor_lines(regime)
+        assert line.startswith(f"floor   {regime.name}: baseline ")
+    # With a machine's two rates, prefill and decode each meet the roof that the ceiling of the ratio is counted by.
+    decode = result.regimes[1]
+    assert decode.baseline_roof is not None
+    assert decode.candidate_roof is not None
+    assert decode.baseline_roof.floor_s / decode.candidate_roof.floor_s == pytest.approx(decode.ceiling)
+    without = check(dense, narrow, rounds=5)
+    assert without.rates is None
+    assert floor_lines(without.regimes[0]) == []
+
+
+def test_memory_on_a_gpu_is_told_apart_from_the_host_s(model: Model) -> None:
+    dense, narrow = model("dense", gpu_memory_bytes=3 << 30), model("narrow", hidden_size=48)
+    result = check(dense, narrow, rounds=5)
+    assert (result.baseline.gpu_memory_bytes, result.candidate.gpu_memory_bytes) == (3 << 30, None)
+    lines = memory_lines(result)
+    assert "GiB (host), on the GPU 3.00 GiB" in lines[0]
+    assert "GPU" not in lines[1]
+    assert [row.value for row in rows_of(result) if row.figure == "GPU peak"] == [3 << 30]
+    settings = LatencySettings(load_format="dummy", prompt_tokens=(8,), output_tokens=(3,), rounds=2, roofline=False)
+    latency = measure_latency(dense, settings, progress=quiet)
+    assert latency.gpu_memory_bytes == 3 << 30
+    assert [row.value for row in rows_of(latency) if row.figure == "GPU peak"] == [3 << 30]
+
+
+def test_an_engine_that_worked_on_other_token_ids_is_no_measurement(model: Model) -> None:
+    changed = model("changed", hidden_size=48, other_prompts_at=4)
+    with pytest.raises(EngineError, match="token ids that it was sent in round 2") as caught:
+        check(model("dense"), changed, rounds=5)
+    assert "candidate" in caught.value.subject
 
 
 def test_a_wanted_precision_takes_the_rounds_that_it_needs(model: Model) -> None:
@@ -141,6 +218,27 @@ def test_latency_and_throughput_of_known_engines(model: Model) -> None:
     assert [run.output_tokens_per_s for run in throughput.runs] == pytest.approx(
         [5 / 0.8, 10 / 0.8, 20 / 0.8, 40 / 0.8]
     )
+
+
+@pytest.mark.parametrize("from_the_hub", ["model", "draft"])
+def test_an_engine_may_fetch_what_any_of_its_models_lacks(
+    from_the_hub: str, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(name: str, **settings: Any) -> ModelSource:
+        source = model_source.resolve(name, **settings)
+        return dataclasses.replace(source, on_disk=settings["flag"] != f"--{from_the_hub}")
+
+    offline = {}
+
+    def engine(label: str, **settings: Any) -> worker_process.EngineProcess:
+        offline[label] = settings["offline"]
+        return worker_process.EngineProcess(label, **settings)
+
+    monkeypatch.setattr(speculative, "resolve", found)
+    monkeypatch.setattr(speculative, "EngineProcess", engine)
+    settings = SpeculativeSettings(load_format="dummy", draft_tokens=1, output_tokens=5, prompt_tokens=8, rounds=5)
+    measure_speculative(model("dense"), model("narrow", hidden_size=48), settings, (), progress=quiet)
+    assert offline == {"model": from_the_hub != "model", "model with its draft": False}
 
 
 def test_a_draft_of_known_acceptance(model: Model) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.server.analysis.roofline import decode_bytes, decode_flops, prefill_bytes, prefill_flops
@@ -12,7 +15,8 @@ from pat_serve.server.analysis.trace import RequestTrace
 from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings, distribution
 from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
 from pat_serve.server.bench.measure_summary import Floors, latency_cell, throughput_run
-from pat_serve.server.workers.probe import MachineRates, probe_machine
+from pat_serve.server.workers import probe
+from pat_serve.server.workers.probe import SIZES, MachineRates, Sizes, gpu_time_s, measure_rates, probe_machine
 from tests.speedup_records import DENSE, trace
 
 RATES = MachineRates(dtype="float32", bytes_per_s=20e9, flops_per_s=100e9)
@@ -79,6 +83,21 @@ def test_throughput_of_known_timestamps() -> None:
     assert run.roof_tokens_per_s == pytest.approx(8 / wave_s)
 
 
+@pytest.mark.parametrize("flag", ["--prompt-tokens", "--output-tokens", "--waves", "--concurrency"])
+def test_a_throughput_of_nothing_is_refused_in_one_line(flag: str) -> None:
+    command = [sys.executable, "-m", "pat_serve.cli.bench", "throughput", "--model", "llama2-7b", flag, "0"]
+    done = subprocess.run([*command, "--load-format", "dummy"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert flag in line
+
+
+def test_lengths_of_nothing_have_no_latency() -> None:
+    for change in ({"prompt_tokens": (0,)}, {"output_tokens": (0,)}):
+        with pytest.raises(UsageError, match="at least 1"):
+            measure_latency("llama2-7b", LatencySettings.model_validate(change), progress=lambda *_: None)
+
+
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(UsageError, match="--rounds"):
         measure_latency("llama2-7b", LatencySettings(rounds=0), progress=lambda *_: None)
@@ -97,6 +116,52 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 @pytest.mark.slow
+def test_a_gpu_is_timed_by_its_own_clock_over_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU whose clock moves by 3 ms a call, and by 50 more wherever the host waits for it."""
+    clock_ms, waits = [0.0], [0]
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at_ms = clock_ms[0]
+
+        def synchronize(self) -> None:
+            waits[0] += 1
+            clock_ms[0] += 50
+
+        def elapsed_time(self, later: Event) -> float:
+            return later.at_ms - self.at_ms
+
+    def work() -> None:
+        clock_ms[0] += 3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert gpu_time_s(work, 20) == pytest.approx(0.003)
+    assert waits == [1]
+    assert SIZES["cuda"].weight_bytes >= 2 << 30
+    assert SIZES["cuda"].calls > 10
+
+
+def test_the_probe_multiplies_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    real = torch.nn.functional.linear
+
+    def linear(row: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        seen.extend((row, weight))
+        return real(row, weight)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    monkeypatch.setattr(probe, "_SECONDS", 0.0)
+    rates = measure_rates("float32", sizes=Sizes(weight_bytes=1 << 20, square=64, calls=2))
+    assert rates.bytes_per_s > 0
+    assert rates.flops_per_s > 0
+    assert seen[1].numel() * 4 == 1 << 20
+    assert all(0.4 < float(tensor.std()) < 0.7 for tensor in seen)
+
+
 def test_the_probe_of_this_machine(tmp_path: Path) -> None:
     rates = probe_machine("float32", scratch=tmp_path)
     # Any machine that runs this reads 0.5 GB/s and multiplies 1 GFLOP/s; none reads 100 TB/s.

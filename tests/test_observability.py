@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.integrations import TensorBoardCallback
 
 from pat_serve.errors import Diverged, EmptyMask, MissingExtra, UsageError
 from pat_serve.training import reporting
@@ -19,6 +21,7 @@ from pat_serve.training.methods.pat import Pat
 from pat_serve.training.run import resume, start
 from pat_serve.training.schedule import GateSchedule
 from tests.conftest import tiny_recipe
+from tests.test_resume import interrupt
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -45,6 +48,27 @@ def test_tensorboard_has_the_gate_and_every_figure(
     # So few steps leave the mask undecided, which has to be said.
     assert trained[-1]["gate_freeze_gap"] > 0.1
     assert "warning: the mask had not decided before its freeze" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("crash_step", [2, 7])  # before the first checkpoint, and three steps after it
+def test_tensorboard_has_each_step_of_a_resumed_run_once(crash_step: int, tiny_base: Path, rows: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    written = TensorBoardCallback.on_log
+
+    def log_at_once(self: TensorBoardCallback, *arguments: Any, **settings: Any) -> None:
+        written(self, *arguments, **settings)
+        self.tb_writer.flush()
+
+    with pytest.MonkeyPatch.context() as patch:
+        # A crash may come any time after the writer's own flush, which it makes every two minutes.
+        patch.setattr(TensorBoardCallback, "on_log", log_at_once)
+        interrupt(run, tiny_recipe(tiny_base, rows, max_steps=12, logging_steps=1), crash_step)
+    resume(run)
+    # By default it keeps a sample: the last histogram alone.
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/cross_entropy")] == list(range(1, 13))
+    assert [event.step for event in events.Histograms("gate")] == list(range(1, 13))
 
 
 def test_no_reporter_leaves_no_folder(tiny_base: Path, rows: Path, tmp_path: Path):

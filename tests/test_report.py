@@ -126,6 +126,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
     for title in ("Speed-up of", "Latency of a batch", "Throughput", "Latency under load", "Memory", "Quality"):
         assert f"<h2>{title}" in html
     body = html[html.index("</script></head>") :]
+    assert "warm-up baseline settled after" in body
     assert body.count("plotly-graph-div") == 2 + 2 + 1 + 3 + 1 + 1
     # Nothing is fetched, and nothing that a file says becomes markup.
     assert not re.search(r"""<(script|link|img)[^>]*(src|href)=""", html)

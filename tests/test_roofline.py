@@ -2,7 +2,8 @@ import json
 from importlib.resources import files
 
 import pytest
-from transformers import LlamaForCausalLM
+import torch
+from transformers import GemmaConfig, GemmaForCausalLM, LlamaForCausalLM
 
 from pat_serve.errors import BrokenCheckpoint
 from pat_serve.server.analysis.roofline import (
@@ -35,6 +36,44 @@ def test_parameters_equal_transformers_count(tied: bool) -> None:
     config = tiny_config(tie_word_embeddings=tied)
     shape = shape_of(config.to_dict(), "tiny")
     assert shape.parameters == sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
+
+
+# Gemma-2B's config.json as it was published: what it leaves out is its class's default.
+GEMMA_2B = {
+    "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
+    "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("left_out", [(), ("head_dim",), ("num_key_value_heads",)])
+def test_what_a_config_leaves_out_is_its_class_s_default(left_out: tuple[str, ...]) -> None:
+    config = {key: value for key, value in GEMMA_2B.items() if key not in left_out}
+    shape = shape_of(config, "gemma-2b")
+    with torch.device("meta"):
+        model = GemmaForCausalLM(GemmaConfig(**{key: value for key, value in config.items() if key != "model_type"}))
+    assert shape.tied_head
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    if not left_out:
+        assert shape.parameters == 2_506_172_416
+    assert not shape_of({**config, "tie_word_embeddings": False}, "untied").tied_head
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "head_dim", "kv_heads"),
+    [
+        ("qwen3", {}, 128, 32),
+        ("qwen3", {"head_dim": None, "num_key_value_heads": None}, 64, 16),
+        ("mistral", {}, 64, 8),
+        ("llama", {}, 64, 16),
+    ],
+)
+def test_sizes_by_family(kind: str, given: dict[str, object], head_dim: int, kv_heads: int) -> None:
+    config = {
+        "model_type": kind, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2,
+        "num_attention_heads": 16, "vocab_size": 100, **given,
+    }  # fmt: skip
+    shape = shape_of(config, kind)
+    assert (shape.head_dim, shape.num_kv_heads, shape.tied_head) == (head_dim, kv_heads, False)
 
 
 # The literature counts every parameter as read in each step, the embedding table too; then the known figures come out.

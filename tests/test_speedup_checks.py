@@ -7,6 +7,7 @@ import pytest
 
 from pat_serve import hardware
 from pat_serve.errors import BrokenCheckpoint, EngineError, MissingModel, PatServeError, UsageError
+from pat_serve.server.bench import speedup_checks
 from pat_serve.server.bench.model_source import ModelSource, resolve, shipped_shapes
 from pat_serve.server.bench.speedup_checks import (
     MAX_STEP_TOKENS,
@@ -146,6 +147,20 @@ def test_two_engines_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     # Weights alone are 27 GB in float32, and half of that in bfloat16.
     assert engine_memory_bytes(source, SpeedupSettings(), "float32") > 4 * source.shape.parameters
     assert engine_memory_bytes(source, SpeedupSettings(), "bfloat16") > 2 * source.shape.parameters
+
+
+def test_on_a_gpu_its_own_memory_is_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, settings = find("llama2-7b", tmp_path), SpeedupSettings()
+    on_cpu = engine_memory_bytes(source, settings, "bfloat16")
+    monkeypatch.setattr(speedup_checks, "available_memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(speedup_checks, "free_gpu_bytes", lambda: 80 << 30)
+    # Nothing repacks its weights there.
+    saved = on_cpu - engine_memory_bytes(source, settings, "bfloat16")
+    assert saved == pytest.approx(0.4 * 2 * source.shape.parameters)
+    check_memory(source, source, settings, "bfloat16")
+    monkeypatch.setattr(speedup_checks, "free_gpu_bytes", lambda: 24 << 30)
+    with pytest.raises(EngineError, match=r"GiB of GPU memory in bfloat16, found 24\.0 GiB available"):
+        check_memory(source, source, settings, "bfloat16")
 
 
 def test_prompts_are_fresh_in_each_round_and_repeatable() -> None:

@@ -15,9 +15,11 @@ from pat_serve.server.analysis.precision import relative_width, rounds_for_verdi
 from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.bench import speedup_series
-from pat_serve.server.bench.speedup_analysis import conclude, conclude_average
+from pat_serve.server.bench.measure_summary import Floors
+from pat_serve.server.bench.speedup_analysis import conclude, conclude_average, surroundings_of
 from pat_serve.server.bench.speedup_result import Regime, WarmUp
 from pat_serve.server.bench.speedup_series import measure_rounds
+from pat_serve.server.workers.probe import MachineRates
 from tests.speedup_records import DENSE, NARROW, pair, rounds, trace
 
 PASS, FAIL, INCONCLUSIVE = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE
@@ -100,11 +102,11 @@ def test_rounds_that_a_verdict_takes() -> None:
     assert rounds_for_verdict(ratio_of(1.3301, 0.04, 10), 1.33) is None
 
 
-def advice(measured: Sequence[Any], *, others: float = 0.0, **settings: Any) -> str:
-    regimes = pair(**settings).analyse(measured)
-    return " | ".join(
-        advise(regimes, None, claim=regimes and settings["claim"], seconds_per_round=6.0, other_cpu_share=others)
-    )
+def advice(measured: Sequence[Any], *, others: float = 0.0, settled: bool = True, **settings: Any) -> str:
+    measured = [one.model_copy(update={"other_cpu_share": others}) for one in measured]
+    warm_ups = [WarmUp(traces=(), stationary=settled)]
+    regimes, surroundings = pair(**settings).analyse(measured, warm_ups), surroundings_of(measured, warm_ups)
+    return " | ".join(advise(regimes, None, claim=settings["claim"], seconds_per_round=6.0, surroundings=surroundings))
 
 
 def test_an_inconclusive_check_says_what_would_decide_it() -> None:
@@ -130,9 +132,42 @@ def test_several_batch_sizes_are_judged_one_by_one_and_on_average() -> None:
     average = both.average(regimes)
     assert average is not None
     assert average.median == pytest.approx((1.2 * 1.6) ** 0.5, rel=0.01)
-    verdict, reason = conclude_average(average, regimes, 1.33)
+    verdict, reason = conclude_average(average, regimes, 1.33, surroundings_of(slow, ()))
     assert verdict is PASS
     assert "batches of 1, 4" in reason
+    unsettled = surroundings_of(slow, [WarmUp(traces=(), stationary=False)])
+    assert conclude_average(average, regimes, 1.33, unsettled)[0] is INCONCLUSIVE
+    # Only one of the two decided it, and its batch says which.
+    verdict, reason = conclude(regimes, [*slow, *fast], 1.33)
+    assert verdict is FAIL
+    assert reason.startswith("prefill, batch 1: ")
+    assert "batch 4" not in reason
+
+
+def test_a_machine_that_becomes_another_one_near_the_end_is_not_judged() -> None:
+    """Three times slower in the last rounds, which no spread shows: most rounds are alike."""
+    measured = rounds(8, ratio=1.5, noise=0.005) + rounds(5, ratio=1.5, noise=0.005, seed=1, speed=1 / 3)
+    regimes = pair(claim=1.33).analyse(measured)
+    assert all(result.noise.spread < 0.15 for result in regimes)
+    verdict, reason = conclude(regimes, measured, 1.33)
+    assert verdict is INCONCLUSIVE
+    assert "drifted by +199%" in reason
+    told = advice(measured, claim=1.33)
+    assert "within a factor of 1.5" in told
+    assert "--rounds" not in told
+
+
+def test_a_warm_up_that_never_settled_and_a_busy_machine_are_not_judged() -> None:
+    measured = rounds(12, ratio=1.5)
+    unsettled = [WarmUp(traces=(), stationary=True), WarmUp(traces=(), stationary=False)]
+    regimes = pair(claim=1.33).analyse(measured, unsettled)
+    assert [result.verdict for result in regimes] == [INCONCLUSIVE, INCONCLUSIVE]
+    assert "did not settle" in conclude(regimes, measured, 1.33)[1]
+    assert advice(measured, claim=1.33, settled=False).startswith("a warm-up that settles")
+    busy = advice(measured, claim=1.33, others=0.6)
+    assert "others take 50% at most: end them (they took 60% of it)" in busy
+    assert "--rounds" not in busy
+    assert advice(measured, claim=1.33, others=0.4) == ""
 
 
 def test_fixed_memory_counts_requests_and_compares_throughput() -> None:
@@ -151,6 +186,16 @@ def test_fixed_memory_counts_requests_and_compares_throughput() -> None:
     assert result.ratio.median == pytest.approx(2.0, rel=0.02)
     assert (result.batch_size, result.candidate_batch_size) == (8, 16)
     assert result.ceiling > 2
+    # A floor is of what stands beside it: here of a request's share of the step.
+    rates = MachineRates(dtype="bfloat16", bytes_per_s=20e9, flops_per_s=100e9)
+    [result] = dataclasses.replace(doubled, rates=rates).analyse(
+        rounds(12, ratio=1.0, batch_sizes=(8,), candidate_batch=16)
+    )
+    step_s = Floors(shape=NARROW, rates=rates, dtype_bytes=2).decode_step_s(
+        batch_size=16, context_tokens=result.context_tokens
+    )
+    assert result.candidate_roof is not None
+    assert result.candidate_roof.floor_s == pytest.approx(step_s / 16)
 
 
 def series(monkeypatch: pytest.MonkeyPatch, noise: float, **settings: Any) -> tuple[int, str]:

@@ -41,11 +41,19 @@ def check_reporters(names: Sequence[str]) -> None:
             )
 
 
-def tensorboard_callbacks(folder: Path, method: Method, *, writes: bool) -> list[TrainerCallback]:
-    """Scalars of every log line, and the method's distributions; all ranks need them, and one of them writes."""
+def tensorboard_callbacks(folder: Path, method: Method, *, writes: bool, done_steps: int) -> list[TrainerCallback]:
+    """Scalars of every log line, and the method's distributions; all ranks need them, and one of them writes.
+
+    Args:
+        folder: of the event files.
+        method: has the distributions.
+        writes: this rank writes.
+        done_steps: optimizer steps before this start of the run. What an earlier one wrote beyond them is taken back,
+            as it is in metrics.jsonl: those steps are made again.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder) if writes else None
+    writer = SummaryWriter(folder, purge_step=done_steps + 1) if writes else None
     return [Histograms(writer, method), *([TensorBoardCallback(writer)] if writes else [])]
 
 

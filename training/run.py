@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pat_serve.atomic import check_vacant, new_folder
-from pat_serve.run_folder import TENSORBOARD_FOLDER, list_checkpoints
+from pat_serve.run_folder import TENSORBOARD_FOLDER, checkpoint_step, list_checkpoints
 from pat_serve.training.assemble import Job, assemble
 from pat_serve.training.config import TENSORBOARD, TrainRecipe
 from pat_serve.training.continuation import (
@@ -109,7 +109,10 @@ def _train(prepared: Prepared, job: Job, run: Path, ranks: Ranks, resume_from: P
 
     trainer, inputs = job.trainer, prepared.inputs
     if TENSORBOARD in prepared.recipe.report_to:
-        for callback in tensorboard_callbacks(run / TENSORBOARD_FOLDER, job.method, writes=ranks.index == 0):
+        done_steps = 0 if resume_from is None else checkpoint_step(resume_from)
+        for callback in tensorboard_callbacks(
+            run / TENSORBOARD_FOLDER, job.method, writes=ranks.index == 0, done_steps=done_steps
+        ):
             trainer.add_callback(callback)
     if resume_from is not None:
         trainer.add_callback(LossesSoFar(trainer.restore_losses, resume_from))

@@ -118,10 +118,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each loss term's mean since the last line, over all ranks, and the method's figures."""
         if self._micro_batches and "eval_loss" not in logs:
-            names = list(self._sums)
-            sums = torch.stack([self._sums[name] for name in names]).to(self.args.device)
-            means = self.accelerator.reduce(sums, reduction="mean") / self._micro_batches
-            logs |= dict(zip(names, means.tolist(), strict=True))
+            logs |= {name: mean / self._micro_batches for name, mean in self._mean_sums().items()}
             logs |= self.method.metrics()
             seconds = self._timer.take_s()
             if seconds > 0:
@@ -288,13 +285,22 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
     # The means that are being taken when a checkpoint is written between two lines of metrics.jsonl.
 
     def _losses_so_far(self) -> dict[str, Any]:
+        """Of all ranks, which restore the same: rank 0 writes the file, but its micro-batches are a share of them."""
         return {
             "since_last_line": float(self.accelerator.reduce(self._tr_loss.clone(), reduction="mean")),
             "before_last_line": float(self._total_loss_scalar),
             "last_line_step": self._globalstep_last_logged,
             "micro_batches": self._micro_batches,
-            "sums": {name: float(value) for name, value in self._sums.items()},
+            "sums": self._mean_sums(),
         }
+
+    def _mean_sums(self) -> dict[str, float]:
+        """Each term's sum since the last line, as a mean over ranks; empty right after a line."""
+        if not self._sums:
+            return {}
+        sums = torch.stack(list(self._sums.values())).to(self.args.device)
+        means = self.accelerator.reduce(sums, reduction="mean")
+        return dict(zip(self._sums, means.tolist(), strict=True))
 
     def restore_losses(self, checkpoint: Path) -> None:
         """Go on with the means where the checkpoint left them; after the Trainer has reset its own."""

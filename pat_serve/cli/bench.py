@@ -19,6 +19,7 @@ from pat_serve.cli.bench_commands.options import (
     LoadFormat,
     Out,
     PromptTokens,
+    Roofline,
     RoundPairs,
     check_outputs,
     choices,
@@ -81,6 +82,7 @@ def speedup(
     load_format: LoadFormat = "auto",
     dtype: Dtype = "auto",
     enforce_eager: Annotated[bool, typer.Option(help="Run the models without torch.compile.")] = True,
+    roofline: Roofline = True,
     seed: Annotated[int, typer.Option(help="Of prompts, random weights and bootstrap.")] = 0,
     as_json: Json = False,
     out: Out = None,
@@ -122,6 +124,7 @@ def speedup(
             "max_rounds": max_rounds,
             "max_seconds": max_minutes * 60,
             "regimes": regimes,
+            "roofline": roofline,
         }
         | engine_settings(layers=layers, load_format=load_format, dtype=dtype, enforce_eager=enforce_eager, seed=seed)
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,20 @@ from typing import Any
 
 import httpx
 
+from pat_serve.architectures import FAMILIES
 from pat_serve.errors import EngineError, UsageError, first_line
 from pat_serve.evaluation.lm_eval_tasks import quiet, require_lm_eval
 from pat_serve.extras import require
+from pat_serve.hardware import DTYPE_BYTES
+from pat_serve.locate import read_config
 from pat_serve.perplexity import IGNORED_LABEL
 
 BACKENDS = ("hf", "vllm")
-# vLLM takes nine tenths of the machine where it is not told otherwise.
-_VLLM_CACHE_BYTES = 1 << 30
+# On a CPU vLLM takes nine tenths of the machine where it is not told otherwise; on a GPU it gets a share of the memory.
+_LEAST_CPU_CACHE_BYTES = 1 << 30
+_GPU_SHARE = 0.8
+# vLLM hands the cache out in blocks, of 256 tokens at most, and keeps one for itself.
+_BLOCK_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +40,6 @@ class BackendSettings:
         batch_size: requests at a time.
         max_length_tokens: of prompt and answer; None takes the model's.
         tokenizer: folder or hub id of a server's tokenizer; None asks the server where its model lies.
-        kv_cache_bytes: of vLLM on a CPU.
     """
 
     backend: str = "hf"
@@ -41,7 +47,6 @@ class BackendSettings:
     batch_size: int = 16
     max_length_tokens: int | None = None
     tokenizer: str | None = None
-    kv_cache_bytes: int = _VLLM_CACHE_BYTES
 
 
 def is_url(model: str) -> bool:
@@ -111,20 +116,12 @@ def _vllm(folder: Path, settings: BackendSettings) -> Any:
     # vLLM logs to stdout, where --json writes the report. It reads this, and takes hold of the stream, when it is
     # imported: before `quiet` puts another one in its place.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    import torch
     from lm_eval.models.vllm_causallms import VLLM
 
     try:
         with stdout_to_stderr(), quiet():
-            return VLLM(
-                pretrained=str(folder),
-                dtype=settings.dtype,
-                batch_size="auto",
-                max_model_len=settings.max_length_tokens,
-                max_num_seqs=settings.batch_size,
-                kv_cache_memory_bytes=settings.kv_cache_bytes,
-                gpu_memory_utilization=0.8,
-                enforce_eager=True,
-            )
+            return VLLM(**vllm_arguments(folder, settings, on_gpu=torch.cuda.is_available()))
     # vLLM's engine raises its own and torch's types; its log stands above.
     except Exception as error:
         raise EngineError(
@@ -133,6 +130,40 @@ def _vllm(folder: Path, settings: BackendSettings) -> Any:
             found=f"{type(error).__name__}: {first_line(error)}",
             fix="Read its log above, or use --backend hf.",
         ) from error
+
+
+def vllm_arguments(folder: Path, settings: BackendSettings, *, on_gpu: bool) -> dict[str, Any]:
+    """How lm-eval is to start vLLM.
+
+    Args:
+        folder: the checkpoint.
+        settings: how it is to be asked.
+        on_gpu: the cache then gets what the weights leave of the GPU's share; on a CPU it holds the longest request.
+    """
+    return {
+        "pretrained": str(folder),
+        "dtype": settings.dtype,
+        "batch_size": "auto",
+        "max_model_len": settings.max_length_tokens,
+        "max_num_seqs": settings.batch_size,
+        "kv_cache_memory_bytes": None if on_gpu else _cpu_cache_bytes(read_config(folder), settings),
+        "gpu_memory_utilization": _GPU_SHARE,
+        "enforce_eager": True,
+    }
+
+
+def _cpu_cache_bytes(config: Mapping[str, Any], settings: BackendSettings) -> int:
+    """Room for one request as long as it may be, for vLLM starts with no less; and not below what short ones share."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    sizes = {**({} if family is None else family.defaults), **config}
+    tokens = settings.max_length_tokens or sizes.get("max_position_embeddings")
+    heads, layers = sizes.get("num_attention_heads"), sizes.get("num_hidden_layers")
+    if not (tokens and heads and layers):
+        return _LEAST_CPU_CACHE_BYTES
+    head_dim = sizes.get("head_dim") or sizes["hidden_size"] // heads
+    token_bytes = 2 * layers * (sizes.get("num_key_value_heads") or heads) * head_dim * DTYPE_BYTES[settings.dtype]
+    blocks = math.ceil(tokens / _BLOCK_TOKENS) + 1
+    return max(_LEAST_CPU_CACHE_BYTES, int(blocks * _BLOCK_TOKENS * token_bytes))
 
 
 @contextmanager

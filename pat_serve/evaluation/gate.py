@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pat_serve.errors import DataError, UsageError, first_line
+from pat_serve.evaluation.paired import LEAST_ROWS
 from pat_serve.evaluation.report import BoundResult, Measure, Result
 
 _BOUND = re.compile(r"\s*([a-z_0-9]+)\s*(?:\(\s*([^()]+?)\s*\))?\s*(<=|>=)\s*(\d+(?:\.\d+)?|\.\d+)\s*(x?)\s*")
@@ -24,6 +25,8 @@ _EXAMPLE = "Write it like ppl <= 1.02x, acc(arc_easy) >= 0.97x or acc(pat14_ll) 
 # Of a normal distribution: the half width of a 95 % interval in standard errors.
 _Z = 1.96
 _TAIL = 0.025
+# A standard error below this is zero: the mean of equal scores may miss them by the last bit.
+_ROUNDING = 1e-12
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 
@@ -152,18 +155,30 @@ def _judge(bound: Bound, measure: Measure, result: Result) -> BoundResult:
 
 
 def _interval(result: Result) -> tuple[float | None, float | None]:
-    if result.standard_error is None:
+    if result.standard_error is None or (result.items < LEAST_ROWS and not _is_share(result)):
         return None, None
     if result.nll_standard_error_nats is not None:
         # A perplexity's interval is symmetric in nats.
         spread = math.exp(_Z * result.nll_standard_error_nats)
         return result.value / spread, result.value * spread
-    if result.standard_error == 0 and result.value in (0, 1):
+    alike = result.standard_error < _ROUNDING
+    if alike and result.value not in (0, 1):
+        # A mean of tasks each of which is all right or all wrong, or scores that are all alike: nothing has a spread.
+        return None, None
+    if alike:
         # All right or all wrong: a normal interval would have no width, from two items as from a thousand. The exact
         # binomial one (Clopper and Pearson 1934) has.
         beyond = 1 - _TAIL ** (1 / result.items)
         return (0.0, beyond) if result.value == 0 else (1 - beyond, 1.0)
     return result.value - _Z * result.standard_error, result.value + _Z * result.standard_error
+
+
+def _is_share(result: Result) -> bool:
+    """Whether the value is a share of right answers: no scores but 0 and 1 vary as much about a mean in [0, 1]."""
+    if result.nll_standard_error_nats is not None or result.standard_error is None or not 0 <= result.value <= 1:
+        return False
+    most = result.value * (1 - result.value)
+    return math.isclose(result.standard_error**2 * (result.items - 1), most, rel_tol=1e-6, abs_tol=1e-12)
 
 
 def _outcome(bound: Bound, low: float | None, high: float | None) -> Outcome:

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 
 from pat_serve.server.analysis.precision import rounds_for_verdict
 from pat_serve.server.analysis.statistics import PairedRatio
-from pat_serve.server.analysis.verdict import MAX_NOISE, MIN_ROUNDS, Verdict
+from pat_serve.server.analysis.verdict import (
+    MAX_DRIFT,
+    MAX_NOISE,
+    MAX_OTHER_CPU_SHARE,
+    MIN_ROUNDS,
+    Surroundings,
+    Verdict,
+    drifted,
+)
 from pat_serve.server.bench.speedup_result import RegimeResult
 
 
@@ -17,7 +25,7 @@ def advise(
     *,
     claim: float,
     seconds_per_round: float,
-    other_cpu_share: float,
+    surroundings: Surroundings,
 ) -> tuple[str, ...]:
     """A sentence for each thing that stands in the way.
 
@@ -26,19 +34,35 @@ def advise(
         average: where the claim is about it; then the regimes' own intervals do not matter.
         claim: the claimed speed-up.
         seconds_per_round: what another round takes.
-        other_cpu_share: share of the machine that other processes took.
+        surroundings: of the check.
     """
     advice = []
+    others_share = surroundings.other_cpu_share
+    others = f" (they took {others_share:.0%} of it)" if others_share >= 0.01 else ""
+    if not surroundings.settled:
+        advice.append(
+            "a warm-up that settles: end other processes, or give the engines longer prompts or more requests"
+        )
+    if others_share > MAX_OTHER_CPU_SHARE:
+        advice.append(f"a machine of which others take {MAX_OTHER_CPU_SHARE:.0%} at most: end them{others}")
+    disturbed = bool(advice)
     for result in regimes:
-        name = f"{result.regime.value}, batch {result.batch_size}"
-        if result.noise.spread > MAX_NOISE and (result.verdict is Verdict.INCONCLUSIVE or average is not None):
-            others = f" (they took {other_cpu_share:.0%} of it)" if other_cpu_share >= 0.01 else ""
+        if average is None and result.verdict is not Verdict.INCONCLUSIVE:
+            continue
+        noise = result.noise
+        noisy, changed = noise.spread > MAX_NOISE, drifted(noise.drift)
+        if noisy:
             advice.append(
-                f"{name}: a machine on which rounds spread by at most {MAX_NOISE:.0%}, not {result.noise.spread:.1%}: "
+                f"{result.name}: a machine on which rounds spread by at most {MAX_NOISE:.0%}, not {noise.spread:.1%}: "
                 f"end other processes{others}, or rent one whose cores nobody shares"
             )
-        elif result.verdict is Verdict.INCONCLUSIVE and average is None:
-            advice.append(f"{name}: {_more_rounds(result.ratio, claim, seconds_per_round)}")
+        if changed:
+            advice.append(
+                f"{result.name}: a machine whose speed stays within a factor of {1 + MAX_DRIFT:g}, not "
+                f"{noise.drift:+.0%}: let it come to rest, or find what slows it down"
+            )
+        if average is None and not (disturbed or noisy or changed):
+            advice.append(f"{result.name}: {_more_rounds(result.ratio, claim, seconds_per_round)}")
     if average is not None and average.low < claim <= average.high:
         advice.append(f"average: {_more_rounds(average, claim, seconds_per_round)}")
     return tuple(advice)

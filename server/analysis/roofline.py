@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pat_serve.architectures import FAMILIES
 from pat_serve.errors import BrokenCheckpoint
 
 
@@ -71,7 +72,7 @@ class ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], source: object) -> ModelShape:
-    """Read the sizes from a parsed config.json.
+    """Read the sizes from a parsed config.json; what it leaves out is as its config class has it.
 
     Args:
         config: the parsed config.json of a Llama-like decoder.
@@ -81,8 +82,12 @@ def shape_of(config: Mapping[str, Any], source: object) -> ModelShape:
         BrokenCheckpoint: a size is missing or no positive integer.
     """
 
+    family = FAMILIES.get(str(config.get("model_type")))
+    defaults = {} if family is None else family.defaults
+
     def size(key: str, default: int | None = None) -> int:
-        value = config.get(key)
+        # A class's default fills in what is not there; where null is written, the size follows from others.
+        value = config.get(key, defaults.get(key))
         if value is None:
             value = default
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -103,7 +108,7 @@ def shape_of(config: Mapping[str, Any], source: object) -> ModelShape:
         head_dim=size("head_dim", hidden_size // num_heads),
         ffn_size=size("intermediate_size"),
         vocab_size=size("vocab_size"),
-        tied_head=bool(config.get("tie_word_embeddings", False)),
+        tied_head=bool(config.get("tie_word_embeddings", defaults.get("tie_word_embeddings"))),
         linear_bytes=_linear_bytes(config),
     )
 

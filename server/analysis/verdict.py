@@ -10,6 +10,11 @@ MIN_ROUNDS = 5
 # Above this spread of one model's rounds the machine was doing something else as well, and what it did need not have
 # hit both models alike: the pairs no longer protect the ratio.
 MAX_NOISE = 0.15
+# A drift cancels in pairs, so this is generous: where a machine slows down evenly, MAX_NOISE stops it at a third. It is
+# for one that becomes another machine in the last rounds, which a median of deviations does not show.
+MAX_DRIFT = 0.5
+# Others on half of the machine: then it is their rival that was measured, however evenly they worked.
+MAX_OTHER_CPU_SHARE = 0.5
 
 
 class Verdict(StrEnum):
@@ -33,7 +38,51 @@ class Judgement:
     reason: str
 
 
-def judge(*, claim: float, low: float, high: float, rounds: int, noise: float) -> Judgement:
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What went on around the rounds of a check.
+
+    Attributes:
+        other_cpu_share: share of the machine's CPU time that other processes took, in the median round.
+        settled: both models' last two warm-up runs agreed.
+    """
+
+    other_cpu_share: float
+    settled: bool
+
+
+def drifted(drift: float) -> bool:
+    """Whether a drift, the second half over the first less 1, is beyond the limit in either direction."""
+    return max(1 + drift, 1 / (1 + drift)) - 1 > MAX_DRIFT
+
+
+def obstacles(*, rounds: int, spread: float, drift: float, surroundings: Surroundings) -> tuple[str, ...]:
+    """Why nothing may be said, whatever the interval is; empty where nothing stands in the way.
+
+    Args:
+        rounds: number of pairs.
+        spread: the larger relative median absolute deviation of the two models' rounds.
+        drift: second half of the rounds over the first, less 1.
+        surroundings: of the check.
+    """
+    if rounds < MIN_ROUNDS:
+        return (f"only {rounds} rounds, {MIN_ROUNDS} are the least",)
+    found = []
+    if spread > MAX_NOISE:
+        found.append(f"a model's rounds spread by {spread:.1%}, more than {MAX_NOISE:.0%}: the machine was not quiet")
+    if drifted(drift):
+        found.append(f"the rounds drifted by {drift:+.0%}, a factor beyond {1 + MAX_DRIFT:g}: the machine changed")
+    if surroundings.other_cpu_share > MAX_OTHER_CPU_SHARE:
+        share = f"{surroundings.other_cpu_share:.0%} of the CPU time, more than {MAX_OTHER_CPU_SHARE:.0%}"
+        found.append(f"other processes took {share}")
+    if not surroundings.settled:
+        found.append("the warm-up did not settle: no two runs in a row agreed")
+    return tuple(found)
+
+
+def judge(
+    *, claim: float, low: float, high: float, rounds: int, spread: float, drift: float, surroundings: Surroundings
+) -> Judgement:
     """Compare a claimed ratio with the interval of the measured one.
 
     Args:
@@ -41,20 +90,18 @@ def judge(*, claim: float, low: float, high: float, rounds: int, noise: float) -
         low: lower end of the ratio's interval.
         high: upper end.
         rounds: number of pairs behind it.
-        noise: the larger relative median absolute deviation of the two models' rounds.
+        spread: as of `obstacles`.
+        drift: likewise.
+        surroundings: likewise.
 
     Returns:
         pass when the whole interval reaches the claim, fail when none of it does, else inconclusive; inconclusive also
-        with fewer than 5 rounds or more than 15 % noise.
+        where there are obstacles.
     """
     interval = f"[{low:.3f}, {high:.3f}]"
-    if rounds < MIN_ROUNDS:
-        return Judgement(verdict=Verdict.INCONCLUSIVE, reason=f"only {rounds} rounds, {MIN_ROUNDS} are the least")
-    if noise > MAX_NOISE:
-        return Judgement(
-            verdict=Verdict.INCONCLUSIVE,
-            reason=f"a model's rounds spread by {noise:.1%}, more than {MAX_NOISE:.0%}: the machine was not quiet",
-        )
+    told = obstacles(rounds=rounds, spread=spread, drift=drift, surroundings=surroundings)
+    if told:
+        return Judgement(verdict=Verdict.INCONCLUSIVE, reason="; ".join(told))
     if low >= claim:
         return Judgement(verdict=Verdict.PASS, reason=f"the interval {interval} lies wholly at or above {claim:g}")
     if high < claim:

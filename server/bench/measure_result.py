@@ -164,6 +164,12 @@ class ThroughputRun(_Record):
 
 
 class _Result(_Record):
+    """What both commands record.
+
+    `peak_memory_bytes` is the process's on the host; `gpu_memory_bytes` the most that the engine held on the GPU until
+    it was ready, None without one.
+    """
+
     schema_version: int = SCHEMA_VERSION
     date: str
     duration_s: float
@@ -176,6 +182,7 @@ class _Result(_Record):
     dtype: str
     start_s: float
     peak_memory_bytes: int
+    gpu_memory_bytes: int | None = None
 
 
 class LatencyResult(_Result):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from pat_serve.errors import UsageError
+from pat_serve.errors import UsageError, want
 from pat_serve.extras import require
 from pat_serve.hardware import DTYPE_BYTES, describe, serving_dtype
 from pat_serve.server.bench.measure_result import (
@@ -65,6 +65,8 @@ def measure_latency(model: str, settings: LatencySettings, *, progress: Progress
     if settings.rounds < 1:
         raise UsageError("--rounds", expected="at least 1", found=str(settings.rounds), fix="Try --rounds 10.")
     for batch, prompt, output in grid:
+        want("--prompt-tokens", prompt >= 1, "at least 1", prompt, "Try --prompt-tokens 128.")
+        want("--output-tokens", output >= 1, "at least 1", output, "Try --output-tokens 32.")
         if not 1 <= batch < MAX_STEP_TOKENS:
             raise UsageError(
                 "--batch-size", expected=f"1 to {MAX_STEP_TOKENS - 1}", found=str(batch), fix="Try --batch-size 1."
@@ -105,9 +107,14 @@ def measure_latency(model: str, settings: LatencySettings, *, progress: Progress
 def measure_throughput(model: str, settings: ThroughputSettings, *, progress: Progress) -> ThroughputResult:
     """Keep requests in flight, at the given concurrencies and on to saturation; arguments and errors as above."""
     ladder = sorted(set(settings.concurrencies))
+    for flag, value, fix in (
+        ("--concurrency", ladder[0], "Try --concurrency 1,4."),
+        ("--prompt-tokens", settings.prompt_tokens, "Try --prompt-tokens 64."),
+        ("--output-tokens", settings.output_tokens, "Try --output-tokens 16."),
+        ("--waves", settings.waves, "Try --waves 3."),
+    ):
+        want(flag, value >= 1, "at least 1", value, fix)
     most = max(ladder[-1], settings.max_concurrency) if settings.saturate else ladder[-1]
-    if settings.waves < 1 or ladder[0] < 1:
-        raise UsageError("--waves", expected="at least 1", found=str(settings.waves), fix="Try --waves 3.")
     largest = _load(settings, most, settings.prompt_tokens, settings.output_tokens)
 
     def run(
@@ -201,6 +208,7 @@ def _with_engine(
         "dtype": dtype,
         "start_s": ready.start_s,
         "peak_memory_bytes": peak_bytes,
+        "gpu_memory_bytes": ready.gpu_memory_bytes,
     }
     return common, measured
 

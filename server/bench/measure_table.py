@@ -22,6 +22,12 @@ def milliseconds(value_s: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def peaks(host_bytes: int, gpu_bytes: int | None) -> str:
+    """What an engine took of the host's memory, and of the GPU's if there is one."""
+    gpu = "" if gpu_bytes is None else f", on the GPU {gpu_bytes / 2**30:.2f} GiB"
+    return f"process peak {host_bytes / 2**30:.2f} GiB (host){gpu}"
+
+
 def print_latency(result: LatencyResult) -> None:
     """The grid, a line for each cell and figure, on stdout."""
     console = wide_console()
@@ -81,7 +87,7 @@ def print_throughput(result: ThroughputResult) -> None:
 def _print_head(console: Console, result: LatencyResult | ThroughputResult) -> None:
     shape, machine = result.shape, result.machine
     weights = "random weights" if result.settings.load_format == "dummy" else "real weights"
-    peak = f"process peak {result.peak_memory_bytes / 2**30:.2f} GiB"
+    peak = peaks(result.peak_memory_bytes, result.gpu_memory_bytes)
     console.print(
         f"{result.model}: {result.parameters / 1e6:,.1f} M parameters, hidden {shape.hidden_size}, "
         f"{shape.num_layers} layers, {result.dtype}, {weights}, {peak}",

@@ -114,9 +114,11 @@ def _measure(
         "enforce_eager": settings.enforce_eager,
         "seed": settings.seed,
     }
+    # The second engine loads both, and what lies on the hub may have to be fetched.
+    both_on_disk = model.on_disk and draft.on_disk
     with (
         EngineProcess("model", log=scratch / "plain.log", offline=model.on_disk) as plain,
-        EngineProcess("model with its draft", log=scratch / "drafted.log", offline=draft.on_disk) as drafted,
+        EngineProcess("model with its draft", log=scratch / "drafted.log", offline=both_on_disk) as drafted,
     ):
         progress("starting two engines", 0, settings.rounds)
         start_together(

@@ -17,11 +17,10 @@ from pathlib import Path
 from pat_serve.extras import require
 from pat_serve.hardware import DTYPE_BYTES, describe, serving_dtype
 from pat_serve.server.analysis.advice import advise
-from pat_serve.server.analysis.statistics import percentile
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.bench.model_source import ModelSource, resolve
 from pat_serve.server.bench.scratch import scratch_folder
-from pat_serve.server.bench.speedup_analysis import conclude, conclude_average
+from pat_serve.server.bench.speedup_analysis import conclude, conclude_average, surroundings_of
 from pat_serve.server.bench.speedup_checks import (
     candidate_settings,
     check_memory,
@@ -34,6 +33,7 @@ from pat_serve.server.bench.speedup_checks import (
 from pat_serve.server.bench.speedup_result import ModelRecord, SpeedupResult, SpeedupSettings, WarmUp
 from pat_serve.server.bench.speedup_rounds import warm_up
 from pat_serve.server.bench.speedup_series import Pair, Progress, measure_rounds
+from pat_serve.server.workers.probe import probe_machine
 from pat_serve.server.workers.process import EngineProcess, start_together
 from pat_serve.server.workers.protocol import Ready, Start
 
@@ -82,12 +82,17 @@ def _measure(
 ) -> SpeedupResult:
     date, begun_s = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     others = candidate_settings(baseline, candidate, settings, dtype)
+    rates = None
+    if settings.roofline:
+        progress("probing the machine", 0, settings.rounds)
+        rates = probe_machine(dtype, scratch=scratch)
     pair = Pair(
         baseline=baseline.shape,
         candidate=candidate.shape,
         candidate_batch=others.batch_size if settings.fixed_memory else None,
         settings=settings,
         dtype_bytes=DTYPE_BYTES[dtype],
+        rates=rates,
     )
     with (
         EngineProcess("baseline", log=scratch / "baseline.log", offline=baseline.on_disk) as first,
@@ -107,10 +112,10 @@ def _measure(
         )
         rounds, stopped, rounds_s = measure_rounds(first, second, pair, warm_ups, progress)
         peaks = [engine.peak_memory_bytes() for engine in (first, second)]
-    regimes = pair.analyse(rounds)
+    regimes, surroundings = pair.analyse(rounds, warm_ups), surroundings_of(rounds, warm_ups)
     average = pair.average(regimes)
     if average is not None and settings.judge_average:
-        verdict, reason = conclude_average(average, regimes, settings.claim)
+        verdict, reason = conclude_average(average, regimes, settings.claim, surroundings)
     else:
         verdict, reason = conclude(regimes, rounds, settings.claim)
     advice = advise(
@@ -118,7 +123,7 @@ def _measure(
         average if settings.judge_average else None,
         claim=settings.claim,
         seconds_per_round=rounds_s * len(settings.batches) / len(rounds),
-        other_cpu_share=percentile([one.other_cpu_share for one in rounds], 50),
+        surroundings=surroundings,
     )
 
     def record(source: ModelSource, own: SpeedupSettings, start: Ready, peak: int, warmed: WarmUp) -> ModelRecord:
@@ -129,6 +134,7 @@ def _measure(
             parameters=source.shape.parameters,
             start_s=start.start_s,
             peak_memory_bytes=peak,
+            gpu_memory_bytes=start.gpu_memory_bytes,
             batch_size=own.largest_batch,
             capacity=fitting_requests(baseline, source, settings, dtype),
             warm_up=warmed,
@@ -149,6 +155,7 @@ def _measure(
         reason=reason,
         advice=advice if verdict is Verdict.INCONCLUSIVE else (),
         rounds=tuple(rounds),
+        rates=rates,
     )
 
 

@@ -10,8 +10,11 @@ from pat_serve.server.analysis.precision import rounds_for_verdict
 from pat_serve.server.analysis.roofline import ModelShape, decode_bytes, prefill_flops
 from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio, percentile, summarize
 from pat_serve.server.analysis.trace import BatchTrace
-from pat_serve.server.analysis.verdict import Verdict, judge, overall
-from pat_serve.server.bench.speedup_result import Regime, RegimeResult, Round, SpeedupSettings
+from pat_serve.server.analysis.verdict import MAX_OTHER_CPU_SHARE, Surroundings, Verdict, judge, overall
+from pat_serve.server.bench.measure_result import Roof
+from pat_serve.server.bench.measure_summary import Floors
+from pat_serve.server.bench.speedup_result import Regime, RegimeResult, Round, SpeedupSettings, WarmUp
+from pat_serve.server.workers.probe import MachineRates
 
 # From this share of the machine on, other processes are worth a word in the verdict's reason.
 _TELLING_SHARE = 0.1
@@ -27,6 +30,19 @@ def cost_s(trace: BatchTrace, regime: Regime, *, per_request: bool) -> float:
     return latency_s(trace, regime) / (trace.batch_size if per_request else 1)
 
 
+def surroundings_of(rounds: Sequence[Round], warm_ups: Sequence[WarmUp]) -> Surroundings:
+    """What went on around a check.
+
+    Args:
+        rounds: all of them, one at least.
+        warm_ups: of both models.
+    """
+    return Surroundings(
+        other_cpu_share=percentile([pair.other_cpu_share for pair in rounds], 50),
+        settled=all(one.stationary for one in warm_ups),
+    )
+
+
 def analyse(
     regime: Regime,
     rounds: Sequence[Round],
@@ -35,7 +51,9 @@ def analyse(
     baseline: ModelShape,
     candidate: ModelShape,
     dtype_bytes: int,
+    surroundings: Surroundings,
     candidate_batch: int | None = None,
+    rates: MachineRates | None = None,
 ) -> RegimeResult:
     """Ratio, ceiling, noise and verdict of one regime at one batch size.
 
@@ -46,7 +64,9 @@ def analyse(
         baseline: the dense shape.
         candidate: the other one.
         dtype_bytes: bytes of a weight.
+        surroundings: of the whole check.
         candidate_batch: where the candidate had another batch.
+        rates: of the probed machine; None leaves the floors out.
     """
     batch, other_batch = settings.batch_size, candidate_batch or settings.batch_size
     baseline_s = [cost_s(pair.baseline, regime, per_request=settings.fixed_memory) for pair in rounds]
@@ -61,8 +81,27 @@ def analyse(
             return prefill_flops(shape, batch_size=size, prompt_tokens=settings.prompt_tokens)
         return decode_bytes(shape, batch_size=size, context_tokens=context, dtype_bytes=dtype_bytes)
 
+    def roof(shape: ModelShape, size: int, durations_s: Sequence[float]) -> Roof | None:
+        if rates is None:
+            return None
+        floors = Floors(shape=shape, rates=rates, dtype_bytes=dtype_bytes)
+        if regime is Regime.PREFILL:
+            floor_s = floors.prefill_s(batch_size=size, prompt_tokens=settings.prompt_tokens)
+        else:
+            floor_s = floors.decode_step_s(batch_size=size, context_tokens=context)
+        floor_s /= size if settings.fixed_memory else 1
+        return Roof(floor_s=floor_s, reached=floor_s / percentile(durations_s, 50))
+
     ceiling = work(baseline, batch) / work(candidate, other_batch) * (other_batch / batch)
-    judgement = judge(claim=settings.claim, low=ratio.low, high=ratio.high, rounds=len(rounds), noise=noise.spread)
+    judgement = judge(
+        claim=settings.claim,
+        low=ratio.low,
+        high=ratio.high,
+        rounds=len(rounds),
+        spread=noise.spread,
+        drift=noise.drift,
+        surroundings=surroundings,
+    )
     return RegimeResult(
         regime=regime,
         batch_size=batch,
@@ -79,6 +118,8 @@ def analyse(
         rounds_needed=rounds_for_verdict(ratio, settings.claim),
         verdict=judgement.verdict,
         reason=judgement.reason,
+        baseline_roof=roof(baseline, batch, baseline_s),
+        candidate_roof=roof(candidate, other_batch, candidate_s),
     )
 
 
@@ -92,10 +133,19 @@ def average_ratio(regimes: Sequence[RegimeResult], *, seed: int) -> PairedRatio:
     return paired_ratio(means, [1.0] * len(means), seed=seed)
 
 
-def conclude_average(average: PairedRatio, regimes: Sequence[RegimeResult], claim: float) -> tuple[Verdict, str]:
-    """The verdict on a claim about the average over batch sizes."""
-    noise = max(result.noise.spread for result in regimes)
-    judgement = judge(claim=claim, low=average.low, high=average.high, rounds=len(average.ratios), noise=noise)
+def conclude_average(
+    average: PairedRatio, regimes: Sequence[RegimeResult], claim: float, surroundings: Surroundings
+) -> tuple[Verdict, str]:
+    """The verdict on a claim about the average over batch sizes, of which the noisiest counts."""
+    judgement = judge(
+        claim=claim,
+        low=average.low,
+        high=average.high,
+        rounds=len(average.ratios),
+        spread=max(result.noise.spread for result in regimes),
+        drift=max((result.noise.drift for result in regimes), key=lambda drift: abs(math.log1p(drift))),
+        surroundings=surroundings,
+    )
     sizes = ", ".join(str(result.batch_size) for result in regimes)
     ceiling = math.exp(sum(math.log(result.ceiling) for result in regimes) / len(regimes))
     reason = f"average over batches of {sizes}: {judgement.reason}; the median {average.median:.3f} is "
@@ -112,9 +162,10 @@ def conclude(regimes: Sequence[RegimeResult], rounds: Sequence[Round], claim: fl
         ceiling = f"{result.of_ceiling:.0%} of the ceiling {result.ceiling:.3f}"
         if result.ceiling < claim:
             ceiling += f", which is itself below {claim:g}"
-        parts.append(f"{result.regime.value}: {result.reason}; the median is {ceiling}")
+        parts.append(f"{result.name}: {result.reason}; the median is {ceiling}")
     others = percentile([pair.other_cpu_share for pair in rounds], 50)
-    if others > _TELLING_SHARE:
+    # Beyond the second, it is the reason.
+    if _TELLING_SHARE < others <= MAX_OTHER_CPU_SHARE:
         parts.append(f"other processes took {others:.0%} of this machine's CPU time meanwhile")
     waiting = percentile([pair.waiting_engine_cpu_share for pair in rounds], 50)
     if waiting > _TELLING_SHARE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from pat_serve.errors import EngineError, UsageError, want
-from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes
+from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes, free_gpu_bytes
 from pat_serve.server.analysis.capacity import Capacity, capacity, memory_for
 from pat_serve.server.analysis.verdict import MIN_ROUNDS
 from pat_serve.server.bench.model_source import ModelSource
@@ -15,7 +15,7 @@ MAX_STEP_TOKENS = 16384
 
 # Of an engine beside weights and KV cache: Python, torch and vLLM themselves.
 PROCESS_BYTES = 1 << 30
-# While kernels repack a matrix, it exists twice; freed pieces are not all given back.
+# While a CPU's kernels repack a matrix, it exists twice; freed pieces are not all given back.
 WEIGHT_COPIES = 1.4
 # Rows of 32, 128 and 256 are the block sizes of vLLM's KV cache; one block more than the tokens need is never too few.
 _KV_BLOCK_TOKENS = 256
@@ -141,16 +141,17 @@ def check_memory(baseline: ModelSource, candidate: ModelSource, settings: Speedu
 
 
 def require_memory(subject: str, needed_bytes: int, *, dtype: str, fix: str) -> None:
-    """Refuse what does not fit into the memory that is free.
+    """Refuse what does not fit into the memory that is free: the GPU's if there is one, else the host's.
 
     Raises:
         EngineError: with both amounts.
     """
-    available_bytes = available_memory_bytes()
+    gpu_bytes = free_gpu_bytes()
+    available_bytes, kind = (available_memory_bytes(), "memory") if gpu_bytes is None else (gpu_bytes, "GPU memory")
     if needed_bytes > available_bytes:
         raise EngineError(
             subject,
-            expected=f"about {needed_bytes / 2**30:.1f} GiB of memory in {dtype}",
+            expected=f"about {needed_bytes / 2**30:.1f} GiB of {kind} in {dtype}",
             found=f"{available_bytes / 2**30:.1f} GiB available",
             fix=fix,
         )
@@ -162,7 +163,8 @@ def engine_memory_bytes(source: ModelSource, settings: SpeedupSettings, dtype: s
     shape = source.shape
     widest = max(3 * shape.ffn_size, 3 * shape.num_heads * shape.head_dim) + 4 * shape.hidden_size
     activations = step_tokens(settings) * widest * value_bytes
-    weights = int(WEIGHT_COPIES * shape.parameters * value_bytes)
+    copies = WEIGHT_COPIES if free_gpu_bytes() is None else 1.0
+    weights = int(copies * shape.parameters * value_bytes)
     return weights + kv_cache_bytes(source, settings, dtype) + activations + PROCESS_BYTES
 
 

@@ -13,6 +13,8 @@ from pat_serve.server.analysis.roofline import ModelShape
 from pat_serve.server.analysis.statistics import PairedRatio, Summary
 from pat_serve.server.analysis.trace import BatchTrace
 from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench.measure_result import Roof
+from pat_serve.server.workers.probe import MachineRates
 
 # 2: several batch sizes, fixed memory, noise, capacity, what would make an inconclusive result conclusive.
 SCHEMA_VERSION = 2
@@ -53,6 +55,7 @@ class SpeedupSettings(_Record):
         load_format: "auto" for real weights, "dummy" for random ones.
         dtype: "auto" lets the machine decide.
         enforce_eager: run without torch.compile.
+        roofline: probe the machine and put each model's floor beside its seconds.
         seed: of prompts, random weights and bootstrap.
     """
 
@@ -75,6 +78,7 @@ class SpeedupSettings(_Record):
     # compiled, prefill is 5 to 9 % faster and decode 1 to 6 %, for both models alike within their intervals; but an
     # engine takes over a minute longer to start, and needs a C++ compiler. pat-serve starts eager on CPU as well.
     enforce_eager: bool = True
+    roofline: bool = True
     seed: int = 0
 
     @property
@@ -144,7 +148,8 @@ class ModelRecord(_Record):
         shape: its sizes, cut as measured.
         parameters: number of parameters, cut as measured.
         start_s: from starting the engine to its being ready.
-        peak_memory_bytes: of the engine's process on the host, over its whole life.
+        peak_memory_bytes: of the engine's process on the host, over its whole life; a GPU's memory is not in it.
+        gpu_memory_bytes: the most that the engine held on the GPU until it was ready; None without a GPU.
         warm_up: its runs before the first round.
         batch_size: requests at once, the most that it was given.
         capacity: requests that would fit into the memory that the baseline takes; None where nobody counted.
@@ -159,6 +164,7 @@ class ModelRecord(_Record):
     warm_up: WarmUp
     batch_size: int = 1
     capacity: Capacity | None = None
+    gpu_memory_bytes: int | None = None
 
 
 class RegimeResult(_Record):
@@ -181,6 +187,8 @@ class RegimeResult(_Record):
         rounds_needed: rounds in all that would probably give a verdict; None where no sensible number would.
         verdict: on the claim.
         reason: of the verdict.
+        baseline_roof: the least seconds that its bytes and FLOPs take on the probed machine; None without a probe.
+        candidate_roof: the same.
     """
 
     regime: Regime
@@ -198,6 +206,19 @@ class RegimeResult(_Record):
     rounds_needed: int | None
     verdict: Verdict
     reason: str
+    baseline_roof: Roof | None = None
+    candidate_roof: Roof | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells it from the check's other results: the phase, and the batch or both batches."""
+        return f"{self.regime.value}, batch {self.batches}"
+
+    @property
+    def batches(self) -> str:
+        """The batch size, or with fixed memory both."""
+        same = self.candidate_batch_size == self.batch_size
+        return str(self.batch_size) if same else f"{self.batch_size}/{self.candidate_batch_size}"
 
 
 class SpeedupResult(_Record):
@@ -208,6 +229,7 @@ class SpeedupResult(_Record):
             None for a single batch size.
         stopped: why no more rounds were made.
         advice: what would make an inconclusive result conclusive; empty otherwise.
+        rates: of the probed machine; None without a probe.
     """
 
     kind: Literal["speedup"] = "speedup"
@@ -226,3 +248,4 @@ class SpeedupResult(_Record):
     reason: str
     advice: tuple[str, ...]
     rounds: tuple[Round, ...]
+    rates: MachineRates | None = None

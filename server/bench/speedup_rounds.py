@@ -15,7 +15,9 @@ from pat_serve.server.workers.process import EngineProcess
 
 # Two runs that differ by less than this count as the same: smaller changes are noise on most machines.
 _STATIONARY = 0.1
-_MIN_WARMUP_RUNS, MAX_WARMUP_RUNS = 2, 4
+# Without two runs that agree there is no verdict, so noise of 10 %, which a verdict bears, must not use them all up: of
+# such runs two agree in both phases once in four times.
+_MIN_WARMUP_RUNS, MAX_WARMUP_RUNS = 2, 8
 # A warm-up needs each kind of step, not many of them.
 _WARMUP_TOKENS = 5
 
@@ -94,6 +96,9 @@ def run_round(
         vocab_size: of both models.
         index: of the round.
         turn_steps: decode steps in a turn.
+
+    Raises:
+        EngineError: an engine failed, or worked on other token ids than it was sent.
     """
     prompts = {
         engine: round_prompts(settings.with_batch(size), vocab_size, index)
@@ -117,6 +122,14 @@ def run_round(
                 traces[running] = trace
         if len(traces) == 2:
             break
+    for engine, trace in traces.items():
+        # With fixed memory each has prompts of its own.
+        sent = prompts_digest(prompts[engine])
+        if trace.prompts_sha256 != sent:
+            raise engine.error(
+                f"the token ids that it was sent in round {index} (SHA-256 {sent[:12]})",
+                f"others in its answers ({trace.prompts_sha256[:12]})",
+            )
     return Round(
         first="baseline" if order[0] is baseline else "candidate",
         prompts_sha256=prompts_digest(prompts[baseline]),

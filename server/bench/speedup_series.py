@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pat_serve.server.analysis.precision import relative_width, rounds_for_width
 from pat_serve.server.analysis.roofline import ModelShape
 from pat_serve.server.analysis.statistics import PairedRatio
-from pat_serve.server.bench.speedup_analysis import analyse, average_ratio
+from pat_serve.server.bench.speedup_analysis import analyse, average_ratio, surroundings_of
 from pat_serve.server.bench.speedup_result import Regime, RegimeResult, Round, SpeedupSettings, WarmUp
 from pat_serve.server.bench.speedup_rounds import run_round, steps_per_turn
+from pat_serve.server.workers.probe import MachineRates
 from pat_serve.server.workers.process import EngineProcess
 
 # (stage, steps done, steps in all)
@@ -28,6 +29,7 @@ class Pair:
         candidate_batch: the candidate's batch where it differs.
         settings: of the check.
         dtype_bytes: bytes of a weight.
+        rates: of the probed machine; None without a probe.
     """
 
     baseline: ModelShape
@@ -35,9 +37,11 @@ class Pair:
     candidate_batch: int | None
     settings: SpeedupSettings
     dtype_bytes: int
+    rates: MachineRates | None = None
 
-    def analyse(self, rounds: Sequence[Round]) -> tuple[RegimeResult, ...]:
-        """Every regime at every batch size, from the rounds so far."""
+    def analyse(self, rounds: Sequence[Round], warm_ups: Sequence[WarmUp] = ()) -> tuple[RegimeResult, ...]:
+        """Every regime at every batch size, from the rounds so far; only verdicts depend on the warm-ups."""
+        surroundings = surroundings_of(rounds, warm_ups)
         return tuple(
             analyse(
                 regime,
@@ -47,6 +51,8 @@ class Pair:
                 candidate=self.candidate,
                 candidate_batch=self.candidate_batch,
                 dtype_bytes=self.dtype_bytes,
+                surroundings=surroundings,
+                rates=self.rates,
             )
             for size in self.settings.batches
             for regime in self.settings.regimes

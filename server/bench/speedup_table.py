@@ -5,7 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from pat_serve.server.analysis.statistics import percentile
 from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench.measure_table import milliseconds, peaks
 from pat_serve.server.bench.speedup_result import ModelRecord, RegimeResult, SpeedupResult
 
 _COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.INCONCLUSIVE: "yellow"}
@@ -37,6 +39,10 @@ def print_result(result: SpeedupResult) -> None:
         console.print(f"average over batches (prefill, geometric mean)  {interval}")
     for regime in result.regimes:
         console.print(noise_line(regime), markup=False, soft_wrap=True)
+    for regime in result.regimes:
+        for line in floor_lines(regime):
+            console.print(line, markup=False, soft_wrap=True)
+    console.print(around_line(result), markup=False, soft_wrap=True)
     for line in memory_lines(result):
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"rounds  {result.stopped}\n", markup=False, soft_wrap=True)
@@ -52,17 +58,37 @@ def noise_line(result: RegimeResult) -> str:
     noise = result.noise
     order = "" if noise.order_effect is None else f", order {noise.order_effect:+.1%}"
     return (
-        f"noise   {result.regime.value}, batch {result.batch_size}: spread {noise.baseline_spread:.1%} and "
+        f"noise   {result.name}: spread {noise.baseline_spread:.1%} and "
         f"{noise.candidate_spread:.1%}, of the ratios {noise.ratio_spread:.1%}, drift {noise.drift:+.1%}, "
         f"{noise.stalls} stalls{order}"
     )
+
+
+def floor_lines(result: RegimeResult) -> list[str]:
+    """What both models' counted work takes at least on the probed machine; none without a probe."""
+    told = [
+        f"{label} {milliseconds(roof.floor_s)} ms, {roof.reached:.0%} reached"
+        for label, roof in (("baseline", result.baseline_roof), ("candidate", result.candidate_roof))
+        if roof is not None
+    ]
+    return [f"floor   {result.name}: {'; '.join(told)}"] if told else []
+
+
+def around_line(result: SpeedupResult) -> str:
+    """What went on around the rounds: whether the warm-ups settled, and what other processes took."""
+    warmed = []
+    for label, model in (("baseline", result.baseline), ("candidate", result.candidate)):
+        runs = len(model.warm_up.traces)
+        warmed.append(f"{label} {'settled after' if model.warm_up.stationary else 'NOT settled within'} {runs} runs")
+    others = percentile([one.other_cpu_share for one in result.rounds], 50)
+    return f"warm-up {', '.join(warmed)}; other processes took {others:.0%} of the CPU time during the rounds"
 
 
 def memory_lines(result: SpeedupResult) -> list[str]:
     """Memory of both models, and the requests that the same memory holds of each."""
     lines, held = [], []
     for label, model in (("baseline", result.baseline), ("candidate", result.candidate)):
-        line = f"memory  {label}: process peak {model.peak_memory_bytes / 2**30:.2f} GiB"
+        line = f"memory  {label}: {peaks(model.peak_memory_bytes, model.gpu_memory_bytes)}"
         if model.capacity is not None:
             fits = model.capacity
             line += f", weights {fits.weight_bytes / 2**30:.2f} GiB"
@@ -98,9 +124,7 @@ def _row(result: RegimeResult) -> tuple[str, ...]:
     ratio = result.ratio
     return (
         result.regime.value,
-        str(result.batch_size)
-        if result.candidate_batch_size == result.batch_size
-        else f"{result.batch_size}/{result.candidate_batch_size}",
+        result.batches,
         f"{result.context_tokens:g}",
         f"{result.baseline.median:.4f} s",
         f"{result.candidate.median:.4f} s",

@@ -166,7 +166,8 @@ def _method(results: Sequence[tuple[str, Any]]) -> str:
     )
     note = (
         "<p class='note'>Speed-ups: one process per model, the same random token ids, no end of text, warm-up until "
-        "two runs agree, interleaved turns (ABBA), ratio of each pair, bootstrap interval of the median. Raw "
-        "timestamps of every figure are in the JSON results. docs/benchmarking.md has the method.</p>"
+        "two runs agree (each check says whether they did), interleaved turns (ABBA), ratio of each pair, bootstrap "
+        "interval of the median. Raw timestamps of every figure are in the JSON results. docs/benchmarking.md has the "
+        "method.</p>"
     )
     return section("How this was measured", table_html(head, rows, text_columns=range(7)) + note)

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from pat_serve.server.analysis.statistics import Summary
 from pat_serve.server.bench.load_result import LoadResult
-from pat_serve.server.bench.measure_result import Distribution, LatencyResult, ThroughputResult
+from pat_serve.server.bench.measure_result import Distribution, LatencyResult, Roof, ThroughputResult
 from pat_serve.server.bench.speculative_result import SpeculativeResult
 from pat_serve.server.bench.speedup_result import SpeedupResult
 from pat_serve.server.planning.result import PlanResult
@@ -78,15 +78,16 @@ def _speedup(result: SpeedupResult) -> Iterator[Row]:
     models = _names(result)
     pair = f"{models['baseline']} / {models['candidate']}"
     for regime in result.regimes:
-        batch = str(regime.batch_size)
-        if regime.candidate_batch_size != regime.batch_size:
-            batch += f"/{regime.candidate_batch_size}"
-        where = f"{regime.regime.value}, batch {batch}, context {regime.context_tokens:g}"
-        summaries: Sequence[tuple[str, Summary]] = (("baseline", regime.baseline), ("candidate", regime.candidate))
-        for role, summary in summaries:
+        where = f"{regime.name}, context {regime.context_tokens:g}"
+        durations: Sequence[tuple[str, Summary, Roof | None]] = (
+            ("baseline", regime.baseline, regime.baseline_roof),
+            ("candidate", regime.candidate, regime.candidate_roof),
+        )
+        for role, summary, roof in durations:
             yield Row(
-                kind="speedup", model=models[role], where=where, figure="duration p50", unit="s", value=summary.p50
-            )
+                kind="speedup", model=models[role], where=where, figure="duration p50", unit="s", value=summary.p50,
+                ceiling=roof.floor_s if roof else None, reached=roof.reached if roof else None,
+            )  # fmt: skip
         yield Row(
             kind="speedup",
             model=pair,
@@ -107,6 +108,8 @@ def _speedup(result: SpeedupResult) -> Iterator[Row]:
         )  # fmt: skip
     for role, model in (("baseline", result.baseline), ("candidate", result.candidate)):
         figures = [("process peak", "bytes", model.peak_memory_bytes)]
+        if model.gpu_memory_bytes is not None:
+            figures.append(("GPU peak", "bytes", model.gpu_memory_bytes))
         if model.capacity is not None:
             figures += [
                 ("weights", "bytes", model.capacity.weight_bytes),
@@ -140,7 +143,7 @@ def _latency(result: LatencyResult) -> Iterator[Row]:
                     yield Row(**{**asdict(row), "ceiling": roof.floor_s, "reached": roof.reached})
                 else:
                     yield row
-    yield _peak("latency", result)
+    yield from _peaks("latency", result)
 
 
 def _throughput(result: ThroughputResult) -> Iterator[Row]:
@@ -156,7 +159,7 @@ def _throughput(result: ThroughputResult) -> Iterator[Row]:
         )
         yield from _times("throughput", result.model, where, "TTFT", run.ttft)
         yield from _times("throughput", result.model, where, "TPOT", run.tpot)
-    yield _peak("throughput", result)
+    yield from _peaks("throughput", result)
 
 
 def _load(result: LoadResult) -> Iterator[Row]:
@@ -211,8 +214,7 @@ def _times(kind: str, model: str, where: str, name: str, times: Distribution | N
             )
 
 
-def _peak(kind: str, result: LatencyResult | ThroughputResult) -> Row:
-    return Row(
-        kind=kind, model=result.model, where="memory", figure="process peak", unit="bytes",
-        value=result.peak_memory_bytes,
-    )  # fmt: skip
+def _peaks(kind: str, result: LatencyResult | ThroughputResult) -> Iterator[Row]:
+    for figure, value in (("process peak", result.peak_memory_bytes), ("GPU peak", result.gpu_memory_bytes)):
+        if value is not None:
+            yield Row(kind=kind, model=result.model, where="memory", figure=figure, unit="bytes", value=value)

@@ -9,7 +9,7 @@ from pat_serve.server.bench.load_result import LoadResult
 from pat_serve.server.bench.measure_result import Distribution, LatencyResult, Roof, ThroughputResult
 from pat_serve.server.bench.measure_table import milliseconds
 from pat_serve.server.bench.speedup_result import SpeedupResult
-from pat_serve.server.bench.speedup_table import noise_line
+from pat_serve.server.bench.speedup_table import around_line, floor_lines, noise_line
 from pat_serve.server.report import charts
 from pat_serve.server.report.markup import figure_html, section, table_html
 
@@ -19,9 +19,7 @@ def speedup_section(label: str, result: SpeedupResult, *, many: bool) -> str:
     rows = [
         (
             one.regime.value,
-            str(one.batch_size)
-            if one.batch_size == one.candidate_batch_size
-            else f"{one.batch_size} / {one.candidate_batch_size}",
+            one.batches,
             f"{one.context_tokens:g}",
             milliseconds(one.baseline.p50),
             milliseconds(one.candidate.p50),
@@ -41,7 +39,8 @@ def speedup_section(label: str, result: SpeedupResult, *, many: bool) -> str:
             f"<p>Prefill averaged over batch sizes (geometric mean): <b>{result.average.median:.3f}</b> "
             f"({result.average.low:.3f} to {result.average.high:.3f}).</p>"
         )
-    notes = [*(noise_line(one) for one in result.regimes), f"rounds  {result.stopped}"]
+    floors = [line for one in result.regimes for line in floor_lines(one)]
+    notes = [*(noise_line(one) for one in result.regimes), *floors, around_line(result), f"rounds  {result.stopped}"]
     advice = "".join(f"<p class='note'>To decide: {escape(line)}</p>" for line in result.advice)
     title = f"Speed-up of {result.candidate.name} over {result.baseline.name}" + (f" ({label})" if many else "")
     return section(

@@ -63,11 +63,12 @@ class Serve(_Message):
 
 
 class Ready(_Message):
-    """The engine can run."""
+    """The engine can run. On a GPU it has made its widest step to find out what is left for the KV cache."""
 
     kind: Literal["ready"] = "ready"
     start_s: float
     peak_memory_bytes: int
+    gpu_memory_bytes: int | None = None
 
 
 class Stepped(_Message):

@@ -79,7 +79,16 @@ class _Worker:
         self._engine = OfflineEngine(**command.model_dump(exclude={"kind"}))
         # Linux counts the peak in KiB.
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return Ready(start_s=time.monotonic() - begun_s, peak_memory_bytes=peak_bytes)
+        return Ready(
+            start_s=time.monotonic() - begun_s, peak_memory_bytes=peak_bytes, gpu_memory_bytes=_gpu_memory_bytes()
+        )
+
+
+def _gpu_memory_bytes() -> int | None:
+    """The most that torch has held on the GPU for this process so far; None without a GPU."""
+    import torch
+
+    return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pat_serve.cli.bench_commands.options import (
     Out,
     OutputTokens,
     PromptTokens,
+    Roofline,
     check_outputs,
     engine_settings,
     integers,
@@ -27,7 +28,6 @@ from pat_serve.extras import require
 Model = Annotated[str, typer.Option(help="Folder, hub id, or a shipped shape (llama2-7b, llama2-7b-pat25).")]
 Layers = Annotated[int | None, typer.Option(help="Cut the model to so many layers; random weights only.")]
 Eager = Annotated[bool, typer.Option(help="Run the model without torch.compile.")]
-Roofline = Annotated[bool, typer.Option(help="Probe the machine (5 s) and put the ceiling beside each figure.")]
 Seed = Annotated[int, typer.Option(help="Of prompts and random weights.")]
 
 

@@ -27,6 +27,7 @@ OutputTokens = Annotated[int, typer.Option(help="Tokens that each request genera
 RoundPairs = Annotated[int, typer.Option(help="Pairs of runs, at least 5.")]
 LayersOfBoth = Annotated[int | None, typer.Option(help="Cut both models to so many layers; random weights only.")]
 LoadFormat = Annotated[str, typer.Option(help="auto: real weights; dummy: random, a config.json is enough.")]
+Roofline = Annotated[bool, typer.Option(help="Probe the machine (5 s) and put the ceiling beside each figure.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 

@@ -131,7 +131,8 @@ def test_speedup_is_checked_and_its_verdict_shown(page: Page, client: httpx.Clie
     assert {len(pair.candidate.decode_steps_s) for pair in result.rounds} == {8}
     assert result.baseline.shape.hidden_size == 2 * result.candidate.shape.hidden_size == 64
     # The ratio is about 1: ten times the claim, unless the machine was too busy to say.
-    assert result.verdict.value == "pass" or "spread" in result.reason
+    busy = ("spread", "drifted", "other processes", "did not settle")
+    assert result.verdict.value == "pass" or any(word in result.reason for word in busy)
     assert page["verdict-word"].text == result.verdict.value
     shown = page["verdict"].text
     for regime in result.regimes:
