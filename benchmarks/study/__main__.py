@@ -40,7 +40,7 @@ SIZES = {
         kv_heads=4,
         context_tokens=256,
         batch_size=128,
-        steps=1000,
+        steps=800,
         learning_rate=1e-3,
         initializer_range=0.02,
     ),
