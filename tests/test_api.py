@@ -24,7 +24,7 @@ from tests.conftest import tiny_recipe
 from tests.tiny_models import tiny_llama
 
 ROOT = Path(__file__).parent.parent
-PAPER = PatConfig(recipe="paper", hio_rank=8)
+PAPER = PatConfig(recipe="paper", hio_rank=8, lora_alpha=20.0)
 
 
 class TakeGradient(TrainerCallback):

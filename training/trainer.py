@@ -160,7 +160,8 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
                 for parameter in module.parameters()
             }
             # Apart even where the two rates are equal, as the paper's are: the schedule is for the recipe's alone.
-            # A norm's gain is not decayed: it is near one, and not near zero.
+            # Norms' gains and HSMs' scales are not decayed: they are near one, and not near zero. Nor is the mask: its
+            # losses keep its logits where they belong.
             groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
             # In the model's order, which a resumed run's optimizer state is matched by.
             for name, parameter in (model or self.model).named_parameters():
@@ -168,14 +169,18 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
                     rate = own.get(id(parameter))
                     if rate is None:
                         rate = self.args.learning_rate * rate_factor(name, self.method.recipe.lr_scale)
-                    gain = NORMS in groups_of(name) and id(parameter) not in own
-                    groups.setdefault((rate, id(parameter) in own, gain), []).append(parameter)
+                    is_own = id(parameter) in own
+                    stays = NORMS in groups_of(name) and not is_own
+                    # Where nothing decays, groups stay as they were: a checkpoint's optimizer is matched by them.
+                    if self.args.weight_decay > 0:
+                        stays = stays or is_own or name.endswith("scale_D")
+                    groups.setdefault((rate, is_own, stays), []).append(parameter)
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
             settings["weight_decay"] = self.args.weight_decay
             self.optimizer = optimizer_class(
                 [
-                    {"params": group, "lr": rate, OWN_RATE: is_own} | ({"weight_decay": 0.0} if gain else {})
-                    for (rate, is_own, gain), group in groups.items()
+                    {"params": group, "lr": rate, OWN_RATE: is_own} | ({"weight_decay": 0.0} if stays else {})
+                    for (rate, is_own, stays), group in groups.items()
                 ],
                 **settings,
             )

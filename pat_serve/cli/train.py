@@ -53,7 +53,9 @@ def train(
     batch_size: Annotated[int | None, Flag(help="Examples a device and micro-batch. [default: 8]")] = None,
     gradient_accumulation_steps: Annotated[int | None, Flag(help="Micro-batches a step. [default: 16]")] = None,
     max_length_tokens: Annotated[int | None, Flag(help="Tokens of an example. [default: 256]")] = None,
-    learning_rate: Annotated[float | None, Flag(help="Peak learning rate. [default: 5e-5]")] = None,
+    learning_rate: Annotated[
+        float | None, Flag(help="Peak learning rate. [default: 2e-4; 5e-5 with --recipe paper]")
+    ] = None,
     mask_learning_rate: Annotated[
         float | None, Flag(help="The mask's. [default: 0.5 / milestone, the paper's way at any length]")
     ] = None,
@@ -67,7 +69,7 @@ def train(
     lr_scheduler: Annotated[str | None, Flag(help="A transformers scheduler. [default: cosine]")] = None,
     warmup_steps: Annotated[int | None, Flag(help="[default: 100, or a tenth of a short run]")] = None,
     weight_decay: Annotated[float | None, Flag(help="[default: 0]")] = None,
-    max_grad_norm: Annotated[float | None, Flag(help="[default: 0.3]")] = None,
+    max_grad_norm: Annotated[float | None, Flag(help="[default: 1; 0.3 with --recipe paper]")] = None,
     seed: Annotated[int | None, Flag(help="[default: 0]")] = None,
     dtype: Annotated[str | None, Flag(help="auto, float32 or bfloat16, of the frozen base. [default: auto]")] = None,
     gradient_checkpointing: Annotated[
@@ -80,7 +82,7 @@ def train(
         bool | None, Flag("--skip-preflight", help="Begin although the memory is expected not to suffice.")
     ] = None,
     lora_rank: Annotated[int | None, Flag(help="[default: 20]")] = None,
-    lora_alpha: Annotated[float | None, Flag(help="[default: 4]")] = None,
+    lora_alpha: Annotated[float | None, Flag(help="[default: the rank; 4 with --recipe paper]")] = None,
     lora_dropout: Annotated[float | None, Flag(help="[default: 0.05]")] = None,
     lora_head: Annotated[
         bool | None,

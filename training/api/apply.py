@@ -34,7 +34,7 @@ class PatConfig:
         ratio: share of the hidden channels to cut, in (0, 0.6]; 0.25 when neither this nor hidden_size is given.
         hidden_size: width to end with, instead of a ratio.
         lora_rank: of the adapter.
-        lora_alpha: of the adapter.
+        lora_alpha: of the adapter; its rank by default.
         lora_dropout: of the adapter.
         lora_head: adapt the head too.
         hio_rank: of the hybrid operators; "auto" by the rule of thumb (`docs/study.md`).
