@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
-from pat_serve.server.plugin import PatServePlugin
+from pat_serve.server.http.served_routes import keep_served
+from pat_serve.server.plugin import OUR_PATHS, PatServePlugin
 
 
 def pat_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -53,3 +54,14 @@ def test_openapi_describes_the_routes(app: FastAPI) -> None:
     assert schema["paths"].keys() == ours | {f"/benchmark/{name}" for name in ("latency", "throughput", "speedup")}
     stop = schema["components"]["schemas"]["GenerateRequest"]["properties"]["stop"]
     assert {"type": "string", "minLength": 1, "maxLength": 256} in stop["anyOf"]
+
+
+def _nothing() -> None: ...
+
+
+def test_a_route_that_is_not_listed_is_not_served(app: FastAPI) -> None:
+    ours = {getattr(route, "path", "") for route in app.routes}
+    for path in ("/pause", "/generative_scoring", "/v1/systemone", "/v1/completions", "/metrics/secret"):
+        app.post(path)(_nothing)
+    keep_served(app, OUR_PATHS)
+    assert {getattr(route, "path", "") for route in app.routes} == ours | {"/v1/completions"}

@@ -118,15 +118,26 @@ def test_wrong_chat(server: Server, client: httpx.Client, wrong: dict[str, Any])
     assert next(iter(wrong)) in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/scale_elastic_ep", "/inference/v1/abort_requests", "/v1/completions/render"])
+@pytest.mark.parametrize(
+    "path",
+    ["/scale_elastic_ep", "/inference/v1/abort_requests", "/v1/completions/render", "/adapters", "/kv_event_sources"],
+)
 def test_routes_that_steer_the_engine_are_not_there(client: httpx.Client, path: str) -> None:
     assert client.post(path, json={}).status_code == 404
+    assert client.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/generative_scoring", "/v1/systemone"])
+def test_routes_whose_sequences_nobody_counts_are_not_there(client: httpx.Client, path: str) -> None:
+    body = {"query": "a", "items": ["b"] * 20_000, "label_token_ids": [5]}
+    assert client.post(path, json=body).status_code == 404
 
 
 def test_an_unknown_field_with_a_long_name(client: httpx.Client) -> None:
     answer = client.post("/generate", json={"prompt": "a", SECRET + "a" * 100_000: 1})
     assert answer.status_code == 400
     assert len(answer.text) < 1000
+    assert SECRET not in answer.text
 
 
 def test_more_sequences_than_the_server_holds(server: Server, client: httpx.Client) -> None:
