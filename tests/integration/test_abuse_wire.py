@@ -143,6 +143,17 @@ def test_a_header_of_16_mib(server: Server) -> None:
     assert memory_bytes(server) - before < MEMORY_SLACK
 
 
+def test_trailers_that_do_not_end(server: Server) -> None:
+    before = memory_bytes(server)
+    with RawClient(server) as raw:
+        raw.send(head("/v1/completions", "Transfer-Encoding: chunked"), "2\r\n{}\r\n0\r\n")
+        for _ in range(256):
+            if not raw.send(b"a: b\r\n" * 10_000):
+                break
+        assert raw.answer()[0] in (0, 431)
+    assert memory_bytes(server) - before < MEMORY_SLACK
+
+
 @pytest.mark.parametrize("request_id", ["a b", "a/b", "a" * 129, "\x01", "\xff", '"}'])
 def test_a_request_id_that_does_not_belong_into_logs(server: Server, request_id: str) -> None:
     with RawClient(server) as raw:
