@@ -55,6 +55,9 @@ def serve(
     public_metrics: Annotated[bool, Flag("--public-metrics", help="/metrics asks for no key.")] = False,
     public_page: Annotated[bool, Flag("--public-page", help="The page's files ask for no key; the page does.")] = False,
     max_body_mib: Annotated[float, Flag(min=0.001, help="MiB of a request's body.")] = 4.0,
+    max_bodies_mib: Annotated[
+        float, Flag(min=0.001, help="MiB of all requests' bodies together; more are refused with 503.")
+    ] = 256.0,
     max_sequences: Annotated[int, Flag(min=1, help="Prompts times n of one request.")] = 128,
     max_queue: Annotated[
         int | None,
@@ -132,6 +135,7 @@ def serve(
                 public_metrics=public_metrics,
                 public_page=public_page,
                 max_body_bytes=int(max_body_mib * MIB),
+                max_bodies_bytes=int(max_bodies_mib * MIB),
                 max_sequences=max_sequences,
                 max_queue=max_queue,
                 max_concurrency_per_key=max_concurrency_per_key,

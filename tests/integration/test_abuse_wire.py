@@ -72,6 +72,14 @@ def test_a_body_that_is_too_large_by_its_length(server: Server, path: str) -> No
         assert raw.answer()[0] == 413  # before any of it was sent
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_a_body_where_no_key_is_asked_for(server: Server, path: str) -> None:
+    for method in ("GET", "POST"):
+        with RawClient(server) as raw:
+            raw.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+            assert raw.answer()[0] == 413
+
+
 def test_a_chunked_body_that_does_not_end(server: Server) -> None:
     before = memory_bytes(server)
     for _ in range(8):
