@@ -111,7 +111,8 @@ async def ready_route(service: ServiceDep) -> ReadyResponse:
     """The engine has produced a token lately; 503 with the reason if it has not."""
     if service.admission.draining:
         raise HttpError(503, "not_ready", "the server is stopping")
-    age_s = await service.readiness.check()
+    baseline = service.baseline if service.exclusive.running else None
+    age_s = await service.readiness.check(beside=None if baseline is None else baseline.readiness)
     return ReadyResponse(status="ready", model=service.engine.model_name, last_token_age_s=age_s)
 
 

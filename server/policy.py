@@ -49,6 +49,7 @@ class Policy:
         max_connections: open at once.
         shutdown_timeout_s: what requests under way may take after SIGTERM.
         allowed: see `Feature`.
+        benchmarks: `/benchmark/*` can be asked to measure.
     """
 
     keys: KeyRing = field(default_factory=KeyRing)
@@ -65,6 +66,7 @@ class Policy:
     max_connections: int = 2048
     shutdown_timeout_s: float = 30.0
     allowed: frozenset[Feature] = frozenset()
+    benchmarks: bool = True
 
     @property
     def open_paths(self) -> frozenset[str]:

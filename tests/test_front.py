@@ -137,6 +137,15 @@ def test_bodies_have_a_bound_together() -> None:
     assert App(replace(POLICY, max_bodies_bytes=1)).run(lambda c: c.post("/v1/echo", json=large)).status_code == 200
 
 
+def test_benchmarks_can_be_switched_off() -> None:
+    app = App(replace(POLICY, benchmarks=False))
+    answer = app.run(lambda client: client.post("/benchmark/latency", json={}))
+    assert (answer.status_code, kind(answer)) == (403, "benchmarks_off")
+    assert "pat-bench" in answer.text
+    assert app.run(lambda client: client.get("/benchmark/speedup")).status_code == 404
+    assert App().run(lambda client: client.post("/benchmark/latency", json={})).status_code == 404
+
+
 def test_tokenizing_has_a_deadline_and_a_queue_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front, "MAX_TOKENIZING", 2)
     app = App()

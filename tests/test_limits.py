@@ -51,9 +51,11 @@ def test_check_vocabulary() -> None:
 
 
 def test_check_benchmark() -> None:
-    check_benchmark(10, 5, max_model_len=15)
+    check_benchmark(10, 5, at_once=256, max_model_len=15)
     with pytest.raises(LimitError, match="16 together"):
-        check_benchmark(10, 6, max_model_len=15)
+        check_benchmark(10, 6, at_once=1, max_model_len=15)
+    with pytest.raises(LimitError, match="256 prompts of 131071 tokens"):
+        check_benchmark(131_071, 1, at_once=256, max_model_len=131_072)
 
 
 def test_default_kv_cache_leaves_memory_to_others() -> None:

@@ -79,6 +79,10 @@ def serve(
         list[str] | None,
         Flag(help="structured-output, chat-template, media or prompt-embeds: let requests have it; repeatable."),
     ] = None,
+    no_benchmarks: Annotated[
+        bool,
+        Flag("--no-benchmarks", help="Refuse POST /benchmark/*: whoever may use the server could load it with them."),
+    ] = False,
     log_format: Annotated[str, Flag(help="text or json: one line a request on stdout.")] = "text",
     debug: Debug = False,
 ) -> None:
@@ -145,6 +149,7 @@ def serve(
                 send_timeout_s=send_timeout,
                 shutdown_timeout_s=shutdown_timeout,
                 allowed=frozenset(Feature(name) for name in allow or ()),
+                benchmarks=not no_benchmarks,
             ),
             api_keys=tuple(api_key or ()),
             api_key_file=api_key_file,

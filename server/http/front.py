@@ -15,10 +15,10 @@ from pat_serve.server.http.exchange import NO_KEY, current
 from pat_serve.server.http.request_bounds import BodyBudget, check_headers, check_length, header, read_body, replay
 from pat_serve.server.policy import Policy
 
-# Whose bodies pydantic checks in full, in the routes' own models.
-_OWN = ("/generate", "/baseline/generate", "/benchmark/")
 # A benchmark has bounds of its own and takes longer than a request may.
-_UNTIMED = ("/benchmark/",)
+_BENCHMARKS = "/benchmark/"
+# Whose bodies pydantic checks in full, in the routes' own models.
+_OWN = ("/generate", "/baseline/generate", _BENCHMARKS)
 # The engine does not hear of these, so that its queue is full is no reason to refuse them. But the tokenizer takes one
 # after the other, and a body of some megabytes keeps it for seconds.
 _TOKENIZING = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
@@ -69,6 +69,9 @@ class Front:
             key = authorize(scope, gate.policy)
             if exchange is not None:
                 exchange.key = key
+            if scope["path"].startswith(_BENCHMARKS) and scope["method"] == "POST" and not gate.policy.benchmarks:
+                told = "benchmarks are off on this server (--no-benchmarks); pat-bench measures the model without it"
+                raise HttpError(403, "benchmarks_off", told, headers={"Connection": "close"})
             await self._admitted(gate, key, scope, receive, send)
         except HttpError as error:
             await error.response()(scope, receive, send)
@@ -95,7 +98,7 @@ class Front:
                 return
             lane = gate.lane(path)
             with lane.admit(key, sequences if lane is gate.admission else 1):
-                if path.startswith(_UNTIMED):
+                if path.startswith(_BENCHMARKS):
                     await self.app(scope, receive, send)
                 else:
                     await within_deadline(self.app, scope, receive, send, policy.request_timeout_s)

@@ -53,7 +53,7 @@ class BodyBudget:
 
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
-        """One request's share: to be called with the size of what is held more; it raises 503 where there is no room."""
+        """One request's share: to be called with the size of what is held more; raises 503 where there is no room."""
         taken = 0
 
         def take(size: int) -> None:
