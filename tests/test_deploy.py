@@ -73,3 +73,9 @@ def test_what_compose_mounts_is_there_and_its_prometheus_finds_the_server() -> N
     assert grace_s > Policy().shutdown_timeout_s
     source = yaml.safe_load((ROOT / "monitoring/grafana/provisioning/datasources/prometheus.yml").read_text())
     assert "prometheus" in source["datasources"][0]["url"]
+
+
+def test_compose_gives_no_empty_keys() -> None:
+    """The server refuses a variable that is there and empty; without a value it is there when the caller has it."""
+    environment = COMPOSE["services"]["server"]["environment"]
+    assert environment["PAT_SERVE_API_KEYS"] is None

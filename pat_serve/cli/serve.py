@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pat_serve.cli.app import Debug, run_command
-from pat_serve.errors import UsageError
+from pat_serve.errors import UsageError, want
 from pat_serve.extras import require
 
 Flag = typer.Option
+MAX_TIMEOUT_S = 86_400
 
 
 def serve(
@@ -23,7 +25,9 @@ def serve(
         str | None,
         Flag(help="Dense parent: runs beside the model, for /benchmark/speedup, /baseline/generate and the page."),
     ] = None,
-    host: Annotated[str, Flag(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[
+        str, Flag(help="Address to listen on; 0.0.0.0 lets other machines in: give keys then.")
+    ] = "127.0.0.1",
     port: Annotated[int, Flag(min=1, max=65535)] = 8000,
     dtype: Annotated[
         str,
@@ -106,6 +110,18 @@ def serve(
             found="a word without a flag",
             fix="Give the model as --model MODEL; flags for vLLM come after --.",
         )
+    for flag, value in (
+        ("--request-timeout", request_timeout),
+        ("--receive-timeout", receive_timeout),
+        ("--send-timeout", send_timeout),
+        ("--shutdown-timeout", shutdown_timeout),
+    ):
+        # Timers take no infinity, and the system's alarm clock no more than 68 years.
+        want(flag, value <= MAX_TIMEOUT_S, f"at most {MAX_TIMEOUT_S} s, a day", value, "Give fewer seconds.")
+    for flag, size in (
+        ("--max-body-mib", max_body_mib), ("--max-bodies-mib", max_bodies_mib), ("--kv-cache-gib", kv_cache_gib),
+    ):  # fmt: skip
+        want(flag, size is None or isfinite(size), "a size", size, "Give a number.")
     # Before anything of the server's: it imports what the extra brings.
     require("vllm", "cpu", "cuda", wanted_by="pat-serve")
     from pat_serve.server.policy import MIB, Feature, Policy
