@@ -233,6 +233,17 @@ def test_port_in_use_is_told_before_the_engine_starts(tiny_model: Path, log: Pat
     assert "--port" in line
 
 
+def test_a_bad_tls_key_is_told_before_the_engine_starts(tiny_model: Path, log: Path, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    for path in (certificate, key):
+        path.write_text("-----BEGIN NOTHING-----")
+    process = spawn(tiny_model, free_port(), log, "--", "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key))
+    check_ended(process, 2, log)
+    line = log.read_text().splitlines()[-1]
+    assert f"--ssl-certfile {certificate} and --ssl-keyfile {key}: expected a certificate and its private key" in line
+    assert "EngineCore" not in log.read_text()
+
+
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])
 def test_missing_model_is_told_before_the_engine_starts(tmp_path: Path, log: Path, kind: str) -> None:
     model = tmp_path / "model"
