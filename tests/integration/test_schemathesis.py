@@ -67,7 +67,8 @@ WITHOUT_BASELINE = {
 BY_THE_MODEL = {"prompt", "prompt_token_ids", "prompt_token_ids.0", "max_tokens", "prompt_tokens", "output_tokens"}
 # Enough for a route to do all that it does; as a default too where the route's own would take seconds.
 LIMIT = {
-    "/v1/completions": {"max_tokens": 2}, "/v1/chat/completions/batch": {"max_completion_tokens": 2}, "/v1/chat/completions": {"max_completion_tokens": 2},
+    "/v1/completions": {"max_tokens": 2}, "/v1/chat/completions": {"max_completion_tokens": 2},
+    "/v1/chat/completions/batch": {"max_completion_tokens": 2}, "/invocations": {"max_tokens": 2},
     "/v1/responses": {"max_output_tokens": 2}, "/v1/messages": {"max_tokens": 2},
     "/benchmark/latency": {"rounds": 2, "output_tokens": 2, "prompt_tokens": 4},
     "/benchmark/throughput": {"output_tokens": 2, "prompt_tokens": 4},
