@@ -292,6 +292,8 @@ def test_benchmark_waits_for_no_user_unless_forced(server: Server, client: httpx
         ("latency", {"batch_size": 0}, "batch_size", "greater than or equal to 1"),
         ("latency", {"rounds": 101}, "rounds", "less than or equal to 100"),
         ("latency", {"prompt_tokens": MAX_MODEL_LEN}, "prompt_tokens", f"{MAX_MODEL_LEN + 64} together"),
+        ("latency", {"batch_size": 17}, None, "17 sequences .*holds 16"),
+        ("throughput", {"concurrency": 256, "num_requests": 1, "force": True}, None, "256 sequences"),
         ("throughput", {}, None, "exactly one of num_requests and duration_s"),
         ("throughput", {"duration_s": 601}, "duration_s", "less than or equal to 600"),
         ("throughput", {"num_requests": 1, "users": 2}, None, "an unknown field"),
