@@ -6,6 +6,8 @@ FROM ${BASE_IMAGE} AS base
 # vLLM's CPU kernels link it; a slim image has none.
 RUN dpkg -s libnuma1 >/dev/null 2>&1 \
     || { apt-get update -qq && apt-get install -y -qq --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/*; }
+# Where pip looks for packages, in this stage and all that begin from it; without one, on PyPI.
+ARG PIP_INDEX_URL
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /src
 

@@ -42,20 +42,20 @@ async def latency(
     """Run the latency benchmark.
 
     Raises:
-        HttpError: 400 the requests do not fit the model, 409 another benchmark runs or users are being served, 503 it
-            took too long.
+        HttpError: 400 the requests do not fit the model or the queue, 409 another benchmark runs or users are being
+            served, 503 the queue has no room now or it took too long.
         ClientGoneError: the client left; nothing of the benchmark runs on.
     """
     work = measure_latency(
         engine,
-        _shape(engine, body),
+        _shape(engine, body, body.batch_size),
         batch_size=body.batch_size,
         rounds=body.rounds,
         warmup=body.warmup,
         seed=body.seed,
         on_token=readiness.note_token,
     )
-    runs, others = await exclusive.run(http, work, force=body.force)
+    runs, others = await exclusive.run(http, work, sequences=body.batch_size, force=body.force)
     groups = [run.requests for run in runs]
     latencies = await asyncio.to_thread(_latencies, groups)
     tpot: SummaryBody | None = latencies["tpot_s"]
@@ -100,13 +100,13 @@ async def throughput(
     """Run the throughput benchmark.
 
     Raises:
-        HttpError: 400 the requests do not fit the model, 409 another benchmark runs or users are being served, 503 it
-            took too long.
+        HttpError: 400 the requests do not fit the model or the queue, 409 another benchmark runs or users are being
+            served, 503 the queue has no room now or it took too long.
         ClientGoneError: the client left; nothing of the benchmark runs on.
     """
     work = measure_throughput(
         engine,
-        _shape(engine, body),
+        _shape(engine, body, body.concurrency),
         concurrency=body.concurrency,
         num_requests=body.num_requests,
         duration_s=body.duration_s,
@@ -114,7 +114,7 @@ async def throughput(
         seed=body.seed,
         on_token=readiness.note_token,
     )
-    run, others = await exclusive.run(http, work, force=body.force)
+    run, others = await exclusive.run(http, work, sequences=body.concurrency, force=body.force)
     tokens = run.output_tokens + body.prompt_tokens * len(run.requests)
     return ThroughputResponse(
         model=engine.model_name,
@@ -138,9 +138,9 @@ async def throughput(
     )
 
 
-def _shape(engine: Engine, body: LatencyRequest | ThroughputRequest) -> Shape:
+def _shape(engine: Engine, body: LatencyRequest | ThroughputRequest, at_once: int) -> Shape:
     try:
-        check_benchmark(body.prompt_tokens, body.output_tokens, max_model_len=engine.max_model_len)
+        check_benchmark(body.prompt_tokens, body.output_tokens, at_once=at_once, max_model_len=engine.max_model_len)
     except LimitError as error:
         raise InvalidRequestError(str(error), error.param) from error
     return Shape(prompt_tokens=body.prompt_tokens, output_tokens=body.output_tokens, vocab_size=engine.vocab_size)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Exclusive:
-    """The benchmarks' turn. Every benchmark is itself an admitted request, which is no user's.
+    """The benchmarks' turn. Every benchmark is itself an admitted request of one sequence, which is no user's.
 
     Args:
         admission: knows what is under way.
@@ -29,14 +29,26 @@ class Exclusive:
         # Benchmarks that have come in, refused ones included, and those of them that are here now.
         self._arrived = self._present = 0
 
-    async def run(self, http: Request, work: Coroutine[Any, Any, T], *, force: bool) -> tuple[T, int]:
+    @property
+    def running(self) -> bool:
+        """Whether a benchmark has its turn."""
+        return self._running
+
+    async def run(self, http: Request, work: Coroutine[Any, Any, T], *, sequences: int, force: bool) -> tuple[T, int]:
         """Do a benchmark's work for as long as its client waits for it.
+
+        Args:
+            http: the client's request.
+            work: to be done.
+            sequences: that the work has in an engine at once; they take their places in the queue like a user's.
+            force: also while users are being served.
 
         Returns:
             its result, and how many requests of users were under way meanwhile or at the start.
 
         Raises:
-            HttpError: 409 another benchmark runs, or users are being served; 503 it took too long.
+            HttpError: 400 more sequences than the queue ever holds; 409 another benchmark runs, or users are being
+                served; 503 the queue has no room now, or it took too long.
             ClientGoneError: the client left; the work has ended.
         """
         self._arrived += 1
@@ -46,16 +58,19 @@ class Exclusive:
             if self._running or (users > 0 and not force):
                 work.close()
                 raise self._busy(users)
-            self._running = True
             before = self._admission.admitted - self._arrived
             try:
-                async with asyncio.timeout(BENCHMARK_TIMEOUT_S):
-                    result = await while_connected(http, work)
+                with self._admission.more(sequences - 1):
+                    self._running = True
+                    async with asyncio.timeout(BENCHMARK_TIMEOUT_S):
+                        result = await while_connected(http, work)
             except TimeoutError:
                 message = f"the benchmark took longer than {BENCHMARK_TIMEOUT_S:g} s and was stopped; ask for less"
                 raise HttpError(503, "benchmark_timeout", message) from None
             finally:
                 self._running = False
+                # It has not begun where the queue had no room.
+                work.close()
             return result, users + self._admission.admitted - self._arrived - before
         finally:
             self._present -= 1

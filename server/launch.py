@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -115,6 +116,7 @@ def run(settings: ServeSettings) -> None:
         more = collect_keys([f"vllm-{index}={key}" for index, key in enumerate(args.api_key or [], 1)], environment={})
         args.api_key = None
         policy = replace(settings.policy, keys=KeyRing(keys=keys.keys + more.keys))
+        warn_if_open(settings.host, policy)
         if args.shutdown_timeout:
             policy = replace(policy, shutdown_timeout_s=float(args.shutdown_timeout))
             args.shutdown_timeout = 0
@@ -226,6 +228,16 @@ def check_address(host: str, port: int) -> None:
             found=error.strerror or str(error),
             fix="Choose another --port, or stop what listens there.",
         ) from error
+
+
+def warn_if_open(host: str, policy: Policy) -> None:
+    """Say so when other machines may use the server without a key. In an image nothing else can be the default."""
+    addresses = {str(address[0]).split("%")[0] for *_, address in socket.getaddrinfo(host, None)}
+    if not policy.keys.keys and not all(ip_address(address).is_loopback for address in addresses):
+        sys.stderr.write(
+            f"pat-serve: warning: --host {host} without API keys: whoever reaches this port may use the server. "
+            "Give keys with --api-key-file FILE or PAT_SERVE_API_KEYS.\n"
+        )
 
 
 def prepare_environment(environment: MutableMapping[str, str]) -> None:

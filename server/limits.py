@@ -19,6 +19,8 @@ MAX_ROUNDS = 100
 MAX_WARMUP = 10
 MAX_REQUESTS = 10_000
 MAX_DURATION_S = 600.0
+# Of a benchmark's prompts: 40 bytes each in this process. More than most engines have room for.
+MAX_TOKENS_AT_ONCE = 2**22
 # A benchmark holds the engine and a connection; one that takes longer belongs into pat-bench.
 BENCHMARK_TIMEOUT_S = 900.0
 
@@ -76,15 +78,28 @@ def output_budget(prompt_tokens: int, max_tokens: int | None, *, max_model_len: 
     return max_tokens
 
 
-def check_benchmark(prompt_tokens: int, output_tokens: int, *, max_model_len: int) -> None:
-    """Refuse a benchmark whose requests do not fit the model.
+def check_benchmark(prompt_tokens: int, output_tokens: int, *, at_once: int, max_model_len: int) -> None:
+    """Refuse a benchmark whose requests do not fit the model, or whose prompts do not fit this process.
+
+    Args:
+        prompt_tokens: of each request.
+        output_tokens: of each request.
+        at_once: requests under way together.
+        max_model_len: tokens of prompt and output together that the engine serves.
 
     Raises:
-        LimitError: prompt and output together are longer than `max_model_len`.
+        LimitError: prompt and output together are longer than `max_model_len`, or all prompts at once than
+            `MAX_TOKENS_AT_ONCE`.
     """
     if prompt_tokens + output_tokens > max_model_len:
         raise LimitError(
             f"prompt_tokens: {prompt_tokens} prompt and {output_tokens} output tokens are "
             f"{prompt_tokens + output_tokens} together, and this server takes {max_model_len}; lower either",
+            "prompt_tokens",
+        )
+    if prompt_tokens * at_once > MAX_TOKENS_AT_ONCE:
+        raise LimitError(
+            f"prompt_tokens: {at_once} prompts of {prompt_tokens} tokens are {prompt_tokens * at_once} at once, and a "
+            f"benchmark takes {MAX_TOKENS_AT_ONCE}; lower either",
             "prompt_tokens",
         )

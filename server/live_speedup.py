@@ -120,7 +120,8 @@ async def check_live_speedup(
     settings = _settings(body, candidate.engine)
     _check_fit(settings, (dense, candidate))
     begun_s, date = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    (warm_ups, rounds), others = await exclusive.run(http, _measure(dense, candidate, settings), force=body.force)
+    work = _measure(dense, candidate, settings)
+    (warm_ups, rounds), others = await exclusive.run(http, work, sequences=body.batch_size, force=body.force)
     # The bootstrap takes a moment, in which the loop has others to serve.
     return await asyncio.to_thread(
         _judge, dense, candidate, shapes, settings, warm_ups, rounds, others, begun_s=begun_s, date=date

@@ -58,9 +58,26 @@ class Run:
         return len(self.requests) / self.duration_s
 
 
-def random_prompt(generator: random.Random, shape: Shape) -> list[int]:
-    """Token ids drawn evenly from the vocabulary."""
-    return [generator.randrange(shape.vocab_size) for _ in range(shape.prompt_tokens)]
+class Prompts:
+    """Random prompts of one shape; the same seed gives the same ones in the order in which they are asked for.
+
+    Args:
+        seed: of the generator.
+        shape: of every request.
+    """
+
+    def __init__(self, seed: int, shape: Shape) -> None:
+        self._generator = random.Random(seed)
+        self._shape = shape
+        self._turn = asyncio.Lock()
+
+    async def draw(self, count: int) -> list[list[int]]:
+        """So many prompts, made off the event loop: a large batch takes seconds, in which it has others to serve."""
+        async with self._turn:
+            return await asyncio.to_thread(lambda: [self._one() for _ in range(count)])
+
+    def _one(self) -> list[int]:
+        return [self._generator.randrange(self._shape.vocab_size) for _ in range(self._shape.prompt_tokens)]
 
 
 async def measure_request(
@@ -103,10 +120,10 @@ async def measure_latency(
     Returns:
         one `Run` for each timed round; `warmup` rounds before them are left out.
     """
-    generator = random.Random(seed)
+    source = Prompts(seed, shape)
     runs = []
     for _ in range(warmup + rounds):
-        prompts = [random_prompt(generator, shape) for _ in range(batch_size)]
+        prompts = await source.draw(batch_size)
         requests = [measure_request(engine, prompt, shape.output_tokens, on_token) for prompt in prompts]
         runs.append(_run(await together(requests)))
     return runs[warmup:]
@@ -130,9 +147,9 @@ async def measure_throughput(
         duration_s: seconds after which no request is started but the first.
         warmup: untimed rounds of `concurrency` requests before.
     """
-    generator = random.Random(seed)
+    source = Prompts(seed, shape)
     for _ in range(warmup):
-        prompts = [random_prompt(generator, shape) for _ in range(concurrency)]
+        prompts = await source.draw(concurrency)
         await together([measure_request(engine, prompt, shape.output_tokens, on_token) for prompt in prompts])
 
     finished: list[RequestTimes] = []
@@ -145,7 +162,7 @@ async def measure_throughput(
             deadline_s is None or not started or time.monotonic() < deadline_s
         ):
             started += 1
-            prompt = random_prompt(generator, shape)
+            [prompt] = await source.draw(1)
             finished.append(await measure_request(engine, prompt, shape.output_tokens, on_token))
 
     await together([client() for _ in range(concurrency)])

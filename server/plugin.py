@@ -7,12 +7,12 @@ ours replaces one of vLLM's with the same path and method, which is meant for `/
 from __future__ import annotations
 
 import os
-import re
 from argparse import Namespace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.middleware import Middleware
+from starlette.routing import Route
 
 from pat_serve.server import benchmark
 from pat_serve.server.baseline import Baseline, available, start_baseline
@@ -30,6 +30,7 @@ from pat_serve.server.http.keys import collect_keys
 from pat_serve.server.http.metrics import ServerMetrics
 from pat_serve.server.http.observer import Observation, Observer
 from pat_serve.server.http.route_names import RouteNames
+from pat_serve.server.http.served_routes import keep_served
 from pat_serve.server.live_speedup import Side, check_live_speedup
 from pat_serve.server.policy import Policy
 from pat_serve.server.provenance import model_labels
@@ -110,7 +111,8 @@ async def ready_route(service: ServiceDep) -> ReadyResponse:
     """The engine has produced a token lately; 503 with the reason if it has not."""
     if service.admission.draining:
         raise HttpError(503, "not_ready", "the server is stopping")
-    age_s = await service.readiness.check()
+    baseline = service.baseline if service.exclusive.running else None
+    age_s = await service.readiness.check(beside=None if baseline is None else baseline.readiness)
     return ReadyResponse(status="ready", model=service.engine.model_name, last_token_age_s=age_s)
 
 
@@ -165,8 +167,7 @@ async def page_model_route(service: ServiceDep) -> PageModel:
     )
 
 
-# Scaling, aborting other people's requests, handing work between engines: for an operator's own tools, not for clients.
-_STEERING = re.compile(r"/(inference|scale_elastic_ep|is_scaling_elastic_ep|kv_event_sources)\b|.*/(de)?render$")
+OUR_PATHS = frozenset(route.path for own in (router, page_router()) for route in own.routes if isinstance(route, Route))
 
 
 class PatServePlugin:
@@ -179,8 +180,7 @@ class PatServePlugin:
         self._app: FastAPI | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes to vLLM's app, and take away those that steer the engine itself."""
-        app.router.routes[:] = [route for route in app.router.routes if not _STEERING.match(getattr(route, "path", ""))]
+        """Add the routes to vLLM's app."""
         app.include_router(router)
         app.include_router(page_router())
         app.add_middleware(Front)
@@ -212,7 +212,8 @@ class PatServePlugin:
         state.pat_serve = service
         state.pat_serve_gate = Gate(policy, admission, bounds)
         if self._app is not None:
-            # Only now: vLLM registers its own after the routes.
+            # Only now: vLLM adds middleware and more routes after the plugins'.
+            keep_served(self._app, OUR_PATHS)
             self._app.user_middleware.insert(0, Middleware(Observer))
             shape_vllm_errors(self._app)
             metrics = ServerMetrics()

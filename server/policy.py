@@ -39,6 +39,7 @@ class Policy:
         public_metrics: `/metrics` asks for no key.
         public_page: the page's files ask for no key; what it shows still does.
         max_body_bytes: of a request's body.
+        max_bodies_bytes: of all bodies that are held at once; of one of the largest at least.
         max_sequences: prompts times `n` of one request.
         max_queue: sequences that wait beyond those that the engine runs at once; None is four times those.
         max_concurrency_per_key: requests of one key under way; None is unbounded.
@@ -48,12 +49,14 @@ class Policy:
         max_connections: open at once.
         shutdown_timeout_s: what requests under way may take after SIGTERM.
         allowed: see `Feature`.
+        benchmarks: `/benchmark/*` can be asked to measure.
     """
 
     keys: KeyRing = field(default_factory=KeyRing)
     public_metrics: bool = False
     public_page: bool = False
     max_body_bytes: int = 4 * MIB
+    max_bodies_bytes: int = 256 * MIB
     max_sequences: int = 128
     max_queue: int | None = None
     max_concurrency_per_key: int | None = None
@@ -63,6 +66,7 @@ class Policy:
     max_connections: int = 2048
     shutdown_timeout_s: float = 30.0
     allowed: frozenset[Feature] = frozenset()
+    benchmarks: bool = True
 
     @property
     def open_paths(self) -> frozenset[str]:

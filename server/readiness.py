@@ -28,18 +28,23 @@ class Readiness:
         """Record that the engine has produced a token just now."""
         self._last_token_s = time.monotonic()
 
-    async def check(self) -> float:
+    async def check(self, *, beside: Readiness | None = None) -> float:
         """Wait until the engine has proved itself, for `PROBE_TIMEOUT_S` at most.
 
+        Args:
+            beside: of an engine that takes turns with this one. A token of it is as good: this one rests meanwhile, and
+                a probe would disturb what the other's turn measures.
+
         Returns:
-            the age of its last token in seconds.
+            the age of the last token in seconds.
 
         Raises:
             HttpError: 503, the engine is dead or does not answer.
         """
         if self._engine.dead:
             raise HttpError(503, "not_ready", "the engine has stopped")
-        age_s = self._age_s()
+        ages_s = [self._age_s(), beside._age_s() if beside is not None else None]
+        age_s = min((age_s for age_s in ages_s if age_s is not None), default=None)
         if age_s is None or age_s > FRESH_S:
             # One probe at a time, shared by all who ask; it outlives the one who asked first.
             if self._probe is None or self._probe.done():

@@ -65,7 +65,9 @@ def _watch(server: int, grace_s: float) -> int:
             os.kill(server, signal.SIGKILL)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, pass_on)
+        # What whoever started this has ignored is not for us: so nohup keeps a server at the end of its terminal.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, pass_on)
     signal.signal(signal.SIGALRM, give_up)
     status = None
     while status is None:

@@ -35,6 +35,24 @@ def test_what_never_fits_is_a_client_error() -> None:
     assert refused(Admission(capacity=4), "a", 5).status == 400
 
 
+def test_a_request_that_turns_out_larger_takes_more_places() -> None:
+    admission = Admission(capacity=4)
+    told: list[int] = []
+    admission.changed = lambda: told.append(admission.sequences)
+    with admission.admit("a", 1):
+        for sequences, status in ((4, 400), (3, 503)):
+            with admission.admit("b", 1), pytest.raises(HttpError) as caught, admission.more(sequences):
+                pass
+            assert caught.value.status == status
+        with admission.more(3):
+            assert refused(admission, "b", 1).kind == "overloaded"
+        with pytest.raises(RuntimeError), admission.more(3):
+            raise RuntimeError
+        assert admission.sequences == 1
+    assert max(told) == 4
+    assert told[-1] == 0
+
+
 def test_each_key_has_its_own_bound() -> None:
     admission = Admission(capacity=9, per_key=1)
     with admission.admit("a", 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,8 @@ from pat_serve.server.policy import Feature, Policy
 
 POLICY = Policy(max_sequences=16)
 MODEL = ModelBounds(max_model_len=100, vocab_size=384)
+TOOL_RESULT = {"type": "tool_result", "tool_use_id": "a"}
+IMAGE_PART = {"type": "image", "source": {"type": "url", "url": "http://169.254.169.254/"}}
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}
 
 
@@ -36,6 +39,14 @@ def check(fields: Any, policy: Policy = POLICY) -> int:
         ({"prompt": "a", "stop": ["x"] * 16, "logprobs": 0, "echo": True, "max_tokens": 0, "seed": -1}, 1),
         ({"response_format": {"type": "text"}, "tool_choice": "auto", "chat_template_kwargs": {"thinking": True}}, 1),
         ({"request_id": "abc-1.2:3_4"}, 1),
+        ({"tool_choice": {"type": "auto"}}, 1),
+        ({"tool_choice": {"type": "none"}, "output_config": {"effort": "low"}, "text": {"verbosity": "low"}}, 1),
+        # As the openai package repeats an answer, and as an agent repeats what its tools were asked and said.
+        ({"messages": [{"role": "assistant", "content": "a", "audio": None, "refusal": None}]}, 1),
+        ({"messages": [{"content": [{"type": "tool_use", "input": {"file": {"type": "image"}}}]}]}, 1),
+        ({"messages": [{"content": [TOOL_RESULT | {"content": [{"type": "text", "text": "a"}]}]}]}, 1),
+        ({"input": [{"type": "function_call_output", "output": [{"type": "input_text", "text": "a"}]}]}, 1),
+        ({"system": [{"type": "text", "text": "a"}], "tools": [{"type": "function", "strict": False}]}, 1),
     ],
 )
 def test_what_is_let_through_and_how_much_it_is(fields: dict[str, Any], sequences: int) -> None:
@@ -99,6 +110,29 @@ def test_what_is_let_through_and_how_much_it_is(fields: dict[str, Any], sequence
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
         ({"mm_processor_kwargs": {"num_crops": 10**6}}, "mm_processor_kwargs"),
+        ({"mm_payload": "tensors"}, "mm_payload"),
+        ({"logprob_token_ids": [1] * 1025}, "logprob_token_ids"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config"),
+        ({"output_config": {"format": {"schema": {}}}}, "output_config"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"tool_choice": {"type": ["auto"]}}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]}, "tools"),
+        ({"tools": [{"type": "function", "name": "a", "strict": True}]}, "tools"),
+        ({"messages": [{"content": [TOOL_RESULT | {"content": [IMAGE_PART]}]}]}, "messages"),
+        (
+            {"messages": [{"content": [TOOL_RESULT | {"content": [TOOL_RESULT | {"content": [IMAGE_PART]}]}]}]},
+            "messages",
+        ),
+        ({"messages": [{"content": IMAGE_PART}]}, "messages"),
+        ({"messages": [{"content": [{"type": "unheard of"}]}]}, "messages"),
+        ({"messages": [{"content": [{"type": ["image"]}]}]}, "messages"),
+        ({"input": [{"type": "function_call_output", "output": [{"type": "input_image"}]}]}, "input"),
+        ({"input": [{"type": "computer_call_output", "output": {"type": "computer_screenshot"}}]}, "input"),
+        ({"system": [IMAGE_PART]}, "system"),
+        ({"previous_input_messages": [IMAGE]}, "previous_input_messages"),
+        ({"kv_transfer_params": {"remote_host": "169.254.169.254"}}, "kv_transfer_params"),
+        ({"ec_transfer_params": {}}, "ec_transfer_params"),
+        ({"vllm_xargs": {"kv_transfer_params": "a"}}, "kv_transfer_params"),
     ],
 )
 def test_what_is_refused(fields: Any, param: str) -> None:
@@ -151,3 +185,16 @@ def test_containers_are_counted_outside_of_texts() -> None:
     for body in (b"[" + b"[]," * 60_000 + b"[]]", b'{"a": ' + b'{"": "]"}, ' * 60_000):
         with pytest.raises(InvalidRequestError, match="lists and objects"):
             check_containers(body)
+
+
+def test_a_string_that_does_not_end_takes_no_longer_than_it_is() -> None:
+    def seconds(quotes: int, end: bytes = b"") -> float:
+        body = b"[" * 50_001 + b'"' + b'\\"' * quotes + end
+        begun_s = time.perf_counter()
+        with pytest.raises(InvalidRequestError):
+            check_containers(body)
+        return time.perf_counter() - begun_s
+
+    for end in (b"", b"\\"):
+        # Ten times as long. With a square in it this would be a hundred times, and 12 s.
+        assert seconds(20_000, end) < 0.01 + 40 * seconds(2000, end)

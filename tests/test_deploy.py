@@ -73,3 +73,15 @@ def test_what_compose_mounts_is_there_and_its_prometheus_finds_the_server() -> N
     assert grace_s > Policy().shutdown_timeout_s
     source = yaml.safe_load((ROOT / "monitoring/grafana/provisioning/datasources/prometheus.yml").read_text())
     assert "prometheus" in source["datasources"][0]["url"]
+
+
+def test_compose_gives_no_empty_keys() -> None:
+    """The server refuses a variable that is there and empty; without a value it is there when the caller has it."""
+    environment = COMPOSE["services"]["server"]["environment"]
+    assert environment["PAT_SERVE_API_KEYS"] is None
+
+
+def test_the_image_takes_its_packages_from_where_it_is_told() -> None:
+    """In the stage that all those begin from which call pip."""
+    base = (ROOT / "Dockerfile").read_text().partition(" AS base\n")[2].partition("\nFROM ")[0]
+    assert "\nARG PIP_INDEX_URL\n" in base

@@ -61,6 +61,12 @@ def test_every_flag_in_the_documentation_exists() -> None:
     assert not unknown, "\n".join(unknown)
 
 
+def test_a_page_stands_once_in_the_navigation() -> None:
+    pages = re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    assert len(pages) > 15
+    assert sorted(pages) == sorted(set(pages))
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]

@@ -27,9 +27,9 @@ class Server:
         self.admission = Admission(capacity=9)
         self.exclusive = Exclusive(self.admission)
 
-    async def benchmark(self, work: Any, *, force: bool = False) -> tuple[Any, int]:
+    async def benchmark(self, work: Any, *, sequences: int = 1, force: bool = False) -> tuple[Any, int]:
         with self.admission.admit("none", 1):
-            return await self.exclusive.run(REQUEST, work, force=force)
+            return await self.exclusive.run(REQUEST, work, sequences=sequences, force=force)
 
     async def user(self, duration_s: float) -> None:
         with self.admission.admit("none", 1):
@@ -78,5 +78,25 @@ def test_a_failed_benchmark_leaves_room_for_the_next() -> None:
         with pytest.raises(HttpError, match="dead"):
             await server.benchmark(fail())
         assert await server.benchmark(asyncio.sleep(0, 1)) == (1, 0)
+
+    asyncio.run(check())
+
+
+def test_its_sequences_wait_in_the_queue_like_a_users() -> None:
+    async def check() -> None:
+        server = Server()
+
+        async def work() -> int:
+            assert server.exclusive.running
+            return server.admission.sequences
+
+        assert await server.benchmark(work(), sequences=9) == (9, 0)
+        with server.admission.admit("none", 1):
+            for sequences, status in ((9, 503), (10, 400)):
+                with pytest.raises(HttpError) as caught:
+                    await server.benchmark(work(), sequences=sequences, force=True)
+                assert caught.value.status == status
+        assert not server.exclusive.running
+        assert (server.admission.sequences, server.admission.requests) == (0, 0)
 
     asyncio.run(check())

@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import httpx
+import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from pat_serve.server.http import front
 from pat_serve.server.http.admission import Admission
 from pat_serve.server.http.body_check import ModelBounds
 from pat_serve.server.http.deadline import within_deadline
@@ -37,11 +39,16 @@ class App:
         self.app.post("/v1/hang")(self.hang)
         self.app.post("/v1/stream")(self.stream)
         self.app.post("/v1/defect")(self.defect)
+        self.app.post("/tokenize")(self.hang)
+        self.app.get("/health")(self.health)
         shape_routing_errors(self.app)
         shape_vllm_errors(self.app)
 
     async def echo(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"sequences": self.admission.sequences, "fields": len(body)}
+
+    async def health(self) -> dict[str, Any]:
+        return {}
 
     async def hang(self, request: Request) -> dict[str, Any]:
         await request.body()
@@ -72,6 +79,7 @@ class App:
 
         answer = asyncio.run(with_client())
         assert (self.admission.sequences, self.admission.requests) == (0, 0)
+        assert self.app.state.pat_serve_gate.bodies.held == 0
         return answer
 
 
@@ -90,6 +98,69 @@ def test_a_body_in_chunks_is_counted_as_it_comes() -> None:
             yield b" " * 100
 
     assert kind(App().run(lambda client: client.post("/v1/echo", content=chunks()))) == "body_too_large"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/health"), ("POST", "/health"), ("POST", "/ready"), ("GET", "/v1/echo"), ("PUT", "/v1/echo")],
+)
+def test_a_body_where_none_is_taken(method: str, path: str) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b" "
+        raise AssertionError("it is read on")
+
+    for content in (b" ", chunks()):
+        answer = App().run(lambda client, content=content: client.request(method, path, content=content))
+        assert (answer.status_code, kind(answer), answer.headers["connection"]) == (413, "body_too_large", "close")
+    answer = App().run(lambda client: client.request(method, path, headers={"Content-Length": "0"}))
+    assert answer.status_code in (200, 400, 404, 405)
+
+
+def test_bodies_have_a_bound_together() -> None:
+    app = App(replace(POLICY, max_bodies_bytes=1500, request_timeout_s=30))
+    large = {"a": "x" * 900}
+
+    async def two(client: httpx.AsyncClient) -> httpx.Response:
+        first = asyncio.create_task(client.post("/v1/hang", json=large))
+        while app.admission.requests == 0:
+            await asyncio.sleep(0.01)
+        assert app.app.state.pat_serve_gate.bodies.held > 900
+        assert (await client.post("/v1/echo", json={})).status_code == 200
+        answer = await client.post("/v1/echo", json=large)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        return answer
+
+    answer = app.run(two)
+    assert (answer.status_code, kind(answer), answer.headers["retry-after"]) == (503, "overloaded", "1")
+    # One that is allowed by itself always finds room.
+    assert App(replace(POLICY, max_bodies_bytes=1)).run(lambda c: c.post("/v1/echo", json=large)).status_code == 200
+
+
+def test_benchmarks_can_be_switched_off() -> None:
+    app = App(replace(POLICY, benchmarks=False))
+    answer = app.run(lambda client: client.post("/benchmark/latency", json={}))
+    assert (answer.status_code, kind(answer)) == (403, "benchmarks_off")
+    assert "pat-bench" in answer.text
+    assert app.run(lambda client: client.get("/benchmark/speedup")).status_code == 404
+    assert App().run(lambda client: client.post("/benchmark/latency", json={})).status_code == 404
+
+
+def test_tokenizing_has_a_deadline_and_a_queue_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "MAX_TOKENIZING", 2)
+    app = App()
+
+    async def three(client: httpx.AsyncClient) -> httpx.Response:
+        with app.admission.admit("none", 4):
+            waiting = [asyncio.create_task(client.post("/tokenize", json={"prompt": ["a", "b"]})) for _ in range(2)]
+            await asyncio.sleep(0.1)
+            answer = await client.post("/tokenize", json={})
+            assert [one.status_code for one in await asyncio.gather(*waiting)] == [504, 504]
+        app.admission.draining = True
+        assert kind(await client.post("/tokenize", json={})) == "stopping"
+        return answer
+
+    assert kind(app.run(three)) == "overloaded"
 
 
 def test_a_body_that_does_not_come_in_time() -> None:

@@ -6,8 +6,8 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +15,30 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from pat_serve.server.http.errors import HttpError
 from pat_serve.server.http.protocol import CONNECTIONS_END_S, bounded_protocol
 from pat_serve.server.policy import Policy
 
 POLICY = Policy(receive_timeout_s=0.5, send_timeout_s=0.5, max_connections=3)
 
 
+async def read(receive: Receive) -> int:
+    size, more = 0, True
+    while more:
+        message = await receive()
+        size += len(message.get("body", b""))
+        more = message.get("more_body", False)
+    return size
+
+
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with as much as the path says."""
+    """Answers with as much as the path says, or with what it has read."""
+    if scope["path"] == "/read":
+        size = await read(receive)
+        headers = [(b"x-read", b"%d of %d" % (size, len(scope["headers"])))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body"})
+        return
     size = int(scope["path"][1:])
     await send({"type": "http.response.start", "status": 200, "headers": []})
     for _ in range(size):
@@ -31,10 +47,12 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @contextmanager
-def serving(*, guarded: bool = True, policy: Policy = POLICY) -> Iterator[Any]:
+def serving(
+    *, guarded: bool = True, policy: Policy = POLICY, refused: Callable[[HttpError], None] = lambda error: None
+) -> Iterator[Any]:
     config = uvicorn.Config(
         app,
-        http=bounded_protocol(policy, guarded=lambda: guarded),
+        http=bounded_protocol(policy, guarded=lambda: guarded, refused=refused),
         lifespan="off",
         log_level="error",
         timeout_graceful_shutdown=CONNECTIONS_END_S + 1,
@@ -64,6 +82,11 @@ def until_closed(client: socket.socket) -> bytes:
     return received
 
 
+def request_id(answer: bytes) -> str:
+    head = answer.split(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+    return dict(line.split(": ", 1) for line in head)["x-request-id"]
+
+
 def test_an_app_without_its_front_serves_nobody() -> None:
     with serving(guarded=False) as (_, address), socket.create_connection(address) as client:
         assert until_closed(client) == b""
@@ -82,12 +105,58 @@ def test_headers_that_do_not_end() -> None:
     with serving() as (_, address):
         with socket.create_connection(address) as client:
             client.sendall(b"GET /1 HTTP/1.1\r\nHost: x\r\n")
-            assert until_closed(client).startswith(b"HTTP/1.1 408")
+            assert request_id(answer := until_closed(client))
+            assert answer.startswith(b"HTTP/1.1 408")
         with socket.create_connection(address) as client:
             client.sendall(b"GET /1 HTTP/1.1\r\nX: ")
             client.sendall(b"a" * 40_000)
             client.sendall(b"a" * 40_000)
-            assert until_closed(client).startswith(b"HTTP/1.1 431")
+            assert request_id(answer := until_closed(client))
+            assert answer.startswith(b"HTTP/1.1 431")
+
+
+def test_what_is_not_http_is_told_so_with_an_id() -> None:
+    with serving() as (_, address), socket.create_connection(address) as client:
+        client.sendall(b"\x16\x03\x01\r\n\r\n")
+        assert request_id(answer := until_closed(client))
+        assert answer.startswith(b"HTTP/1.1 400")
+
+
+CHUNKED = b"POST /read HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "after",
+    [b"5\r\nhello\r\n0\r\n", b"5\r\nhello\r\n0\r\nX-Big: ", b"5;x="],
+    ids=["many", "large", "extension"],
+)
+def test_trailers_that_do_not_end(after: bytes) -> None:
+    """They come behind the headers' check, and nobody has asked for them."""
+    told: list[HttpError] = []
+    with serving(refused=told.append) as (_, address), socket.create_connection(address) as client:
+        client.settimeout(30)
+        client.sendall(CHUNKED)
+        piece = b"a: b\r\n" * 10_000 if after.endswith(b"0\r\n") else b"a" * 60_000
+        deadline_s = time.monotonic() + 30
+        # What comes after the refusal is thrown away for a while, so that the client can read it.
+        with suppress(OSError):
+            client.sendall(after)
+            while time.monotonic() < deadline_s:
+                client.sendall(piece)
+    assert [(error.status, error.kind) for error in told] == [(431, "headers_too_large")]
+
+
+def test_a_few_trailers_are_read_and_dropped() -> None:
+    with serving() as (_, address), socket.create_connection(address) as client:
+        client.sendall(CHUNKED + b"5\r\nhello\r\n0\r\n" + b"Authorization: Bearer a\r\n" * 9 + b"\r\n")
+        assert b"x-read: 5 of 3\r\n" in until_closed(client)
+
+
+@pytest.mark.parametrize("length", [1_000_000, 100])
+def test_a_body_is_not_counted_as_headers(length: int) -> None:
+    with serving() as (_, address), socket.create_connection(address) as client:
+        client.sendall(CHUNKED + (b"%x\r\n%b\r\n" % (length, b"x" * length)) * 10 + b"0\r\n\r\n")
+        assert b"x-read: %d of 3\r\n" % (10 * length) in until_closed(client)
 
 
 def test_a_reader_that_stops_is_cut_off_and_connections_are_bounded() -> None:

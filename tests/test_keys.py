@@ -30,6 +30,31 @@ def test_keys_come_from_flags_environment_and_file(tmp_path: Path) -> None:
     assert environment == {"OTHER": "kept"}
 
 
+def test_vllms_variable_is_one_key_whatever_is_in_it() -> None:
+    environment = {"VLLM_API_KEY": "team=secret,more"}
+    ring = collect_keys([], environment=environment)
+    assert ring.owner(b"Bearer team=secret,more") == "key-1"
+    assert ring.owner(b"Bearer secret,more") is None
+    assert environment == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "told"),
+    [
+        ([""], {}, "--api-key"),
+        (["a", " "], {}, "--api-key"),
+        ([], {"PAT_SERVE_API_KEYS": ""}, "PAT_SERVE_API_KEYS"),
+        (["a"], {"PAT_SERVE_API_KEYS": " , "}, "PAT_SERVE_API_KEYS"),
+        ([], {"VLLM_API_KEY": ""}, "VLLM_API_KEY"),
+    ],
+)
+def test_a_source_without_a_key_does_not_open_the_server(
+    flags: list[str], environment: dict[str, str], told: str
+) -> None:
+    with pytest.raises(UsageError, match=f"^{told}: expected a key, found nothing"):
+        collect_keys(flags, environment=environment)
+
+
 def test_nothing_of_a_key_is_kept_but_its_digest() -> None:
     ring = collect_keys(["alice=secret"], environment={})
     assert "secret" not in repr(ring)

@@ -11,6 +11,7 @@ import pytest
 
 from pat_serve.errors import EngineError, PortInUse, UsageError
 from pat_serve.server import launch
+from pat_serve.server.http.keys import collect_keys
 from pat_serve.server.launch import (
     ServeSettings,
     check_address,
@@ -19,8 +20,10 @@ from pat_serve.server.launch import (
     default_kv_cache_gib,
     prepare_environment,
     serve_arguments,
+    warn_if_open,
 )
 from pat_serve.server.limits import DEFAULT_MAX_TOKENS, LimitError, check_benchmark, check_vocabulary, output_budget
+from pat_serve.server.policy import Policy
 
 
 @pytest.mark.parametrize(
@@ -51,9 +54,11 @@ def test_check_vocabulary() -> None:
 
 
 def test_check_benchmark() -> None:
-    check_benchmark(10, 5, max_model_len=15)
+    check_benchmark(10, 5, at_once=256, max_model_len=15)
     with pytest.raises(LimitError, match="16 together"):
-        check_benchmark(10, 6, max_model_len=15)
+        check_benchmark(10, 6, at_once=1, max_model_len=15)
+    with pytest.raises(LimitError, match="256 prompts of 131071 tokens"):
+        check_benchmark(131_071, 1, at_once=256, max_model_len=131_072)
 
 
 def test_default_kv_cache_leaves_memory_to_others() -> None:
@@ -130,6 +135,18 @@ def test_address_in_use_and_foreign_address() -> None:
     # 192.0.2.0/24 is for documentation, so it is nobody's own address.
     with pytest.raises(PortInUse, match=r"192\.0\.2\.1"):
         check_address("192.0.2.1", port)
+
+
+@pytest.mark.parametrize(("host", "open_to_others"), [("127.0.0.1", False), ("::1", False), ("0.0.0.0", True)])
+def test_a_server_that_is_open_to_others_says_so(
+    host: str, open_to_others: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn_if_open(host, Policy(keys=collect_keys(["secret"], environment={})))
+    assert capsys.readouterr().err == ""
+    warn_if_open(host, Policy())
+    told = capsys.readouterr().err
+    assert told.startswith(f"pat-serve: warning: --host {host} without API keys") == open_to_others
+    assert told.count("\n") == open_to_others
 
 
 def test_a_bad_certificate_is_told_before_the_engine_starts(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from starlette.types import Message, Scope
 
 from pat_serve.server.http.access_log import AccessLog, LogFormat
 from pat_serve.server.http.admission import Admission
-from pat_serve.server.http.errors import HttpError
+from pat_serve.server.http.errors import HttpError, shape_vllm_errors
 from pat_serve.server.http.metrics import ServerMetrics
 from pat_serve.server.http.observer import Observation, Observer, error_type
 from pat_serve.server.http.route_names import RouteNames
@@ -131,6 +131,15 @@ def test_request_ids(lines: Any) -> None:
     [other] = app.get("/files/a", x_request_id="a b").headers.get_list("x-request-id")
     assert " " not in other
     assert [line["request_id"] for line in lines()] == ["mine.1", made, other]
+
+
+def test_a_defect_has_the_id_of_its_request(lines: Any) -> None:
+    app = App()
+    shape_vllm_errors(app.app)
+    answer = app.get("/defect", x_request_id="mine.1")
+    assert (answer.status_code, answer.headers.get_list("x-request-id")) == (500, ["mine.1"])
+    [made] = app.get("/defect").headers.get_list("x-request-id")
+    assert [line["request_id"] for line in lines()] == ["mine.1", made]
 
 
 def test_a_client_that_leaves(lines: Any) -> None:

@@ -67,3 +67,23 @@ def test_a_token_of_any_route_counts() -> None:
     engine.last_token_s = time.monotonic() - readiness.FRESH_S - 1
     check(engine)
     assert engine.asked == 1
+
+
+def test_an_engine_that_rests_is_not_asked_while_the_other_has_its_turn() -> None:
+    engine, other = FakeEngine([7]), FakeEngine([7])
+    ready, beside = Readiness(engine), Readiness(other)  # the part of Engine that is used
+
+    async def ask() -> float:
+        return await ready.check(beside=beside)
+
+    beside.note_token()
+    assert asyncio.run(ask()) < readiness.FRESH_S
+    assert (engine.asked, other.asked) == (0, 0)
+    # When neither has made a token lately, the served one is asked; a dead one is not excused.
+    other.last_token_s = beside._last_token_s = time.monotonic() - readiness.FRESH_S - 1
+    asyncio.run(ask())
+    assert (engine.asked, other.asked) == (1, 0)
+    beside.note_token()
+    engine.dead = True
+    with pytest.raises(HttpError):
+        asyncio.run(ask())

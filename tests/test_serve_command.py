@@ -7,9 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+import typer.main
 from fastapi import FastAPI
 
-from pat_serve.server.plugin import PatServePlugin
+from pat_serve.cli.app import new_app
+from pat_serve.cli.serve import serve
+from pat_serve.errors import UsageError
+from pat_serve.server.http.served_routes import keep_served
+from pat_serve.server.plugin import OUR_PATHS, PatServePlugin
 
 
 def pat_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,6 +46,25 @@ def test_wrong_usage_exits_with_2(flags: list[str]) -> None:
     assert pat_serve("--model", "m", *flags).returncode == 2
 
 
+@pytest.mark.parametrize("flag", ["--request-timeout", "--receive-timeout", "--send-timeout", "--shutdown-timeout"])
+@pytest.mark.parametrize("value", ["inf", "1e9"])
+def test_a_time_without_an_end_is_refused(flag: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"^{flag}: expected at most 86400 s"):
+        typer.main.get_command(serve_app())(["--model", "m", flag, value], standalone_mode=False)
+
+
+@pytest.mark.parametrize("flag", ["--max-body-mib", "--max-bodies-mib", "--kv-cache-gib"])
+def test_a_size_without_an_end_is_refused(flag: str) -> None:
+    with pytest.raises(UsageError, match=f"^{flag}: expected a size"):
+        typer.main.get_command(serve_app())(["--model", "m", flag, "inf"], standalone_mode=False)
+
+
+def serve_app() -> typer.Typer:
+    app = new_app()
+    app.command()(serve)
+    return app
+
+
 @pytest.fixture
 def app() -> FastAPI:
     app = FastAPI()
@@ -53,3 +78,14 @@ def test_openapi_describes_the_routes(app: FastAPI) -> None:
     assert schema["paths"].keys() == ours | {f"/benchmark/{name}" for name in ("latency", "throughput", "speedup")}
     stop = schema["components"]["schemas"]["GenerateRequest"]["properties"]["stop"]
     assert {"type": "string", "minLength": 1, "maxLength": 256} in stop["anyOf"]
+
+
+def _nothing() -> None: ...
+
+
+def test_a_route_that_is_not_listed_is_not_served(app: FastAPI) -> None:
+    ours = {getattr(route, "path", "") for route in app.routes}
+    for path in ("/pause", "/generative_scoring", "/v1/systemone", "/v1/completions", "/metrics/secret"):
+        app.post(path)(_nothing)
+    keep_served(app, OUR_PATHS)
+    assert {getattr(route, "path", "") for route in app.routes} == ours | {"/v1/completions"}

@@ -14,6 +14,7 @@ import pytest
 from pat_serve.errors import UsageError
 from pat_serve.server.engine import _sampling_params, parse_serve_arguments
 from pat_serve.server.generation import Sampling
+from pat_serve.server.http.served_routes import VLLMS, keep_served
 from pat_serve.server.launch import ServeSettings, check_flags, serve_arguments, uvicorn_options
 from pat_serve.server.plugin import PatServePlugin
 from pat_serve.server.policy import Feature, Policy
@@ -130,6 +131,22 @@ def test_endpoint_plugin_protocol() -> None:
     assert isinstance(PatServePlugin(), EndpointPlugin)
     assert parameters(EndpointPlugin.attach_router) == parameters(PatServePlugin.attach_router)
     assert parameters(EndpointPlugin.init_state) == parameters(PatServePlugin.init_state)
+
+
+def test_served_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that vLLM can be told to add; the list is what it names, and no route is left that it does not."""
+    from vllm.entrypoints.launchers.app import build_app
+
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    args = parse_serve_arguments(["--model", "m", "--enable-tokenizer-info-endpoint", "--enable-offline-docs"])
+    app = build_app(args, ("generate",))
+    steering = {"/pause", "/collective_rpc", "/update_weights", "/abort_requests", "/adapters", "/generative_scoring"}
+    offline = {"/static", "/docs", "/docs/oauth2-redirect"}
+    assert steering <= {getattr(route, "path", "") for route in app.routes}
+    keep_served(app)
+    assert {getattr(route, "path", "") for route in app.routes} | offline | {"/redoc"} == VLLMS
 
 
 def test_sampling_parameters_arrive() -> None:

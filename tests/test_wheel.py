@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -9,14 +10,18 @@ import sysconfig
 import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from pat_serve.version import __version__
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pat_serve", "training", "export", "server")
+DISTRIBUTIONS = packages_distributions()
 SCRIPTS = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"])
 
 
@@ -101,3 +106,54 @@ def test_the_installed_package_is_the_wheels(installed: Path, tmp_path: Path) ->
     location, groups = done.stdout.splitlines()
     assert location.startswith(str(installed.parent))
     assert groups == "['console_scripts', 'vllm.endpoint_plugins', 'vllm.general_plugins']"
+
+
+def test_what_is_imported_is_required(wheel: Path, tmp_path: Path) -> None:
+    """The environment above lends every package; a user's has those that the wheel asks for."""
+    metadata = next(name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
+    told = [
+        Requirement(line.removeprefix("Requires-Dist: "))
+        for line in zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
+        if line.startswith("Requires-Dist: ")
+    ]
+    base = {canonicalize_name(one.name) for one in told if one.marker is None or one.marker.evaluate({"extra": ""})}
+    extras = {canonicalize_name(one.name) for one in told}
+    modules = {
+        name: zipfile.ZipFile(wheel).read(name).decode()
+        for name in zipfile.ZipFile(wheel).namelist()
+        if name.endswith(".py")
+    }
+    # By fastapi, uvicorn, vLLM, pydantic and datasets; deepspeed by who trains with it.
+    brought = {"starlette", "httptools", "uvloop", "pydantic-core", "pyarrow", "deepspeed"}
+    missing = {f"{name}: {one}" for name, text in modules.items() for one in imported(text) - extras - brought}
+    assert not missing
+    # What any command imports before it knows what it is asked for.
+    commands = sorted(f"pat_serve.cli.{name.removeprefix('pat-')}" for name in SCRIPTS)
+    script = (
+        f"import sys, importlib; [importlib.import_module(name) for name in {commands}]; "
+        "print(*[name for name in sys.modules if name.split('.')[0] == 'pat_serve'])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
+    files = [name.replace(".", "/") for name in loaded.stdout.split()]
+    texts = {name: modules.get(f"{name}.py") or modules[f"{name}/__init__.py"] for name in files}
+    assert len(texts) > 10
+    missing = {f"{name}: {one}" for name, text in texts.items() for one in imported(text, at_once=True) - base}
+    assert not missing
+
+
+def imported(text: str, *, at_once: bool = False) -> set[str]:
+    """Distributions of the packages that a module imports; `at_once`: when it is itself imported."""
+    found: set[str] = set()
+    todo: list[ast.AST] = [ast.parse(text)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+        elif not (at_once and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            todo += ast.iter_child_nodes(node)
+    return {
+        canonicalize_name(DISTRIBUTIONS.get(name, [name])[0])
+        for name in found - sys.stdlib_module_names - {"pat_serve"}
+    }

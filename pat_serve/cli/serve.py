@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pat_serve.cli.app import Debug, run_command
-from pat_serve.errors import UsageError
+from pat_serve.errors import UsageError, want
 from pat_serve.extras import require
 
 Flag = typer.Option
+MAX_TIMEOUT_S = 86_400
 
 
 def serve(
@@ -23,7 +25,9 @@ def serve(
         str | None,
         Flag(help="Dense parent: runs beside the model, for /benchmark/speedup, /baseline/generate and the page."),
     ] = None,
-    host: Annotated[str, Flag(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[
+        str, Flag(help="Address to listen on; 0.0.0.0 lets other machines in: give keys then.")
+    ] = "127.0.0.1",
     port: Annotated[int, Flag(min=1, max=65535)] = 8000,
     dtype: Annotated[
         str,
@@ -55,6 +59,9 @@ def serve(
     public_metrics: Annotated[bool, Flag("--public-metrics", help="/metrics asks for no key.")] = False,
     public_page: Annotated[bool, Flag("--public-page", help="The page's files ask for no key; the page does.")] = False,
     max_body_mib: Annotated[float, Flag(min=0.001, help="MiB of a request's body.")] = 4.0,
+    max_bodies_mib: Annotated[
+        float, Flag(min=0.001, help="MiB of all requests' bodies together; more are refused with 503.")
+    ] = 256.0,
     max_sequences: Annotated[int, Flag(min=1, help="Prompts times n of one request.")] = 128,
     max_queue: Annotated[
         int | None,
@@ -76,6 +83,10 @@ def serve(
         list[str] | None,
         Flag(help="structured-output, chat-template, media or prompt-embeds: let requests have it; repeatable."),
     ] = None,
+    no_benchmarks: Annotated[
+        bool,
+        Flag("--no-benchmarks", help="Refuse POST /benchmark/*: whoever may use the server could load it with them."),
+    ] = False,
     log_format: Annotated[str, Flag(help="text or json: one line a request on stdout.")] = "text",
     debug: Debug = False,
 ) -> None:
@@ -99,6 +110,18 @@ def serve(
             found="a word without a flag",
             fix="Give the model as --model MODEL; flags for vLLM come after --.",
         )
+    for flag, value in (
+        ("--request-timeout", request_timeout),
+        ("--receive-timeout", receive_timeout),
+        ("--send-timeout", send_timeout),
+        ("--shutdown-timeout", shutdown_timeout),
+    ):
+        # Timers take no infinity, and the system's alarm clock no more than 68 years.
+        want(flag, value <= MAX_TIMEOUT_S, f"at most {MAX_TIMEOUT_S} s, a day", value, "Give fewer seconds.")
+    for flag, size in (
+        ("--max-body-mib", max_body_mib), ("--max-bodies-mib", max_bodies_mib), ("--kv-cache-gib", kv_cache_gib),
+    ):  # fmt: skip
+        want(flag, size is None or isfinite(size), "a size", size, "Give a number.")
     # Before anything of the server's: it imports what the extra brings.
     require("vllm", "cpu", "cuda", wanted_by="pat-serve")
     from pat_serve.server.policy import MIB, Feature, Policy
@@ -132,6 +155,7 @@ def serve(
                 public_metrics=public_metrics,
                 public_page=public_page,
                 max_body_bytes=int(max_body_mib * MIB),
+                max_bodies_bytes=int(max_bodies_mib * MIB),
                 max_sequences=max_sequences,
                 max_queue=max_queue,
                 max_concurrency_per_key=max_concurrency_per_key,
@@ -141,6 +165,7 @@ def serve(
                 send_timeout_s=send_timeout,
                 shutdown_timeout_s=shutdown_timeout,
                 allowed=frozenset(Feature(name) for name in allow or ()),
+                benchmarks=not no_benchmarks,
             ),
             api_keys=tuple(api_key or ()),
             api_key_file=api_key_file,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 from uuid import uuid4
 
@@ -21,7 +21,7 @@ from pat_serve.errors import UsageError
 from pat_serve.server.cluster.events import error_event, is_event_stream
 from pat_serve.server.cluster.repeat import may_repeat, of_serve, replica_lost, says_gone
 from pat_serve.server.http.errors import HttpError
-from pat_serve.server.http.request_bounds import check_headers, check_length, header, read_body, replay
+from pat_serve.server.http.request_bounds import BodyBudget, check_headers, check_length, header, read_body, replay
 from pat_serve.server.policy import MIB, Policy
 
 # Ray Serve logs to files by this name.
@@ -73,6 +73,7 @@ class RepeatLost:
         self.app = app
         self._policy = policy
         self._repeat_after_s = repeat_after_s
+        self._bodies = BodyBudget(max(policy.max_bodies_bytes, policy.max_body_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -82,17 +83,21 @@ class RepeatLost:
         if scope["type"] != "http" or scope["path"].startswith(_SERVE_ROUTES):
             await self.app(scope, receive, send)
             return
-        request_id = header(scope, b"x-request-id")
         try:
             check_headers(scope)
-            body = await read_body(scope, receive, self._policy)
-            if body is not None:
-                check_length(scope, body)
+            with self._bodies.share() as take:
+                await self._through(scope, receive, send, take)
         except HttpError as error:
             await error.response()(scope, receive, send)
-            return
+
+    async def _through(self, scope: Scope, receive: Receive, send: Send, take: Callable[[int], None]) -> None:
+        max_bytes = self._policy.max_body_bytes if scope["method"] == "POST" else 0
+        timeout_s = self._policy.receive_timeout_s
+        body = await read_body(scope, receive, max_bytes=max_bytes, timeout_s=timeout_s, take=take)
         if body is None:
             return
+        check_length(scope, body)
+        request_id = header(scope, b"x-request-id")
         headers = list(scope["headers"])
         if request_id is None:
             request_id = uuid4().hex.encode()

@@ -14,8 +14,10 @@ from pat_serve.errors import UsageError
 from pat_serve.locate import locate
 from pat_serve.server.trusted_model import check_trusted
 
-# The application's own, or a secret that Ray would keep and show.
-_TAKEN = ("--model", "--host", "--port", "--api-key")
+# The application's own.
+_TAKEN = ("--model", "--host", "--port")
+# Ray keeps the arguments and shows them; vLLM's parser takes this one behind -- too, with _ for - and cut short.
+_SECRET = "--api-key"
 
 
 class ReplicaSettings(BaseModel):
@@ -61,10 +63,11 @@ def read_settings(arguments: Mapping[str, Any]) -> ReplicaSettings:
         raise UsageError(
             "argument flags", expected="a command line", found=str(error).lower(), fix="Close the quote."
         ) from error
-    own = flags[: flags.index("--")] if "--" in flags else flags
-    for flag in own:
-        name = flag.split("=")[0]
-        if name in _TAKEN:
+    own = len(flags[: flags.index("--")] if "--" in flags else flags)
+    for place, flag in enumerate(flags):
+        name = flag.split("=")[0].replace("_", "-")
+        secret = name.startswith("--api-k") and _SECRET.startswith(name)
+        if secret or (place < own and name in _TAKEN):
             raise UsageError(
                 f"argument flags: {name}",
                 expected="flags that are not the application's own",

@@ -52,10 +52,7 @@ class Admission:
                 "the server is stopping; ask another or try again later",
                 headers={"Retry-After": str(RETRY_AFTER_STOP_S), "Connection": "close"},
             )
-        if sequences > self.capacity:
-            raise InvalidRequestError(
-                f"the request asks for {sequences} sequences (prompts times n), and this server holds {self.capacity}"
-            )
+        self._check_size(sequences, "prompts times n")
         if self.per_key is not None and self._by_key[key] >= self.per_key:
             raise HttpError(
                 429,
@@ -63,10 +60,7 @@ class Admission:
                 f"this key has {self.per_key} requests under way, which is its bound",
                 headers={"Retry-After": str(RETRY_AFTER_S)},
             )
-        if self.sequences + sequences > self.capacity:
-            raise HttpError(
-                503, "overloaded", "the queue is full; try again later", headers={"Retry-After": str(RETRY_AFTER_S)}
-            )
+        self._check_room(sequences)
         self.sequences += sequences
         self.requests += 1
         self.admitted += 1
@@ -81,3 +75,32 @@ class Admission:
             if not self._by_key[key]:
                 del self._by_key[key]
             self.changed()
+
+    @contextmanager
+    def more(self, sequences: int) -> Iterator[None]:
+        """Hold further places for a request that was admitted with one, and that turns out to need more.
+
+        Raises:
+            HttpError: 503 the queue has no room for them.
+            InvalidRequestError: they are more than the server ever takes.
+        """
+        self._check_size(sequences + 1, "requests at once")
+        self._check_room(sequences)
+        self.sequences += sequences
+        self.changed()
+        try:
+            yield
+        finally:
+            self.sequences -= sequences
+            self.changed()
+
+    def _check_size(self, sequences: int, of: str) -> None:
+        if sequences > self.capacity:
+            told = f"the request asks for {sequences} sequences ({of}), and this server holds {self.capacity}"
+            raise InvalidRequestError(f"{told}; ask for less")
+
+    def _check_room(self, sequences: int) -> None:
+        if self.sequences + sequences > self.capacity:
+            raise HttpError(
+                503, "overloaded", "the queue is full; try again later", headers={"Retry-After": str(RETRY_AFTER_S)}
+            )

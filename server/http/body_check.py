@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import from_json
 
 from pat_serve.server.http.errors import InvalidRequestError
+from pat_serve.server.http.feature_check import check_features
 from pat_serve.server.limits import MAX_STOP_CHARS, MAX_STOPS
-from pat_serve.server.policy import MAX_REQUEST_ID_CHARS, Feature, Policy
+from pat_serve.server.policy import MAX_REQUEST_ID_CHARS, Policy
 
 MAX_LOGPROBS = 20
 MAX_NAME_CHARS = 256
@@ -28,15 +29,11 @@ MAX_CONTAINERS = 50_000
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 _STOPS = ("stop", "stop_sequences", "bad_words")
-_TOKEN_RULES = ("stop_token_ids", "allowed_token_ids", "logit_bias")
+_TOKEN_RULES = ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids")
 _NAMES = ("model", "user", "cache_salt", "session_id", "role")
-_GRAMMARS = (
-    "structured_outputs", "structural_tag", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-    "guided_decoding_backend", "output_format",
-)  # fmt: skip
-_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_MEDIA_FIELDS = ("mm_processor_kwargs", "media_io_kwargs", "multi_modal_data")
-_MEDIA_PART = re.compile("image|audio|video|file|media", re.IGNORECASE)
+# Whatever stands after a quote, it matches, a string without an end too, and goes back for nothing: its time grows with
+# the body's length and not with its square.
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +86,8 @@ def check_body(body: bytes, policy: Policy, model: ModelBounds) -> int:
         raise InvalidRequestError("the body must be a JSON object")
     _check_numbers(fields, policy, model)
     _check_texts(fields)
-    for feature, name in _features(fields):
-        if feature not in policy.allowed:
-            raise InvalidRequestError(f"{name}: not allowed here; the server's operator can --allow {feature}", name)
-    prompts = _check_prompts(fields, model) * _check_messages(fields, policy)
+    prompts = _check_prompts(fields, model) * _check_messages(fields)
+    check_features(fields, policy.allowed)
     sequences = prompts * (fields.get("n") or 1)
     if sequences > policy.max_sequences:
         raise InvalidRequestError(
@@ -153,28 +148,6 @@ def _check_texts(fields: Mapping[str, Any]) -> None:
         raise InvalidRequestError(told, "request_id")
 
 
-def _features(fields: Mapping[str, Any]) -> Iterator[tuple[Feature, str]]:
-    for name in _GRAMMARS:
-        if fields.get(name) is not None:
-            yield Feature.STRUCTURED_OUTPUT, name
-    for name, wanted in (("response_format", fields.get("response_format")), ("text", fields.get("text"))):
-        form = wanted.get("format", wanted) if name == "text" and isinstance(wanted, dict) else wanted
-        if isinstance(form, dict) and form.get("type", "text") != "text":
-            yield Feature.STRUCTURED_OUTPUT, name
-    if fields.get("tool_choice") not in (None, "none", "auto"):
-        yield Feature.STRUCTURED_OUTPUT, "tool_choice"
-    template_arguments = fields.get("chat_template_kwargs")
-    if fields.get("chat_template") is not None:
-        yield Feature.CHAT_TEMPLATE, "chat_template"
-    if isinstance(template_arguments, dict) and "chat_template" in template_arguments:
-        yield Feature.CHAT_TEMPLATE, "chat_template_kwargs"
-    for name in _MEDIA_FIELDS:
-        if fields.get(name):
-            yield Feature.MEDIA, name
-    if fields.get("prompt_embeds") is not None:
-        yield Feature.PROMPT_EMBEDS, "prompt_embeds"
-
-
 def _check_prompts(fields: Mapping[str, Any], model: ModelBounds) -> int:
     prompt = fields.get("prompt")
     if not isinstance(prompt, list) or not prompt:
@@ -199,7 +172,7 @@ def _check_ids(token_ids: list[int], model: ModelBounds) -> None:
         raise InvalidRequestError(told, "prompt")
 
 
-def _check_messages(fields: Mapping[str, Any], policy: Policy) -> int:
+def _check_messages(fields: Mapping[str, Any]) -> int:
     conversations = 0
     for name in ("messages", "input"):
         messages = fields.get(name)
@@ -213,20 +186,7 @@ def _check_messages(fields: Mapping[str, Any], policy: Policy) -> int:
             for turn in message if isinstance(message, list) else [message]:
                 if not isinstance(turn, dict):
                     raise InvalidRequestError(f"{name}: must be a list of objects", name)
-                _check_parts(turn.get("content"), name, policy)
+                content = turn.get("content")
+                if isinstance(content, list) and not all(isinstance(part, dict) for part in content):
+                    raise InvalidRequestError(f"{name}: the parts of a content must be objects", name)
     return conversations or 1
-
-
-def _check_parts(content: Any, name: str, policy: Policy) -> None:
-    for part in content if isinstance(content, list) else []:
-        if not isinstance(part, dict):
-            raise InvalidRequestError(f"{name}: the parts of a content must be objects", name)
-        kind = str(part.get("type", ""))[:MAX_NAME_CHARS]
-        if "prompt_embeds" in part or kind == "prompt_embeds":
-            wanted = Feature.PROMPT_EMBEDS
-        elif _MEDIA_PART.search(kind) or any(_MEDIA_PART.search(key) for key in part):
-            wanted = Feature.MEDIA
-        else:
-            continue
-        if wanted not in policy.allowed:
-            raise InvalidRequestError(f"{name}: only text; the server's operator can --allow {wanted}", name)

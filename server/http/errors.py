@@ -25,8 +25,6 @@ from pat_serve.server.schemas import ErrorBody, ErrorDetail
 
 logger = logging.getLogger(__name__)
 
-# The name of an unknown field is the client's own text.
-_NAME_CHARS = 64
 _MESSAGE_CHARS = 300
 
 
@@ -131,7 +129,7 @@ def shape_vllm_errors(app: FastAPI) -> None:
         if isinstance(first, str):
             return InvalidRequestError("the body must be sent as Content-Type: application/json").response()
         # Further parts of the place name the branches of vLLM's types.
-        param = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
+        param = next((part for part in _place(first) if isinstance(part, str)), None)
         if first["type"] == "json_invalid":
             return explain([first], None).response()
         told = str(first["msg"]).splitlines()[0][:_MESSAGE_CHARS]
@@ -139,8 +137,11 @@ def shape_vllm_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def defect(request: Request, _: Exception) -> JSONResponse:
-        # Starlette raises it again behind the answer, so that uvicorn logs it.
-        return HttpError(500, "internal_error", "the server failed; its log has the reason").response()
+        # Starlette raises it again behind the answer, so that uvicorn logs it. Its own part is outside of the one that
+        # adds the id to every answer, and gave every request one.
+        told, name = "the server failed; its log has the reason", "X-Request-Id"
+        headers = {name: request.headers[name]} if name in request.headers else {}
+        return HttpError(500, "internal_error", told, headers=headers).response()
 
     # A part of vLLM's has built the stack, with the handlers of that moment in it.
     app.middleware_stack = app.build_middleware_stack()
@@ -154,16 +155,14 @@ def explain(errors: Sequence[Any], model: type[BaseModel] | None) -> InvalidRequ
         model: the body's model, whose fields are listed when an unknown one was sent.
     """
     first = errors[0]
-    # The location starts with "body"; further parts are field names and list indices.
-    parts = [str(part)[:_NAME_CHARS] for part in first["loc"][1:]]
-    param = ".".join(parts) or None
+    param = ".".join(str(part) for part in _place(first)) or None
     known = ", ".join(model.model_fields) if model else ""
     match first["type"]:
         case "json_invalid":
             position = first["loc"][-1]
             return InvalidRequestError(f"the body is not valid JSON: {first['ctx']['error']} at character {position}")
         case "extra_forbidden":
-            message = f"unknown field {parts[-1]!r}; known fields are {known}"
+            message = f"an unknown field; known fields are {known}"
         case "missing" if param is None:
             message = f"a JSON body is needed; its fields are {known}"
         case "model_attributes_type" | "model_type" | "dict_type":
@@ -177,3 +176,9 @@ def explain(errors: Sequence[Any], model: type[BaseModel] | None) -> InvalidRequ
     if len(errors) > 1:
         message += f" (and {len(errors) - 1} more)"
     return InvalidRequestError(message, param)
+
+
+def _place(error: Any) -> tuple[str | int, ...]:
+    """Where in the body it is: names of fields, indices of lists. An unknown field's name is the client's own text."""
+    inside: tuple[str | int, ...] = error["loc"][1:]
+    return inside[:-1] if error["type"] == "extra_forbidden" else inside

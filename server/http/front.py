@@ -12,15 +12,17 @@ from pat_serve.server.http.body_check import ModelBounds, check_body, check_cont
 from pat_serve.server.http.deadline import within_deadline
 from pat_serve.server.http.errors import HttpError
 from pat_serve.server.http.exchange import NO_KEY, current
-from pat_serve.server.http.request_bounds import check_headers, check_length, header, read_body, replay
+from pat_serve.server.http.request_bounds import BodyBudget, check_headers, check_length, header, read_body, replay
 from pat_serve.server.policy import Policy
 
-# Whose bodies pydantic checks in full, in the routes' own models.
-_OWN = ("/generate", "/baseline/generate", "/benchmark/")
 # A benchmark has bounds of its own and takes longer than a request may.
-_UNTIMED = ("/benchmark/",)
-# The engine does not hear of these.
-_CHEAP = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
+_BENCHMARKS = "/benchmark/"
+# Whose bodies pydantic checks in full, in the routes' own models.
+_OWN = ("/generate", "/baseline/generate", _BENCHMARKS)
+# The engine does not hear of these, so that its queue is full is no reason to refuse them. But the tokenizer takes one
+# after the other, and a body of some megabytes keeps it for seconds.
+_TOKENIZING = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
+MAX_TOKENIZING = 64
 
 
 class Gate:
@@ -30,6 +32,16 @@ class Gate:
         self.policy = policy
         self.admission = admission
         self.model = model
+        # Room for one of the largest there always is.
+        self.bodies = BodyBudget(max(policy.max_bodies_bytes, policy.max_body_bytes))
+        self._tokenizing = Admission(capacity=MAX_TOKENIZING, per_key=admission.per_key)
+
+    def lane(self, path: str) -> Admission:
+        """Where a request for that path takes its place."""
+        if path not in _TOKENIZING:
+            return self.admission
+        self._tokenizing.draining = self.admission.draining
+        return self._tokenizing
 
 
 class Front:
@@ -57,31 +69,39 @@ class Front:
             key = authorize(scope, gate.policy)
             if exchange is not None:
                 exchange.key = key
+            if scope["path"].startswith(_BENCHMARKS) and scope["method"] == "POST" and not gate.policy.benchmarks:
+                told = "benchmarks are off on this server (--no-benchmarks); pat-bench measures the model without it"
+                raise HttpError(403, "benchmarks_off", told, headers={"Connection": "close"})
             await self._admitted(gate, key, scope, receive, send)
         except HttpError as error:
             await error.response()(scope, receive, send)
 
     async def _admitted(self, gate: Gate, key: str, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await read_body(scope, receive, gate.policy)
-        if body is None:
-            return
-        exchange = current.get()
-        if exchange is not None:
-            exchange.request_bytes = len(body)
-        check_length(scope, body)
-        path, sequences = scope["path"], 1
-        check_containers(body)
-        if body and scope["method"] == "POST" and not path.startswith(_OWN):
-            sequences = check_body(body, gate.policy, gate.model)
-        receive = replay(body, receive)
-        if scope["method"] != "POST" or path in _CHEAP:
-            await self.app(scope, receive, send)
-            return
-        with gate.admission.admit(key, sequences):
-            if path.startswith(_UNTIMED):
+        policy, path, posted = gate.policy, scope["path"], scope["method"] == "POST"
+        # No other request has use for one, and who needs no key must not have us hold anything.
+        max_bytes = policy.max_body_bytes if posted and path not in policy.open_paths else 0
+        with gate.bodies.share() as take:
+            body = await read_body(scope, receive, max_bytes=max_bytes, timeout_s=policy.receive_timeout_s, take=take)
+            if body is None:
+                return
+            exchange = current.get()
+            if exchange is not None:
+                exchange.request_bytes = len(body)
+            check_length(scope, body)
+            sequences = 1
+            check_containers(body)
+            if body and not path.startswith(_OWN):
+                sequences = check_body(body, policy, gate.model)
+            receive = replay(body, receive)
+            if not posted:
                 await self.app(scope, receive, send)
-            else:
-                await within_deadline(self.app, scope, receive, send, gate.policy.request_timeout_s)
+                return
+            lane = gate.lane(path)
+            with lane.admit(key, sequences if lane is gate.admission else 1):
+                if path.startswith(_BENCHMARKS):
+                    await self.app(scope, receive, send)
+                else:
+                    await within_deadline(self.app, scope, receive, send, policy.request_timeout_s)
 
 
 def authorize(scope: Scope, policy: Policy) -> str:

@@ -50,20 +50,32 @@ def collect_keys(flags: Sequence[str], *, environment: MutableMapping[str, str],
 
     Args:
         flags: KEY or NAME=KEY each.
-        environment: `PAT_SERVE_API_KEYS` (separated by commas) and `VLLM_API_KEY`; both are removed from it.
+        environment: `PAT_SERVE_API_KEYS` (separated by commas) and `VLLM_API_KEY` (one key without a name, as vLLM has
+            it); both are removed from it.
         file: one key a line; empty lines and those that start with # are skipped.
 
     Raises:
-        UsageError: a key that is empty or cannot travel in a header, the same name twice, or an unreadable file.
+        UsageError: a source without a key, a key that cannot travel in a header, the same name twice, or an unreadable
+            file.
     """
-    texts = [*flags, *environment.pop(ENVIRONMENT[0], "").split(",")]
-    if file is not None:
-        texts += _lines(file)
-    texts.append(environment.pop(ENVIRONMENT[1], ""))
+    variables = {name: environment.pop(name) for name in ENVIRONMENT if name in environment}
+    listed = variables.get(ENVIRONMENT[0], "").split(",")
+    # A source that is there and empty is most often a variable of the caller's that was not set, and a server without
+    # keys is open to all.
+    for source, empty in (
+        ("--api-key", any(not text.strip() for text in flags)),
+        *((name, not value.strip(", \t\r\n")) for name, value in variables.items()),
+    ):
+        if empty:
+            raise UsageError(
+                source, expected="a key", found="nothing", fix="Give one, or leave it out (unset a variable)."
+            )
+    given = [_split(text) for text in (*flags, *listed, *(_lines(file) if file is not None else ())) if text.strip()]
+    if ENVIRONMENT[1] in variables:
+        given.append((None, variables[ENVIRONMENT[1]].strip()))
     keys: dict[str, ApiKey] = {}
-    for text in (text.strip() for text in texts if text.strip()):
-        named = _NAMED.fullmatch(text)
-        name, secret = named.groups() if named else (f"key-{len(keys) + 1}", text)
+    for told, secret in given:
+        name = told or f"key-{len(keys) + 1}"
         if not secret.isprintable() or " " in secret:
             raise UsageError(
                 f"API key {name}",
@@ -83,9 +95,13 @@ def first_key(file: Path) -> str:
     Raises:
         UsageError: an unreadable file, or none in it.
     """
-    text = _lines(file)[0].strip()
-    named = _NAMED.fullmatch(text)
-    return named[2] if named else text
+    return _split(_lines(file)[0])[1]
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    """Name, if there is one, and key."""
+    named = _NAMED.fullmatch(text.strip())
+    return (named[1], named[2]) if named else (None, text.strip())
 
 
 def _lines(file: Path) -> list[str]:

@@ -11,11 +11,12 @@ import asyncio
 from asyncio import TimerHandle
 from collections.abc import Callable
 from typing import Any, cast
+from uuid import uuid4
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pat_serve.server.http.errors import HttpError
-from pat_serve.server.policy import MAX_HEADER_BYTES, Policy
+from pat_serve.server.policy import MAX_HEADER_BYTES, MAX_HEADERS, Policy
 
 # A refused client may be sending still; closed at once, it would see a reset in place of the answer.
 _LINGER_S = 2.0
@@ -46,7 +47,10 @@ class _BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_headers = False
+        self._in_body = False
+        # While a body comes: since its last piece, so of trailers and of chunks' extensions.
         self._header_bytes = 0
+        self._trailers = 0
         self._refused = False
         self._receive_timer: TimerHandle | None = None
         self._send_timer: TimerHandle | None = None
@@ -69,18 +73,21 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count what comes before the headers are complete."""
+        """Count what is no body."""
         if self._refused:
             return
-        if self._in_headers:
+        begun = self._in_headers or self._in_body
+        if begun:
+            # A piece of the body that is in it sets this to 0.
             self._header_bytes += len(data)
-            super().data_received(data)
-        else:
-            super().data_received(data)
-            # Where in it they begin the parser does not say; what a client pipelines behind a body may count as theirs.
+        super().data_received(data)
+        if not begun and self._in_headers:
+            # Where in it they begin the parser does not say; what is pipelined behind a body may count as theirs.
             self._header_bytes = len(data)
-        if self._in_headers and self._header_bytes > MAX_HEADER_BYTES:
-            self._refuse(HttpError(431, "headers_too_large", f"more than {MAX_HEADER_BYTES} bytes of headers"))
+        reading = self._in_headers or self._in_body
+        if reading and (self._header_bytes > MAX_HEADER_BYTES or self._trailers > MAX_HEADERS):
+            told = f"at most {MAX_HEADERS} headers or trailers of {MAX_HEADER_BYTES} bytes together are allowed"
+            self._refuse(HttpError(431, "headers_too_large", told))
         elif not self._in_headers and (self.cycle is None or self.cycle.response_complete):
             # Empty lines between requests stop uvicorn's keep-alive clock and begin no request.
             self._await_request()
@@ -89,18 +96,39 @@ class _BoundedProtocol(HttpToolsProtocol):
         """A request has begun; its headers have a time."""
         super().on_message_begin()
         self._in_headers = True
+        self._trailers = 0
         self._await_request()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; count a trailer, and drop it: the headers have been checked, and nothing of ours reads one."""
+        if self._in_headers:
+            super().on_header(name, value)
+        else:
+            self._trailers += 1
 
     def on_headers_complete(self) -> None:
         """From here on the body's reader keeps the time."""
         self._in_headers = False
+        self._in_body = True
+        self._header_bytes = 0
         self._stop_timer("_receive_timer")
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._header_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._in_body = False
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP."""
         self.refused(HttpError(400, "not_http", msg))
-        super().send_400_response(msg)
+        self._write(400, b"text/plain; charset=utf-8", msg.encode())
+        self.transport.close()
 
     def shutdown(self) -> None:
         """The server stops. What is not over in its time is cut off, and its request ends as if the client had left.
@@ -141,13 +169,27 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._refused = True
         self._stop_timer("_receive_timer")
         self.refused(error)
-        body = error.body().model_dump_json().encode()
-        fields = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        if not self.transport.is_closing():
-            self.transport.write(STATUS_LINE[error.status] + fields + body)
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
-            self.loop.call_later(_LINGER_S, self.transport.abort)
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            begun = self.cycle.response_started
+            # The app sees its client leave, and what it still says is not sent.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if begun:
+                self.transport.abort()
+                return
+        self._write(error.status, b"application/json", error.body().model_dump_json().encode())
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(_LINGER_S, self.transport.abort)
+
+    def _write(self, status: int, kind: bytes, body: bytes) -> None:
+        """An answer that no app gives, and the last one."""
+        fields = b"content-type: %b\r\ncontent-length: %d\r\n" % (kind, len(body))
+        # What the client sent as its id may be what is refused.
+        fields += b"x-request-id: %b\r\nconnection: close\r\n\r\n" % uuid4().hex.encode()
+        self.transport.write(STATUS_LINE[status] + fields + body)
 
     def _start_send_timer(self) -> None:
         if self._send_timer is None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from starlette.types import Message, Receive, Scope
 
+from pat_serve.server.http.admission import RETRY_AFTER_S
 from pat_serve.server.http.body_check import valid_request_id
 from pat_serve.server.http.errors import HttpError, InvalidRequestError
-from pat_serve.server.policy import MAX_HEADER_BYTES, MAX_HEADERS, MAX_REQUEST_ID_CHARS, MAX_URL_BYTES, Policy
+from pat_serve.server.policy import MAX_HEADER_BYTES, MAX_HEADERS, MAX_REQUEST_ID_CHARS, MAX_URL_BYTES
 
 # What is left of a body that nobody wants would be read for as long as the client sends it.
 _CLOSE = {"Connection": "close"}
@@ -37,38 +40,76 @@ def check_headers(scope: Scope) -> None:
         raise HttpError(400, "invalid_request", told, headers=_CLOSE)
 
 
-async def read_body(scope: Scope, receive: Receive, policy: Policy) -> bytes | None:
+class BodyBudget:
+    """Bytes of all bodies that are held at once, each until its answer has ended. Lives on the event loop.
+
+    Args:
+        capacity: how many they may be.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.held = 0
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """One request's share: to be called with the size of what is held more; raises 503 where there is no room."""
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if self.held + size > self.capacity:
+                headers = _CLOSE | {"Retry-After": str(RETRY_AFTER_S)}
+                raise HttpError(503, "overloaded", "too many bodies are under way; try again later", headers=headers)
+            self.held += size
+            taken += size
+
+        try:
+            yield take
+        finally:
+            self.held -= taken
+
+
+async def read_body(
+    scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float, take: Callable[[int], None]
+) -> bytes | None:
     """The whole body; None if the client left before its end.
 
+    Args:
+        scope: of the request.
+        receive: of the request.
+        max_bytes: that it may have; 0 for a request that takes none.
+        timeout_s: that it may take to arrive.
+        take: is called with the size of each piece before it is kept; see `BodyBudget.share`.
+
     Raises:
-        HttpError: 413 it is too large, whatever its length was said to be; 408 it takes too long; 400 a wrong length.
+        HttpError: 413 it is too large, whatever its length was said to be; 408 it takes too long; 503 no room for it.
     """
     told = header(scope, b"content-length")
     if told is None and header(scope, b"transfer-encoding") is None:
         return b""
-    too_large = HttpError(
-        413, "body_too_large", f"the body is larger than {policy.max_body_bytes} bytes", headers=_CLOSE
-    )
+    bound = f"the body is larger than {max_bytes} bytes" if max_bytes else "this request takes no body; leave it out"
+    too_large = HttpError(413, "body_too_large", bound, headers=_CLOSE)
     # The parser has seen to it that a length is digits.
-    if told is not None and int(told) > policy.max_body_bytes:
+    if told is not None and int(told) > max_bytes:
         raise too_large
     chunks, size = [], 0
     try:
-        async with asyncio.timeout(policy.receive_timeout_s):
+        async with asyncio.timeout(timeout_s):
             while True:
                 message = await receive()
                 if message["type"] != "http.request":
                     return None
                 chunk = message.get("body", b"")
-                chunks.append(chunk)
                 size += len(chunk)
-                if size > policy.max_body_bytes:
+                if size > max_bytes:
                     raise too_large
+                take(len(chunk))
+                chunks.append(chunk)
                 if not message.get("more_body", False):
                     return b"".join(chunks)
     except TimeoutError:
-        told_late = f"the body took longer than {policy.receive_timeout_s:g} s"
-        raise HttpError(408, "body_timeout", told_late, headers=_CLOSE) from None
+        raise HttpError(408, "body_timeout", f"the body took longer than {timeout_s:g} s", headers=_CLOSE) from None
 
 
 def check_length(scope: Scope, body: bytes) -> None:

@@ -57,7 +57,14 @@ def spawn(model: Path | str, port: int, log: Path, *flags: str) -> subprocess.Po
     """Start pat-serve in a process group of its own, with its output in a file."""
     command = [str(Path(sys.executable).with_name("pat-serve")), "--model", str(model), "--port", str(port)]
     with log.open("wb") as output:
-        return subprocess.Popen([*command, *flags], stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            [*command, *flags],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A shell without job control has what it runs in the background ignore SIGINT, and so would the server.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -26,6 +26,7 @@ BROKEN = {
     "no UTF-8": b'{"prompt": "\xff\xfe"}',
     "1,000 deep": b'{"prompt": ' + b"[" * 1000 + b"]" * 1000 + b"}",
     "100,000 deep": b"[" * 100_000,
+    "a text without an end": b"[" * 50_001 + b'"' + b'\\"' * 400_000,
     "5,000 digits": b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}",
     "not an object": b"[1, 2]",
     "empty": b"",
@@ -108,8 +109,9 @@ def test_wrong_generate(client: httpx.Client, wrong: dict[str, Any]) -> None:
         {"chat_template": "{% for i in range(10**9) %}{{ i }}{% endfor %}"},
         {"tool_choice": "required"},
         {"top_logprobs": 10**6, "logprobs": True},
+        {"kv_transfer_params": {"remote_host": "127.0.0.1", "remote_port": 9}},
     ],
-    ids=["media", "template", "tool", "top_logprobs"],
+    ids=["media", "template", "tool", "top_logprobs", "transfer"],
 )
 def test_wrong_chat(server: Server, client: httpx.Client, wrong: dict[str, Any]) -> None:
     body = {"model": str(server.model), "messages": [{"role": "user", "content": "a"}]} | wrong
@@ -118,15 +120,44 @@ def test_wrong_chat(server: Server, client: httpx.Client, wrong: dict[str, Any])
     assert next(iter(wrong)) in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/scale_elastic_ep", "/inference/v1/abort_requests", "/v1/completions/render"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+        {"system": [{"type": "image", "source": {"type": "url", "url": "http://127.0.0.1:9/"}}]},
+        {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": [
+            {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1:9/"}}]}]}]},
+    ],
+    ids=["output_config", "system", "tool_result"],
+)  # fmt: skip
+def test_wrong_messages(server: Server, client: httpx.Client, wrong: dict[str, Any]) -> None:
+    body = {"model": str(server.model), "max_tokens": 2, "messages": [{"role": "user", "content": "a"}]}
+    assert client.post("/v1/messages", json=body | {"tool_choice": {"type": "none"}}).status_code == 200
+    answer = client.post("/v1/messages", json=body | wrong)
+    assert answer.status_code == 400
+    assert f"{next(iter(wrong))}: " in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/scale_elastic_ep", "/inference/v1/abort_requests", "/v1/completions/render", "/adapters", "/kv_event_sources"],
+)
 def test_routes_that_steer_the_engine_are_not_there(client: httpx.Client, path: str) -> None:
     assert client.post(path, json={}).status_code == 404
+    assert client.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/generative_scoring", "/v1/systemone"])
+def test_routes_whose_sequences_nobody_counts_are_not_there(client: httpx.Client, path: str) -> None:
+    body = {"query": "a", "items": ["b"] * 20_000, "label_token_ids": [5]}
+    assert client.post(path, json=body).status_code == 404
 
 
 def test_an_unknown_field_with_a_long_name(client: httpx.Client) -> None:
     answer = client.post("/generate", json={"prompt": "a", SECRET + "a" * 100_000: 1})
     assert answer.status_code == 400
     assert len(answer.text) < 1000
+    assert SECRET not in answer.text
 
 
 def test_more_sequences_than_the_server_holds(server: Server, client: httpx.Client) -> None:

@@ -72,6 +72,14 @@ def test_a_body_that_is_too_large_by_its_length(server: Server, path: str) -> No
         assert raw.answer()[0] == 413  # before any of it was sent
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_a_body_where_no_key_is_asked_for(server: Server, path: str) -> None:
+    for method in ("GET", "POST"):
+        with RawClient(server) as raw:
+            raw.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+            assert raw.answer()[0] == 413
+
+
 def test_a_chunked_body_that_does_not_end(server: Server) -> None:
     before = memory_bytes(server)
     for _ in range(8):
@@ -140,6 +148,17 @@ def test_a_header_of_16_mib(server: Server) -> None:
                 if not raw.send(b"a" * 65536):
                     break
             assert raw.answer()[0] in (0, 431)
+    assert memory_bytes(server) - before < MEMORY_SLACK
+
+
+def test_trailers_that_do_not_end(server: Server) -> None:
+    before = memory_bytes(server)
+    with RawClient(server) as raw:
+        raw.send(head("/v1/completions", "Transfer-Encoding: chunked"), "2\r\n{}\r\n0\r\n")
+        for _ in range(256):
+            if not raw.send(b"a: b\r\n" * 10_000):
+                break
+        assert raw.answer()[0] in (0, 431)
     assert memory_bytes(server) - before < MEMORY_SLACK
 
 

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.integration.conftest import KEY, MAX_MODEL_LEN, free_port, running, spawn, tail, wait_for
+from tests.integration.conftest import KEY, MAX_MODEL_LEN, START_TIMEOUT_S, free_port, running, spawn, tail, wait_for
 from tests.integration.raw_http import RawClient
 
 pytestmark = pytest.mark.vllm
@@ -231,6 +231,19 @@ def test_port_in_use_is_told_before_the_engine_starts(tiny_model: Path, log: Pat
     assert f"127.0.0.1:{port}" in line
     assert "already in use" in line
     assert "--port" in line
+
+
+def test_a_bad_tls_key_is_told_before_the_engine_starts(tiny_model: Path, log: Path, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    for path in (certificate, key):
+        path.write_text("-----BEGIN NOTHING-----")
+    process = spawn(tiny_model, free_port(), log, "--", "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key))
+    # vLLM reads the command line before, and its imports take their time.
+    process.wait(START_TIMEOUT_S)
+    check_ended(process, 2, log)
+    line = log.read_text().splitlines()[-1]
+    assert f"--ssl-certfile {certificate} and --ssl-keyfile {key}: expected a certificate and its private key" in line
+    assert "EngineCore" not in log.read_text()
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])

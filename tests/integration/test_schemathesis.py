@@ -47,7 +47,18 @@ VLLMS = [
     ("POST", "/detokenize", 5),
     ("GET", "/v1/models", 2),
     ("GET", "/v1/responses/{response_id}", 5),
+    ("POST", "/v1/responses/{response_id}/cancel", 3),
+    ("POST", "/v1/chat/completions/batch", 4),
+    ("POST", "/v1/messages/count_tokens", 5),
+    ("GET", "/version", 2),
+    ("GET", "/load", 2),
+    ("GET", "/metrics", 2),
+    ("GET", "/ping", 2),
+    ("POST", "/ping", 2),
+    ("POST", "/invocations", 4),
 ]
+# Of these the document says nothing that a request could break.
+WITHOUT_BODY = {"/v1/responses/{response_id}/cancel", "/ping", "/invocations"}
 # This server runs no dense parent.
 WITHOUT_BASELINE = {
     ("POST", "/benchmark/speedup"): (409, "no_baseline"),
@@ -59,6 +70,7 @@ BY_THE_MODEL = {"prompt", "prompt_token_ids", "prompt_token_ids.0", "max_tokens"
 # Enough for a route to do all that it does; as a default too where the route's own would take seconds.
 LIMIT = {
     "/v1/completions": {"max_tokens": 2}, "/v1/chat/completions": {"max_completion_tokens": 2},
+    "/v1/chat/completions/batch": {"max_completion_tokens": 2}, "/invocations": {"max_tokens": 2},
     "/v1/responses": {"max_output_tokens": 2}, "/v1/messages": {"max_tokens": 2},
     "/benchmark/latency": {"rounds": 2, "output_tokens": 2, "prompt_tokens": 4},
     "/benchmark/throughput": {"output_tokens": 2, "prompt_tokens": 4},
@@ -135,8 +147,15 @@ def both_modes(routes: list[tuple[str, str, int]]) -> list[Any]:
         pytest.param(*route, mode, id=f"{route[1]} {mode.value}")
         for route in routes
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
-        if mode is GenerationMode.POSITIVE or route[0] == "POST" or "{" in route[1]
+        if mode is GenerationMode.POSITIVE or ((route[0] == "POST" or "{" in route[1]) and route[1] not in WITHOUT_BODY)
     ]
+
+
+def test_every_route_that_is_described_is_tried(server: Server) -> None:
+    with server.client() as client:
+        paths = client.get("/openapi.json").json()["paths"]
+    described = {(method.upper(), path) for path, methods in paths.items() for method in methods}
+    assert described == {(method, path) for method, path, _ in OURS + VLLMS}
 
 
 @pytest.mark.parametrize(("method", "path", "examples", "mode"), both_modes(OURS))
