@@ -8,12 +8,18 @@ groups, as the head's B is of `head` and `lora_b`: the factors multiply. The mas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pat_serve.architectures import HEAD
 
+if TYPE_CHECKING:
+    from torch import nn
+
 LORA_A, LORA_B, HEAD_GROUP, HSM, NORMS = "lora_a", "lora_b", "head", "hsm", "norms"
 GROUPS = (LORA_A, LORA_B, HEAD_GROUP, HSM, NORMS)
+# Of an optimizer's group: the method sets its rate, not the recipe's schedule.
+OWN_RATE = "own_rate"
 
 
 def groups_of(parameter: str) -> frozenset[str]:
@@ -35,6 +41,44 @@ def groups_of(parameter: str) -> frozenset[str]:
 def rate_factor(parameter: str, scales: Mapping[str, float]) -> float:
     """What a parameter's learning rate is multiplied by: the product over its groups."""
     return math.prod(scales[group] for group in sorted(groups_of(parameter)) if group in scales)
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    scales: Mapping[str, float],
+    own: Mapping[int, float],
+) -> list[dict[str, Any]]:
+    """The optimizer's groups: one for each rate and kind, in the model's order, which a resumed state is matched by.
+
+    Norms' gains and HSMs' scales are not decayed: they are near one, not near zero. Nor is the mask: its losses keep
+    its logits where they belong.
+
+    Args:
+        parameters: named as in the PEFT model; those that are not trained are left out.
+        learning_rate: of the recipe.
+        weight_decay: of the recipe.
+        scales: its factors by group.
+        own: rates that the method sets, by a parameter's id; apart even where they equal the recipe's, since the
+            schedule is for that alone.
+    """
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        is_own = id(parameter) in own
+        rate = own[id(parameter)] if is_own else learning_rate * rate_factor(name, scales)
+        stays = NORMS in groups_of(name) and not is_own
+        # Where nothing decays the groups are as they always were, for the sake of older checkpoints.
+        if weight_decay > 0:
+            stays = stays or is_own or name.endswith("scale_D")
+        groups.setdefault((rate, is_own, stays), []).append(parameter)
+    return [
+        {"params": group, "lr": rate, OWN_RATE: is_own} | ({"weight_decay": 0.0} if stays else {})
+        for (rate, is_own, stays), group in groups.items()
+    ]
 
 
 def parse_scales(given: object) -> object:

@@ -21,15 +21,13 @@ from pat_serve.errors import Diverged
 from pat_serve.run_folder import CHECKPOINTS_FOLDER, list_checkpoints
 from pat_serve.training.callbacks import StepTimer
 from pat_serve.training.evaluation import response_nll, response_perplexity
-from pat_serve.training.groups import NORMS, groups_of, rate_factor
+from pat_serve.training.groups import OWN_RATE, parameter_groups
 from pat_serve.training.losses import distillation_loss
 from pat_serve.training.methods import Method
 from pat_serve.training.ranks import overwrite, snapshot
 
 TRAINED_FILE = "trained.safetensors"
 LOSSES_FILE = "losses.json"
-# Of an optimizer's group: the method sets its rate, not the recipe's schedule.
-OWN_RATE = "own_rate"
 
 
 class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed by mypy
@@ -159,31 +157,16 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
                 if name in rates
                 for parameter in module.parameters()
             }
-            # Apart even where the two rates are equal, as the paper's are: the schedule is for the recipe's alone.
-            # Norms' gains and HSMs' scales are not decayed: they are near one, and not near zero. Nor is the mask: its
-            # losses keep its logits where they belong.
-            groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
-            # In the model's order, which a resumed run's optimizer state is matched by.
-            for name, parameter in (model or self.model).named_parameters():
-                if parameter.requires_grad:
-                    rate = own.get(id(parameter))
-                    if rate is None:
-                        rate = self.args.learning_rate * rate_factor(name, self.method.recipe.lr_scale)
-                    is_own = id(parameter) in own
-                    stays = NORMS in groups_of(name) and not is_own
-                    # Where nothing decays, groups stay as they were: a checkpoint's optimizer is matched by them.
-                    if self.args.weight_decay > 0:
-                        stays = stays or is_own or name.endswith("scale_D")
-                    groups.setdefault((rate, is_own, stays), []).append(parameter)
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
             settings["weight_decay"] = self.args.weight_decay
-            self.optimizer = optimizer_class(
-                [
-                    {"params": group, "lr": rate, OWN_RATE: is_own} | ({"weight_decay": 0.0} if stays else {})
-                    for (rate, is_own, stays), group in groups.items()
-                ],
-                **settings,
+            groups = parameter_groups(
+                (model or self.model).named_parameters(),
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                scales=self.method.recipe.lr_scale,
+                own=own,
             )
+            self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
