@@ -259,6 +259,13 @@ def test_a_plan_of_dense_against_pruned(folder: Path) -> None:
     for word in ("machines", f"{pruned.replicas} instead of {dense.replicas}", "1.300x", "cost an hour"):
         assert word in done.output
     assert {row.figure for row in rows_of(result)} >= {"engines", "TTFT p90", "capacity of one"}
+    # An engine over two machines: as many engines, twice the machines and the cost.
+    wide = plan(
+        folder, "--baseline", "dense.json", *TRAFFIC, "--slo", "ttft=1.5", "--slo", "tpot=0.6",
+        "--price-per-hour", "2.5", "--devices-per-engine", "2", "--json",
+    )  # fmt: skip
+    [twice] = json.loads(wide.output)["models"]
+    assert (twice["replicas"], twice["cost_per_hour"]) == (dense.replicas, 5.0 * dense.replicas)
     # The same once more, bit for bit; one speed-up record holds both models.
     again = plan(
         folder, "--baseline", "dense.json", "--candidate", "pruned.json", *TRAFFIC, "--slo", "ttft=1.5", "--slo",

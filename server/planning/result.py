@@ -32,7 +32,8 @@ class PlanSettings(_Record):
         kv_cache_gib: of each engine; None leaves the batch as the only bound.
         memory_gib: of each engine's weights and KV cache together, instead of `kv_cache_gib`.
         overhead_s: what a server in front adds to the first token; measured engines have none.
-        price_per_hour: of what one engine runs on; None leaves costs out.
+        devices_per_engine: GPUs, or machines, that one engine spans: its tensor parallel degree times the pipeline's.
+        price_per_hour: of one of them; None leaves costs out.
         max_replicas: the most engines that are tried.
         requests: simulated, each time.
         repeats: simulations, with seeds seed, seed + 1, ....
@@ -51,6 +52,7 @@ class PlanSettings(_Record):
     kv_cache_gib: float | None = None
     memory_gib: float | None = None
     overhead_s: float = 0.0
+    devices_per_engine: int = 1
     price_per_hour: float | None = None
     max_replicas: int = 256
     requests: int = 2000

@@ -81,6 +81,8 @@ def check_settings(settings: PlanSettings) -> None:
     want("--max-replicas", settings.max_replicas >= 1, "at least 1", settings.max_replicas, "Try 256.")
     want("--max-step-tokens", settings.max_step_tokens >= 1, "at least 1", settings.max_step_tokens, "Try 2048.")
     want("--overhead", settings.overhead_s >= 0, "0 or more seconds", settings.overhead_s, "Try --overhead 0.005.")
+    devices = settings.devices_per_engine
+    want("--devices-per-engine", devices >= 1, "at least 1", devices, "Try --devices-per-engine 2.")
     price = settings.price_per_hour
     want("--price-per-hour", price is None or price >= 0, "0 or more", price, "Try --price-per-hour 2.5.")
     for flag, gib in (("--kv-cache-gib", settings.kv_cache_gib), ("--memory-gib", settings.memory_gib)):
@@ -188,7 +190,9 @@ def _plan_one(model: Measured, engine: Engine, mix: Mix, settings: PlanSettings,
     found = find_replicas(engine, traffic, max_replicas=settings.max_replicas, progress=news)
     chosen = found.chosen
     replicas = chosen.replicas if chosen else None
-    hourly = replicas * settings.price_per_hour if replicas and settings.price_per_hour is not None else None
+    hourly = None
+    if replicas and settings.price_per_hour is not None:
+        hourly = replicas * settings.devices_per_engine * settings.price_per_hour
     tokens_per_hour = settings.rate * mix.mean_output_tokens * _SECONDS_PER_HOUR
 
     def times(name: str) -> Distribution | None:

@@ -14,17 +14,23 @@ def print_plan(result: PlanResult) -> None:
     console, settings = wide_console(), result.settings
     lengths = settings.lengths or f"{_spelt(settings.prompt_tokens)} + {_spelt(settings.output_tokens)} tokens"
     slo = ", ".join(f"{name} {bound_s:g} s" for name, bound_s in settings.slo.items())
+    devices = settings.devices_per_engine
+    spans = f"a {result.unit}" if devices == 1 else f"on {devices} {result.unit}s"
     where = result.machine["cpu_model"] if result.unit == "machine" else result.machine["accelerator"]
     console.print(
         f"{settings.rate:g} requests/s (Poisson), {lengths}, {settings.dispatch}; {settings.percentile:g} % of "
-        f"requests within {slo}\nmeasured on {where}, {result.machine['cpu_cores']} cores; one engine a {result.unit}; "
+        f"requests within {slo}\nmeasured on {where}, {result.machine['cpu_cores']} cores; one engine {spans}; "
         f"{settings.repeats} x {settings.requests} simulated requests, seed {settings.seed}\n",
         markup=False,
         soft_wrap=True,
     )
     table = Table("", *(f"{model.role}: {model.model}" for model in result.models))
+    counts = {f"{result.unit}s": devices} if devices == 1 else {"engines": 1, f"{result.unit}s": devices}
     rows = [
-        (f"{result.unit}s", [str(model.replicas) if model.replicas else "none" for model in result.models]),
+        *(
+            (name, [str(model.replicas * each) if model.replicas else "none" for model in result.models])
+            for name, each in counts.items()
+        ),
         ("one saturates at, requests/s", [f"{model.capacity_per_s:.3g}" for model in result.models]),
         ("load of all", [_share(model.load) for model in result.models]),
         ("good requests", [_share(model.good_share) for model in result.models]),

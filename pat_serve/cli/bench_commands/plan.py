@@ -43,7 +43,10 @@ def plan(
         float | None, typer.Option(help="Instead: of each engine's weights, keys and values together.")
     ] = None,
     overhead: Annotated[float, typer.Option(help="Seconds that the server in front adds to the first token.")] = 0.0,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of the machine or GPU that one engine takes.")] = None,
+    devices_per_engine: Annotated[
+        int, typer.Option(help="GPUs that one engine spans: tensor times pipeline parallel degree, as it was measured.")
+    ] = 1,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of one machine or GPU.")] = None,
     max_replicas: Annotated[int, typer.Option(help="The most engines that are tried.")] = 256,
     requests: Annotated[int, typer.Option(help="Simulated, in each repeat.")] = 2000,
     repeats: Annotated[int, typer.Option(help="Simulations; the SLO must be met in each.")] = 3,
@@ -82,6 +85,7 @@ def plan(
             "kv_cache_gib": kv_cache_gib,
             "memory_gib": memory_gib,
             "overhead_s": overhead,
+            "devices_per_engine": devices_per_engine,
             "price_per_hour": price_per_hour,
             "max_replicas": max_replicas,
             "requests": requests,
