@@ -21,8 +21,9 @@ def read(path: Path) -> list[Line]:
 
 
 def read_all(folder: Path) -> list[Line]:
-    """The results of a study's folder, those of parts that ran side by side too."""
-    return [line for path in sorted(folder.glob("results*.jsonl")) for line in read(path)]
+    """The results of a study's folder, those of parts that ran side by side too; of a run done twice the last."""
+    lines = [line for path in sorted(folder.glob("results*.jsonl")) for line in read(path)]
+    return list({(line["method"], line["ratio"], line["seed"], line["steps"]): line for line in lines}.values())
 
 
 def tables(lines: list[Line], operator_costs: Mapping[str, Mapping[str, Any]] | None = None) -> str:
