@@ -74,6 +74,7 @@ def tiny_recipe(base: Path, rows: Path, **overrides: object):
         "gradient_accumulation_steps": 2,
         "learning_rate": 2e-2,
         "max_grad_norm": 1.0,
+        "lora_alpha": 4.0,
         "hio_rank": 8,
         "dtype": "float32",
         "logging_steps": 4,

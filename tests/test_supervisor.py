@@ -13,8 +13,8 @@ SERVER = """
     import signal, sys, time
     from pat_serve.server.supervisor import supervise
 
-    if {ignored}:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Whatever the tests' own process was started with.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if {ignored} else signal.SIG_DFL)
     supervise(grace_s={grace_s})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
     print("up", flush=True)
