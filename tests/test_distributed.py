@@ -109,7 +109,7 @@ def test_two_ranks_train_one_mask_after_one_teacher(
     assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+@pytest.mark.parametrize("config", ["ddp.yaml", pytest.param("fsdp2.yaml", marks=pytest.mark.slow)])
 def test_a_line_of_metrics_across_a_resume_is_of_all_ranks(
     config: str, trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path
 ):
