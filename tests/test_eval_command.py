@@ -63,6 +63,7 @@ def test_json_table_html_and_resume(
     assert run(monkeypatch, eval_command, *arguments) == 0
     table = capsys.readouterr().out
     assert f"{result.value:.3f}" in table
+    assert all(measure.name in table for measure in report.measures), "whole, where stdout is no terminal"
     assert run(monkeypatch, eval_command, *arguments, "--limit", 3) == 1, "other settings are measured anew"
 
 

@@ -62,8 +62,6 @@ def evaluate(
 
     Exit code 0 done, 1 a bound of the gate is missed, 3 the items are too few to tell.
     """
-    from rich.console import Console
-
     from pat_serve.atomic import write_text
     from pat_serve.evaluation.gate import exit_code, judge, read_gate
     from pat_serve.evaluation.measuring import measure_models
@@ -90,7 +88,7 @@ def evaluate(
     if as_json:
         sys.stdout.write(document)
     else:
-        print_report(report, Console())
+        print_report(report)
     raise typer.Exit(exit_code(report.gate))
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pat_serve.evaluation.gate import describe
 from pat_serve.evaluation.report import Measure, Report, Result
 
+# Where stdout is a file or a pipe and has no width of its own.
+_PLAIN_WIDTH = 140
 # Figures that are no shares.
 _NUMBERS = ("ppl", "answer_nll")
 
 
-def print_report(report: Report, console: Console) -> None:
-    """One table a report: a row for each measure and model, each model against the first."""
-    table = Table("measure", "model", "value ± s.e.", "kept", "to the first (95 %)", "p", "items")
+def print_report(report: Report, console: Console | None = None) -> None:
+    """One table a report: a row for each measure and model, each model against the first; on stdout if not said."""
+    if console is None:
+        console = Console() if Console().is_terminal else Console(width=_PLAIN_WIDTH)
+    # A name that is cut short tells no task from another.
+    named = [Column(name, overflow="fold") for name in ("measure", "model")]
+    table = Table(*named, "value ± s.e.", "kept", "to the first (95 %)", "p", "items")
     names = short_names([model.name for model in report.models])
     for measure in report.measures:
         for number, result in enumerate(measure.results):
