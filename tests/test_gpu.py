@@ -10,6 +10,7 @@ import torch
 
 from tests.conftest import tiny_recipe
 
+# Machines without one, CI's among them, have nothing to run here: what these look for is tensors on two devices.
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 RECIPES = {

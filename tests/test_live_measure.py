@@ -28,8 +28,8 @@ class Engine:
 
 def latency(seed: int) -> list[list[int]]:
     engine = Engine()
-    shape = {"batch_size": 3, "rounds": 2, "warmup": 1, "seed": seed, "on_token": lambda: None}
-    runs = asyncio.run(measure_latency(engine, SHAPE, **shape))  # type: ignore[arg-type]
+    work = measure_latency(engine, SHAPE, batch_size=3, rounds=2, warmup=1, seed=seed, on_token=lambda: None)
+    runs = asyncio.run(work)
     assert [len(run.requests) for run in runs] == [3, 3]
     return engine.prompts
 
@@ -41,8 +41,10 @@ def test_prompts_are_repeated_by_their_seed() -> None:
 
 def test_throughput_sends_as_many_as_it_is_told() -> None:
     engine = Engine()
-    load = {"concurrency": 2, "num_requests": 5, "duration_s": None, "warmup": 1, "seed": 0, "on_token": lambda: None}
-    run = asyncio.run(measure_throughput(engine, SHAPE, **load))  # type: ignore[arg-type]
+    work = measure_throughput(
+        engine, SHAPE, concurrency=2, num_requests=5, duration_s=None, warmup=1, seed=0, on_token=lambda: None
+    )
+    run = asyncio.run(work)
     assert len(run.requests) == 5
     assert len({tuple(prompt) for prompt in engine.prompts}) == 7
 

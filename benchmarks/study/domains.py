@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.study.corpus import Corpus, build
-from pat_serve.demo.corpus import is_held_out
+from pat_serve.demo.corpus import first_texts, is_held_out
 from pat_serve.errors import UsageError
 
 DOMAINS = ("code", "languages")
@@ -130,13 +130,13 @@ def languages(seed: int = 0, catalogues: Path = CATALOGUES, least_characters: in
     for language, (train, kept) in _messages(catalogues).items():
         for each in (train, kept):
             shuffler.shuffle(each)
-        chosen = _first(train, TRAINED_CHARACTERS)
+        chosen = first_texts(train, TRAINED_CHARACTERS)
         trained += sum(map(len, chosen))
         half = len(chosen) // 2
         base += chosen[:half]
         tune += _rows(language, chosen[half:])
         held += _rows(language, kept)[: HELDOUT_ROWS // (len(LANGUAGES) + 1)]
-        texts[language] = "\n\n".join(_first(kept, HELDOUT_CHARACTERS))
+        texts[language] = "\n\n".join(first_texts(kept, HELDOUT_CHARACTERS))
     if trained < least_characters:
         raise UsageError(
             f"--domain languages: {catalogues}",
@@ -189,16 +189,6 @@ def _catalogue(path: Path) -> Iterator[tuple[str, str]]:
 def _is_held_out_program(name: str) -> bool:
     """About a sixth of the catalogues, the same ones on every machine."""
     return hashlib.sha256(name.encode()).digest()[0] < 43
-
-
-def _first(messages: list[str], characters: int) -> list[str]:
-    chosen, total = [], 0
-    for message in messages:
-        if total >= characters:
-            break
-        chosen.append(message)
-        total += len(message)
-    return chosen
 
 
 def _rows(language: str, messages: list[str]) -> list[dict[str, str]]:

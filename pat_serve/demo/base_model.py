@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from pat_serve.atomic import new_folder
+from pat_serve.demo.corpus import first_texts
 from pat_serve.progress import console, progress_bar
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -65,18 +65,10 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first(texts, TOKENIZER_CHARACTERS), trainer)
+    tokenizer.train_from_iterator(first_texts(texts, TOKENIZER_CHARACTERS), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=512
     )
-
-
-def _first(texts: list[str], characters: int) -> Iterator[str]:
-    for text in texts:
-        if characters <= 0:
-            return
-        characters -= len(text)
-        yield text
 
 
 def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast, context_tokens: int) -> list[dict[str, Tensor]]:

@@ -83,6 +83,17 @@ def build_corpus(library: Path | None = None) -> Corpus:
     )
 
 
+def first_texts(texts: list[str], characters: int) -> list[str]:
+    """As many of the texts as it takes to have so many characters."""
+    chosen, total = [], 0
+    for text in texts:
+        if total >= characters:
+            break
+        chosen.append(text)
+        total += len(text)
+    return chosen
+
+
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     """One JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
