@@ -85,8 +85,9 @@ def test_what_is_saved_is_what_the_tasks_read(built: corpus.Corpus, tmp_path: Pa
 def test_every_job_is_a_recipe():
     found = jobs(2, list(SWEEPS))
     # Beside the curve's own: 6 ranks and the dense operator of two recipes less their own ranks, one without the
-    # identity loss at two ratios, five of the masks, three with the head or without, and three rates of two.
-    assert len(found) == 2 * (1 + len(METHODS) * len(RATIOS) + 12 + 2 + 5 + 3 + 6)
+    # identity loss at two ratios, five of the masks, three with the head or without, three rates of three, and two
+    # numbers of rows of two.
+    assert len(found) == 2 * (1 + len(METHODS) * len(RATIOS) + 12 + 2 + 5 + 3 + 9 + 4)
     assert (found[0].name, found[0].ratio, found[0].seed) == (DENSE, 0.0, 0)
     for base in SIZES.values():
         for job in found:
@@ -309,6 +310,32 @@ def test_families_each_have_a_folder_and_are_not_repeated(
     printed = capsys.readouterr().out
     assert printed.count("#### ") == 12
     assert printed.count("| 25.0% | the default | 1 |") == 12
+
+
+def test_families_are_done_in_parts_beside_each_other(
+    ran: list[str], built: corpus.Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trained = []
+
+    def train(texts: list[str], folder: Path, base: BaseSettings) -> None:
+        folder.mkdir()
+        trained.append(base.model_type)
+
+    monkeypatch.setattr("benchmarks.study.families.train_base", train)
+    monkeypatch.setattr("benchmarks.study.__main__.build", lambda _: built)
+    out = base_of_width(tmp_path, SIZES["tiny"].hidden_size)
+    built.save(out / "data")
+    for part in ("1/2", "2/2"):
+        main(out, size="tiny", seeds=0, sweep=["families"], curve=False, part=part)
+    assert (sorted(trained), ran) == (sorted(families.NAMES), [])
+    for part in ("1/2", "2/2"):
+        main(out, size="tiny", seeds=1, sweep=["families"], curve=False, without=[DENSE], part=part)
+    assert sorted(ran) == sorted([DENSE, *families.COMPARED] * 6)
+    assert len(trained) == 6
+    for family in families.NAMES:
+        folder = families.folder_of(out, family)
+        assert not (folder / "results.jsonl").exists()
+        assert {line["method"] for line in report.read_all(folder)} == {DENSE, *families.COMPARED}
 
 
 @pytest.mark.parametrize(

@@ -97,44 +97,45 @@ class _Moments:
         self.xz_DK = xz_DK if self.xz_DK is None else self.xz_DK + xz_DK
 
     def solve(self) -> tuple[Tensor, Tensor]:
-        """B - [I; 0] (D, K), and E[z z^T] with its ridge (K, K)."""
+        """B - [I; 0] (D, K), and the lower Cholesky factor of E[z z^T] with its ridge (K, K)."""
         assert self.zz_KK is not None
         assert self.xz_DK is not None
         ridge_K = torch.full((len(self.zz_KK),), RIDGE * float(self.zz_KK.diagonal().mean()), device=self.zz_KK.device)
-        zz_KK = self.zz_KK + torch.diag(ridge_K.double())
-        guess_DK = torch.linalg.solve(zz_KK, self.xz_DK.T).T
+        factor_KK = torch.linalg.cholesky(self.zz_KK + torch.diag(ridge_K.double()))
+        guess_DK = torch.cholesky_solve(self.xz_DK.T, factor_KK).T
         guess_DK[self.kept_K, torch.arange(len(self.kept_K))] -= 1
-        return guess_DK, zz_KK
+        return guess_DK, factor_KK
 
 
-def low_rank_update(change_OK: Tensor, zz_KK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors (O, R) and (R, K) whose product is nearest to a change of weights, felt by inputs of second moment zz.
+def low_rank_update(change_OK: Tensor, factor_KK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors (O, R) and (R, K) whose product is nearest to a change of weights, felt by inputs of a second moment.
 
-    The nearest is by ||(change - B A) zz^(1/2)||, so a singular value decomposition in the whitened space; both factors
-    get the same norm.
+    The nearest is by ||(change - B A) F|| with F F^T = E[z z^T], whichever the root F, so a singular value
+    decomposition in the whitened space; both factors get the same norm.
+
+    Args:
+        change_OK: of the weights, float64.
+        factor_KK: F, the lower Cholesky factor, float64.
+        rank: R.
     """
-    energies_K, axes_KK = torch.linalg.eigh(zz_KK)
-    energies_K = energies_K.clamp(min=float(energies_K.max()) * 1e-9)
-    root_KK = (axes_KK * energies_K.sqrt()) @ axes_KK.T
-    inverse_root_KK = (axes_KK / energies_K.sqrt()) @ axes_KK.T
     left_OR, values_R, right_KR = torch.svd_lowrank(
-        (change_OK @ root_KK).float(), q=min(rank + 8, *change_OK.shape), niter=4
+        (change_OK @ factor_KK).float(), q=min(rank + 8, *change_OK.shape), niter=4
     )
     left_OR, right_KR = left_OR[:, :rank] * values_R[:rank].sqrt(), right_KR[:, :rank] * values_R[:rank].sqrt()
-    a_RK = right_KR.T @ inverse_root_KK.float()
+    a_RK = torch.linalg.solve_triangular(factor_KK, right_KR.T.double(), upper=False, left=False).float()
     balance = (a_RK.norm() / left_OR.norm()).sqrt()
     return left_OR * balance, a_RK / balance
 
 
 def _set_readers(base: nn.Module, names: list[str], moments: _Moments) -> None:
-    guess_DK, zz_KK = moments.solve()
+    guess_DK, factor_KK = moments.solve()
     for name in names:
         reader: Any = base.get_submodule(name)
         if not hasattr(reader, "lora_A"):
             continue
         weight_OD = reader.base_layer.weight.double()
         a, b = reader.lora_A["default"].weight, reader.lora_B["default"].weight
-        b_OR, a_RK = low_rank_update(weight_OD @ guess_DK, zz_KK, len(a))
+        b_OR, a_RK = low_rank_update(weight_OD @ guess_DK, factor_KK, len(a))
         scaling = reader.scaling["default"] ** 0.5
         a.zero_()
         a[: len(a_RK), moments.kept_K] = (a_RK / scaling).to(a)

@@ -127,6 +127,8 @@ class TrainRecipe(pydantic.BaseModel):
     mask_start: Literal["auto", "zero", "energy", "gradient"] = "auto"
     gate: Literal["auto", "anneal", "gradual", "cut"] = "auto"
     compensate: bool | None = None
+    # Rows that the stream is measured on, before the first step; the export's parity prompts are the first 8.
+    calibration_rows: int = pydantic.Field(default=128, ge=8)
     lora_head: bool | None = None
     distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
     # The paper's 1; 0 leaves the identity loss out (docs/study.md).
@@ -264,7 +266,8 @@ class TrainRecipe(pydantic.BaseModel):
             raise UsageError("--lr-scale", expected="groups that are trained", found=found[0], fix=found[1])
 
     def _refuse_pruning_settings(self) -> None:
-        for name in (*UNPRUNED, "hio_rank", "mask_learning_rate", "milestone_share", "identity_weight", "narrow"):
+        others = ("calibration_rows", "hio_rank", "mask_learning_rate", "milestone_share", "identity_weight", "narrow")
+        for name in (*UNPRUNED, *others):
             value, default = getattr(self, name), TrainRecipe.model_fields[name].default
             # A preset's value says nothing of what the user wants.
             if value not in (default, PAPER.get(name, default)):

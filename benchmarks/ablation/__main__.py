@@ -15,6 +15,7 @@ import typer
 from benchmarks.ablation.corpus import build_corpus
 from benchmarks.ablation.variants import SHARED, TIED_VARIANTS, VARIANTS
 from benchmarks.exported import train_and_export
+from benchmarks.parts import parse
 from pat_serve.demo.base_model import BaseSettings, train_base
 from pat_serve.hardware import describe
 
@@ -28,41 +29,51 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 150,
     base_steps: Annotated[int, typer.Option(help="Optimizer steps of the base.")] = 900,
     only: Annotated[list[str] | None, typer.Option(help="Variants whose name contains this.")] = None,
+    part: Annotated[
+        str | None, typer.Option(help="2/8: the second eighth of the runs, beside other processes that do the others.")
+    ] = None,
     tied: Annotated[bool, typer.Option("--tied", help="A base with tied embeddings, and what suits it.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Only print the table of what is there.")] = False,
 ) -> None:
     """Compare PAT's options on a small base over real text, at equal steps and tokens."""
-    results = out / "results.jsonl"
+    number, parts = parse(part)
+    side = out if parts == 1 else out / f"part-{number}-of-{parts}"
+    results = side / "results.jsonl"
     variants = TIED_VARIANTS if tied else VARIANTS
     if not table:
         _prepare(data, out, BaseSettings(steps=base_steps, batch_size=16, tied=tied))
-        if not any((line["variant"], line["steps"]) == (BASE, steps) for line in _lines(results)):
+        side.mkdir(exist_ok=True)
+        done = {(line["variant"], line["seed"], line["steps"]) for line in _all_lines(out)}
+        if (BASE, 0, steps) not in done and number == 1:
             _keep({"variant": BASE, "seed": 0, "steps": steps, **_quality(out, out / "base")}, results)
-        done = {(line["variant"], line["seed"], line["steps"]) for line in _lines(results)}
-        for seed in range(seeds):
-            for name, settings in variants.items():
-                if (only and not any(part in name for part in only)) or (name, seed, steps) in done:
-                    continue
-                _keep(_measure(name, settings, out, seed, steps), results)
-    _print_table([line for line in _lines(results) if line["steps"] == steps], list(variants))
+        wanted = [
+            (name, seed)
+            for seed in range(seeds)
+            for name in variants
+            if not only or any(piece in name for piece in only)
+        ]
+        for name, seed in wanted[number - 1 :: parts]:
+            if (name, seed, steps) not in done:
+                _keep(_measure(name, variants[name], out, side, seed, steps), results)
+    _print_table([line for line in _all_lines(out) if line["steps"] == steps], list(variants))
 
 
 def _prepare(data: Path, out: Path, settings: BaseSettings) -> None:
-    corpus = build_corpus(data)
-    corpus.save(out / "data")
     if not (out / "base").exists():
+        corpus = build_corpus(data)
+        corpus.save(out / "data")
         train_base(corpus.base_texts, out / "base", settings)
 
 
-def _measure(name: str, settings: dict[str, Any], out: Path, seed: int, steps: int) -> dict[str, Any]:
+def _measure(name: str, settings: dict[str, Any], out: Path, side: Path, seed: int, steps: int) -> dict[str, Any]:
     data = str(out / "data" / "tune_rows.jsonl")
     inputs = {"model": str(out / "base"), "data": data, "max_steps": steps, "seed": seed}
-    exported = train_and_export(SHARED | settings | inputs, name, out / "run", out / "pruned")
+    exported = train_and_export(SHARED | settings | inputs, name, side / "run", side / "pruned")
     return {
         "variant": name,
         "seed": seed,
         "steps": steps,
-        **_quality(out, out / "pruned"),
+        **_quality(out, side / "pruned"),
         **exported,
         "machine": describe(),
     }
@@ -90,8 +101,9 @@ def _keep(line: dict[str, Any], results: Path) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def _all_lines(out: Path) -> list[dict[str, Any]]:
+    paths = [out / "results.jsonl", *sorted(out.glob("part-*/results.jsonl"))]
+    return [json.loads(line) for path in paths if path.exists() for line in path.read_text().splitlines()]
 
 
 def _print_table(lines: list[dict[str, Any]], variants: list[str]) -> None:

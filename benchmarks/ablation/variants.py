@@ -56,6 +56,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the default, rank 64, norms": {**_BEST, "lora_rank": 64, "lora_alpha": 64, "train_norms": True},
     "the default, rank 64, distilled": {**_BEST, "lora_rank": 64, "lora_alpha": 64, "distillation_weight": 0.5},
     "the default, 2e-3": {**_BEST, "learning_rate": 2e-3},
+    "the default, measured on 512 rows": {**_BEST, "calibration_rows": 512},
+    "the default, measured on 2048 rows": {**_BEST, "calibration_rows": 2048},
 }
 
 # On a base whose head is its embedding. A rotation unties it, so the same width has more parameters: it is also

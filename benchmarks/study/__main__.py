@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.parts import parse
 from benchmarks.study import families, measuring, report, runs
 from benchmarks.study.corpus import build
 from benchmarks.study.domains import DOMAINS, build_domain
@@ -54,9 +55,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Base, data and results; finished results are not repeated.")],
     data: Annotated[Path | None, typer.Option(help="Folder with wikitext2.{valid,test}.txt and eval/*.json.")] = None,
     size: Annotated[str, typer.Option(help=f"Of the base: {', '.join(SIZES)}.")] = "small",
-    seeds: Annotated[int, typer.Option(help="Runs of each method at each ratio.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Runs of each method at each ratio; 0: train the bases alone.")] = 3,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 150,
     only: Annotated[list[str] | None, typer.Option(help="Methods whose name contains this.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="No methods whose name contains this.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Only this cut, such as 0.25.")] = None,
     sweep: Annotated[list[str] | None, typer.Option(help=f"Beside the curve: {', '.join(_SWEEP_NAMES)}.")] = None,
     curve: Annotated[
@@ -75,7 +77,7 @@ def main(
 ) -> None:
     """Quality against speed at 12.5, 25, 37.5 and 50 %, with spreads over seeds."""
     began = time.monotonic()
-    number, parts = _part(part)
+    number, parts = parse(part)
     side = None if part is None else f"part-{number}-of-{parts}"
     results = out / (f"results-{side}.jsonl" if side else "results.jsonl")
     _check_names(sweep or [], domain)
@@ -84,6 +86,9 @@ def main(
         if "hio" in (sweep or []):
             _measure_operators(out)
         done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in report.read_all(out)}
+        if side is None and not (out / "dense").exists():
+            # Parts leave none, and speed is measured against it.
+            done.discard((DENSE, 0.0, 0, steps))
         if (BASE, 0.0, 0, steps) not in done and number == 1:
             figures = measuring.quality(out / "base", out / "data")
             _keep([{"method": BASE, "ratio": 0.0, "seed": 0, "steps": steps} | figures], results)
@@ -92,9 +97,11 @@ def main(
             job
             for job in jobs(seeds, of_table, ratios=ratio, domain=domain is not None, curve=curve)
             # Speed is measured against the dense model, so one is always there; parts measure none.
-            if not only
-            or any(name in job.name for name in only)
-            or (side is None and (job.name, job.seed) == (DENSE, 0))
+            if (side is None and (job.name, job.seed) == (DENSE, 0))
+            or (
+                (not only or any(name in job.name for name in only))
+                and not any(name in job.name for name in without or ())
+            )
         ]
         for job in wanted[number - 1 :: parts]:
             if (job.name, job.ratio, job.seed, steps) in done:
@@ -105,22 +112,11 @@ def main(
             _keep(runs.run(out, job, steps, SIZES[size].hidden_size, side), results)
         if families.SWEEP in (sweep or []):
             left = None if seconds is None else seconds - (time.monotonic() - began)
-            _run_families(out, data, SIZES[size], seeds, steps, left)
+            _run_families(out, data, SIZES[size], seeds, steps, left, (number, parts, side))
     lines = [line for line in report.read_all(out) if line["steps"] == steps]
     print(report.tables(lines, _operator_costs(out)))
     print(families.table(out, steps))
     report.write_curve(report.of_curve(lines), out / "curve.html")
-
-
-def _part(text: str | None) -> tuple[int, int]:
-    """Which part of how many."""
-    try:
-        number, parts = map(int, (text or "1/1").split("/"))
-    except ValueError:
-        number, parts = 0, 0
-    if not 1 <= number <= parts:
-        raise typer.BadParameter(f"--part {text}: such as 2/8")
-    return number, parts
 
 
 def _check_names(sweeps: list[str], domain: str | None) -> None:
@@ -165,19 +161,30 @@ def _prepare(
 
 
 def _run_families(
-    out: Path, data: Path | None, settings: BaseSettings, seeds: int, steps: int, seconds: float | None
+    out: Path,
+    data: Path | None,
+    settings: BaseSettings,
+    seeds: int,
+    steps: int,
+    seconds: float | None,
+    part: tuple[int, int, str | None],
 ) -> None:
     began = time.monotonic()
-    for family, job in families.jobs(seeds):
-        results = families.folder_of(out, family) / "results.jsonl"
-        done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in report.read(results)}
+    number, parts, side = part
+    if not seeds:
+        # The bases alone, which parts would train all at once.
+        for family in families.NAMES[number - 1 :: parts]:
+            families.prepare(out, family, settings, lambda: build(data).base_texts)
+    for family, job in list(families.jobs(seeds))[number - 1 :: parts]:
+        lines = report.read_all(families.folder_of(out, family))
+        done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in lines}
         if (job.name, job.ratio, job.seed, steps) in done:
             continue
         if seconds is not None and time.monotonic() - began > seconds:
             print("stopped: the time is up; call again to go on")
             return
         folder = families.prepare(out, family, settings, lambda: build(data).base_texts)
-        _keep(runs.run(folder, job, steps, settings.hidden_size), results)
+        _keep(runs.run(folder, job, steps, settings.hidden_size, side), families.results_of(out, family, side))
 
 
 def _measure_operators(out: Path) -> None:

@@ -46,6 +46,11 @@ def prepare(out: Path, family: str, settings: BaseSettings, base_texts: Callable
     return folder
 
 
+def results_of(out: Path, family: str, side: str | None = None) -> Path:
+    """Where a family's results are kept; parts that run side by side have files of their own."""
+    return folder_of(out, family) / (f"results-{side}.jsonl" if side else "results.jsonl")
+
+
 def jobs(seeds: int) -> Iterator[tuple[str, Job]]:
     """Family and run, seed after seed; a family's dense LoRA comes before what is compared with it."""
     for seed in range(seeds):
@@ -59,7 +64,7 @@ def table(out: Path, steps: int) -> str:
     """Markdown, a table a family; empty where nothing is there yet."""
     sections = []
     for family in NAMES:
-        lines = [line for line in report.read(folder_of(out, family) / "results.jsonl") if line["steps"] == steps]
+        lines = [line for line in report.read_all(folder_of(out, family)) if line["steps"] == steps]
         if lines:
             sections.append(f"#### {family}\n\n{report.table(lines)}")
     return "\n\n".join(["### Families side by side", *sections]) if sections else ""

@@ -34,6 +34,9 @@ _RATES: dict[str, dict[str, Any] | None] = {
     "5e-4": {"learning_rate": 5e-4},
 }
 
+# What the cut is measured on; 128 is the product's.
+CALIBRATION_ROWS = (512, 2048)
+
 # The paper leaves the operator's rank open.
 HIO_RANKS = (0, 8, 16, 32, 64, 128)
 DENSE_OPERATOR = "pat-dense-operator"
@@ -111,10 +114,21 @@ SWEEPS: dict[str, Sweep] = {
         methods={
             name if rates is None else f"{name}, {label}": method | (rates or {})
             for label, rates in _RATES.items()
-            for name, method in ((DENSE, DENSE_METHOD), (_DEFAULT, METHODS[_DEFAULT]))
+            for name, method in ((DENSE, DENSE_METHOD), (_DEFAULT, METHODS[_DEFAULT]), (_SLICE, METHODS[_SLICE]))
         },
         ratios=(0.25,),
         question="Learning rate and LoRA's alpha",
+    ),
+    # A base a hundred times the size has more channels to tell apart by as many tokens.
+    "calibration": Sweep(
+        methods={
+            name if rows is None else f"{name}, measured on {rows} rows": METHODS[name]
+            | ({} if rows is None else {"calibration_rows": rows})
+            for rows in (None, *CALIBRATION_ROWS)
+            for name in (_DEFAULT, _SLICE)
+        },
+        ratios=(0.25,),
+        question="Rows that the stream is measured on",
     ),
 }
 

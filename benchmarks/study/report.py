@@ -123,6 +123,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], dict[str, Cell]]
     "masks": _mask_columns,
     "head": lambda _costs: {},
     "rates": lambda _costs: {},
+    "calibration": lambda _costs: {},
 }
 
 

@@ -38,8 +38,9 @@ def run(out: Path, job: Job, steps: int, base_width: int, part: str | None = Non
     recipe = settings(job, width) | inputs
     own = out if part is None else out / part
     own.mkdir(exist_ok=True)
-    # Of the dense models only the first serves as the one that speed is measured against.
-    trained, exported = own / "run", (out / "dense" if (job.name, job.seed) == (DENSE, 0) else own / "exported")
+    # Of the dense models only the first serves as the one that speed is measured against, and no part measures speed.
+    reference = (job.name, job.seed) == (DENSE, 0) and part is None
+    trained, exported = own / "run", (out / "dense" if reference else own / "exported")
     method = METHODS[str(recipe.get("method", "pat"))]
     if issubclass(method, SeparateMasks):
         SeparateMasks.scores = scores_of(recipe, job.name)

@@ -117,6 +117,9 @@ def train(
             "--compensate/--no-compensate", help="Start LoRA where it makes up for the cut. [default: with --gate cut]"
         ),
     ] = None,
+    calibration_rows: Annotated[
+        int | None, Flag(help="Training rows that the residual stream is measured on, at first. [default: 128]")
+    ] = None,
     distillation_weight: Annotated[
         float | None, Flag(help="Share of the loss that is KL to the dense base, in [0, 1). [default: 0]")
     ] = None,

@@ -20,8 +20,6 @@ from pat_serve.training.data.streaming import ExampleStream
 
 # Of a stream, so many rows are checked and hashed before the training starts.
 STREAM_HEAD = 1000
-# Kept unpacked, for the calibration and the export's parity prompts.
-SAMPLES = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,8 @@ class TrainingData:
     Attributes:
         train: rows for the Trainer, packed if the recipe says so.
         held_out: rows for the evaluation, never packed; None without one.
-        samples: the first 128 training examples, unpacked.
+        samples: the first `calibration_rows` training examples, unpacked, for the calibration and the export's parity
+            prompts.
         longest_tokens: of a training row; of a stream, the most that one may have.
         train_sha256: of the training rows; of a stream, its name and the hash of its first 1,000 examples.
         held_out_sha256: likewise, None without an evaluation.
@@ -79,7 +78,7 @@ def read_training_data(recipe: TrainRecipe, tokenizer: Tokenizer) -> TrainingDat
     return TrainingData(
         train=train,
         held_out=held_out,
-        samples=examples[:SAMPLES],
+        samples=examples[: recipe.calibration_rows],
         longest_tokens=max(len(example["input_ids"]) for example in train),
         train_sha256=examples_sha256(train),
         held_out_sha256=examples_sha256(held_out) if held_out is not None else None,
@@ -124,9 +123,10 @@ def _stream(recipe: TrainRecipe, tokenizer: Tokenizer, held_out: list[Example] |
         skip_bad=recipe.skip_bad_rows,
     )
     skipped = SkippedRows()
-    head = list(islice(stream.examples(skipped), STREAM_HEAD))
+    first = list(islice(stream.examples(skipped), max(STREAM_HEAD, recipe.calibration_rows)))
+    head = first[:STREAM_HEAD]
     # A run may end before its first pass through the source does, which reports the whole of it.
-    skipped.report(f"{recipe.data}, before its first {len(head)} examples end")
+    skipped.report(f"{recipe.data}, before its first {len(first)} examples end")
     if not head:
         raise DataError(
             f"--data {recipe.data}",
@@ -139,7 +139,7 @@ def _stream(recipe: TrainRecipe, tokenizer: Tokenizer, held_out: list[Example] |
     return TrainingData(
         train=stream,
         held_out=held_out,
-        samples=head[:SAMPLES],
+        samples=first[: recipe.calibration_rows],
         longest_tokens=recipe.max_length_tokens,
         train_sha256=identity,
         held_out_sha256=examples_sha256(held_out) if held_out is not None else None,
