@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Annotated
@@ -89,7 +91,7 @@ def serve(
     ] = False,
     log_format: Annotated[str, Flag(help="text or json: one line a request on stdout.")] = "text",
     debug: Debug = False,
-) -> None:
+) -> Callable[[], None]:
     """Serve a model over HTTP: a page at /, /generate, /ready, /benchmark/* and OpenAI's /v1 routes.
 
     Example:
@@ -139,40 +141,39 @@ def serve(
 
     if log_format not in list(LogFormat):
         raise UsageError("--log-format", expected=", ".join(LogFormat), found=log_format, fix="Choose one of them.")
-    run(
-        ServeSettings(
-            model=model,
-            host=host,
-            port=port,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            kv_cache_gib=kv_cache_gib,
-            compiled=compiled,
-            draft=draft,
-            draft_tokens=draft_tokens,
-            vllm_flags=flags,
-            policy=Policy(
-                public_metrics=public_metrics,
-                public_page=public_page,
-                max_body_bytes=int(max_body_mib * MIB),
-                max_bodies_bytes=int(max_bodies_mib * MIB),
-                max_sequences=max_sequences,
-                max_queue=max_queue,
-                max_concurrency_per_key=max_concurrency_per_key,
-                max_connections=max_connections,
-                request_timeout_s=request_timeout,
-                receive_timeout_s=receive_timeout,
-                send_timeout_s=send_timeout,
-                shutdown_timeout_s=shutdown_timeout,
-                allowed=frozenset(Feature(name) for name in allow or ()),
-                benchmarks=not no_benchmarks,
-            ),
-            api_keys=tuple(api_key or ()),
-            api_key_file=api_key_file,
-            log_format=LogFormat(log_format),
-            baseline=baseline,
-        )
+    settings = ServeSettings(
+        model=model,
+        host=host,
+        port=port,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        kv_cache_gib=kv_cache_gib,
+        compiled=compiled,
+        draft=draft,
+        draft_tokens=draft_tokens,
+        vllm_flags=flags,
+        policy=Policy(
+            public_metrics=public_metrics,
+            public_page=public_page,
+            max_body_bytes=int(max_body_mib * MIB),
+            max_bodies_bytes=int(max_bodies_mib * MIB),
+            max_sequences=max_sequences,
+            max_queue=max_queue,
+            max_concurrency_per_key=max_concurrency_per_key,
+            max_connections=max_connections,
+            request_timeout_s=request_timeout,
+            receive_timeout_s=receive_timeout,
+            send_timeout_s=send_timeout,
+            shutdown_timeout_s=shutdown_timeout,
+            allowed=frozenset(Feature(name) for name in allow or ()),
+            benchmarks=not no_benchmarks,
+        ),
+        api_keys=tuple(api_key or ()),
+        api_key_file=api_key_file,
+        log_format=LogFormat(log_format),
+        baseline=baseline,
     )
+    return partial(run, settings)
 
 
 def main() -> None:
