@@ -1,0 +1,55 @@
+"""What is left of a command once typer has returned: called on a shallow stack, with the same errors and exit codes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+
+from pat_serve.cli.app import run_command
+from pat_serve.errors import EngineError
+
+
+@pytest.fixture(autouse=True)
+def bare_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["pat-x"])
+
+
+def test_what_is_left_runs_without_typers_frames() -> None:
+    modules: list[set[str]] = []
+
+    def command() -> Callable[[], None]:
+        modules.append(frames())
+        return lambda: modules.append(frames())
+
+    run_command(command)
+    below, after = modules
+    assert "typer" in below
+    assert "typer" not in after
+
+
+def test_its_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise EngineError("model", expected="a start", found="none", fix="Try again.")
+
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: fail)
+    assert end.value.code == EngineError.exit_code
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("pat-x: model: expected a start")
+
+
+def test_nothing_is_left_of_wrong_usage_or_of_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    for flag, code in (("--surprise", 2), ("--help", 0)):
+        monkeypatch.setattr("sys.argv", ["pat-x", flag])
+        with pytest.raises(SystemExit) as end:
+            run_command(lambda: lambda: called.append(1))
+        assert end.value.code == code
+    assert called == []
+
+
+def frames() -> set[str]:
+    """Top-level packages of all frames."""
+    return {str(frame.frame.f_globals["__name__"]).partition(".")[0] for frame in inspect.stack(context=0)}
