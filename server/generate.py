@@ -131,15 +131,16 @@ async def _whole(answer: Answer, model_name: str) -> Response:
 async def _events(answer: Answer, first: Piece, rest: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
     async with aclosing(rest):
         try:
-            yield _event(StreamDelta(id=answer.id, text=first.text, token_ids=list(first.token_ids)))
+            yield sse_event(StreamDelta(id=answer.id, text=first.text, token_ids=list(first.token_ids)))
             async for piece in rest:
-                yield _event(StreamDelta(id=answer.id, text=piece.text, token_ids=list(piece.token_ids)))
-            yield _event(answer.end())
+                yield sse_event(StreamDelta(id=answer.id, text=piece.text, token_ids=list(piece.token_ids)))
+            yield sse_event(answer.end())
         except HttpError as error:
             # The status line is out already; the event has the shape of an error's body.
-            yield _event(error.body())
+            yield sse_event(error.body())
     yield "data: [DONE]\n\n"
 
 
-def _event(body: BaseModel) -> str:
-    return f"data: {body.model_dump_json()}\n\n"
+def sse_event(body: BaseModel) -> str:
+    """A server-sent event, in ASCII: httpx's iter_lines takes U+0085, U+2028 and U+2029 for ends of lines too."""
+    return f"data: {body.model_dump_json(ensure_ascii=True)}\n\n"

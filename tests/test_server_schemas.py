@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from pat_serve.server.generate import sse_event
 from pat_serve.server.generation import EngineTimes, RequestTimes
 from pat_serve.server.http.errors import explain
 from pat_serve.server.limits import MAX_SEED, MAX_STOPS
 from pat_serve.server.measure import Run
-from pat_serve.server.schemas import GenerateRequest, LatencyRequest, ThroughputRequest
+from pat_serve.server.schemas import GenerateRequest, LatencyRequest, StreamDelta, ThroughputRequest
 
 
 def refusal(model: type[Any], body: dict[str, Any]) -> Any:
@@ -127,3 +129,9 @@ def test_one_token_has_no_time_per_further_token() -> None:
 def test_rates_of_a_run() -> None:
     run = Run(start_s=10.0, end_s=14.0, requests=(times(), times(output_tokens=3)))
     assert (run.duration_s, run.output_tokens, run.output_tokens_per_s, run.requests_per_s) == (4.0, 8, 2.0, 0.5)
+
+
+def test_an_event_is_one_line_to_clients_that_split_text() -> None:
+    text = "a\x85b\u2028c\u2029d\x0be\x1cf\r\ng"
+    [line] = sse_event(StreamDelta(id="1", text=text, token_ids=[1])).splitlines()[:-1]
+    assert json.loads(line.removeprefix("data: "))["text"] == text

@@ -245,7 +245,7 @@ class Load:
                     end = (self._whole, self._stream, self._completions)[number % 3](client)
                 except httpx.TimeoutException:
                     end = "hung"
-                except httpx.TransportError as error:
+                except (httpx.TransportError, ValueError) as error:
                     end = "broken"
                     self.broken.append(repr(error))
                 self.ends[end] += 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.study import corpus
-from benchmarks.study.methods import Job
+from benchmarks.study.methods import DENSE, Job
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def run(out: Path, job: Job, steps: int, width: int, part: str | None = None) -> list[dict[str, object]]:
         names.append(job.name)
+        if (job.name, job.seed, part) == (DENSE, 0, None):
+            (out / "dense").mkdir(exist_ok=True)
         head = {"method": job.name, "ratio": job.ratio, "seed": job.seed, "steps": steps}
         return [head | {"parameters": 1, "ppl(a)": 1.0}]
 
