@@ -27,6 +27,7 @@ from pat_serve.server.http.keys import KeyRing, collect_keys
 from pat_serve.server.policy import Feature, Policy
 from pat_serve.server.supervisor import adopt_orphans, end_children, supervise
 from pat_serve.server.trusted_model import check_trusted
+from pat_serve.server.whole_model import check_whole
 
 GIB = 2**30
 DEFAULT_KV_CACHE_GIB = 4.0
@@ -95,9 +96,11 @@ def run(settings: ServeSettings) -> None:
     try:
         keys = collect_keys(settings.api_keys, environment=os.environ, file=settings.api_key_file)
         # Before vLLM spends half a minute on a model that is not there.
-        check_trusted(settings.model, locate(settings.model, weights=False))
+        for model in filter(None, (settings.model, settings.baseline)):
+            folder = locate(model, weights=False)
+            check_trusted(model, folder)
+            check_whole(model, folder, settings.vllm_flags)
         if settings.baseline is not None:
-            check_trusted(settings.baseline, locate(settings.baseline, weights=False))
             check_comparable(settings.model, settings.baseline)
         if settings.draft is not None:
             check_draft(settings.model, settings.draft)

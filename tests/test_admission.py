@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from pat_serve.errors import UnsupportedModel
+from pat_serve.errors import BrokenCheckpoint, MissingModel, UnsupportedModel
 from pat_serve.server.http.admission import Admission
 from pat_serve.server.http.errors import HttpError
 from pat_serve.server.trusted_model import check_trusted
+from pat_serve.server.whole_model import check_whole
 
 
 def refused(admission: Admission, key: str, sequences: int) -> HttpError:
@@ -92,3 +94,34 @@ def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path, name: str) -> N
     (tmp_path / name).write_text(json.dumps({"auto_map": {"AutoConfig": "configuration_evil.Config"}}))
     with pytest.raises(UnsupportedModel, match=f"auto_map in {name}"):
         check_trusted("m", tmp_path)
+
+
+@pytest.fixture
+def whole(tiny_base: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_base, folder)
+    check_whole(str(folder), folder)
+    return folder
+
+
+def test_a_cut_off_weight_file_is_told_before_the_engine_starts(whole: Path) -> None:
+    shard = whole / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(
+        BrokenCheckpoint, match=r"model.safetensors: expected a whole safetensors file, found 5000 bytes"
+    ):
+        check_whole(str(whole), whole)
+
+
+def test_a_folder_without_a_tokenizer_needs_another(whole: Path) -> None:
+    (whole / "tokenizer.json").unlink()
+    with pytest.raises(MissingModel, match="a folder with a tokenizer"):
+        check_whole(str(whole), whole)
+    check_whole(str(whole), whole, ["--tokenizer=elsewhere"])
+    check_whole("hub/model", whole)
+
+
+def test_a_tokenizer_that_is_no_json_is_named(whole: Path) -> None:
+    (whole / "tokenizer.json").write_text("{")
+    with pytest.raises(BrokenCheckpoint, match=r"tokenizer.json: expected a tokenizer's JSON"):
+        check_whole(str(whole), whole)

@@ -40,6 +40,15 @@ def test_its_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.startswith("pat-x: model: expected a start")
 
 
+def test_ctrl_c_ends_it_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: interrupt)
+    assert (end.value.code, capsys.readouterr().err) == (130, "")
+
+
 def test_nothing_is_left_of_wrong_usage_or_of_help(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
     for flag, code in (("--surprise", 2), ("--help", 0)):

@@ -17,7 +17,7 @@ from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import Row, encode_rows, load_rows, read_training_data
 from pat_serve.training.data.streaming import ExampleStream
-from pat_serve.training.data.training_data import split_examples
+from pat_serve.training.data.training_data import TrainingData, split_examples
 from tests.tiny_models import tiny_tokenizer
 
 ROWS = [{"instruction": f"Say {number}", "output": f"{number}, and\nmore"} for number in range(7)]
@@ -179,3 +179,21 @@ def test_data_without_a_label():
     examples, dropped = encode_rows([*rows, Row(prompt="p", completion="c")], tokenizer, 64)
     assert dropped == 2
     assert [label != IGNORED_LABEL for label in examples[0]["labels"]][-1]
+
+
+@pytest.mark.parametrize(
+    ("streaming", "wanted", "found"), [(False, 8, 8), (False, 50, 40), (True, 8, 8), (True, 1020, 1020)]
+)
+def test_as_many_samples_as_the_calibration_wants(streaming: bool, wanted: int, found: int, tmp_path: Path):
+    rows = [{"instruction": f"Say {number}", "output": "b"} for number in range(1100 if streaming else 40)]
+    path = write(tmp_path / "rows.jsonl", rows)
+
+    def read(calibration_rows: int) -> TrainingData:
+        settings = {"streaming": streaming, "max_steps": 12, "calibration_rows": calibration_rows}
+        recipe = TrainRecipe.build({"model": "m", "data": str(path), **settings}, "test")
+        return read_training_data(recipe, tiny_tokenizer())
+
+    data = read(wanted)
+    assert len(data.samples) == found
+    # What identifies the rows does not depend on how many are measured.
+    assert data.train_sha256 == read(8).train_sha256

@@ -61,6 +61,16 @@ def test_a_choice_that_the_rest_rules_out_is_refused() -> None:
         recipe(compensate=True, mask_start="zero").resolved(tied=False)
 
 
+def test_calibration_rows_need_something_to_measure_for() -> None:
+    assert recipe(calibration_rows=512).resolved(tied=False).calibration_rows == 512
+    with pytest.raises(UsageError, match=r"^--calibration-rows: expected a recipe that measures"):
+        recipe(calibration_rows=512, **PAPER).resolved(tied=False)
+    with pytest.raises(UsageError, match=r"^--calibration-rows: expected none"):
+        recipe(calibration_rows=512, method="lora").resolved(tied=False, prunes=False)
+    with pytest.raises(UsageError, match="calibration_rows"):
+        recipe(calibration_rows=7)
+
+
 def test_operator_has_a_rank_where_the_mask_is_trained() -> None:
     assert recipe().resolved(tied=False).resolved_hio_rank(4096) == 0
     assert recipe(**PAPER).resolved(tied=False).resolved_hio_rank(4096) == 200

@@ -40,7 +40,15 @@ def test_word_without_a_flag_is_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [["--port", "0"], ["--port", "70000"], ["--kv-cache-gib", "0"], ["--surprise"], ["--allow", "x"]]
+    "flags",
+    [
+        ["--port", "0"],
+        ["--port", "70000"],
+        ["--kv-cache-gib", "0"],
+        ["--surprise"],
+        ["--allow", "x"],
+        ["--dtype", "float7"],
+    ],
 )
 def test_wrong_usage_exits_with_2(flags: list[str]) -> None:
     assert pat_serve("--model", "m", *flags).returncode == 2

@@ -14,7 +14,7 @@ from pat_serve.run_folder import list_checkpoints
 from pat_serve.training.calibration import Calibration, calibrate, calibration_batches
 from pat_serve.training.config import TENSORBOARD
 from pat_serve.training.data import PadBatch
-from pat_serve.training.methods import Method
+from pat_serve.training.methods import METHODS, Method
 from pat_serve.training.prepare import Prepared
 from pat_serve.training.ranks import Ranks, sharded_by_fsdp, use_one_device
 
@@ -82,6 +82,8 @@ def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> tup
     # The loss's gradient is taken without recomputation: one row at a time keeps what a whole batch would with it.
     rows = 1 if recipe.gradient_checkpointing else recipe.batch_size
     batches = calibration_batches(prepared.data.samples, rows)
+    if len(prepared.data.samples) < recipe.calibration_rows and METHODS[recipe.method].wants_calibration(recipe):
+        say(f"calibration: the data have {len(prepared.data.samples)} rows, of {recipe.calibration_rows} wanted")
     rotate = recipe.rotate
     assert rotate != "auto", "the recipe was not resolved"
 

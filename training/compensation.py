@@ -73,7 +73,9 @@ def compensate(
                 z_BTD = _output_of(norm, layer, entry.cut_BTD, entry.settings)
                 moments.add(x_BTD[entry.real_BT], z_BTD[entry.real_BT])
             _set_readers(base, readers[site], moments)
-        entries = [_advance(layer, model, method, entry) for entry in entries]
+        for number, entry in enumerate(entries):
+            # One after the other: both layers' states of all rows would be twice the memory.
+            entries[number] = _advance(layer, model, method, entry)
     [last] = [name for name in norms if not name.startswith("model.layers.")]
     norm, moments = base.get_submodule(last), _Moments(kept_K)
     for entry in entries:

@@ -258,6 +258,15 @@ class TrainRecipe(pydantic.BaseModel):
             "lora_head": rotate != "none" if self.lora_head is None else self.lora_head,
         }
         self._refuse_untrained_groups(lora_head=bool(chosen["lora_head"]), prunes=True)
+        unused = rotate == "none" and chosen["mask_start"] == "zero" and not chosen["compensate"]
+        default = TrainRecipe.model_fields["calibration_rows"].default
+        if unused and self.calibration_rows != default:
+            raise UsageError(
+                "--calibration-rows",
+                expected="a recipe that measures the stream (--rotate, --mask-start energy, --compensate)",
+                found=f"{self.calibration_rows} and a mask that starts undecided",
+                fix="Leave it out.",
+            )
         return TrainRecipe.build(self.model_dump() | chosen, "recipe")
 
     def _refuse_untrained_groups(self, *, lora_head: bool, prunes: bool) -> None:

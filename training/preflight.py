@@ -52,8 +52,9 @@ class Preflight:
         logits_bytes: of one micro-batch, with log-probabilities and gradients.
         allocator_bytes: what a CPU's heap loses between small activations.
         tokens_per_step: of one optimizer step over all processes, at most.
-        preparing_bytes: what the calibration takes before the model is cut down: the wide base, and what the backward
-            pass needs of one batch without LoRA. 0 for a model that stays wide, which needs more later, and under FSDP.
+        preparing_bytes: what calibration and compensation take before the model is cut down: the wide base, and what
+            the backward pass needs of one batch without LoRA, or the states of all calibration rows. 0 for a model that
+            stays wide, which needs more later, and under FSDP.
     """
 
     base_parameters: int
@@ -175,12 +176,14 @@ def estimate_training(
     distilled = 16 + width if recipe.distillation_weight else 0
     logits = tokens * int(checkpoint.config["vocab_size"]) * (12 + (width if width < 4 else 0) + distilled)
     preparing = 0
+    # Dense and cut states of all rows, which compensation takes from layer to layer.
+    kept = 2 * recipe.calibration_rows * longest_tokens * checkpoint.hidden_size * width if recipe.compensate else 0
     if narrow and not sharded_by_fsdp():
         # As assemble.py calibrates: without recomputation, and then one row at a time.
         rows = 1 / recipe.batch_size if recipe.gradient_checkpointing else 1
         dense = checkpoint.num_layers * _dense_bytes_per_token(checkpoint, width, checkpoint.hidden_size) * tokens
         wide = _base_parameters(checkpoint, recipe, checkpoint.hidden_size) * width
-        preparing = wide + round(rows * (dense + logits))
+        preparing = wide + max(round(rows * (dense + logits)), kept)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trained = (lora + own) * TRAINED_BYTES
     if sharded_by_fsdp() and processes > 1:

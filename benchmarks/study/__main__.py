@@ -58,7 +58,9 @@ def main(
     seeds: Annotated[int, typer.Option(help="Runs of each method at each ratio; 0: train the bases alone.")] = 3,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 150,
     only: Annotated[list[str] | None, typer.Option(help="Methods whose name contains this.")] = None,
-    without: Annotated[list[str] | None, typer.Option(help="No methods whose name contains this.")] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(help="No methods whose name contains this; the families keep all.")
+    ] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Only this cut, such as 0.25.")] = None,
     sweep: Annotated[list[str] | None, typer.Option(help=f"Beside the curve: {', '.join(_SWEEP_NAMES)}.")] = None,
     curve: Annotated[
@@ -81,6 +83,8 @@ def main(
     side = None if part is None else f"part-{number}-of-{parts}"
     results = out / (f"results-{side}.jsonl" if side else "results.jsonl")
     _check_names(sweep or [], domain)
+    if part and not (out / "base").exists():
+        raise typer.BadParameter(f"--part {part}: each would train the base; first without it, with --seeds 0")
     if not table:
         _prepare(out, data, SIZES[size], domain, base, more)
         if "hio" in (sweep or []):

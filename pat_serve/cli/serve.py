@@ -16,6 +16,8 @@ from pat_serve.extras import require
 
 Flag = typer.Option
 MAX_TIMEOUT_S = 86_400
+# The last two are vLLM's other names for two of them.
+DTYPES = ("auto", "float32", "bfloat16", "float16", "half", "float")
 
 
 def serve(
@@ -112,6 +114,7 @@ def serve(
             found="a word without a flag",
             fix="Give the model as --model MODEL; flags for vLLM come after --.",
         )
+    want("--dtype", dtype in DTYPES, f"one of {', '.join(DTYPES)}", dtype, "Leave it out to let the machine decide.")
     for flag, value in (
         ("--request-timeout", request_timeout),
         ("--receive-timeout", receive_timeout),

@@ -118,7 +118,8 @@ def train(
         ),
     ] = None,
     calibration_rows: Annotated[
-        int | None, Flag(help="Training rows that the residual stream is measured on, at first. [default: 128]")
+        int | None,
+        Flag(help="Training rows to measure the residual stream on, at first: 8 or more. [default: 128]"),
     ] = None,
     distillation_weight: Annotated[
         float | None, Flag(help="Share of the loss that is KL to the dense base, in [0, 1). [default: 0]")
