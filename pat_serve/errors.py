@@ -7,9 +7,9 @@
     │   ├── OutputExists                   --out is there already and --force was not given
     │   └── PortInUse                      the address is taken
     ├── ModelError                exit 1   a base model or checkpoint folder
-    │   ├── MissingModel                   no such folder, no such hub id, or no config.json in it
+    │   ├── MissingModel                   no such folder or hub id, or no config.json or tokenizer in it
     │   ├── UnsupportedModel               an architecture that the table does not cover
-    │   ├── BrokenCheckpoint               a truncated shard, a missing tensor, a wrong shape
+    │   ├── BrokenCheckpoint               a truncated shard, a missing tensor, a damaged tokenizer
     │   └── UnknownTensor                  a tensor that the architecture table does not name
     ├── DataError                 exit 1   a dataset or a row of it (with its line number)
     ├── RunError                  exit 1   a training run's folder

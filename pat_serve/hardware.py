@@ -13,6 +13,8 @@ from pathlib import Path
 from pat_serve.errors import UsageError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# vLLM's other names for two of them.
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUP_MEMORY = Path("/sys/fs/cgroup")

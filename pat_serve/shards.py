@@ -115,6 +115,20 @@ def read_header(shard: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict
     return dict(entries)
 
 
+def indexed_shards(index: Path) -> list[Path]:
+    """The weight files that an index names, which are there.
+
+    Raises:
+        BrokenCheckpoint: it is damaged, names a file that is not there, or leads out of its folder.
+    """
+    names = sorted(set(read_index(index).values()))
+    for name in names:
+        # A name with a separator could lead out of the folder.
+        if Path(name).name != name or not name.endswith(".safetensors") or not (index.parent / name).is_file():
+            raise broken(index, f"the shard {name!r:.80} beside it", "no such file")
+    return [index.parent / name for name in names]
+
+
 def find_shards(folder: Path, source: object) -> list[Path]:
     """The weight files of a folder, from its index if it has one.
 
@@ -127,12 +141,7 @@ def find_shards(folder: Path, source: object) -> list[Path]:
         # transformers would read the one, others the other.
         raise broken(folder, f"{SINGLE} or {INDEX}", "both", fix="Delete the one that does not belong to the model.")
     if index.is_file():
-        names = sorted(set(read_index(index).values()))
-        for name in names:
-            # A name with a separator could lead out of the folder.
-            if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
-                raise broken(index, f"the shard {name!r:.80} beside it", "no such file")
-        shards = [folder / name for name in names]
+        shards = indexed_shards(index)
     elif single.is_file():
         shards = [single]
     else:

@@ -7,7 +7,7 @@ import logging
 from argparse import Namespace
 
 from pat_serve.errors import EngineError, UsageError
-from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes
+from pat_serve.hardware import DTYPE_ALIASES, DTYPE_BYTES, available_memory_bytes
 from pat_serve.locate import locate, read_config
 from pat_serve.server.analysis.roofline import ModelShape, shape_of
 from pat_serve.server.bench.speedup_checks import PROCESS_BYTES, WEIGHT_COPIES
@@ -114,7 +114,8 @@ def check_memory(model: str, baseline: str, *, dtype: str, kv_cache_bytes: int) 
     Raises:
         EngineError: with both amounts.
     """
-    weights = sum(_shape(name).parameters for name in (model, baseline)) * DTYPE_BYTES.get(dtype, 4)
+    parameter_bytes = DTYPE_BYTES.get(DTYPE_ALIASES.get(dtype, dtype), 4)
+    weights = sum(_shape(name).parameters for name in (model, baseline)) * parameter_bytes
     needed = int(WEIGHT_COPIES * weights) + 2 * (kv_cache_bytes + _PROCESSES * PROCESS_BYTES)
     free = available_memory_bytes()
     if needed > free:

@@ -27,7 +27,7 @@ from pat_serve.server.http.keys import KeyRing, collect_keys
 from pat_serve.server.policy import Feature, Policy
 from pat_serve.server.supervisor import adopt_orphans, end_children, supervise
 from pat_serve.server.trusted_model import check_trusted
-from pat_serve.server.whole_model import check_whole
+from pat_serve.server.whole_model import check_whole_models
 
 GIB = 2**30
 DEFAULT_KV_CACHE_GIB = 4.0
@@ -81,7 +81,8 @@ def run(settings: ServeSettings) -> None:
     The calling process becomes the server's supervisor and ends with its exit code.
 
     Raises:
-        MissingModel: no such folder, or no such model on the hub.
+        MissingModel: no such folder, no such model on the hub, or one without weights or a tokenizer.
+        BrokenCheckpoint: its weights or its tokenizer are damaged.
         UnsupportedModel: it brings pickles or code.
         PortInUse: the address is taken or not ours.
         UsageError: a flag, a key or a certificate is wrong.
@@ -97,9 +98,7 @@ def run(settings: ServeSettings) -> None:
         keys = collect_keys(settings.api_keys, environment=os.environ, file=settings.api_key_file)
         # Before vLLM spends half a minute on a model that is not there.
         for model in filter(None, (settings.model, settings.baseline)):
-            folder = locate(model, weights=False)
-            check_trusted(model, folder)
-            check_whole(model, folder, settings.vllm_flags)
+            check_trusted(model, locate(model, weights=False))
         if settings.baseline is not None:
             check_comparable(settings.model, settings.baseline)
         if settings.draft is not None:
@@ -109,6 +108,7 @@ def run(settings: ServeSettings) -> None:
         check_plugin()
         args = engine.parse_serve_arguments(serve_arguments(settings, on_cpu=engine.is_cpu_backend()))
         check_flags(args, settings)
+        check_whole_models(args, settings.model, baseline=settings.baseline, draft=settings.draft)
         args.pat_serve_baseline = settings.baseline
         if settings.baseline is not None and engine.is_cpu_backend():
             # Elsewhere vLLM itself refuses an engine for which the accelerator has no room.

@@ -2,67 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from argparse import Namespace
 from pathlib import Path
 
 from pat_serve.errors import BrokenCheckpoint, MissingModel, first_line
-from pat_serve.strict_json import parse
+from pat_serve.shards import INDEX, indexed_shards
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-# With one of them the folder's own tokenizer is not asked for.
-_OTHER_TOKENIZER = ("--tokenizer", "--skip-tokenizer-init", "--tokenizer-mode")
+# vLLM's names for what transformers loads; its other modes look for other files.
+_TOKENIZER_MODES = ("auto", "hf", "slow")
 
 
-def check_whole(model: str, folder: Path, vllm_flags: Sequence[str] = ()) -> None:
-    """Refuse a folder whose weights are cut off, or whose tokenizer is missing or no JSON.
+def check_whole_models(args: Namespace, model: str, *, baseline: str | None, draft: str | None) -> None:
+    """Refuse folders whose weights are cut off or not there, or whose tokenizer is missing or no JSON.
 
     Args:
+        args: vLLM's, parsed; with a format of weights other than safetensors, or a tokenizer from elsewhere, the
+            folders' own are not looked at.
         model: as the user named it; one from the hub is not looked at, since perhaps not all of it has come.
-        folder: where it lies.
-        vllm_flags: those of the command line.
+        baseline: its dense parent, whose engine takes no tokenizer but its own.
+        draft: what proposes tokens to it, which needs no tokenizer.
 
     Raises:
-        BrokenCheckpoint: a file is damaged.
-        MissingModel: there is no tokenizer.
+        BrokenCheckpoint: a file is damaged, or an index names one that is not there.
+        MissingModel: there are no weights, or there is no tokenizer.
     """
-    if not Path(model).is_dir():
-        return
-    for shard in sorted(folder.glob("*.safetensors")):
-        _check_shard(shard)
-    if any(flag.partition("=")[0] in _OTHER_TOKENIZER for flag in vllm_flags):
-        return
+    has_own = not args.skip_tokenizer_init and args.tokenizer_mode in _TOKENIZER_MODES
+    for name, needs_tokenizer in ((model, has_own and args.tokenizer is None), (baseline, has_own), (draft, False)):
+        if name is None or not Path(name).is_dir():
+            continue
+        if args.load_format == "safetensors":
+            check_weights(Path(name))
+        if needs_tokenizer:
+            check_tokenizer(Path(name))
+
+
+def check_weights(folder: Path) -> None:
+    """Look at the headers and lengths of the files that vLLM will open; no weight is read.
+
+    Raises:
+        BrokenCheckpoint: one is damaged, or an index names one that is not there.
+        MissingModel: there is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if (folder / INDEX).is_file():
+        shards = indexed_shards(folder / INDEX)
+    else:
+        # Nor does vLLM look at hidden files.
+        shards = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    if not shards:
+        raise MissingModel(
+            folder,
+            expected="a folder with weights in safetensors files",
+            found="none",
+            fix="Copy them into it; a training run's folder must be exported first (pat-export).",
+        )
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise BrokenCheckpoint(
+                shard, expected="a whole safetensors file", found=first_line(error), fix="Copy or export it again."
+            ) from error
+
+
+def check_tokenizer(folder: Path) -> None:
+    """One is there, and is JSON if it should be.
+
+    Raises:
+        BrokenCheckpoint: it is not.
+        MissingModel: there is none.
+    """
+    fix = "Copy the base's tokenizer files into it, or name another after --: --tokenizer FOLDER."
     found = [name for name in _TOKENIZERS if (folder / name).is_file()]
     if not found and not any(folder.glob("*.tiktoken")):
         raise MissingModel(
-            model,
-            expected="a folder with a tokenizer (tokenizer.json or tokenizer.model)",
-            found="none",
-            fix="Copy the base's tokenizer files into it, or name another after --: --tokenizer FOLDER.",
+            folder, expected="a folder with a tokenizer (tokenizer.json or tokenizer.model)", found="none", fix=fix
         )
     if "tokenizer.json" in found:
         path = folder / "tokenizer.json"
         try:
-            parse(path.read_bytes())
-        except ValueError as error:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
             raise BrokenCheckpoint(
                 path,
                 expected="a tokenizer's JSON",
                 found=first_line(error),
                 fix="Copy the base's tokenizer files again.",
             ) from error
-
-
-def _check_shard(shard: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        # Looks at the header and at the file's length; no weight is read.
-        with safe_open(shard, framework="np"):
-            pass
-    except SafetensorError as error:
-        raise BrokenCheckpoint(
-            shard,
-            expected="a whole safetensors file",
-            found=f"{shard.stat().st_size} bytes: {first_line(error)}",
-            fix="Copy or export it again.",
-        ) from error

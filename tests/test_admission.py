@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from pat_serve.errors import BrokenCheckpoint, MissingModel, UnsupportedModel
+from pat_serve.server.engine import parse_serve_arguments
 from pat_serve.server.http.admission import Admission
 from pat_serve.server.http.errors import HttpError
 from pat_serve.server.trusted_model import check_trusted
-from pat_serve.server.whole_model import check_whole
+from pat_serve.server.whole_model import check_tokenizer, check_weights, check_whole_models
 
 
 def refused(admission: Admission, key: str, sequences: int) -> HttpError:
@@ -100,28 +102,87 @@ def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path, name: str) -> N
 def whole(tiny_base: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     shutil.copytree(tiny_base, folder)
-    check_whole(str(folder), folder)
+    check_weights(folder)
+    check_tokenizer(folder)
     return folder
 
 
 def test_a_cut_off_weight_file_is_told_before_the_engine_starts(whole: Path) -> None:
     shard = whole / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:5000])
-    with pytest.raises(
-        BrokenCheckpoint, match=r"model.safetensors: expected a whole safetensors file, found 5000 bytes"
-    ):
-        check_whole(str(whole), whole)
+    with pytest.raises(BrokenCheckpoint, match=r"model.safetensors: expected a whole safetensors file"):
+        check_weights(whole)
+
+
+@pytest.fixture
+def sharded(whole: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    (whole / "model.safetensors").unlink()
+    model.save_pretrained(whole, max_shard_size="100KB")
+    assert len(list(whole.glob("*.safetensors"))) > 1
+    check_weights(whole)
+    return whole
+
+
+def test_a_shard_that_the_index_names_is_missed(sharded: Path) -> None:
+    min(sharded.glob("*.safetensors")).unlink()
+    with pytest.raises(BrokenCheckpoint, match=r"index.json: expected the shard"):
+        check_weights(sharded)
+
+
+def test_files_that_vllm_does_not_open_may_be_anything(sharded: Path) -> None:
+    for name in ("model.safetensors", "._model.safetensors"):
+        (sharded / name).write_bytes(b"left behind")
+    check_weights(sharded)
+    (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(BrokenCheckpoint, match=r"model/model.safetensors: expected a whole"):
+        check_weights(sharded)
+
+
+def test_a_folder_without_weights_is_told(whole: Path) -> None:
+    (whole / "model.safetensors").unlink()
+    with pytest.raises(MissingModel, match="weights in safetensors files, found none"):
+        check_weights(whole)
+    (whole / "model.safetensors").symlink_to("nowhere")
+    with pytest.raises(BrokenCheckpoint, match="a whole safetensors file"):
+        check_weights(whole)
 
 
 def test_a_folder_without_a_tokenizer_needs_another(whole: Path) -> None:
     (whole / "tokenizer.json").unlink()
     with pytest.raises(MissingModel, match="a folder with a tokenizer"):
-        check_whole(str(whole), whole)
-    check_whole(str(whole), whole, ["--tokenizer=elsewhere"])
-    check_whole("hub/model", whole)
+        check_tokenizer(whole)
 
 
 def test_a_tokenizer_that_is_no_json_is_named(whole: Path) -> None:
-    (whole / "tokenizer.json").write_text("{")
-    with pytest.raises(BrokenCheckpoint, match=r"tokenizer.json: expected a tokenizer's JSON"):
-        check_whole(str(whole), whole)
+    (whole / "tokenizer.json").write_text('{"a": 1, "a": 2}')
+    check_tokenizer(whole)
+    for text in ("{", "[" * 100_000):
+        (whole / "tokenizer.json").write_text(text)
+        with pytest.raises(BrokenCheckpoint, match=r"tokenizer.json: expected a tokenizer's JSON"):
+            check_tokenizer(whole)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--tokenizer", "elsewhere"], ["--skip_tokenizer_init"], ["--skip-tok"], ["--tokenizer_mode=mistral"]],
+)
+def test_vllms_flags_say_what_is_read(flags: list[str], whole: Path) -> None:
+    (whole / "tokenizer.json").unlink()
+
+    def check(*given: str, model: str = str(whole), baseline: str | None = None, draft: str | None = None) -> None:
+        args = parse_serve_arguments(["--model", model, "--load-format", "safetensors", *given])
+        check_whole_models(args, model, baseline=baseline, draft=draft)
+
+    with pytest.raises(MissingModel, match="a tokenizer"):
+        check()
+    check(*flags)
+    check(model="hub/model", draft=str(whole))
+    # The baseline's engine takes no tokenizer from elsewhere.
+    if flags[0] == "--tokenizer":
+        with pytest.raises(MissingModel, match="a tokenizer"):
+            check(*flags, model="hub/model", baseline=str(whole))
+    (whole / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(BrokenCheckpoint):
+        check(model="hub/model", draft=str(whole))
+    check(*flags, "--load-format", "dummy")

@@ -34,7 +34,8 @@ def test_update_is_the_best_of_its_rank() -> None:
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(24, 16, dtype=torch.float64, generator=generator)
     inputs = torch.randn(200, 16, dtype=torch.float64, generator=generator) * torch.linspace(0.1, 3, 16)
-    b, a = low_rank_update(change, torch.linalg.cholesky(inputs.T @ inputs), rank=4)
+    factor = torch.linalg.cholesky(inputs.T @ inputs)
+    b, a = low_rank_update((change @ factor).float(), factor, rank=4)
     error = float((inputs @ (change - b.double() @ a.double()).T).square().sum())
     # Eckart-Young: what the four largest singular values of the outputs' matrix leave.
     best = float(torch.linalg.svdvals(inputs @ change.T)[4:].square().sum())

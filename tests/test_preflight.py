@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import TooLarge
-from pat_serve.training import preflight
-from pat_serve.training.calibration import Calibration
+from pat_serve.training import compensation, preflight
+from pat_serve.training.calibration import Calibration, calibration_batches
 from pat_serve.training.config import PAPER, TrainRecipe
-from pat_serve.training.insert import adapt
+from pat_serve.training.insert import adapt, build_model
 from pat_serve.training.narrow import narrow_model
 from pat_serve.training.norms import train_norms
 from pat_serve.training.preflight import estimate_training
@@ -48,7 +49,8 @@ def test_the_default_recipe_is_counted_as_it_is_trained(tied: bool, rows: Path, 
     unset = {name: TrainRecipe.model_fields[name].default for name in (*PAPER, "hio_rank")}
     recipe = tiny_recipe(opened.folder, rows, **unset | {"tied_embeddings": "untie" if tied else "auto"})
     recipe = recipe.resolved(tied=tied)
-    estimate = estimate_training(opened, recipe, "float32", 48, 24, 64, "cpu")
+    calibration = [(4, 64)] * 2
+    estimate = estimate_training(opened, recipe, "float32", 48, 24, 64, "cpu", calibration)
     base = AutoModelForCausalLM.from_pretrained(opened.folder, dtype=torch.float32)
     measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=torch.eye(64))
     model, method = adapt(base, opened.family, recipe, 48, 24, measured)
@@ -58,9 +60,10 @@ def test_the_default_recipe_is_counted_as_it_is_trained(tied: bool, rows: Path, 
     frozen = sum(p.numel() for name, p in model.named_parameters() if not p.requires_grad and "pat_mask" not in name)
     assert estimate.base_parameters == frozen
     assert estimate.weights_bytes == 4 * frozen
-    # It is calibrated before it is cut.
-    wide = estimate_training(opened, recipe.model_copy(update={"narrow": "off"}), "float32", 48, 24, 64, "cpu")
-    assert wide.preparing_bytes == 0
+    # It is calibrated before it is cut, and also if it is not.
+    uncut = recipe.model_copy(update={"narrow": "off"})
+    wide = estimate_training(opened, uncut, "float32", 48, 24, 64, "cpu", calibration)
+    assert wide.preparing_bytes == estimate.preparing_bytes
     assert estimate.weights_bytes < wide.weights_bytes < estimate.preparing_bytes < wide.total_bytes
     assert estimate.activations_bytes < wide.activations_bytes
 
@@ -100,6 +103,44 @@ def test_activations_are_what_autograd_keeps(narrow: bool, norms: bool, checkpoi
         plain = estimate_training(checkpoint, without, "float32", 48, 24, 128, "cpu")
         # Two norms of 48 in each of two layers, and the final one.
         assert estimate.method_parameters - plain.method_parameters == 5 * 48
+
+
+def test_compensation_holds_what_is_counted(tiny_base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch):
+    """States and masks of all rows, padded in their batches and not to the longest row of the data."""
+    opened = open_checkpoint(str(tiny_base))
+    recipe = tiny_recipe(tiny_base, rows, gate="cut", mask_start="energy", hio_rank=0, compensate=True)
+    columns = ("input_ids", "attention_mask", "labels")
+    samples = [dict.fromkeys(columns, [1] * length) for length in (512, 9, 300, 40, 512, 512, 7, 1, 90)]
+    held: list[torch.Tensor] = []
+
+    def enter(*args: Any) -> Any:
+        entry = _enter(*args)
+        held.extend([entry.dense_BTD, entry.cut_BTD])
+        held.extend(value for name, value in entry.settings.items() if name == "attention_mask" and value is not None)
+        return entry
+
+    _enter = compensation._enter
+    monkeypatch.setattr(compensation, "_enter", enter)
+    measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=None)
+    model, method = build_model(opened, recipe, torch.float32, 48, 24, lambda _: measured)
+    method.on_step(0)
+    batches = calibration_batches(samples, recipe.batch_size)
+    compensation.compensate(model, method, opened.family, 2, batches)
+
+    def preparing(repeats: int) -> int:
+        shapes = [tuple(batch["input_ids"].shape) for batch in batches] * repeats
+        return estimate_training(opened, recipe, "float32", 48, 24, 10_000, "cpu", shapes).preparing_bytes
+
+    # So often that the states outweigh the gradient's batch.
+    assert preparing(21) - preparing(20) == pytest.approx(sum(tensor.nbytes for tensor in held), rel=0.01)
+
+
+def test_processes_of_fsdp_prepare_in_the_hosts_memory(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch):
+    recipe = tiny_recipe(checkpoint.folder, Path("d"), mask_start="energy")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    host, gpu = (estimate_training(checkpoint, recipe, "float32", 48, 24, 64, on, [(4, 64)]) for on in ("cpu", "cuda"))
+    assert host.preparing_bytes > 0
+    assert gpu.preparing_bytes == 0
 
 
 def test_the_estimate_follows_its_causes(checkpoint: Checkpoint):

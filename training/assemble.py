@@ -11,7 +11,7 @@ from torch import nn
 
 from pat_serve.progress import say, track
 from pat_serve.run_folder import list_checkpoints
-from pat_serve.training.calibration import Calibration, calibrate, calibration_batches
+from pat_serve.training.calibration import Calibration, calibrate, calibration_batches, rows_at_once
 from pat_serve.training.config import TENSORBOARD
 from pat_serve.training.data import PadBatch
 from pat_serve.training.methods import METHODS, Method
@@ -79,11 +79,10 @@ def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> tup
     from pat_serve.training.norms import train_norms
 
     recipe, inputs, checkpoint = prepared.recipe, prepared.inputs, prepared.checkpoint
-    # The loss's gradient is taken without recomputation: one row at a time keeps what a whole batch would with it.
-    rows = 1 if recipe.gradient_checkpointing else recipe.batch_size
-    batches = calibration_batches(prepared.data.samples, rows)
-    if len(prepared.data.samples) < recipe.calibration_rows and METHODS[recipe.method].wants_calibration(recipe):
-        say(f"calibration: the data have {len(prepared.data.samples)} rows, of {recipe.calibration_rows} wanted")
+    batches = calibration_batches(prepared.data.samples, rows_at_once(recipe))
+    found, wanted = len(prepared.data.samples), recipe.calibration_rows
+    if found < wanted and METHODS[recipe.method].wants_calibration(recipe) and not resumes:
+        say(f"calibration: the data have {found} rows, of {wanted} wanted")
     rotate = recipe.rotate
     assert rotate != "auto", "the recipe was not resolved"
 

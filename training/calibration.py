@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pat_serve.architectures import HIDDEN, Family
 from pat_serve.rotation import effective_gain, principal_axes
+from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import PadBatch
 
 CALIBRATION_FILE = "calibration.safetensors"
@@ -57,6 +58,14 @@ class Calibration:
             return None
         tensors = load_file(path)
         return Calibration(importance_D=tensors["importance"], rotation_DD=tensors.get("rotation"))
+
+
+def rows_at_once(recipe: TrainRecipe) -> int:
+    """As many as the recipe trains with, or one where it recomputes activations.
+
+    The loss's gradient is taken without recomputation: one row at a time keeps what a whole batch would with it.
+    """
+    return 1 if recipe.gradient_checkpointing else recipe.batch_size
 
 
 def calibration_batches(examples: Sequence[dict[str, list[int]]], batch_size: int) -> list[dict[str, Tensor]]:

@@ -27,6 +27,8 @@ from pat_serve.training.methods.base import Method
 
 # Of the mean diagonal of E[z z^T]: calibration data are few, and channels nearly dependent.
 RIDGE = 1e-3
+# Of a weight, in float64.
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +111,18 @@ class _Moments:
         return guess_DK, factor_KK
 
 
-def low_rank_update(change_OK: Tensor, factor_KK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def low_rank_update(felt_OK: Tensor, factor_KK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors (O, R) and (R, K) whose product is nearest to a change of weights, felt by inputs of a second moment.
 
     The nearest is by ||(change - B A) F|| with F F^T = E[z z^T], whichever the root F, so a singular value
     decomposition in the whitened space; both factors get the same norm.
 
     Args:
-        change_OK: of the weights, float64.
+        felt_OK: the change of the weights times F, float32.
         factor_KK: F, the lower Cholesky factor, float64.
         rank: R.
     """
-    left_OR, values_R, right_KR = torch.svd_lowrank(
-        (change_OK @ factor_KK).float(), q=min(rank + 8, *change_OK.shape), niter=4
-    )
+    left_OR, values_R, right_KR = torch.svd_lowrank(felt_OK, q=min(rank + 8, *felt_OK.shape), niter=4)
     left_OR, right_KR = left_OR[:, :rank] * values_R[:rank].sqrt(), right_KR[:, :rank] * values_R[:rank].sqrt()
     a_RK = torch.linalg.solve_triangular(factor_KK, right_KR.T.double(), upper=False, left=False).float()
     balance = (a_RK.norm() / left_OR.norm()).sqrt()
@@ -131,18 +131,26 @@ def low_rank_update(change_OK: Tensor, factor_KK: Tensor, rank: int) -> tuple[Te
 
 def _set_readers(base: nn.Module, names: list[str], moments: _Moments) -> None:
     guess_DK, factor_KK = moments.solve()
+    felt_DK = guess_DK @ factor_KK
     for name in names:
         reader: Any = base.get_submodule(name)
         if not hasattr(reader, "lora_A"):
             continue
-        weight_OD = reader.base_layer.weight.double()
         a, b = reader.lora_A["default"].weight, reader.lora_B["default"].weight
-        b_OR, a_RK = low_rank_update(weight_OD @ guess_DK, factor_KK, len(a))
+        b_OR, a_RK = low_rank_update(_product(reader.base_layer.weight, felt_DK), factor_KK, len(a))
         scaling = reader.scaling["default"] ** 0.5
         a.zero_()
         a[: len(a_RK), moments.kept_K] = (a_RK / scaling).to(a)
         b.zero_()
         b[:, : b_OR.shape[1]] = (b_OR / scaling).to(b)
+
+
+def _product(weight_OD: Tensor, felt_DK: Tensor) -> Tensor:
+    """Their product, summed in float64 and kept in float32, by rows: a head in float64 is larger than the model."""
+    product_OK = torch.empty(len(weight_OD), felt_DK.shape[1], device=weight_OD.device)
+    for at in range(0, len(weight_OD), ROWS_AT_ONCE):
+        product_OK[at : at + ROWS_AT_ONCE] = weight_OD[at : at + ROWS_AT_ONCE].double() @ felt_DK
+    return product_OK
 
 
 class _StopForwardError(Exception):

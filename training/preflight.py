@@ -1,18 +1,16 @@
 """What a training will need, told before a weight is loaded, from the checkpoint's headers and a model without storage.
 
-The activations are counted, not measured: what autograd keeps of LlamaDecoderLayer, peft's LoRA and the HSMs, for each
-token; tests/test_preflight.py compares the count with what it does keep.
+The bytes are counted, not measured (memory.py).
 """
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN
 from pat_serve.checkpoint import Checkpoint
 from pat_serve.errors import TooLarge
 from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes
@@ -20,6 +18,15 @@ from pat_serve.progress import say
 from pat_serve.rotation import untie_head
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.insert import adapt
+from pat_serve.training.memory import (
+    NF4_BYTES,
+    base_parameters,
+    dense_bytes_per_token,
+    preparing_bytes,
+    quantized_parameters,
+    tuning_bytes_per_token,
+    unties,
+)
 from pat_serve.training.methods import METHODS
 from pat_serve.training.narrow import narrow_model
 from pat_serve.training.norms import train_norms
@@ -27,8 +34,6 @@ from pat_serve.training.ranks import sharded_by_fsdp
 
 # A float32 weight, its gradient and Adam's two moments.
 TRAINED_BYTES = 16
-# A weight in NF4, with its share of the scales, which are quantized too: 4.127 bits (arXiv 2305.14314).
-NF4_BYTES = 4.127 / 8
 # Threads' buffers and kernels that a first step brings along.
 OVERHEAD_BYTES = 100_000_000
 # glibc serves smaller blocks from a heap, where what is kept pins what is freed around it; larger ones mapped alone.
@@ -52,9 +57,10 @@ class Preflight:
         logits_bytes: of one micro-batch, with log-probabilities and gradients.
         allocator_bytes: what a CPU's heap loses between small activations.
         tokens_per_step: of one optimizer step over all processes, at most.
-        preparing_bytes: what calibration and compensation take before the model is cut down: the wide base, and what
-            the backward pass needs of one batch without LoRA, or the states of all calibration rows. 0 for a model that
-            stays wide, which needs more later, and under FSDP.
+        preparing_bytes: what calibration and compensation take before training, of the wide base in every process: its
+            weights, and what the backward pass needs of one batch without LoRA, or the states of all calibration rows
+            and the change of the largest weight. 0 where the method does neither, and on a GPU under FSDP, whose
+            processes prepare in the host's memory.
     """
 
     base_parameters: int
@@ -96,15 +102,23 @@ class Preflight:
 
 
 def check_memory(
-    checkpoint: Checkpoint, recipe: TrainRecipe, dtype: str, target_width: int, total_steps: int, longest_tokens: int
+    checkpoint: Checkpoint,
+    recipe: TrainRecipe,
+    dtype: str,
+    target_width: int,
+    total_steps: int,
+    longest_tokens: int,
+    calibration: Sequence[tuple[int, ...]],
 ) -> Preflight:
-    """Report what the training needs, and refuse one that cannot fit.
+    """Report what the training needs, and refuse one that cannot fit. The arguments are those of `estimate_training`.
 
     Raises:
         TooLarge: more than there is, unless the recipe skips the check.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    estimate = estimate_training(checkpoint, recipe, dtype, target_width, total_steps, longest_tokens, device)
+    estimate = estimate_training(
+        checkpoint, recipe, dtype, target_width, total_steps, longest_tokens, device, calibration
+    )
     if device == "cuda":
         available = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
     else:
@@ -139,6 +153,7 @@ def estimate_training(
     total_steps: int,
     longest_tokens: int,
     device: str,
+    calibration: Sequence[tuple[int, ...]] = (),
 ) -> Preflight:
     """Count parameters and bytes.
 
@@ -150,19 +165,20 @@ def estimate_training(
         total_steps: of the run.
         longest_tokens: of a row of the data.
         device: "cpu" or "cuda", whose dropout keep different things.
+        calibration: rows and tokens of each padded batch of the calibration's samples.
     """
     narrow = METHODS[recipe.method].stays_wide(recipe) is None
     hidden = target_width if narrow else checkpoint.hidden_size
     lora, own = _trained_parameters(checkpoint, recipe, target_width, total_steps)
-    base = _base_parameters(checkpoint, recipe, hidden)
+    base = base_parameters(checkpoint, recipe, hidden)
     width = DTYPE_BYTES[dtype]
     weights = base * width
     if recipe.quantize_base:
-        weights -= round(_quantized_parameters(checkpoint) * (width - NF4_BYTES))
+        weights -= round(quantized_parameters(checkpoint) * (width - NF4_BYTES))
     tokens = recipe.batch_size * longest_tokens
     layer = (
-        _dense_bytes_per_token(checkpoint, width, hidden)
-        + _tuning_bytes_per_token(checkpoint, recipe, width, device, hidden)
+        dense_bytes_per_token(checkpoint, width, hidden)
+        + tuning_bytes_per_token(checkpoint, recipe, width, device, hidden)
     ) * tokens
     if recipe.gradient_checkpointing:
         activations = checkpoint.num_layers * hidden * width * tokens + layer
@@ -174,16 +190,15 @@ def estimate_training(
     # The log-probabilities and two gradients in float32; of a 16-bit head its own gradient as well.
     # To distil: both models' log-probabilities, the teacher's logits, and what the divergence keeps of each.
     distilled = 16 + width if recipe.distillation_weight else 0
-    logits = tokens * int(checkpoint.config["vocab_size"]) * (12 + (width if width < 4 else 0) + distilled)
+    vocabulary, of_logit = int(checkpoint.config["vocab_size"]), 12 + (width if width < 4 else 0)
+    logits = tokens * vocabulary * (of_logit + distilled)
     preparing = 0
-    # Dense and cut states of all rows, which compensation takes from layer to layer.
-    kept = 2 * recipe.calibration_rows * longest_tokens * checkpoint.hidden_size * width if recipe.compensate else 0
-    if narrow and not sharded_by_fsdp():
-        # As assemble.py calibrates: without recomputation, and then one row at a time.
-        rows = 1 / recipe.batch_size if recipe.gradient_checkpointing else 1
-        dense = checkpoint.num_layers * _dense_bytes_per_token(checkpoint, width, checkpoint.hidden_size) * tokens
-        wide = _base_parameters(checkpoint, recipe, checkpoint.hidden_size) * width
-        preparing = wide + max(round(rows * (dense + logits)), kept)
+    if (
+        calibration
+        and METHODS[recipe.method].wants_calibration(recipe)
+        and not (sharded_by_fsdp() and device == "cuda")
+    ):
+        preparing = preparing_bytes(checkpoint, recipe, width, target_width, calibration, vocabulary * of_logit)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trained = (lora + own) * TRAINED_BYTES
     if sharded_by_fsdp() and processes > 1:
@@ -204,20 +219,6 @@ def estimate_training(
     )
 
 
-def _base_parameters(checkpoint: Checkpoint, recipe: TrainRecipe, hidden: int) -> int:
-    """The base's own, at a width."""
-    shapes = {name: list(entry.shape) for name, entry in checkpoint.tensors.items()}
-    if checkpoint.tied:
-        shapes.pop(f"{HEAD}.weight", None)
-    if _unties(checkpoint, recipe):
-        shapes[f"{HEAD}.weight"] = shapes[f"{EMBEDDING}.weight"]
-    count = 0
-    for name, shape in shapes.items():
-        axes = checkpoint.family.match(name)[0].axes
-        count += math.prod(hidden if axis == HIDDEN else size for axis, size in zip(axes, shape, strict=False))
-    return count
-
-
 def _trained_parameters(
     checkpoint: Checkpoint, recipe: TrainRecipe, target_width: int, total_steps: int
 ) -> tuple[int, int]:
@@ -229,7 +230,7 @@ def _trained_parameters(
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
         base = AutoModelForCausalLM.from_config(config)
-        if _unties(checkpoint, recipe):
+        if unties(checkpoint, recipe):
             untie_head(base)
         model, method = adapt(base, checkpoint.family, uncalibrated, target_width, total_steps)
         if METHODS[recipe.method].stays_wide(recipe) is None:
@@ -239,44 +240,6 @@ def _trained_parameters(
     trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
     lora = sum(count for name, count in trained.items() if ".lora_" in name)
     return lora, sum(trained.values()) - lora
-
-
-def _unties(checkpoint: Checkpoint, recipe: TrainRecipe) -> bool:
-    """The run gives a tied base a head of its own."""
-    return checkpoint.tied and recipe.method != "lora" and recipe.rotate != "none"
-
-
-def _quantized_parameters(checkpoint: Checkpoint) -> int:
-    """Of the linears inside the layers; bitsandbytes leaves embedding, norms and head as they are."""
-    shapes = [entry.shape for name, entry in checkpoint.tensors.items() if ".layers." in name]
-    return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
-
-
-def _dense_bytes_per_token(checkpoint: Checkpoint, width: int, hidden: int) -> int:
-    """What autograd keeps of one frozen decoder layer for each token, in bytes; `width` bytes a number in its dtype.
-
-    Frozen linears keep nothing of a token. Attention keeps no scores: sdpa's kernels recompute them.
-    """
-    norms = 2 * 4 * hidden  # their inputs, in float32
-    attention = 4 * checkpoint.num_attention_heads * checkpoint.head_dim * width  # q, k, v (repeated), the output
-    mlp = 3 * int(checkpoint.config["intermediate_size"]) * width  # gate before and after the activation, up
-    return norms + attention + mlp
-
-
-def _tuning_bytes_per_token(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, device: str, hidden: int) -> int:
-    """What LoRA and the method add to that."""
-    ffn, heads = int(checkpoint.config["intermediate_size"]), checkpoint.num_attention_heads * checkpoint.head_dim
-    inputs = 5 * hidden + heads + ffn  # of the seven linears that LoRA adapts
-    # What LoRA's A gets, and what dropout remembers: bits as bytes on a GPU, float32 factors on a CPU.
-    dropout = (1 if device == "cuda" else 4) if recipe.lora_dropout else 0
-    lora = inputs * (width + dropout) + 7 * recipe.lora_rank * width
-    hybrid = 0
-    if recipe.method != "lora":
-        # The operator's input, and L0's output.
-        hybrid = 2 * width * (hidden + recipe.resolved_hio_rank(checkpoint.hidden_size))
-    # The normalized stream, which the gains' gradients are made of.
-    norms = 2 * hidden * width if recipe.train_norms else 0
-    return lora + hybrid + norms
 
 
 def _gb(count: int) -> str:

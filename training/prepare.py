@@ -9,6 +9,7 @@ from typing import Any
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.hardware import serving_dtype
+from pat_serve.training.calibration import calibration_batches, rows_at_once
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import TrainingData, load_tokenizer, read_training_data
 from pat_serve.training.inputs import RunInputs
@@ -69,8 +70,10 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
     dtype = serving_dtype(recipe.dtype)
     # An older GPU serves in float16, which cannot be trained in without scaling the loss.
     dtype = "float32" if dtype == "float16" else dtype
+    batches = calibration_batches(data.samples, rows_at_once(recipe))
+    calibration = [tuple(batch["input_ids"].shape) for batch in batches]
     # Before the base is hashed, which reads all of it.
-    check_memory(checkpoint, recipe, dtype, width, total_steps, data.longest_tokens)
+    check_memory(checkpoint, recipe, dtype, width, total_steps, data.longest_tokens, calibration)
     inputs = RunInputs(
         base=checkpoint.reference(),
         examples_sha256=data.train_sha256,

@@ -85,9 +85,11 @@ def main(
     _check_names(sweep or [], domain)
     if part and not (out / "base").exists():
         raise typer.BadParameter(f"--part {part}: each would train the base; first without it, with --seeds 0")
+    if part and seeds and families.SWEEP in (sweep or []) and families.without_base(out):
+        raise typer.BadParameter(f"--part {part}: each would train the families' bases; first with --seeds 0")
     if not table:
         _prepare(out, data, SIZES[size], domain, base, more)
-        if "hio" in (sweep or []):
+        if "hio" in (sweep or []) and number == 1:
             _measure_operators(out)
         done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in report.read_all(out)}
         if side is None and not (out / "dense").exists():
@@ -182,6 +184,9 @@ def _run_families(
     for family, job in list(families.jobs(seeds))[number - 1 :: parts]:
         lines = report.read_all(families.folder_of(out, family))
         done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in lines}
+        if side is None and not (families.folder_of(out, family) / "dense").exists():
+            # As above: parts leave none.
+            done.discard((DENSE, 0.0, 0, steps))
         if (job.name, job.ratio, job.seed, steps) in done:
             continue
         if seconds is not None and time.monotonic() - began > seconds:

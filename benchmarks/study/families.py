@@ -26,6 +26,11 @@ def folder_of(out: Path, family: str) -> Path:
     return out / "families" / family
 
 
+def without_base(out: Path) -> list[str]:
+    """Families whose base has not been trained yet."""
+    return [family for family in NAMES if not (folder_of(out, family) / "base").exists()]
+
+
 def prepare(out: Path, family: str, settings: BaseSettings, base_texts: Callable[[], list[str]]) -> Path:
     """Train the family's base, unless that is done, on what the study's own base was trained on.
 

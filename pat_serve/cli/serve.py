@@ -13,12 +13,11 @@ import typer
 from pat_serve.cli.app import Debug, run_command
 from pat_serve.errors import UsageError, want
 from pat_serve.extras import require
-from pat_serve.hardware import DTYPE_BYTES
+from pat_serve.hardware import DTYPE_ALIASES, DTYPE_BYTES
 
 Flag = typer.Option
 MAX_TIMEOUT_S = 86_400
-# The last two are vLLM's other names for two of them.
-DTYPES = ("auto", *DTYPE_BYTES, "half", "float")
+DTYPES = ("auto", *DTYPE_BYTES, *DTYPE_ALIASES)
 
 
 def serve(

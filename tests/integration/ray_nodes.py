@@ -80,10 +80,14 @@ def node_arguments() -> dict[str, Any]:
 
 def add_node(cluster: Cluster, **arguments: Any) -> Any:
     """Add a node; a raylet gives its agents 15 s, which they need on a busy machine, and then gives up."""
+    before = set(cluster.worker_nodes)
     for left in reversed(range(4)):
         try:
             return cluster.add_node(**node_arguments(), **arguments)
         except Exception:
+            # One that came too late would be a third.
+            for late in set(cluster.worker_nodes) - before:
+                cluster.remove_node(late, allow_graceful=False)
             if not left:
                 raise
     return None

@@ -124,6 +124,8 @@ def test_a_killed_engine(nodes: Nodes) -> None:
 def test_a_lost_node(nodes: Nodes) -> None:
     with Load(nodes.url) as load:
         load.until_ended(6)
+        # A replica whose health check was late has been replaced.
+        nodes.until_running(2)
         [victim] = nodes.replicas_of(nodes.second)
         servers = servers_of(victim)
         nodes.lose_second()
