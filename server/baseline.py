@@ -66,9 +66,14 @@ def start_baseline(args: Namespace, model: str) -> Baseline:
     """
     before = {process.pid for process in children()}
     engine = second_engine(args, model)
-    engine.death = "baseline_dead", "the baseline's engine has stopped; restart the server to have it again"
+    engine.death = baseline_dead
     processes = ProcessGroup(process for process in children() if process.pid not in before)
     return Baseline(engine, processes, start_s=processes.age_s())
+
+
+def baseline_dead() -> HttpError:
+    """503: the baseline's engine died, and does not come back by itself."""
+    return HttpError(503, "baseline_dead", "the baseline's engine has stopped; restart the server to have it again")
 
 
 def available(baseline: Baseline | None) -> Baseline:
@@ -81,7 +86,7 @@ def available(baseline: Baseline | None) -> Baseline:
         told = "this needs the dense parent beside the served model; start the server with --baseline DENSE_MODEL"
         raise HttpError(409, "no_baseline", told)
     if baseline.engine.dead:
-        raise HttpError(503, *baseline.engine.death)
+        raise baseline.engine.death()
     return baseline
 
 

@@ -49,8 +49,8 @@ class Engine:
         self.dtype = str(client.model_config.dtype).removeprefix("torch.")
         self.quantized = client.model_config.quantization is not None
         self.eager = bool(client.model_config.enforce_eager)
-        # `error.type` and message of what it is asked once it is dead.
-        self.death = "engine_dead", "the engine has stopped; the server is shutting down"
+        # Of what it is asked once it is dead.
+        self.death: Callable[[], HttpError] = engine_dead
         # Of any request, whichever route it came by; on the monotonic clock.
         self.last_token_s: float | None = None
         # Called once, in a thread of its own, before a signal's shutdown stops the engine; may block.
@@ -111,12 +111,28 @@ class Engine:
             headers = {"Retry-After": str(RETRY_AFTER_S)}
             raise HttpError(int(error.http_status), "overloaded", str(error), headers=headers) from error
         except EngineDeadError as error:
-            raise HttpError(503, *self.death) from error
+            raise self.death() from error
         except VLLMError as error:
             logger.exception("a generation failed")
-            raise HttpError(
-                500, "generation_failed", "the engine failed on this request; its log has the reason"
-            ) from error
+            raise generation_failed() from error
+
+
+def engine_dead() -> HttpError:
+    """503: the engine died. The server ends too, and whoever keeps it starts it again."""
+    told = "the engine has stopped; the server is shutting down"
+    return HttpError(503, "engine_dead", told, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+def generation_failed() -> HttpError:
+    """500: a defect of the engine's, on one request."""
+    return HttpError(500, "generation_failed", "the engine failed on this request; its log has the reason")
+
+
+def vllm_failures() -> dict[type[Exception], Callable[[], HttpError]]:
+    """What vLLM's own routes are to answer for its engine's errors, in place of 500 with the exception's text."""
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    return {EngineDeadError: engine_dead, EngineGenerateError: generation_failed}
 
 
 def _sampling_params(sampling: Sampling) -> Any:

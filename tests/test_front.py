@@ -11,18 +11,26 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from pat_serve.server.http import front
 from pat_serve.server.http.admission import Admission
 from pat_serve.server.http.body_check import ModelBounds
 from pat_serve.server.http.deadline import within_deadline
-from pat_serve.server.http.errors import shape_routing_errors, shape_vllm_errors
+from pat_serve.server.http.errors import HttpError, shape_routing_errors, shape_vllm_errors
 from pat_serve.server.http.front import Front, Gate
 from pat_serve.server.policy import Policy
 
 POLICY = Policy(max_body_bytes=1000, receive_timeout_s=0.2, request_timeout_s=0.3)
+
+
+class EngineError(Exception):
+    """Of any kind."""
+
+
+class DeadError(EngineError):
+    """Of the kind that is told."""
 
 
 class App:
@@ -31,6 +39,7 @@ class App:
     def __init__(self, policy: Policy = POLICY, capacity: int = 4) -> None:
         self.admission = Admission(capacity=capacity)
         self.cancelled = asyncio.Event()
+        self.stopping = asyncio.Event()
         self.app = FastAPI()
         self.app.add_middleware(Front)
         model = ModelBounds(max_model_len=100, vocab_size=10)
@@ -39,10 +48,12 @@ class App:
         self.app.post("/v1/hang")(self.hang)
         self.app.post("/v1/stream")(self.stream)
         self.app.post("/v1/defect")(self.defect)
+        self.app.post("/v1/dead")(self.dead)
         self.app.post("/tokenize")(self.hang)
         self.app.get("/health")(self.health)
         shape_routing_errors(self.app)
-        shape_vllm_errors(self.app)
+        self.app.exception_handler(EngineError)(self.stop)
+        shape_vllm_errors(self.app, {DeadError: lambda: HttpError(503, "engine_dead", "gone")})
 
     async def echo(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"sequences": self.admission.sequences, "fields": len(body)}
@@ -67,6 +78,14 @@ class App:
                 self.cancelled.set()
 
         return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def dead(self) -> None:
+        raise DeadError("see the stack trace")
+
+    async def stop(self, _: Request, error: Exception) -> JSONResponse:
+        """As vLLM's handler of all its errors, which ends the server where the engine is dead."""
+        self.stopping.set()
+        return JSONResponse({"error": {"message": str(error)}}, status_code=500)
 
     async def defect(self) -> None:
         raise RuntimeError("/secret/path of the server")
@@ -232,6 +251,14 @@ def test_a_defect_says_nothing_of_the_inside() -> None:
     answer = App().run(lambda client: client.post("/v1/defect", json={}))
     assert (answer.status_code, kind(answer)) == (500, "internal_error")
     assert "secret" not in answer.text
+
+
+def test_a_dead_engine_is_told_as_our_routes_tell_it_and_ends_the_server() -> None:
+    app = App()
+    answer = app.run(lambda client: client.post("/v1/dead", json={}))
+    assert (answer.status_code, kind(answer)) == (503, "engine_dead")
+    assert "stack trace" not in answer.text
+    assert app.stopping.is_set()
 
 
 def test_a_wrong_body_is_not_repeated() -> None:

@@ -135,7 +135,7 @@ def test_request_ids(lines: Any) -> None:
 
 def test_a_defect_has_the_id_of_its_request(lines: Any) -> None:
     app = App()
-    shape_vllm_errors(app.app)
+    shape_vllm_errors(app.app, {})
     answer = app.get("/defect", x_request_id="mine.1")
     assert (answer.status_code, answer.headers.get_list("x-request-id")) == (500, ["mine.1"])
     [made] = app.get("/defect").headers.get_list("x-request-id")

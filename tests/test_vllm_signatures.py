@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pat_serve.errors import UsageError
-from pat_serve.server.engine import _sampling_params, parse_serve_arguments
+from pat_serve.server.engine import _sampling_params, parse_serve_arguments, vllm_failures
 from pat_serve.server.generation import Sampling
 from pat_serve.server.http.served_routes import VLLMS, keep_served
 from pat_serve.server.launch import ServeSettings, check_flags, serve_arguments, uvicorn_options
@@ -119,6 +119,7 @@ def test_exception_tree() -> None:
     assert not issubclass(GracefulHTTPError, VLLMClientError)
     assert issubclass(EngineDeadError, VLLMError)
     assert issubclass(EngineGenerateError, VLLMError)
+    assert set(vllm_failures()) == {EngineDeadError, EngineGenerateError}
     assert int(QueueOverflowError().http_status) == 503
     assert VLLMValidationError("message", parameter="seed").parameter == "seed"
 

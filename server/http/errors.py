@@ -117,10 +117,14 @@ def shape_routing_errors(app: FastAPI) -> None:
         return JSONResponse(body.model_dump(), status_code=error.status_code, headers=error.headers)
 
 
-def shape_vllm_errors(app: FastAPI) -> None:
-    """Have vLLM's routes answer a wrong body and a defect as ours do.
+def shape_vllm_errors(app: FastAPI, failures: Mapping[type[Exception], Callable[[], HttpError]]) -> None:
+    """Have vLLM's routes answer a wrong body, a failed engine and a defect as ours do.
 
-    vLLM's own answer to a wrong body repeats parts of it, and its answer to a defect the exception's text.
+    vLLM's own answer to a wrong body repeats parts of it, and to the others it answers 500 with the exception's text.
+
+    Args:
+        app: vLLM's, with its handlers.
+        failures: of the engine, and what is answered. vLLM's handler, which ends the server of a dead one, is called.
     """
 
     @app.exception_handler(RequestValidationError)
@@ -143,8 +147,19 @@ def shape_vllm_errors(app: FastAPI) -> None:
         headers = {name: request.headers[name]} if name in request.headers else {}
         return HttpError(500, "internal_error", told, headers=headers).response()
 
+    for kind, failure in failures.items():
+        theirs = next(app.exception_handlers[base] for base in kind.__mro__ if base in app.exception_handlers)
+        app.exception_handler(kind)(_after(theirs, failure))
     # A part of vLLM's has built the stack, with the handlers of that moment in it.
     app.middleware_stack = app.build_middleware_stack()
+
+
+def _after(theirs: Any, failure: Callable[[], HttpError]) -> Callable[[Request, Exception], Any]:
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        await theirs(request, error)
+        return failure().response()
+
+    return answer
 
 
 def explain(errors: Sequence[Any], model: type[BaseModel] | None) -> InvalidRequestError:

@@ -91,6 +91,23 @@ class Stream(threading.Thread):
         return self.lines[-2:]
 
 
+class Whole(threading.Thread):
+    """A generation by vLLM's own route, without streaming."""
+
+    def __init__(self, url: str, model: Path):
+        super().__init__(daemon=True)
+        self.url, self.model = url, model
+        self.answer: httpx.Response | httpx.TransportError | None = None
+        self.start()
+
+    def run(self) -> None:
+        body = {"max_tokens": MAX_MODEL_LEN - 10, "ignore_eos": True, "model": str(self.model), "prompt": [5]}
+        try:
+            self.answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=300, headers=AUTHORIZATION)
+        except httpx.TransportError as error:
+            self.answer = error
+
+
 def until_status(url: str, status: int, **call: Any) -> httpx.Response:
     """Ask until the answer has a status."""
     deadline_s = time.monotonic() + 120
@@ -162,9 +179,10 @@ def test_a_deadline_ends_a_request_and_gives_its_place_back(tiny_model: Path, lo
 @pytest.mark.slow
 def test_a_key_s_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, log: Path) -> None:
     # No deadline comes near, however slow the machine: only the kill can end these streams.
-    flags = ["--kv-cache-gib", "0.25", "--request-timeout", "3600", "--max-concurrency-per-key", "2"]
+    flags = ["--kv-cache-gib", "0.25", "--request-timeout", "3600", "--max-concurrency-per-key", "3"]
     with running(tiny_model, log, *flags, "--api-key", f"tests={KEY}") as started:
         process, url = started.process, started.url
+        whole = Whole(url, tiny_model)
         streams = [Stream(url), Stream(url, path="/v1/completions", model=tiny_model)]
         for stream in streams:
             assert stream.flowing.wait(60)
@@ -189,6 +207,13 @@ def test_a_key_s_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, log: 
             assert '"error"' in last
             assert "deadline" not in last
             assert done == "data: [DONE]"
+        whole.join(60)
+        # The server may be gone before it has answered, but it does not answer anything else.
+        if isinstance(whole.answer, httpx.Response):
+            assert (whole.answer.status_code, whole.answer.json()["error"]["type"]) == (503, "engine_dead")
+            assert "retry-after" in whole.answer.headers
+        else:
+            assert isinstance(whole.answer, httpx.TransportError)
         check_ended(process, 1, log)
         print(f"ended {time.monotonic() - killed_s:.1f} s after its engine")
 
