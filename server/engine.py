@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 from pat_serve.errors import EngineError, UsageError
-from pat_serve.server.engine_errors import expect_its_end, starting
+from pat_serve.server.engine_errors import engine_dead, expect_its_end, generation_failed, starting
 from pat_serve.server.generation import EngineTimes, Piece, Sampling
 from pat_serve.server.http.admission import RETRY_AFTER_S
 from pat_serve.server.http.errors import HttpError, InvalidRequestError
@@ -115,17 +115,6 @@ class Engine:
         except VLLMError as error:
             logger.exception("a generation failed")
             raise generation_failed() from error
-
-
-def engine_dead() -> HttpError:
-    """503: the engine died. The server ends too, and whoever keeps it starts it again."""
-    told = "the engine has stopped; the server is shutting down"
-    return HttpError(503, "engine_dead", told, headers={"Retry-After": str(RETRY_AFTER_S)})
-
-
-def generation_failed() -> HttpError:
-    """500: a defect of the engine's, on one request."""
-    return HttpError(500, "generation_failed", "the engine failed on this request; its log has the reason")
 
 
 def vllm_failures() -> dict[type[Exception], Callable[[], HttpError]]:
