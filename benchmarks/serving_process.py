@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,9 @@ class Client:
 
     def send(self, path: str, body: Mapping[str, Any]) -> http.client.HTTPResponse:
         """Post, and wait for the headers of the answer."""
-        self.connection.request("POST", path, json.dumps(body), self.headers)
+        # A server may answer before it has read the body, and close; the answer says why.
+        with suppress(BrokenPipeError):
+            self.connection.request("POST", path, json.dumps(body), self.headers)
         return self.connection.getresponse()
 
     def post(self, path: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
