@@ -131,6 +131,7 @@ def test_the_record_and_the_files(int8: Path):
     assert (config["dtype"], config["quantization_config"]["format"]) == ("bfloat16", "int-quantized")
 
 
+@pytest.mark.slow
 def test_fp8_is_read_and_judged_through_compressed_tensors(exact: Path, finished_run: Path, tmp_path: Path):
     done = export_run(finished_run, tmp_path / "fp8", dtype="bfloat16", quantize="fp8")
     assert done.quality is not None

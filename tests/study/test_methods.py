@@ -106,14 +106,16 @@ def test_a_dense_operator_exports_within_the_parity_gate(tiny_base: Path, rows: 
 
 
 # The even masks of the default are in the next test.
+ALIKE = ("the default, one mask by the writers' scores", "the default, a mask a writer, aligned half-way")
 MASKS = [
-    (name, method)
+    # One of each recipe in `make test`: every one is a training and two exports.
+    pytest.param(name, method, id=name, marks=pytest.mark.slow if name in ALIKE else ())
     for name, method in SWEEPS["masks"].methods.items()
     if "method" in method and name != "the default, a mask a writer"
 ]
 
 
-@pytest.mark.parametrize(("name", "method"), MASKS, ids=[name for name, _ in MASKS])
+@pytest.mark.parametrize(("name", "method"), MASKS)
 def test_separate_masks_are_kept_apart_and_aligned(
     name: str, method: dict[str, Any], tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
