@@ -31,12 +31,20 @@ def base_parameters(checkpoint: Checkpoint, recipe: TrainRecipe, hidden: int) ->
     return count
 
 
+def weights_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, hidden: int) -> int:
+    """The base's own, at a width, `width` bytes a number in its dtype, or quantized."""
+    weights = base_parameters(checkpoint, recipe, hidden) * width
+    if recipe.quantize_base:
+        weights -= round(_quantized_parameters(checkpoint) * (width - NF4_BYTES))
+    return weights
+
+
 def unties(checkpoint: Checkpoint, recipe: TrainRecipe) -> bool:
     """The run gives a tied base a head of its own."""
     return checkpoint.tied and recipe.method != "lora" and recipe.rotate != "none"
 
 
-def quantized_parameters(checkpoint: Checkpoint) -> int:
+def _quantized_parameters(checkpoint: Checkpoint) -> int:
     """Of the linears inside the layers; bitsandbytes leaves embedding, norms and head as they are."""
     shapes = [entry.shape for name, entry in checkpoint.tensors.items() if ".layers." in name]
     return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
@@ -79,9 +87,7 @@ def preparing_bytes(
 ) -> int:
     """Of the wide base, before an optimizer is there."""
     hidden, vocabulary = checkpoint.hidden_size, int(checkpoint.config["vocab_size"])
-    weights = base_parameters(checkpoint, recipe, hidden) * width
-    if recipe.quantize_base:
-        weights -= round(quantized_parameters(checkpoint) * (width - NF4_BYTES))
+    weights = weights_bytes(checkpoint, recipe, width, hidden)
     dense = checkpoint.num_layers * dense_bytes_per_token(checkpoint, width, hidden)
     # The loss's gradient is taken batch by batch.
     gradient = max(map(math.prod, calibration)) * (dense + logits_bytes_per_token)

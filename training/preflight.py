@@ -19,13 +19,12 @@ from pat_serve.rotation import untie_head
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.insert import adapt
 from pat_serve.training.memory import (
-    NF4_BYTES,
     base_parameters,
     dense_bytes_per_token,
     preparing_bytes,
-    quantized_parameters,
     tuning_bytes_per_token,
     unties,
+    weights_bytes,
 )
 from pat_serve.training.methods import METHODS
 from pat_serve.training.narrow import narrow_model
@@ -172,9 +171,7 @@ def estimate_training(
     lora, own = _trained_parameters(checkpoint, recipe, target_width, total_steps)
     base = base_parameters(checkpoint, recipe, hidden)
     width = DTYPE_BYTES[dtype]
-    weights = base * width
-    if recipe.quantize_base:
-        weights -= round(quantized_parameters(checkpoint) * (width - NF4_BYTES))
+    weights = weights_bytes(checkpoint, recipe, width, hidden)
     tokens = recipe.batch_size * longest_tokens
     layer = (
         dense_bytes_per_token(checkpoint, width, hidden)
