@@ -96,7 +96,7 @@ class Preflight:
             f"weights {_gb(self.weights_bytes)}, trained with gradients and Adam moments {_gb(self.trained_bytes)}, "
             f"activations {_gb(self.activations_bytes)}, logits {_gb(self.logits_bytes)}, "
             f"allocator {_gb(self.allocator_bytes)}"
-            + (f"; before the cut {_gb(self.preparing_bytes)}" if self.preparing_bytes else "")
+            + (f"; before the first step {_gb(self.preparing_bytes)}" if self.preparing_bytes else "")
         )
 
 
