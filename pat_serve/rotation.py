@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from pat_serve.architectures import HIDDEN, Family, TensorSpec
 
+# Of a weight, or columns, that are changed in a wider dtype.
+ROWS_AT_ONCE = 4096
+
 
 def principal_axes(covariance_DD: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvectors of the stream's covariance, the strongest first.
@@ -86,7 +89,10 @@ def rotate_model(model: Any, family: Family, num_layers: int, rotation_DD: Tenso
             compute = torch.float64 if parameter.dtype == torch.float64 else torch.float32
             gain_D = gains[spec.norm.format(i=i)].to(compute) if spec.norm and kind == "weight" else None
             rotation = rotation_DD.to(parameter.device, compute)
-            parameter.copy_(rotate_tensor(parameter.to(compute), spec, family, rotation, gain_D))
+            # In pieces across the axis that is turned: whole, a 16-bit head would be held three times in float32.
+            across = int(spec.axes[0] == HIDDEN)
+            for piece in parameter.split(ROWS_AT_ONCE, dim=across) if parameter.dim() == 2 else [parameter]:
+                piece.copy_(rotate_tensor(piece.to(compute), spec, family, rotation, gain_D))
 
 
 def untie_head(model: Any) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from pat_serve.checkpoint import open_checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
-from pat_serve.training.calibration import calibrate
-from pat_serve.training.compensation import compensate, low_rank_update
+from pat_serve.training.calibration import Calibration, calibrate
+from pat_serve.training.compensation import ROWS_AT_ONCE, _product, compensate, low_rank_update
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.insert import build_model
 from pat_serve.training.run import start
@@ -41,6 +41,25 @@ def test_update_is_the_best_of_its_rank() -> None:
     best = float(torch.linalg.svdvals(inputs @ change.T)[4:].square().sum())
     assert error == pytest.approx(best, rel=1e-3)
     assert float(b.norm()) == pytest.approx(float(a.norm()), rel=1e-4)
+
+
+def test_a_large_weight_is_taken_in_pieces_and_whole() -> None:
+    weight, felt = torch.randn(2 * ROWS_AT_ONCE + 5, 8), torch.randn(8, 6, dtype=torch.float64)
+    assert torch.equal(_product(weight, felt), (weight.double() @ felt).float())
+
+
+def test_a_weight_of_zeros_keeps_its_adapter(tiny_base: Path, rows: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_base))
+    measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=None)
+    recipe = tiny_recipe(tiny_base, rows, **CUT | {"rotate": "none"})
+    model, method = build_model(checkpoint, recipe, torch.float32, 48, 24, lambda _: measured)
+    method.on_step(0)
+    reader = model.get_base_model().get_submodule("model.layers.0.mlp.up_proj")
+    reader.base_layer.weight.zero_()
+    before = reader.lora_A["default"].weight.clone()
+    compensate(model, method, checkpoint.family, 2, batches())
+    assert torch.equal(reader.lora_A["default"].weight, before)
+    assert not reader.lora_B["default"].weight.any()
 
 
 @pytest.mark.parametrize("head", [False, True])

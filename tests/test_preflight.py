@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import TooLarge
-from pat_serve.training import compensation, preflight
-from pat_serve.training.calibration import Calibration, calibration_batches
+from pat_serve.training import preflight
+from pat_serve.training.calibration import Calibration
 from pat_serve.training.config import PAPER, TrainRecipe
-from pat_serve.training.insert import adapt, build_model
+from pat_serve.training.insert import adapt
 from pat_serve.training.narrow import narrow_model
 from pat_serve.training.norms import train_norms
 from pat_serve.training.preflight import estimate_training
@@ -103,36 +102,6 @@ def test_activations_are_what_autograd_keeps(narrow: bool, norms: bool, checkpoi
         plain = estimate_training(checkpoint, without, "float32", 48, 24, 128, "cpu")
         # Two norms of 48 in each of two layers, and the final one.
         assert estimate.method_parameters - plain.method_parameters == 5 * 48
-
-
-def test_compensation_holds_what_is_counted(tiny_base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch):
-    """States and masks of all rows, padded in their batches and not to the longest row of the data."""
-    opened = open_checkpoint(str(tiny_base))
-    recipe = tiny_recipe(tiny_base, rows, gate="cut", mask_start="energy", hio_rank=0, compensate=True)
-    columns = ("input_ids", "attention_mask", "labels")
-    samples = [dict.fromkeys(columns, [1] * length) for length in (512, 9, 300, 40, 512, 512, 7, 1, 90)]
-    held: list[torch.Tensor] = []
-
-    def enter(*args: Any) -> Any:
-        entry = _enter(*args)
-        held.extend([entry.dense_BTD, entry.cut_BTD])
-        held.extend(value for name, value in entry.settings.items() if name == "attention_mask" and value is not None)
-        return entry
-
-    _enter = compensation._enter
-    monkeypatch.setattr(compensation, "_enter", enter)
-    measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=None)
-    model, method = build_model(opened, recipe, torch.float32, 48, 24, lambda _: measured)
-    method.on_step(0)
-    batches = calibration_batches(samples, recipe.batch_size)
-    compensation.compensate(model, method, opened.family, 2, batches)
-
-    def preparing(repeats: int) -> int:
-        shapes = [tuple(batch["input_ids"].shape) for batch in batches] * repeats
-        return estimate_training(opened, recipe, "float32", 48, 24, 10_000, "cpu", shapes).preparing_bytes
-
-    # So often that the states outweigh the gradient's batch.
-    assert preparing(21) - preparing(20) == pytest.approx(sum(tensor.nbytes for tensor in held), rel=0.01)
 
 
 def test_processes_of_fsdp_prepare_in_the_hosts_memory(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch):

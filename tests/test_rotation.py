@@ -40,6 +40,15 @@ def test_a_rotated_model_computes_the_same(tied: bool) -> None:
     assert torch.equal(model.model.norm.weight, torch.ones(64, dtype=torch.float64))
 
 
+def test_large_weights_are_turned_in_pieces() -> None:
+    model = tiny_llama(vocab_size=9001, intermediate_size=4500)
+    ids = torch.randint(9001, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(ids).logits
+        rotate_model(model, LLAMA, 2, random_rotation(64))
+        assert (model(ids).logits - before).abs().max() < 1e-4 * before.std()
+
+
 def test_principal_axes_are_orthogonal_and_ordered() -> None:
     vectors = torch.randn(400, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     covariance = vectors.T @ (vectors * torch.linspace(0.1, 2, 16))

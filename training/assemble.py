@@ -11,10 +11,10 @@ from torch import nn
 
 from pat_serve.progress import say, track
 from pat_serve.run_folder import list_checkpoints
-from pat_serve.training.calibration import Calibration, calibrate, calibration_batches, rows_at_once
+from pat_serve.training.calibration import Calibration, calibrate
 from pat_serve.training.config import TENSORBOARD
 from pat_serve.training.data import PadBatch
-from pat_serve.training.methods import METHODS, Method
+from pat_serve.training.methods import Method
 from pat_serve.training.prepare import Prepared
 from pat_serve.training.ranks import Ranks, sharded_by_fsdp, use_one_device
 
@@ -79,9 +79,9 @@ def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> tup
     from pat_serve.training.norms import train_norms
 
     recipe, inputs, checkpoint = prepared.recipe, prepared.inputs, prepared.checkpoint
-    batches = calibration_batches(prepared.data.samples, rows_at_once(recipe))
+    batches = prepared.calibration
     found, wanted = len(prepared.data.samples), recipe.calibration_rows
-    if found < wanted and METHODS[recipe.method].wants_calibration(recipe) and not resumes:
+    if batches and found < wanted and not resumes:
         say(f"calibration: the data have {found} rows, of {wanted} wanted")
     rotate = recipe.rotate
     assert rotate != "auto", "the recipe was not resolved"

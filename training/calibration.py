@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from pat_serve.architectures import HIDDEN, Family
+from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.rotation import effective_gain, principal_axes
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import PadBatch
@@ -195,13 +196,16 @@ def _loss(model: Any, batch: dict[str, Tensor], backward: bool) -> None:
     embedding = model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_() if out.is_leaf else out)
     try:
-        logits_BTV = model(**batch).logits if backward else model.get_decoder()(**batch)
+        if not backward:
+            model.get_decoder()(**batch)
+            return
+        # Logits are the largest tensor that there is: no name keeps them, and the labels are moved, not they cut.
+        next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
+        # Summed: every token counts the same, whatever its batch.
+        loss = F.cross_entropy(model(**batch).logits.flatten(0, 1).float(), next_BT.flatten(), reduction="sum")
     finally:
         handle.remove()
-    if backward:
-        # Summed: every token counts the same, whatever its batch.
-        loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), reduction="sum")
-        torch.autograd.backward(loss)
+    torch.autograd.backward(loss)
 
 
 @contextmanager

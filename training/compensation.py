@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from pat_serve.architectures import Family
 from pat_serve.progress import track
+from pat_serve.rotation import ROWS_AT_ONCE
 from pat_serve.training.methods.base import Method
 
 # Of the mean diagonal of E[z z^T]: calibration data are few, and channels nearly dependent.
 RIDGE = 1e-3
-# Of a weight, in float64.
-ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +136,11 @@ def _set_readers(base: nn.Module, names: list[str], moments: _Moments) -> None:
         if not hasattr(reader, "lora_A"):
             continue
         a, b = reader.lora_A["default"].weight, reader.lora_B["default"].weight
-        b_OR, a_RK = low_rank_update(_product(reader.base_layer.weight, felt_DK), factor_KK, len(a))
+        felt_OK = _product(reader.base_layer.weight, felt_DK)
+        if not felt_OK.any():
+            # A weight of zeros lacks nothing, and an adapter of zeros would learn nothing.
+            continue
+        b_OR, a_RK = low_rank_update(felt_OK, factor_KK, len(a))
         scaling = reader.scaling["default"] ** 0.5
         a.zero_()
         a[: len(a_RK), moments.kept_K] = (a_RK / scaling).to(a)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN
 from pat_serve.checkpoint import Checkpoint
+from pat_serve.rotation import ROWS_AT_ONCE
 from pat_serve.training.config import TrainRecipe
 
 # A weight in NF4, with its share of the scales, which are quantized too: 4.127 bits (arXiv 2305.14314).
@@ -83,19 +84,69 @@ def preparing_bytes(
     width: int,
     kept: int,
     calibration: Sequence[tuple[int, ...]],
-    logits_bytes_per_token: int,
+    adapter_parameters: int,
 ) -> int:
-    """Of the wide base, before an optimizer is there."""
-    hidden, vocabulary = checkpoint.hidden_size, int(checkpoint.config["vocab_size"])
-    weights = weights_bytes(checkpoint, recipe, width, hidden)
-    dense = checkpoint.num_layers * dense_bytes_per_token(checkpoint, width, hidden)
-    # The loss's gradient is taken batch by batch.
-    gradient = max(map(math.prod, calibration)) * (dense + logits_bytes_per_token)
-    if not recipe.compensate:
-        return weights + gradient
-    # Dense and cut states of all rows, from layer to layer, and the masks of what is padded.
-    states = sum(rows * tokens * (2 * hidden * width + (tokens if rows > 1 else 0)) for rows, tokens in calibration)
-    # What the largest reader lacks, in float32, its random projection, and in float64 moments, factor and guess.
-    outputs = vocabulary if recipe.lora_head else int(checkpoint.config["intermediate_size"])
-    change = 4 * outputs * (kept + 2 * recipe.lora_rank) + 8 * kept * (2 * kept + 3 * hidden)
-    return weights + max(gradient, states + change)
+    """The wide base and the most of what is done with it before an optimizer is there, one after the other.
+
+    Args:
+        checkpoint: the base.
+        recipe: the run's settings.
+        width: bytes of a number in the base's dtype.
+        kept: K.
+        calibration: rows and tokens of each padded batch of the calibration's samples.
+        adapter_parameters: trained ones at the base's width.
+    """
+    hidden = checkpoint.hidden_size
+    held = [_measuring_bytes(checkpoint, recipe, width, max(map(math.prod, calibration)))]
+    if recipe.rotate != "none":
+        # Q, and in float32 a piece of the largest weight with the gain in it and its product; a 16-bit one's copy too.
+        copies = 2 if width == 4 else 3
+        held.append(4 * hidden * (hidden + copies * min(ROWS_AT_ONCE, _most_outputs(checkpoint))))
+    if recipe.compensate:
+        held.append(4 * adapter_parameters + _compensating_bytes(checkpoint, recipe, width, kept, calibration))
+    return weights_bytes(checkpoint, recipe, width, hidden) + max(held)
+
+
+def _measuring_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, tokens: int) -> int:
+    """Of calibration, whose batches have so many tokens at most."""
+    hidden, layers = checkpoint.hidden_size, checkpoint.num_layers
+    layer = dense_bytes_per_token(checkpoint, width, hidden)
+    # A second moment in float32 and float64, and its sum before and after.
+    moments = 28 * hidden * hidden
+    # The log-probabilities and two gradients in float32.
+    logits = 12 * int(checkpoint.config["vocab_size"]) * tokens
+    if recipe.rotate == "loss":
+        return tokens * layers * layer + logits + moments
+    if recipe.mask_start == "gradient":
+        # Weights that get one keep their inputs, and norms' the normalized stream.
+        layer += width * (4 * hidden + int(checkpoint.config["intermediate_size"]))
+        # The largest one's gradient, its product with the weight, and that one's size.
+        largest = 12 * hidden * _most_outputs(checkpoint)
+        return tokens * (layers * layer + 2 * width * hidden) + max(logits, largest)
+    return tokens * layer + moments
+
+
+def _compensating_bytes(
+    checkpoint: Checkpoint, recipe: TrainRecipe, width: int, kept: int, calibration: Sequence[tuple[int, ...]]
+) -> int:
+    hidden, config = checkpoint.hidden_size, checkpoint.config
+    # Of families that have one and may leave it unused.
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    # Dense and cut states of all rows, from layer to layer, and the masks of what is padded or out of a window.
+    states = sum(
+        rows * tokens * (2 * hidden * width + (tokens if rows > 1 or tokens >= (window or math.inf) else 0))
+        for rows, tokens in calibration
+    )
+    outputs = int(config["vocab_size"]) if recipe.lora_head else int(config["intermediate_size"])
+    # What the largest reader lacks, in float32; a piece of it in float64 with its rows, or its random projection.
+    piece = 8 * min(ROWS_AT_ONCE, outputs) * (hidden + kept)
+    change = 4 * outputs * kept + max(piece, 8 * outputs * recipe.lora_rank)
+    # In float64: second moments, their factor, and the guess with what it is made of.
+    moments = 8 * kept * (2 * kept + 3 * hidden)
+    layer = dense_bytes_per_token(checkpoint, width, hidden) * max(map(math.prod, calibration))
+    return states + max(layer, change + moments)
+
+
+def _most_outputs(checkpoint: Checkpoint) -> int:
+    """Of the weights that read or write the residual stream."""
+    return max(int(checkpoint.config["vocab_size"]), int(checkpoint.config["intermediate_size"]))

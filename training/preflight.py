@@ -57,9 +57,9 @@ class Preflight:
         allocator_bytes: what a CPU's heap loses between small activations.
         tokens_per_step: of one optimizer step over all processes, at most.
         preparing_bytes: what calibration and compensation take before training, of the wide base in every process: its
-            weights, and what the backward pass needs of one batch without LoRA, or the states of all calibration rows
-            and the change of the largest weight. 0 where the method does neither, and on a GPU under FSDP, whose
-            processes prepare in the host's memory.
+            weights, and the most of what one batch's measure keeps, what turning the largest weight takes, and the
+            adapter with the states of all calibration rows and the largest weight's change. 0 where the method does
+            neither, and on a GPU under FSDP, whose processes prepare in the host's memory.
     """
 
     base_parameters: int
@@ -139,8 +139,9 @@ def require_room(estimate: Preflight, available_bytes: int, device: str) -> None
             "the training",
             expected=f"at most {_gb(available_bytes)}, which {device} has left",
             found=f"{_gb(estimate.total_bytes)} ({estimate.parts()})",
-            fix="Lower --batch-size (and raise --gradient-accumulation-steps) or --max-length-tokens, add "
-            "--gradient-checkpointing, take --dtype bfloat16, or override this estimate with --skip-preflight.",
+            fix="Lower --batch-size (and raise --gradient-accumulation-steps) or --max-length-tokens, or "
+            "--calibration-rows for what comes before the first step; add --gradient-checkpointing, take --dtype "
+            "bfloat16, or override this estimate with --skip-preflight.",
         )
 
 
@@ -164,11 +165,11 @@ def estimate_training(
         total_steps: of the run.
         longest_tokens: of a row of the data.
         device: "cpu" or "cuda", whose dropout keep different things.
-        calibration: rows and tokens of each padded batch of the calibration's samples.
+        calibration: rows and tokens of each padded batch that the base is measured on, if it is.
     """
     narrow = METHODS[recipe.method].stays_wide(recipe) is None
     hidden = target_width if narrow else checkpoint.hidden_size
-    lora, own = _trained_parameters(checkpoint, recipe, target_width, total_steps)
+    lora, own, adapter = _trained_parameters(checkpoint, recipe, target_width, total_steps)
     base = base_parameters(checkpoint, recipe, hidden)
     width = DTYPE_BYTES[dtype]
     weights = weights_bytes(checkpoint, recipe, width, hidden)
@@ -187,15 +188,10 @@ def estimate_training(
     # The log-probabilities and two gradients in float32; of a 16-bit head its own gradient as well.
     # To distil: both models' log-probabilities, the teacher's logits, and what the divergence keeps of each.
     distilled = 16 + width if recipe.distillation_weight else 0
-    vocabulary, of_logit = int(checkpoint.config["vocab_size"]), 12 + (width if width < 4 else 0)
-    logits = tokens * vocabulary * (of_logit + distilled)
+    logits = tokens * int(checkpoint.config["vocab_size"]) * (12 + (width if width < 4 else 0) + distilled)
     preparing = 0
-    if (
-        calibration
-        and METHODS[recipe.method].wants_calibration(recipe)
-        and not (sharded_by_fsdp() and device == "cuda")
-    ):
-        preparing = preparing_bytes(checkpoint, recipe, width, target_width, calibration, vocabulary * of_logit)
+    if calibration and not (sharded_by_fsdp() and device == "cuda"):
+        preparing = preparing_bytes(checkpoint, recipe, width, target_width, calibration, adapter)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trained = (lora + own) * TRAINED_BYTES
     if sharded_by_fsdp() and processes > 1:
@@ -218,8 +214,8 @@ def estimate_training(
 
 def _trained_parameters(
     checkpoint: Checkpoint, recipe: TrainRecipe, target_width: int, total_steps: int
-) -> tuple[int, int]:
-    """LoRA's and the method's, counted on the very modules, which have no storage here."""
+) -> tuple[int, int, int]:
+    """LoRA's, the method's, and both before the base is cut: counted on the very modules, without storage."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     # Nothing is measured on the meta device, and what a calibration decides has no parameters.
@@ -230,13 +226,14 @@ def _trained_parameters(
         if unties(checkpoint, recipe):
             untie_head(base)
         model, method = adapt(base, checkpoint.family, uncalibrated, target_width, total_steps)
+        wide = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         if METHODS[recipe.method].stays_wide(recipe) is None:
             narrow_model(model, method, checkpoint.num_layers, torch.arange(target_width))
         if recipe.train_norms:
             train_norms(model, method, checkpoint.num_layers)
     trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
     lora = sum(count for name, count in trained.items() if ".lora_" in name)
-    return lora, sum(trained.values()) - lora
+    return lora, sum(trained.values()) - lora, wide
 
 
 def _gb(count: int) -> str:

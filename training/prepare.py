@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.hardware import serving_dtype
@@ -28,6 +30,7 @@ class Prepared:
     Attributes:
         asked: the recipe as it was given, which the run's folder keeps.
         recipe: the same with every `auto` decided.
+        calibration: padded batches of what the base is measured on; none for a method that does not measure it.
     """
 
     asked: TrainRecipe
@@ -35,6 +38,7 @@ class Prepared:
     checkpoint: Checkpoint
     tokenizer: Any
     data: TrainingData
+    calibration: list[dict[str, Tensor]]
     inputs: RunInputs
 
 
@@ -70,10 +74,11 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
     dtype = serving_dtype(recipe.dtype)
     # An older GPU serves in float16, which cannot be trained in without scaling the loss.
     dtype = "float32" if dtype == "float16" else dtype
-    batches = calibration_batches(data.samples, rows_at_once(recipe))
-    calibration = [tuple(batch["input_ids"].shape) for batch in batches]
+    calibrates = METHODS[recipe.method].wants_calibration(recipe)
+    calibration = calibration_batches(data.samples, rows_at_once(recipe)) if calibrates else []
+    shapes = [tuple(batch["input_ids"].shape) for batch in calibration]
     # Before the base is hashed, which reads all of it.
-    check_memory(checkpoint, recipe, dtype, width, total_steps, data.longest_tokens, calibration)
+    check_memory(checkpoint, recipe, dtype, width, total_steps, data.longest_tokens, shapes)
     inputs = RunInputs(
         base=checkpoint.reference(),
         examples_sha256=data.train_sha256,
@@ -84,4 +89,12 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
         dtype=dtype,
         narrow=METHODS[recipe.method].stays_wide(recipe) is None,
     )
-    return Prepared(asked=asked, recipe=recipe, checkpoint=checkpoint, tokenizer=tokenizer, data=data, inputs=inputs)
+    return Prepared(
+        asked=asked,
+        recipe=recipe,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        data=data,
+        calibration=calibration,
+        inputs=inputs,
+    )

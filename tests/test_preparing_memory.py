@@ -1,0 +1,134 @@
+"""What calibration, rotation and compensation hold at once, against what the pre-flight counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from pat_serve.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.hardware import DTYPE_BYTES
+from pat_serve.training import compensation
+from pat_serve.training.calibration import Calibration, calibrate, calibration_batches
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.insert import adapt, build_model
+from pat_serve.training.memory import weights_bytes
+from pat_serve.training.preflight import estimate_training
+from tests.conftest import tiny_recipe
+from tests.tiny_models import save_tiny_family, save_tiny_llama
+
+CUT = {"gate": "cut", "mask_start": "energy", "hio_rank": 0}
+# Its head is turned and compensated in pieces.
+LARGE_VOCABULARY = 9000
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors, made since it began, that were alive at once; what an operator frees is unseen."""
+
+    def __init__(self, weights: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.before = {weight.untyped_storage().data_ptr() for weight in weights}
+        self.alive: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.before:
+                storage = tensor.untyped_storage()
+                self.alive[StorageWeakRef(storage)] = storage.nbytes()
+        self.alive = {storage: size for storage, size in self.alive.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+def samples(*lengths: int) -> list[dict[str, list[int]]]:
+    ids = [[3 + at % 300 for at in range(length)] for length in lengths]
+    return [{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in ids]
+
+
+def most_held(opened: Checkpoint, recipe: TrainRecipe, dtype: torch.dtype, batches: list[dict[str, Any]]) -> int:
+    base = AutoModelForCausalLM.from_pretrained(opened.folder, dtype=dtype)
+    by_gradient = recipe.mask_start == "gradient"
+    with LiveBytes(list(base.parameters())) as measuring:
+        measured = calibrate(base, opened.family, 2, batches, rotate=recipe.rotate, by_gradient=by_gradient)
+    with LiveBytes(list(base.parameters())) as turning:
+        model, method = adapt(base, opened.family, recipe, 48, 24, measured)
+    method.on_step(0)
+    if not recipe.compensate:
+        return max(measuring.peak, turning.peak)
+    adapter = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    with LiveBytes(list(model.parameters())) as compensating:
+        compensation.compensate(model, method, opened.family, 2, batches)
+    return max(measuring.peak, turning.peak, adapter + compensating.peak)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("settings", "vocabulary", "lengths"),
+    [
+        # In turn what outweighs the rest: a batch's gradient; the same and every weight's; a layer at work; the head
+        # as it is turned; the head's change; many rows' states.
+        ({"rotate": "loss"}, LARGE_VOCABULARY, (64, 9, 40, 64, 30)),
+        ({"mask_start": "gradient"}, LARGE_VOCABULARY, (64, 9, 40, 64, 30)),
+        ({}, 384, (128,) * 4),
+        ({"rotate": "energy"}, LARGE_VOCABULARY, (9, 8)),
+        ({"rotate": "energy", "compensate": True, "lora_head": True}, LARGE_VOCABULARY, (64, 9, 40, 64, 30)),
+        ({"compensate": True}, 384, (64,) * 160),
+    ],
+    ids=["loss", "gradient", "energy", "turning", "head", "states"],
+)
+def test_what_is_counted_is_what_is_held(
+    settings: dict[str, Any], vocabulary: int, lengths: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
+):
+    opened = open_checkpoint(str(save_tiny_llama(tmp_path / "base", vocab_size=vocabulary)))
+    recipe = tiny_recipe(opened.folder, Path("d"), **CUT | settings)
+    batches = calibration_batches(samples(*lengths), recipe.batch_size)
+    held = most_held(opened, recipe, dtype, batches)
+    name = str(dtype).removeprefix("torch.")
+    shapes = [tuple(batch["input_ids"].shape) for batch in batches]
+    counted = estimate_training(opened, recipe, name, 48, 24, 128, "cpu", shapes).preparing_bytes
+    assert counted - weights_bytes(opened, recipe, DTYPE_BYTES[name], 64) == pytest.approx(held, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("family", "window", "rows"),
+    [("llama", None, 4), ("mistral", 128, 1), ("qwen2", None, 1), ("mistral", 512, 1)],
+    ids=["padded", "beyond a window", "a window unused", "within a window"],
+)
+def test_states_and_masks_of_all_rows(
+    family: str, window: int | None, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Padded in their batches, and not to the longest row of the data."""
+    unused = {"use_sliding_window": False, "sliding_window": 64} if family == "qwen2" else {}
+    used = {"sliding_window": window} if window else {}
+    opened = open_checkpoint(str(save_tiny_family(tmp_path / "base", family, **unused, **used)))
+    recipe = tiny_recipe(opened.folder, Path("d"), compensate=True, batch_size=rows, **CUT)
+    held: list[torch.Tensor] = []
+
+    def enter(*args: Any) -> Any:
+        entry = _enter(*args)
+        held.extend([entry.dense_BTD, entry.cut_BTD])
+        held.extend(value for name, value in entry.settings.items() if name == "attention_mask" and value is not None)
+        return entry
+
+    _enter = compensation._enter
+    monkeypatch.setattr(compensation, "_enter", enter)
+    measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=None)
+    model, method = build_model(opened, recipe, torch.float32, 48, 24, lambda _: measured)
+    method.on_step(0)
+    batches = calibration_batches(samples(512, 9, 300, 40, 512, 512, 7, 1, 90), recipe.batch_size)
+    compensation.compensate(model, method, opened.family, 2, batches)
+
+    def preparing(repeats: int) -> int:
+        shapes = [tuple(batch["input_ids"].shape) for batch in batches] * repeats
+        return estimate_training(opened, recipe, "float32", 48, 24, 10_000, "cpu", shapes).preparing_bytes
+
+    # So often that the states outweigh the rest.
+    assert preparing(21) - preparing(20) == pytest.approx(sum(tensor.nbytes for tensor in held), rel=0.01)
