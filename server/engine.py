@@ -124,6 +124,21 @@ def vllm_failures() -> dict[type[Exception], Callable[[], HttpError]]:
     return {EngineDeadError: engine_dead, EngineGenerateError: generation_failed}
 
 
+def let_failures_pass() -> None:
+    """Have the routes of /v1/messages, which catch every error, leave the engine's to the app's handlers."""
+    from vllm.entrypoints.anthropic import api_router
+
+    failures = tuple(vllm_failures())
+    explain = api_router.create_error_response
+
+    def explain_or_pass(error: Any) -> Any:
+        if isinstance(error, failures):
+            raise error
+        return explain(error)
+
+    api_router.create_error_response = explain_or_pass
+
+
 def _sampling_params(sampling: Sampling) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -192,6 +207,8 @@ def parse_serve_arguments(argv: Sequence[str]) -> Namespace:
             )
 
     args: Namespace = make_arg_parser(Parser(prog="pat-serve --")).parse_args(list(argv))
+    # As vLLM takes it, later than it is looked at here.
+    args.load_format = args.load_format.lower()
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from pat_serve.server import benchmark
 from pat_serve.server.baseline import Baseline, available, start_baseline
-from pat_serve.server.engine import Engine, vllm_failures
+from pat_serve.server.engine import Engine, let_failures_pass, vllm_failures
 from pat_serve.server.engine_watch import attach
 from pat_serve.server.exclusive import Exclusive
 from pat_serve.server.generate import generate
@@ -215,6 +215,7 @@ class PatServePlugin:
             # Only now: vLLM adds middleware and more routes after the plugins'.
             keep_served(self._app, OUR_PATHS)
             self._app.user_middleware.insert(0, Middleware(Observer))
+            let_failures_pass()
             shape_vllm_errors(self._app, vllm_failures())
             metrics = ServerMetrics()
             metrics.model(model_labels(args.model, engine.model_name, engine.hidden_size))
