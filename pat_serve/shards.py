@@ -115,13 +115,13 @@ def read_header(shard: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict
     return dict(entries)
 
 
-def indexed_shards(index: Path) -> list[Path]:
+def indexed_shards(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
     """The weight files that an index names, which are there.
 
     Raises:
-        BrokenCheckpoint: it is damaged, names a file that is not there, or leads out of its folder.
+        BrokenCheckpoint: it names a file that is not there, or leads out of its folder.
     """
-    names = sorted(set(read_index(index).values()))
+    names = sorted(set(weight_map.values()))
     for name in names:
         # A name with a separator could lead out of the folder.
         if Path(name).name != name or not name.endswith(".safetensors") or not (index.parent / name).is_file():
@@ -141,7 +141,7 @@ def find_shards(folder: Path, source: object) -> list[Path]:
         # transformers would read the one, others the other.
         raise broken(folder, f"{SINGLE} or {INDEX}", "both", fix="Delete the one that does not belong to the model.")
     if index.is_file():
-        shards = indexed_shards(index)
+        shards = indexed_shards(index, read_index(index))
     elif single.is_file():
         shards = [single]
     else:
@@ -156,16 +156,20 @@ def find_shards(folder: Path, source: object) -> list[Path]:
     return shards
 
 
-def read_index(index: Path) -> dict[str, str]:
+def read_index(index: Path, load: Callable[[bytes], Any] = parse) -> dict[str, str]:
     """The weight_map of a model.safetensors.index.json: the file of each tensor.
+
+    Args:
+        index: the file.
+        load: how its JSON is read; by default no name may come twice.
 
     Raises:
         BrokenCheckpoint: it has none.
     """
     try:
-        document = parse(index.read_bytes())
+        document = load(index.read_bytes())
         weights = document["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise broken(index, "a safetensors index with a weight_map", first_line(error)) from error
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
         raise broken(index, "a weight_map from tensors to files", "something else")

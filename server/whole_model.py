@@ -7,11 +7,12 @@ from argparse import Namespace
 from pathlib import Path
 
 from pat_serve.errors import BrokenCheckpoint, MissingModel, first_line
-from pat_serve.shards import INDEX, indexed_shards
+from pat_serve.shards import INDEX, indexed_shards, read_index
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_TOKENIZERS_OF_VERSIONS = ("*.tiktoken", "tokenizer.model.v*")
 # vLLM's names for what transformers loads; its other modes look for other files.
-_TOKENIZER_MODES = ("auto", "hf", "slow")
+_TOKENIZER_MODES = ("auto", "hf")
 
 
 def check_whole_models(args: Namespace, model: str, *, baseline: str | None, draft: str | None) -> None:
@@ -48,7 +49,8 @@ def check_weights(folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     if (folder / INDEX).is_file():
-        shards = indexed_shards(folder / INDEX)
+        # As leniently as vLLM reads it.
+        shards = indexed_shards(folder / INDEX, read_index(folder / INDEX, json.loads))
     else:
         # Nor does vLLM look at hidden files.
         shards = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
@@ -78,7 +80,7 @@ def check_tokenizer(folder: Path) -> None:
     """
     fix = "Copy the base's tokenizer files into it, or name another after --: --tokenizer FOLDER."
     found = [name for name in _TOKENIZERS if (folder / name).is_file()]
-    if not found and not any(folder.glob("*.tiktoken")):
+    if not found and not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS_OF_VERSIONS):
         raise MissingModel(
             folder, expected="a folder with a tokenizer (tokenizer.json or tokenizer.model)", found="none", fix=fix
         )

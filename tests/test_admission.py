@@ -139,6 +139,17 @@ def test_files_that_vllm_does_not_open_may_be_anything(sharded: Path) -> None:
         check_weights(sharded)
 
 
+def test_an_index_that_vllm_can_read_is_taken(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    weights = json.dumps(json.loads(index.read_text())["weight_map"])
+    index.write_text(f'{{"metadata": {{"size": NaN, "size": 1}}, "weight_map": {weights}}}')
+    check_weights(sharded)
+    for text in ("{", "[" * 100_000, "{}"):
+        index.write_text(text)
+        with pytest.raises(BrokenCheckpoint, match=r"index.json: expected a safetensors index"):
+            check_weights(sharded)
+
+
 def test_a_folder_without_weights_is_told(whole: Path) -> None:
     (whole / "model.safetensors").unlink()
     with pytest.raises(MissingModel, match="weights in safetensors files, found none"):
@@ -152,6 +163,8 @@ def test_a_folder_without_a_tokenizer_needs_another(whole: Path) -> None:
     (whole / "tokenizer.json").unlink()
     with pytest.raises(MissingModel, match="a folder with a tokenizer"):
         check_tokenizer(whole)
+    (whole / "tokenizer.model.v3").touch()
+    check_tokenizer(whole)
 
 
 def test_a_tokenizer_that_is_no_json_is_named(whole: Path) -> None:

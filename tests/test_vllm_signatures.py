@@ -177,6 +177,7 @@ def test_arguments_that_the_launcher_sets() -> None:
     assert (args.model, args.host, args.port, args.dtype, args.max_model_len) == ("m", "127.0.0.1", 1, "float32", 99)
     assert (args.kv_cache_memory_bytes, args.enforce_eager) == (1000, True)
     assert args.served_model_name is None
+    assert parse_serve_arguments(["--model", "m", "--load-format", "SAFETENSORS"]).load_format == "safetensors"
 
 
 SETTINGS = ServeSettings(
@@ -194,6 +195,7 @@ PLAIN = ["--model", "m", "--host", "127.0.0.1", "--port", "1", "--load-format", 
         ["--trust-remote-code"],
         ["--load-format", "pt"],
         ["--load-format", "auto"],
+        ["--load-format", "PT"],
         ["--port", "2"],
         ["--host", "0.0.0.0"],
     ],
