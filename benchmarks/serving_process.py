@@ -105,7 +105,7 @@ class Client:
     def send(self, path: str, body: Mapping[str, Any]) -> http.client.HTTPResponse:
         """Post, and wait for the headers of the answer."""
         # A server may answer before it has read the body, and close; the answer says why.
-        with suppress(BrokenPipeError):
+        with suppress(BrokenPipeError, ConnectionResetError):
             self.connection.request("POST", path, json.dumps(body), self.headers)
         return self.connection.getresponse()
 

@@ -40,7 +40,7 @@ def main(
     side = out if parts == 1 else out / f"part-{number}-of-{parts}"
     results = side / "results.jsonl"
     variants = TIED_VARIANTS if tied else VARIANTS
-    if part and not (out / "base").exists():
+    if part and not table and not (out / "base").exists():
         raise typer.BadParameter(f"--part {part}: each would train the base; first without it, with --seeds 0")
     if not table:
         _prepare(data, out, BaseSettings(steps=base_steps, batch_size=16, tied=tied))

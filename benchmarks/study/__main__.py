@@ -83,18 +83,15 @@ def main(
     side = None if part is None else f"part-{number}-of-{parts}"
     results = out / (f"results-{side}.jsonl" if side else "results.jsonl")
     _check_names(sweep or [], domain)
-    if part and not (out / "base").exists():
+    if part and not table and not (out / "base").exists():
         raise typer.BadParameter(f"--part {part}: each would train the base; first without it, with --seeds 0")
-    if part and seeds and families.SWEEP in (sweep or []) and families.without_base(out):
+    if part and not table and seeds and families.SWEEP in (sweep or []) and families.without_base(out):
         raise typer.BadParameter(f"--part {part}: each would train the families' bases; first with --seeds 0")
     if not table:
         _prepare(out, data, SIZES[size], domain, base, more)
         if "hio" in (sweep or []) and number == 1:
             _measure_operators(out)
         done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in report.read_all(out)}
-        if side is None and not (out / "dense").exists():
-            # Parts leave none, and speed is measured against it.
-            done.discard((DENSE, 0.0, 0, steps))
         if (BASE, 0.0, 0, steps) not in done and number == 1:
             figures = measuring.quality(out / "base", out / "data")
             _keep([{"method": BASE, "ratio": 0.0, "seed": 0, "steps": steps} | figures], results)
@@ -109,8 +106,11 @@ def main(
                 and not any(name in job.name for name in without or ())
             )
         ]
+        if side is None and not (out / "dense").exists() and not all(job.key(steps) in done for job in wanted):
+            # Parts leave none, and speed is measured against it.
+            done.discard((DENSE, 0.0, 0, steps))
         for job in wanted[number - 1 :: parts]:
-            if (job.name, job.ratio, job.seed, steps) in done:
+            if job.key(steps) in done:
                 continue
             if seconds is not None and time.monotonic() - began > seconds:
                 print(f"stopped after {seconds:g} s; call again to go on")
@@ -181,18 +181,20 @@ def _run_families(
         # The bases alone, which parts would train all at once.
         for family in families.NAMES[number - 1 :: parts]:
             families.prepare(out, family, settings, lambda: build(data).base_texts)
-    for family, job in list(families.jobs(seeds))[number - 1 :: parts]:
-        lines = report.read_all(families.folder_of(out, family))
-        done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in lines}
-        if side is None and not (families.folder_of(out, family) / "dense").exists():
+    wanted = list(families.jobs(seeds))
+    for family, job in wanted[number - 1 :: parts]:
+        folder = families.folder_of(out, family)
+        done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in report.read_all(folder)}
+        left = any(other == family and planned.key(steps) not in done for other, planned in wanted)
+        if side is None and left and not (folder / "dense").exists():
             # As above: parts leave none.
             done.discard((DENSE, 0.0, 0, steps))
-        if (job.name, job.ratio, job.seed, steps) in done:
+        if job.key(steps) in done:
             continue
         if seconds is not None and time.monotonic() - began > seconds:
             print("stopped: the time is up; call again to go on")
             return
-        folder = families.prepare(out, family, settings, lambda: build(data).base_texts)
+        families.prepare(out, family, settings, lambda: build(data).base_texts)
         _keep(runs.run(folder, job, steps, settings.hidden_size, side), families.results_of(out, family, side))
 
 

@@ -147,6 +147,10 @@ class Job:
         """Whether nothing is cut."""
         return self.method.get("method") == DENSE_METHOD["method"]
 
+    def key(self, steps: int) -> tuple[str, float, int, int]:
+        """By which it is known among the results once it has taken so many steps."""
+        return self.name, self.ratio, self.seed, steps
+
 
 def jobs(
     seeds: int,

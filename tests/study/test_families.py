@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import typer
 
 from benchmarks.study import corpus, families, report
 from benchmarks.study.__main__ import SIZES, main
@@ -50,6 +51,8 @@ def test_families_are_done_in_parts_beside_each_other(
     monkeypatch.setattr("benchmarks.study.__main__.build", lambda _: built)
     out = base_of_width(tmp_path, SIZES["tiny"].hidden_size)
     built.save(out / "data")
+    with pytest.raises(typer.BadParameter, match="families' bases; first with --seeds 0"):
+        main(out, size="tiny", seeds=1, sweep=["families"], part="1/2")
     for part in ("1/2", "2/2"):
         main(out, size="tiny", seeds=0, sweep=["families"], curve=False, part=part)
     assert (sorted(trained), ran) == (sorted(families.NAMES), [])
@@ -61,6 +64,8 @@ def test_families_are_done_in_parts_beside_each_other(
         folder = families.folder_of(out, family)
         assert not (folder / "results.jsonl").exists()
         assert {line["method"] for line in report.read_all(folder)} == {DENSE, *families.COMPARED}
+    main(out, size="tiny", seeds=1, sweep=["families"], curve=False, only=["none"])
+    assert ran.count(DENSE) == 6 + 1, "nothing is left that a family's speed would be measured for"
 
 
 @pytest.mark.parametrize(

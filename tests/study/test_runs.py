@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ablation.__main__ import main as ablation
 from benchmarks.study import corpus, measuring, report
 from benchmarks.study.__main__ import SIZES, main
 from benchmarks.study.methods import DENSE, METHODS, RATIOS, SWEEPS, jobs, settings
@@ -135,9 +136,21 @@ def test_parts_share_the_runs_and_the_table(ran: list[str], tmp_path: Path, caps
     main(out, size="tiny", table=True)
     table = capsys.readouterr().out
     assert all(name in table for name in METHODS)
+    main(out, size="tiny", seeds=1, ratio=[0.25])
+    assert len(ran) == len(METHODS) + 1, "nothing is left that speed would be measured for"
     for wrong in ("3/2", "0/2", "x"):
         with pytest.raises(typer.BadParameter, match="such as 2/8"):
             main(out, part=wrong)
+
+
+def test_parts_do_not_train_the_base_side_by_side(ran: list[str], tmp_path: Path):
+    import typer
+
+    for command in (main, ablation):
+        with pytest.raises(typer.BadParameter, match="with --seeds 0"):
+            command(data=tmp_path, out=tmp_path, part="1/2")
+        command(data=tmp_path, out=tmp_path, part="1/2", table=True)
+    assert not ran
 
 
 def test_another_size_needs_another_folder(ran: list[str], tmp_path: Path):
