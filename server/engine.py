@@ -16,11 +16,13 @@ from contextlib import aclosing, suppress
 from typing import Any, NoReturn
 from uuid import uuid4
 
+from fastapi import FastAPI
+
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.server.engine_errors import engine_dead, expect_its_end, generation_failed, starting
 from pat_serve.server.generation import EngineTimes, Piece, Sampling
 from pat_serve.server.http.admission import RETRY_AFTER_S
-from pat_serve.server.http.errors import HttpError, InvalidRequestError
+from pat_serve.server.http.errors import HttpError, InvalidRequestError, shape_vllm_errors
 from pat_serve.server.sequence_watch import watch
 
 logger = logging.getLogger(__name__)
@@ -124,19 +126,26 @@ def vllm_failures() -> dict[type[Exception], Callable[[], HttpError]]:
     return {EngineDeadError: engine_dead, EngineGenerateError: generation_failed}
 
 
-def let_failures_pass() -> None:
-    """Have the routes of /v1/messages, which catch every error, leave the engine's to the app's handlers."""
+def shape_failures(app: FastAPI) -> None:
+    """Have all of vLLM's routes answer for its engine as ours do.
+
+    Those of /v1/messages catch every error themselves; from now on they leave the engine's to the app's handlers.
+
+    Args:
+        app: vLLM's, with its handlers.
+    """
     from vllm.entrypoints.anthropic import api_router
 
-    failures = tuple(vllm_failures())
+    failures = vllm_failures()
     explain = api_router.create_error_response
 
-    def explain_or_pass(error: Any) -> Any:
-        if isinstance(error, failures):
+    def explain_or_pass(error: Exception) -> Any:
+        if isinstance(error, tuple(failures)):
             raise error
         return explain(error)
 
     api_router.create_error_response = explain_or_pass
+    shape_vllm_errors(app, failures)
 
 
 def _sampling_params(sampling: Sampling) -> Any:

@@ -181,6 +181,7 @@ def check_flags(args: Namespace, settings: ServeSettings) -> None:
         "--uds": args.uds,
         "--grpc-port": args.grpc_port,
         "--trust-remote-code": args.trust_remote_code,
+        "draft_load_config": "draft_load_config" in (args.speculative_config or {}),
         f"--load-format {args.load_format}": args.load_format in _UNSAFE_LOAD_FORMATS,
     }
     for flag, given in wrong.items():

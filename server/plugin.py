@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from pat_serve.server import benchmark
 from pat_serve.server.baseline import Baseline, available, start_baseline
-from pat_serve.server.engine import Engine, let_failures_pass, vllm_failures
+from pat_serve.server.engine import Engine, shape_failures
 from pat_serve.server.engine_watch import attach
 from pat_serve.server.exclusive import Exclusive
 from pat_serve.server.generate import generate
@@ -24,7 +24,7 @@ from pat_serve.server.http.access_log import AccessLog, LogFormat, start_log
 from pat_serve.server.http.admission import Admission
 from pat_serve.server.http.body_check import ModelBounds
 from pat_serve.server.http.drain import Drain
-from pat_serve.server.http.errors import ErrorShapeRoute, HttpError, shape_routing_errors, shape_vllm_errors
+from pat_serve.server.http.errors import ErrorShapeRoute, HttpError, shape_routing_errors
 from pat_serve.server.http.front import Front, Gate
 from pat_serve.server.http.keys import collect_keys
 from pat_serve.server.http.metrics import ServerMetrics
@@ -215,8 +215,7 @@ class PatServePlugin:
             # Only now: vLLM adds middleware and more routes after the plugins'.
             keep_served(self._app, OUR_PATHS)
             self._app.user_middleware.insert(0, Middleware(Observer))
-            let_failures_pass()
-            shape_vllm_errors(self._app, vllm_failures())
+            shape_failures(self._app)
             metrics = ServerMetrics()
             metrics.model(model_labels(args.model, engine.model_name, engine.hidden_size))
             metrics.admission(admission, engine.max_num_seqs)

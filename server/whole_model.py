@@ -29,7 +29,7 @@ def check_whole_models(args: Namespace, model: str, *, baseline: str | None, dra
         BrokenCheckpoint: a file is damaged, or an index names one that is not there.
         MissingModel: there are no weights, or there is no tokenizer.
     """
-    has_own = not args.skip_tokenizer_init and args.tokenizer_mode in _TOKENIZER_MODES
+    has_own = not args.skip_tokenizer_init and args.tokenizer_mode.lower() in _TOKENIZER_MODES
     for name, needs_tokenizer in ((model, has_own and args.tokenizer is None), (baseline, has_own), (draft, False)):
         if name is None or not Path(name).is_dir():
             continue

@@ -11,8 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from pat_serve.server.cluster.repeat import may_repeat, says_gone
-from pat_serve.server.engine import let_failures_pass, vllm_failures
-from pat_serve.server.http.errors import shape_vllm_errors
+from pat_serve.server.engine import shape_failures
 
 pytestmark = pytest.mark.vllm
 
@@ -23,6 +22,14 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/messages": {"model": "m", "max_tokens": 5, "messages": SAID},
     "/v1/messages/count_tokens": {"model": "m", "messages": SAID},
 }
+
+
+@pytest.fixture(autouse=True)
+def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a server changes of vLLM is put back."""
+    from vllm.entrypoints.anthropic import api_router
+
+    monkeypatch.setattr(api_router, "create_error_response", api_router.create_error_response)
 
 
 class Failing:
@@ -55,8 +62,7 @@ async def answer(path: str, error: Exception) -> tuple[httpx.Response, bool]:
     app.state.enable_server_load_tracking = False
     for name in ("anthropic_serving_messages", "openai_serving_completion", "openai_serving_chat"):
         setattr(app.state, name, Failing(error))
-    let_failures_pass()
-    shape_vllm_errors(app, vllm_failures())
+    shape_failures(app)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
         return await client.post(path, json=BODIES[path]), app.state.server.should_exit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -204,6 +205,14 @@ def test_flags_that_would_be_ignored_or_undo_a_promise_are_refused(flags: list[s
     check_flags(parse_serve_arguments(PLAIN), SETTINGS)
     with pytest.raises(UsageError, match=flags[0]):
         check_flags(parse_serve_arguments([*PLAIN, *flags]), SETTINGS)
+
+
+def test_a_draft_is_read_as_its_target_is() -> None:
+    draft: dict[str, Any] = {"model": "d", "num_speculative_tokens": 3}
+    check_flags(parse_serve_arguments([*PLAIN, "--speculative-config", json.dumps(draft)]), SETTINGS)
+    draft["draft_load_config"] = {"load_format": "pt"}
+    with pytest.raises(UsageError, match="draft_load_config"):
+        check_flags(parse_serve_arguments([*PLAIN, "--speculative-config", json.dumps(draft)]), SETTINGS)
 
 
 def test_features_that_are_allowed_are_told_to_vllm() -> None:

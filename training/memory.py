@@ -111,8 +111,8 @@ def _measuring_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, to
     """Of calibration, whose batches have so many tokens at most."""
     hidden, layers = checkpoint.hidden_size, checkpoint.num_layers
     layer = dense_bytes_per_token(checkpoint, width, hidden)
-    # A second moment in float32 and float64, and its sum before and after.
-    moments = 28 * hidden * hidden
+    # A second moment in float32 and float64, and its sum before and after; of the gradient, the energy's sum too.
+    moments = (36 if recipe.rotate == "loss" else 28) * hidden * hidden
     # The log-probabilities and two gradients in float32.
     logits = 12 * int(checkpoint.config["vocab_size"]) * tokens
     if recipe.rotate == "loss":
@@ -141,10 +141,12 @@ def _compensating_bytes(
     # What the largest reader lacks, in float32; a piece of it in float64 with its rows, or its random projection.
     piece = 8 * min(ROWS_AT_ONCE, outputs) * (hidden + kept)
     change = 4 * outputs * kept + max(piece, 8 * outputs * recipe.lora_rank)
-    # In float64: second moments, their factor, and the guess with what it is made of.
-    moments = 8 * kept * (2 * kept + 3 * hidden)
+    # In float64: the moments' factor, and the guess with what it is made of.
+    moments = 8 * kept * (kept + 2 * hidden)
     layer = dense_bytes_per_token(checkpoint, width, hidden) * max(map(math.prod, calibration))
-    return states + max(layer, change + moments)
+    # The axes that the base was turned to, which the run keeps, and the moments of the batches before.
+    kept_on = (4 * hidden * hidden if recipe.rotate != "none" else 0) + 8 * kept * (kept + hidden)
+    return states + kept_on + max(layer, change + moments)
 
 
 def _most_outputs(checkpoint: Checkpoint) -> int:

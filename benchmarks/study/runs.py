@@ -82,7 +82,7 @@ def scores_of(recipe: dict[str, Any], name: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from benchmarks.study.separate_masks import writer_scores
-    from pat_serve.training.calibration import calibrate
+    from pat_serve.training.calibration import calibrate, calibration_batches, rows_at_once
     from pat_serve.training.config import TrainRecipe
     from pat_serve.training.prepare import prepare
     from pat_serve.training.ranks import Ranks
@@ -90,9 +90,11 @@ def scores_of(recipe: dict[str, Any], name: str) -> dict[str, Any]:
     prepared = prepare(TrainRecipe.build(recipe, name), Ranks.join())
     family, layers = prepared.checkpoint.family, prepared.checkpoint.num_layers
     base = AutoModelForCausalLM.from_pretrained(prepared.checkpoint.folder, local_files_only=True)
+    # Also for a mask that starts undecided, whose run measures nothing.
+    batches = calibration_batches(prepared.data.samples, rows_at_once(prepared.recipe))
     rotate = prepared.recipe.rotate
     assert rotate != "auto"
     rotation = None
     if rotate != "none":
-        rotation = calibrate(base, family, layers, prepared.calibration, rotate=rotate).rotation_DD
-    return writer_scores(base, family, layers, prepared.calibration, rotation)
+        rotation = calibrate(base, family, layers, batches, rotate=rotate).rotation_DD
+    return writer_scores(base, family, layers, batches, rotation)

@@ -124,6 +124,7 @@ def test_separate_masks_are_kept_apart_and_aligned(
     own = {key: method[key] for key in keys}
     recipe = tiny_recipe(tiny_base, rows, max_steps=12, gradient_accumulation_steps=1, **own)
     scores = runs.scores_of(recipe.model_dump(), name)
+    assert all(score_D.any() for score_D in scores.values())
     monkeypatch.setattr(SeparateMasks, "scores", scores)
     facts = pruned(tiny_base, rows, tmp_path, name, **own)
     assert facts["parity_max_abs_over_std"] < 1e-3
