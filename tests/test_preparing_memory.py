@@ -80,7 +80,7 @@ def most_held(opened: Checkpoint, recipe: TrainRecipe, dtype: torch.dtype, batch
         ({}, 384, (128,) * 4),
         ({"rotate": "energy"}, LARGE_VOCABULARY, (9, 8)),
         ({"rotate": "energy", "compensate": True, "lora_head": True}, LARGE_VOCABULARY, (64, 9, 40, 64, 30)),
-        ({"compensate": True}, 384, (64,) * 160),
+        ({"compensate": True}, 384, (64,) * 60),
     ],
     ids=["loss", "gradient", "energy", "turning", "head", "states"],
 )
