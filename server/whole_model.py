@@ -9,8 +9,16 @@ from pathlib import Path
 from pat_serve.errors import BrokenCheckpoint, MissingModel, first_line
 from pat_serve.shards import INDEX, indexed_shards, read_index
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_TOKENIZERS_OF_VERSIONS = ("*.tiktoken", "tokenizer.model.v*")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "*.tiktoken",
+)
 # vLLM's names for what transformers loads; its other modes look for other files.
 _TOKENIZER_MODES = ("auto", "hf")
 
@@ -79,13 +87,12 @@ def check_tokenizer(folder: Path) -> None:
         MissingModel: there is none.
     """
     fix = "Copy the base's tokenizer files into it, or name another after --: --tokenizer FOLDER."
-    found = [name for name in _TOKENIZERS if (folder / name).is_file()]
-    if not found and not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS_OF_VERSIONS):
+    if not any(path.is_file() for pattern in _TOKENIZERS for path in folder.glob(pattern)):
         raise MissingModel(
             folder, expected="a folder with a tokenizer (tokenizer.json or tokenizer.model)", found="none", fix=fix
         )
-    if "tokenizer.json" in found:
-        path = folder / "tokenizer.json"
+    path = folder / "tokenizer.json"
+    if path.is_file():
         try:
             json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:

@@ -20,7 +20,7 @@ from benchmarks.parts import parse
 from benchmarks.study import families, measuring, report, runs
 from benchmarks.study.corpus import build
 from benchmarks.study.domains import DOMAINS, build_domain
-from benchmarks.study.methods import BASE, DENSE, SWEEPS, jobs
+from benchmarks.study.methods import BASE, DENSE, SWEEPS, Job, jobs
 from pat_serve.atomic import write_text
 from pat_serve.demo.base_model import BaseSettings, train_base
 from pat_serve.errors import UsageError
@@ -91,10 +91,6 @@ def main(
         _prepare(out, data, SIZES[size], domain, base, more)
         if "hio" in (sweep or []) and number == 1:
             _measure_operators(out)
-        done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in report.read_all(out)}
-        if (BASE, 0.0, 0, steps) not in done and number == 1:
-            figures = measuring.quality(out / "base", out / "data")
-            _keep([{"method": BASE, "ratio": 0.0, "seed": 0, "steps": steps} | figures], results)
         of_table = [name for name in sweep or [] if name in SWEEPS]
         wanted = [
             job
@@ -106,9 +102,10 @@ def main(
                 and not any(name in job.name for name in without or ())
             )
         ]
-        if side is None and not (out / "dense").exists() and not all(job.key(steps) in done for job in wanted):
-            # Parts leave none, and speed is measured against it.
-            done.discard((DENSE, 0.0, 0, steps))
+        done = _finished(out, wanted, steps, side)
+        if (BASE, 0.0, 0, steps) not in done and number == 1:
+            figures = measuring.quality(out / "base", out / "data")
+            _keep([{"method": BASE, "ratio": 0.0, "seed": 0, "steps": steps} | figures], results)
         for job in wanted[number - 1 :: parts]:
             if job.key(steps) in done:
                 continue
@@ -166,6 +163,18 @@ def _prepare(
         )
 
 
+def _finished(folder: Path, wanted: list[Job], steps: int, side: str | None) -> set[tuple[str, float, int, int]]:
+    """Keys of the runs that are done.
+
+    Speed is measured against the dense model, and parts leave none: while other runs that are wanted are missing, so is
+    that of a dense model that is not there.
+    """
+    done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in report.read_all(folder)}
+    if side is None and not (folder / "dense").exists() and not all(job.key(steps) in done for job in wanted):
+        done.discard((DENSE, 0.0, 0, steps))
+    return done
+
+
 def _run_families(
     out: Path,
     data: Path | None,
@@ -184,12 +193,8 @@ def _run_families(
     wanted = list(families.jobs(seeds))
     for family, job in wanted[number - 1 :: parts]:
         folder = families.folder_of(out, family)
-        done = {(line["method"], line["ratio"], line["seed"], line["steps"]) for line in report.read_all(folder)}
-        left = any(other == family and planned.key(steps) not in done for other, planned in wanted)
-        if side is None and left and not (folder / "dense").exists():
-            # As above: parts leave none.
-            done.discard((DENSE, 0.0, 0, steps))
-        if job.key(steps) in done:
+        of_family = [planned for other, planned in wanted if other == family]
+        if job.key(steps) in _finished(folder, of_family, steps, side):
             continue
         if seconds is not None and time.monotonic() - began > seconds:
             print("stopped: the time is up; call again to go on")
