@@ -12,7 +12,7 @@ STUDY_OUT ?= study-out
 SIZE ?= small
 TEXTS ?=
 
-.PHONY: help demo study test test-all docker-test soak check fix docs dist sbom lock setup clean
+.PHONY: help demo real-model study test test-all docker-test soak check fix docs dist sbom lock setup clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -25,6 +25,9 @@ $(READY): requirements/cpu.lock pyproject.toml requirements/setup.sh
 
 demo: $(READY) ## train, prune, export, serve, ask, measure: the whole way on a CPU, into demo-out/
 	$(BIN)/pat-demo --out $(OUT)
+
+real-model: $(READY) ## fetch the pretrained chat model that the demo works on (98 MB), into .real-model/
+	$(BIN)/python -m pat_serve.demo.real_model .real-model
 
 study: $(READY) ## quality against speed at four ratios, with seeds: hours, goes on where it stopped; TEXTS=folder SIZE=tiny
 	$(BIN)/python -m benchmarks.study --out $(STUDY_OUT) --size $(SIZE) $(if $(TEXTS),--data $(TEXTS)) --sweep hio --sweep identity --sweep masks

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pat_serve.architectures import EMBEDDING, FAMILIES, Family
 from pat_serve.errors import ModelError
+from pat_serve.gguf.folder import sha256_of_folder
 from pat_serve.locate import check_plain_folder, commit_of, locate, read_config
 from pat_serve.plan import BaseReference, file_sha256
 from pat_serve.recognize import family_of
@@ -29,7 +30,7 @@ class Checkpoint:
     """An opened checkpoint.
 
     Attributes:
-        source: what the user called it: a folder or a hub id.
+        source: what the user called it: a folder, a GGUF file or a hub id.
         revision: the hub's commit, or what was asked for where the folder does not tell it; None for a local folder.
         folder: where it lies on disk.
         config: its config.json.
@@ -95,10 +96,11 @@ class Checkpoint:
         """Identity of this checkpoint, with the SHA-256 of every file that decides what it computes."""
         files = [self.folder / "config.json", *self.shards()]
         return BaseReference(
-            source=str(Path(self.source).resolve()) if Path(self.source).is_dir() else self.source,
+            source=str(Path(self.source).resolve()) if Path(self.source).exists() else self.source,
             revision=self.revision,
             architecture=self.family.architecture,
             sha256={path.name: file_sha256(path) for path in files},
+            gguf_sha256=sha256_of_folder(self.folder),
         )
 
 
@@ -124,7 +126,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
         BrokenCheckpoint: a shard is missing, truncated or damaged, or a tensor is missing or of another shape.
         UnknownTensor: it holds a tensor that its family does not have.
     """
-    if not Path(source).is_dir():
+    if not Path(source).exists():
         # A model that is refused by its config alone need not be downloaded.
         family_of(read_config(locate(source, revision, weights=False)), source)
     folder = locate(source, revision)

@@ -1,4 +1,4 @@
-"""Find a model, in a folder or on the hub, and read its config.json."""
+"""Find a model, in a folder, in a GGUF file or on the hub, and read its config.json."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ from pat_serve.strict_json import parse
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # "owner/name" or "name"; anything else can only have been meant as a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_GGUF_SUFFIX = ".gguf"
 
 
 def locate(source: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The folder of a model: a local one, or a snapshot of a hub repository.
+    """The folder of a model: a local one, the one that a GGUF file is read to, or a snapshot of a hub repository.
 
     Args:
-        source: a folder or a hub id; a folder wins.
+        source: a folder, a GGUF file or a hub id; what is on disk wins.
         revision: of the hub repository.
         weights: fetch everything from the hub; else its config.json alone.
 
     Raises:
-        MissingModel: neither exists, or the hub cannot be reached and the model is not in its cache.
+        MissingModel: none exists, or the hub cannot be reached and the model is not in its cache.
+        ModelError: a GGUF file that is damaged or not covered.
     """
     path = Path(source)
+    if source and (file := gguf_file(path)) is not None:
+        from pat_serve.gguf.folder import folder_of
+
+        return folder_of(file)
     # Path("") is the current folder, which an empty variable in a script does not mean.
     if source and path.is_dir():
         if not (path / "config.json").is_file():
@@ -38,11 +44,11 @@ def locate(source: str, revision: str | None = None, *, weights: bool = True) ->
                 fix="Give the folder that holds config.json; a training run's must be exported first (pat-export).",
             )
         return path
-    if path.is_file() or not _HUB_ID.fullmatch(source):
+    if path.is_file() or is_gguf_name(path) or not _HUB_ID.fullmatch(source):
         raise MissingModel(
             source or "(empty)",
-            expected="a model folder or a hub id (owner/name)",
-            found="a file" if path.is_file() else "no such folder",
+            expected="a model folder, a .gguf file or a hub id (owner/name)",
+            found="another file" if path.is_file() else f"no such {'file' if is_gguf_name(path) else 'folder'}",
             fix="Check the path.",
         )
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -59,6 +65,41 @@ def locate(source: str, revision: str | None = None, *, weights: bool = True) ->
             found=f"no such folder, and the hub said {type(error).__name__}: {first_line(error)}",
             fix="Check the name, the network and HF_TOKEN, or give a local folder.",
         ) from error
+
+
+def stock_path(source: str) -> str:
+    """What loaders that know nothing of GGUF are to be given: the folder of a GGUF file; all else as it was named.
+
+    Raises:
+        ModelError: as `locate`.
+    """
+    return str(locate(source)) if source and gguf_file(Path(source)) is not None else source
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the only one in a folder that holds no other model.
+
+    Raises:
+        MissingModel: the folder holds several.
+    """
+    if path.is_file():
+        return path if is_gguf_name(path) else None
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    files = sorted(file for file in path.iterdir() if is_gguf_name(file) and file.is_file())
+    if len(files) > 1:
+        raise MissingModel(
+            path,
+            expected="one model",
+            found=f"{len(files)} GGUF files: {', '.join(file.name for file in files[:4])}",
+            fix=f"Name one of them: {files[0]}.",
+        )
+    return files[0] if files else None
+
+
+def is_gguf_name(path: Path) -> bool:
+    """The name is that of a GGUF file."""
+    return path.suffix.lower() == _GGUF_SUFFIX
 
 
 def commit_of(folder: Path) -> str | None:

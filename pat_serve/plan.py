@@ -55,7 +55,15 @@ class AxisCut:
 
 
 class BaseReference(pydantic.BaseModel):
-    """The model that a run started from, precise enough to notice when it is another one."""
+    """The model that a run started from, precise enough to notice when it is another one.
+
+    Attributes:
+        source: a folder, a GGUF file or a hub id.
+        revision: the hub's commit.
+        architecture: the stock class.
+        sha256: by file name, of every file that decides what it computes.
+        gguf_sha256: of the GGUF file that those were read from, if there is one.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
@@ -63,6 +71,7 @@ class BaseReference(pydantic.BaseModel):
     revision: str | None = None
     architecture: str
     sha256: dict[str, str]
+    gguf_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from uuid import uuid4
 from fastapi import FastAPI
 
 from pat_serve.errors import EngineError, UsageError
+from pat_serve.locate import stock_path
 from pat_serve.server.engine_errors import engine_dead, expect_its_end, generation_failed, starting
 from pat_serve.server.generation import EngineTimes, Piece, Sampling
 from pat_serve.server.http.admission import RETRY_AFTER_S
@@ -288,7 +289,13 @@ def second_engine(args: Namespace, model: str) -> Engine:
 
         def log_engine_initialized(self) -> None: ...
 
-    own = {"model": model, "served_model_name": None, "tokenizer": None, "revision": None, "tokenizer_revision": None}
+    own = {
+        "model": stock_path(model),
+        "served_model_name": None,
+        "tokenizer": None,
+        "revision": None,
+        "tokenizer_revision": None,
+    }
     engine_args = AsyncEngineArgs.from_cli_args(Namespace(**(vars(args) | own)))
     fix = "The engine's log above has the root cause; without --baseline the server starts alone."
     with starting(f"--baseline {model}", expected="a second vLLM engine that starts", fix=fix):

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from pat_serve.errors import EngineError, PortInUse, UsageError
 from pat_serve.hardware import available_memory_bytes, serving_dtype
-from pat_serve.locate import locate
+from pat_serve.locate import locate, stock_path
 from pat_serve.server import engine
 from pat_serve.server.baseline import check_comparable, check_memory
 from pat_serve.server.draft import check_draft, speculative_config
@@ -43,7 +43,7 @@ class ServeSettings:
     """What the command line says.
 
     Attributes:
-        model: a folder or a hub id.
+        model: a folder, a GGUF file or a hub id.
         dtype: auto, or a dtype that vLLM knows.
         max_model_len: tokens of prompt and output together; None takes it from the model.
         kv_cache_gib: memory for keys and values; None chooses by the machine's memory (CPU) or leaves it to vLLM.
@@ -96,6 +96,7 @@ def run(settings: ServeSettings) -> None:
     adopt_orphans()
     try:
         keys = collect_keys(settings.api_keys, environment=os.environ, file=settings.api_key_file)
+        settings = with_stock_folders(settings)
         # Before vLLM spends half a minute on a model that is not there.
         for model in filter(None, (settings.model, settings.baseline)):
             check_trusted(model, locate(model, weights=False))
@@ -128,6 +129,23 @@ def run(settings: ServeSettings) -> None:
         engine.serve(args, uvicorn_options(policy, args))
     finally:
         end_children()
+
+
+def with_stock_folders(settings: ServeSettings) -> ServeSettings:
+    """The same settings with the folder of a GGUF file in its place, served under the name that the user gave.
+
+    The baseline keeps its name, under which it is shown; its engine looks for the folder itself.
+
+    Raises:
+        ModelError: the file is damaged or not covered.
+    """
+    model = stock_path(settings.model)
+    draft = None if settings.draft is None else stock_path(settings.draft)
+    flags = settings.vllm_flags
+    if model != settings.model:
+        # First, so that a name of the user's own wins.
+        flags = ("--served-model-name", settings.model, *flags)
+    return replace(settings, model=model, draft=draft, vllm_flags=flags)
 
 
 def check_plugin() -> None:

@@ -29,7 +29,8 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def core_files() -> list[Path]:
-    return [*(ROOT / "pat_serve").glob("*.py"), *(ROOT / "pat_serve/evaluation").rglob("*.py")]
+    core = ROOT / "pat_serve"
+    return [*core.glob("*.py"), *(core / "evaluation").rglob("*.py"), *(core / "gguf").rglob("*.py")]
 
 
 @pytest.mark.parametrize("stage", STAGES)

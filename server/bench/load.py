@@ -23,6 +23,7 @@ from pat_serve.atomic import write_json
 from pat_serve.errors import EngineError, UsageError, want
 from pat_serve.extras import require
 from pat_serve.hardware import describe
+from pat_serve.locate import stock_path
 from pat_serve.server.bench.load_result import SLO_NAMES, LoadResult, LoadSettings, read_guidellm
 from pat_serve.server.workers import load_client
 
@@ -61,7 +62,7 @@ def run_load(settings: LoadSettings, *, api_key: str | None) -> LoadResult:
     require("guidellm", "bench", wanted_by="pat-bench load")
     url = settings.url.rstrip("/").removesuffix("/v1")
     served = look_up(url, settings.model, api_key=api_key)
-    tokenizer = settings.tokenizer or served.root
+    tokenizer = stock_path(settings.tokenizer or served.root)
     date, begun_s = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pat-bench-") as scratch:
         report = _run_guidellm(settings, url, served.name, tokenizer, api_key, Path(scratch))

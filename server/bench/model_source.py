@@ -1,4 +1,4 @@
-"""What a benchmark may be pointed at: a checkpoint, a bare config.json, a hub id, or a shape that ships here."""
+"""What a benchmark may be pointed at: a checkpoint, a GGUF file, a bare config.json, a hub id, or a shape of ours."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
     A folder wins over a shipped shape of the same name, and that over the hub.
 
     Args:
-        name: folder, shipped shape, or hub id.
+        name: folder, GGUF file, shipped shape, or hub id.
         flag: the flag that it came from, for messages.
         load_format: "auto" (real weights) or "dummy" (random weights).
         layers: number of decoder layers to keep; None keeps all. Random weights only.
@@ -59,13 +59,14 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
         BrokenCheckpoint: an unreadable config.json, or one without the sizes.
         UsageError: layers with real weights, below 1, or more than the model has.
     """
-    folder = Path(name)
-    shipped = name in shipped_shapes() and not folder.is_dir()
+    folder, local = Path(name), Path(name).exists()
+    shipped = name in shipped_shapes() and not local
     if shipped:
         config, path, on_disk = json.loads((_SHAPES / f"{name}.json").read_text(encoding="utf-8")), "", True
     else:
-        config = read_config(_locate(name, flag))
-        path, on_disk = (str(folder.resolve()), True) if folder.is_dir() else (name, False)
+        folder = _locate(name, flag)
+        config = read_config(folder)
+        path, on_disk = (str(folder.resolve()), True) if local else (name, False)
     shape_of(config, name)
     if load_format != "dummy" and (shipped or (on_disk and not any(any(folder.glob(kind)) for kind in _WEIGHTS))):
         raise MissingModel(

@@ -24,7 +24,7 @@ class ReplicaSettings(BaseModel):
     """Arguments of the application.
 
     Attributes:
-        model: model folder, at the same path on every node, or hub id.
+        model: model folder or GGUF file, at the same path on every node, or hub id.
         flags: further flags of pat-serve as one string; those for vLLM after `--`.
         start_timeout_s: until a replica's server is ready; loading a large model takes minutes.
     """
@@ -41,7 +41,7 @@ def read_settings(arguments: Mapping[str, Any]) -> ReplicaSettings:
     """Check the arguments before any replica starts.
 
     Returns:
-        the settings; a folder's path is absolute, since replicas run elsewhere.
+        the settings; a local path is absolute, since replicas run elsewhere.
 
     Raises:
         UsageError: an argument is missing, unknown, or not the application's to take.
@@ -77,8 +77,8 @@ def read_settings(arguments: Mapping[str, Any]) -> ReplicaSettings:
             )
     folder = locate(settings.model, weights=False)
     check_trusted(settings.model, folder)
-    if Path(settings.model).is_dir():
-        settings = settings.model_copy(update={"model": str(folder.resolve())})
+    if (local := Path(settings.model)).exists():
+        settings = settings.model_copy(update={"model": str(local.resolve())})
     return settings
 
 

@@ -97,7 +97,7 @@ def apply_pat(
     settings = {name: value for name, value in asdict(config or PatConfig()).items() if value is not None}
     source = str(settings.pop("base", model.config._name_or_path))
     revision = settings.pop("revision", getattr(model.config, "_commit_hash", None))
-    source = str(Path(source).resolve()) if Path(source).is_dir() else source
+    source = str(Path(source).resolve()) if Path(source).exists() else source
     chosen = preset(settings.pop("recipe")) | settings
     recipe = TrainRecipe.build(
         {"model": source, "revision": revision, "data": "passed to a Trainer", **chosen}, "PatConfig"

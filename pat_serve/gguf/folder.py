@@ -1,0 +1,189 @@
+"""The plain folder of a GGUF file, written once into a cache and known by the file's SHA-256."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pat_serve.atomic import new_folder, write_json
+from pat_serve.errors import DiskFull, UsageError
+from pat_serve.extras import require
+from pat_serve.progress import byte_progress, say
+
+# What is in such a folder beside the model: the file that it was read from.
+PROVENANCE = "pat_gguf.json"
+# Rises when the same file would be read to other files.
+_READER = 1
+_PIECE_BYTES = 1 << 22
+
+
+def folder_of(path: Path) -> Path:
+    """The plain folder that a GGUF file is read to; written if it is not there yet.
+
+    Several processes may ask at once: one writes, the others wait.
+
+    Raises:
+        MissingExtra: the gguf package is not there.
+        BrokenCheckpoint: no GGUF file, or a damaged one.
+        UnsupportedModel: an architecture, a setting, a type or a tokenizer that is not covered.
+        DiskFull: the folder does not fit beside the others.
+        UsageError: the cache's folder cannot be written.
+    """
+    require("gguf", "gguf", wanted_by=str(path))
+    path = path.resolve()
+    cache = _cache()
+    known = _known(cache, path)
+    if known is not None and (found := _finished(cache, known)) is not None:
+        return found
+    from pat_serve.gguf.header import read_header
+    from pat_serve.gguf.weights import stored_dtype
+
+    # What is refused is refused before gigabytes are read.
+    parts = _Parts(read_header(path))
+    with _writable(cache):
+        sha256 = known or _hash(cache, path)
+        dtype = str(stored_dtype(parts.header)).removeprefix("torch.")
+        target = cache / f"{sha256}-{dtype}-{_READER}"
+        with _locked(cache / f"{sha256}.lock"):
+            if not (target / PROVENANCE).is_file():
+                _write(parts, target, sha256)
+    return target
+
+
+def sha256_of_folder(folder: Path) -> str | None:
+    """SHA-256 of the GGUF file that a folder was read from; None for any other folder."""
+    try:
+        value = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, str) else None
+
+
+class _Parts:
+    """A file's config, tokenizer and list of tensors: everything but the weights."""
+
+    def __init__(self, header: Any) -> None:
+        from pat_serve.gguf.config import ROPE_FREQUENCIES, config_of, family_of_header, generation_config_of
+        from pat_serve.gguf.tokenizer import tokenizer_of
+        from pat_serve.gguf.weights import read_rows, stock_tensors
+        from pat_serve.recognize import family_of
+
+        self.header = header
+        self.family = family_of_header(header)
+        self.config = config_of(header, lambda: read_rows(header, header.tensors[ROPE_FREQUENCIES]))
+        # Settings that a narrower model of the family cannot keep.
+        family_of(self.config, header.path)
+        self.generation_config = generation_config_of(header)
+        self.tensors = stock_tensors(header, self.family, self.config)
+        self.tokenizer = tokenizer_of(header)
+
+
+def _write(parts: _Parts, target: Path, sha256: str) -> None:
+    from pat_serve.checkpoint import open_checkpoint
+    from pat_serve.gguf.weights import stored_dtype, write_weights
+
+    header, dtype = parts.header, stored_dtype(parts.header)
+    kinds = sorted({tensor.kind for tensor in header.tensors.values() if len(tensor.shape) > 1})
+    needed = sum(prod(tensor.shape) for tensor in parts.tensors) * dtype.itemsize
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise DiskFull(
+            target.parent,
+            expected=f"{needed / 2**30:.1f} GiB for {header.path.name} as a plain folder",
+            found=f"{free / 2**30:.1f} GiB free",
+            fix="Make room, or name another folder in PAT_SERVE_CACHE.",
+        )
+    name = str(dtype).removeprefix("torch.")
+    say(f"reading {header.path.name} ({', '.join(kinds)}) once: {needed / 2**30:.2f} GiB of {name} into {target}")
+    with new_folder(target) as staging:
+        total = sum(tensor.source.size_bytes for tensor in parts.tensors if tensor.source is not None)
+        with byte_progress("read GGUF", total) as advance:
+            write_weights(header, parts.family, parts.tensors, dtype, staging, advance)
+        parts.tokenizer.save_pretrained(staging)
+        write_json(staging / "generation_config.json", parts.generation_config)
+        write_json(staging / "config.json", parts.config | {"dtype": name})
+        write_json(
+            staging / PROVENANCE,
+            {"sha256": sha256, "bytes": header.path.stat().st_size, "types": kinds, "dtype": name},
+        )
+        # Names, shapes and config fit each other, or the folder does not appear.
+        open_checkpoint(str(staging))
+
+
+def _cache() -> Path:
+    named = os.environ.get("PAT_SERVE_CACHE")
+    if named:
+        return Path(named).expanduser().absolute() / "gguf"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pat-serve" / "gguf"
+
+
+def _finished(cache: Path, sha256: str) -> Path | None:
+    for folder in cache.glob(f"{sha256}-*-{_READER}"):
+        if (folder / PROVENANCE).is_file():
+            return folder
+    return None
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """What changes with a file's content, short of reading it."""
+    status = path.stat()
+    return {"path": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
+
+
+def _note(cache: Path, path: Path) -> Path:
+    return cache / "known" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+
+
+def _known(cache: Path, path: Path) -> str | None:
+    """The SHA-256 that a file of this path, size and time had when it was last read."""
+    try:
+        note = json.loads(_note(cache, path).read_text(encoding="utf-8"))
+        sha256 = note.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    return sha256 if note == _identity(path) and isinstance(sha256, str) else None
+
+
+def _hash(cache: Path, path: Path) -> str:
+    before, digest = _identity(path), hashlib.sha256()
+    with path.open("rb") as file, byte_progress(f"hash {path.name}", before["bytes"]) as advance:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+            advance(len(piece))
+    write_json(_note(cache, path), before | {"sha256": digest.hexdigest()})
+    return digest.hexdigest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; where the file system has no locks, several write and the last one's folder stays."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _writable(cache: Path) -> Iterator[None]:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        yield
+    except PermissionError as error:
+        raise UsageError(
+            cache,
+            expected="a folder that can be written, for models read from GGUF",
+            found="permission denied",
+            fix="Name another one in PAT_SERVE_CACHE.",
+        ) from error

@@ -1,0 +1,224 @@
+"""A GGUF file's tensors under their stock names, dequantised in runs of rows and written as safetensors.
+
+Memory holds one shard of the output and some rows in float32, whatever the file's size.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pat_serve.architectures import HEAD, Family
+from pat_serve.atomic import write_json
+from pat_serve.errors import UnsupportedModel
+from pat_serve.gguf.config import ROPE_FREQUENCIES
+from pat_serve.gguf.header import GgufHeader, GgufTensor, broken
+from pat_serve.shards import INDEX, SINGLE
+
+_SHARD_BYTES = 2**30
+_ROWS_BYTES = 2**26
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Precomputed by some conversions and read by no loader.
+_IGNORED = (".attn_rot_embd.weight", ".attn_rot_embd", ".rope_freqs.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StockTensor:
+    """A tensor of the folder.
+
+    Attributes:
+        name: its stock name.
+        shape: its stock shape.
+        source: what it is read from; None for a bias of zeros that the stock class wants and the file leaves out.
+        heads: of q and k of a llama, whose rows the file has in another order; None for all others.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source: GgufTensor | None
+    heads: int | None = None
+
+
+def stored_dtype(header: GgufHeader) -> torch.dtype:
+    """The dtype that the folder is written in: that of the matrices where all have the same float type, else bfloat16.
+
+    So nothing is lost of a float file. bfloat16's rounding (at most 0.2 % of a value) is small beside that of any
+    quantised type.
+    """
+    kinds = {tensor.kind for tensor in header.tensors.values() if len(tensor.shape) > 1}
+    return _FLOATS.get(kinds.pop(), torch.bfloat16) if len(kinds) == 1 else torch.bfloat16
+
+
+def stock_tensors(header: GgufHeader, family: Family, config: Mapping[str, Any]) -> list[StockTensor]:
+    """Every tensor that the folder will hold, in the order of layers.
+
+    Raises:
+        UnsupportedModel: the file has a tensor that the family does not have.
+        BrokenCheckpoint: one is missing or of a type that the gguf package cannot read.
+    """
+    import gguf
+
+    layers = int(config["num_hidden_layers"])
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture)
+    names = gguf.get_tensor_name_map(architecture, layers)
+    left = dict(header.tensors)
+    left.pop(ROPE_FREQUENCIES, None)
+    tensors = []
+    for module, spec, _ in family.modules(layers):
+        theirs = names.get_name(module)
+        for part in ("weight", "bias"):
+            source = left.pop(f"{theirs}.{part}", None)
+            heads = _permuted_heads(family, module, config)
+            if source is not None and (part == "weight" or spec.bias):
+                tensors.append(StockTensor(name=f"{module}.{part}", shape=source.shape, source=source, heads=heads))
+            elif source is not None:
+                left[source.name] = source
+            elif part == "weight" and not (module == HEAD and config["tie_word_embeddings"]):
+                raise broken(header.path, f"the tensor {theirs}.weight", "no such tensor")
+            elif part == "bias" and _wants_bias(module, config):
+                rows = tensors[-1].shape[:1]
+                tensors.append(StockTensor(name=f"{module}.bias", shape=rows, source=None))
+    unknown = sorted(name for name in left if not name.endswith(_IGNORED))
+    if unknown:
+        raise UnsupportedModel(
+            header.path,
+            expected=f"the tensors of a {family.model_type} model",
+            found=f"{unknown[0]}" + (f" and {len(unknown) - 1} others" if len(unknown) > 1 else ""),
+            fix="Choose another model; docs/formats.md says what is read from GGUF.",
+        )
+    return tensors
+
+
+def read_rows(header: GgufHeader, tensor: GgufTensor, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Rows of a tensor in float32, dequantised.
+
+    Raises:
+        UnsupportedModel: a type that the gguf package cannot dequantise.
+    """
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[tensor.kind]
+    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    row_bytes = tensor.size_bytes // max(rows, 1)
+    stop = rows if stop is None else stop
+    with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        begin = tensor.offset_bytes + start * row_bytes
+        raw = np.frombuffer(data[begin : begin + (stop - start) * row_bytes], dtype=np.uint8)
+    if tensor.kind in ("F32", "F16"):
+        values = raw.view(np.dtype("<f4") if tensor.kind == "F32" else np.dtype("<f2")).astype(np.float32)
+    else:
+        try:
+            values = gguf.dequantize(raw.reshape(stop - start, row_bytes), kind)
+        except NotImplementedError as error:
+            raise UnsupportedModel(
+                header.path,
+                expected="tensor types that the gguf package can dequantise",
+                found=f"{tensor.kind} in {tensor.name}",
+                fix="Take the same model in another type: Q4_K_M, Q8_0 or F16.",
+            ) from error
+    return values.reshape(stop - start, *tensor.shape[1:]) if len(tensor.shape) > 1 else values.reshape(tensor.shape)
+
+
+def write_weights(
+    header: GgufHeader,
+    family: Family,
+    tensors: list[StockTensor],
+    dtype: torch.dtype,
+    folder: Path,
+    advance: Callable[[int], None],
+) -> None:
+    """Write the safetensors of a folder, with an index where they are several.
+
+    Args:
+        header: of the file.
+        family: of the model.
+        tensors: as `stock_tensors` gives them.
+        dtype: of all of them.
+        folder: for the files.
+        advance: called with the bytes of each tensor of the file once it is read.
+
+    Raises:
+        BrokenCheckpoint: values that are not finite, in the file or in the dtype.
+        UnsupportedModel: as `read_rows`.
+    """
+    shards: list[list[StockTensor]] = [[]]
+    for tensor in tensors:
+        filled = sum(prod(other.shape) for other in shards[-1]) * dtype.itemsize
+        if shards[-1] and filled + prod(tensor.shape) * dtype.itemsize > _SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(tensor)
+    files = [SINGLE] if len(shards) == 1 else [
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
+    ]  # fmt: skip
+    for file, shard in zip(files, shards, strict=True):
+        weights = {tensor.name: _read(header, family, tensor, dtype, advance) for tensor in shard}
+        save_file(weights, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(prod(tensor.shape) for tensor in tensors) * dtype.itemsize
+        weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _read(
+    header: GgufHeader, family: Family, tensor: StockTensor, dtype: torch.dtype, advance: Callable[[int], None]
+) -> Tensor:
+    """A tensor in its stock layout."""
+    if tensor.source is None:
+        return torch.zeros(tensor.shape, dtype=dtype)
+    result = torch.empty(tensor.shape, dtype=dtype)
+    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    # Rows of a head change places among themselves, so a head is the least that is read at once.
+    unit = rows // tensor.heads if tensor.heads and len(tensor.shape) > 1 else 1
+    step = max(1, _ROWS_BYTES // (4 * prod(tensor.shape[1:]) * unit)) * unit if len(tensor.shape) > 1 else 1
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        block = torch.from_numpy(read_rows(header, tensor.source, start, stop))
+        if tensor.heads:
+            heads = (stop - start) // unit if len(tensor.shape) > 1 else tensor.heads
+            block = unpermute_rotary(block, heads)
+        if family.norm_offset and len(tensor.shape) == 1:
+            # llama.cpp stores what is multiplied by.
+            block = block - family.norm_offset
+        block = block.to(dtype)
+        if not bool(torch.isfinite(block).all()):
+            raise broken(header.path, f"finite numbers in {tensor.source.name}", f"NaN or infinity in {dtype}")
+        if len(tensor.shape) > 1:
+            result[start:stop] = block
+        else:
+            result.copy_(block)
+    advance(tensor.source.size_bytes)
+    return result
+
+
+def unpermute_rotary(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a llama's q or k, or of its bias, from llama.cpp's order (rotated pairs side by side) to the stock one.
+
+    Args:
+        weight: (heads * head_dim, ...).
+        heads: query or key-value heads.
+    """
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, half, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _permuted_heads(family: Family, module: str, config: Mapping[str, Any]) -> int | None:
+    if family.model_type != "llama" or not module.endswith(("q_proj", "k_proj")):
+        return None
+    return int(config["num_attention_heads" if module.endswith("q_proj") else "num_key_value_heads"])
+
+
+def _wants_bias(module: str, config: Mapping[str, Any]) -> bool:
+    """The stock Llama has biases in all linears of a block or in none."""
+    return bool(
+        (".self_attn." in module and config.get("attention_bias") and not module.endswith("norm"))
+        or (".mlp." in module and config.get("mlp_bias"))
+    )
