@@ -19,7 +19,7 @@ from pat_serve.hardware import DTYPE_BYTES, describe
 from pat_serve.server.analysis.advice import advise
 from pat_serve.server.analysis.roofline import ModelShape
 from pat_serve.server.analysis.trace import BatchTrace, prompts_digest
-from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.analysis.verdict import Judgement, Verdict
 from pat_serve.server.baseline import Baseline, available
 from pat_serve.server.bench.speedup import config_sha256
 from pat_serve.server.bench.speedup_analysis import analyse, conclude, surroundings_of
@@ -188,19 +188,21 @@ def _judge(
         )
         for regime in settings.regimes
     )
-    verdict, reason = conclude(regimes, rounds, settings.claim)
+    judgement = conclude(regimes, rounds, settings.claimed)
     advice = advise(
         regimes,
         None,
-        claim=settings.claim,
+        claim=settings.claimed,
         seconds_per_round=(time.monotonic() - begun_s) / len(rounds),
         surroundings=surroundings,
     )
     if others:
         # Users' work runs on the served engine alone, beside the baseline's turns and in the batches of its own: what
         # is compared is no longer alike, however quiet the rounds look.
-        measured, verdict = reason, Verdict.INCONCLUSIVE
-        reason = f"{others} requests of users ran meanwhile, which the two engines do not share alike; {measured}"
+        told = f"{others} requests of users ran meanwhile, which the two engines do not share alike"
+        judgement = Judgement(
+            verdict=Verdict.INCONCLUSIVE, strict=Verdict.INCONCLUSIVE, reason=f"{told}; {judgement.reason}"
+        )
         advice = ("without `force`, while no users are being served", *advice)
     return LiveSpeedupResult(
         date=date,
@@ -213,9 +215,10 @@ def _judge(
         regimes=regimes,
         average=None,
         stopped=f"{len(rounds)} rounds were asked for",
-        verdict=verdict,
-        reason=reason,
-        advice=advice if verdict is Verdict.INCONCLUSIVE else (),
+        verdict=judgement.verdict,
+        strict_verdict=judgement.strict,
+        reason=judgement.reason,
+        advice=advice if judgement.verdict is Verdict.INCONCLUSIVE else (),
         rounds=tuple(rounds),
         other_requests=others,
     )
@@ -244,6 +247,7 @@ def _shapes(dense: Side, pruned: Side) -> tuple[ModelShape, ModelShape]:
 def _settings(body: SpeedupRequest, engine: Engine) -> SpeedupSettings:
     return SpeedupSettings(
         claim=body.claim,
+        margin=body.margin,
         batch_size=body.batch_size,
         prompt_tokens=body.prompt_tokens,
         output_tokens=body.output_tokens,

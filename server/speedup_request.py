@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pat_serve.server.analysis.verdict import MIN_ROUNDS
+from pat_serve.server.analysis.verdict import DEFAULT_MARGIN, MARGIN_BOUND, MIN_ROUNDS
 from pat_serve.server.bench.speedup_result import SpeedupResult
 from pat_serve.server.limits import MAX_BATCH_SIZE, MAX_ROUNDS
 from pat_serve.server.schemas import Body, TokenCount
@@ -19,6 +19,10 @@ class SpeedupRequest(Body):
     """`POST /benchmark/speedup`: the claim, and what to measure; as `pat-bench speedup` has it."""
 
     claim: Annotated[float, Field(gt=0, le=100)] = 1.33
+    margin: Annotated[
+        float,
+        Field(ge=0, lt=MARGIN_BOUND, description="Share of the claim by which an interval may miss it; 0 is strict."),
+    ] = DEFAULT_MARGIN
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] = 1
     prompt_tokens: TokenCount = 128
     output_tokens: Annotated[TokenCount, Field(description="At least 2 where decode is judged.")] = 17

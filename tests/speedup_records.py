@@ -113,7 +113,7 @@ def speedup_result(*, ratio: float = 1.3, noise: float = 0.03, **settings: objec
     chosen = pair(**settings)
     measured = rounds(12, ratio=ratio, noise=noise, batch_sizes=chosen.settings.batches)
     regimes = chosen.analyse(measured)
-    verdict, reason = conclude(regimes, measured, chosen.settings.claim)
+    judgement = conclude(regimes, measured, chosen.settings.claimed)
     average = chosen.average(regimes)
 
     def model(name: str, shape: ModelShape) -> ModelRecord:
@@ -128,7 +128,8 @@ def speedup_result(*, ratio: float = 1.3, noise: float = 0.03, **settings: objec
     return SpeedupResult(
         date="2026-11-22T12:00:00+00:00", duration_s=120.0, machine=MACHINE, dtype="float32", settings=chosen.settings,
         baseline=model("llama2-7b", DENSE), candidate=model("llama2-7b-pat25", NARROW), regimes=regimes,
-        average=average, stopped="12 rounds were asked for", verdict=verdict, reason=reason, advice=(),
+        average=average, stopped="12 rounds were asked for", verdict=judgement.verdict, strict_verdict=judgement.strict,
+        reason=judgement.reason, advice=(),
         rounds=tuple(measured),
     )  # fmt: skip
 

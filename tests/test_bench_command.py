@@ -25,6 +25,7 @@ def test_help_names_every_command() -> None:
         (("speedup", *SHAPES, "--batch-size", "0"), "--batch-size"),
         (("speedup", *SHAPES, "--batch-size", "1,x"), "--batch-size"),
         (("speedup", *SHAPES, "--regime", "both,none"), "--regime"),
+        (("speedup", *SHAPES, "--margin", "2"), "--margin"),
         (("speedup", *SHAPES, "--precision", "0"), "--precision"),
         (("speedup", *SHAPES, "--precision", "1.5"), "--precision"),
         (("speedup", *SHAPES, "--precision", "0.1", "--max-rounds", "6"), "--max-rounds"),

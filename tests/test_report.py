@@ -60,6 +60,23 @@ def test_what_is_no_result_is_refused(text: str | None, message: str, tmp_path: 
         read_result(path)
 
 
+def test_a_record_from_before_the_margin_was_judged_strictly(tmp_path: Path) -> None:
+    new = speedup_result(margin=0.0)
+    old = json.loads(new.model_dump_json())
+    old["schema_version"] = 2
+    del old["settings"]["margin"], old["strict_verdict"]
+    for regime in old["regimes"]:
+        del regime["strict_verdict"]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(old))
+    read = read_result(path)
+    assert read == new.model_copy(update={"schema_version": 2})
+    for broken in ({**old, "regimes": 3}, {**old, "settings": None}, {**old, "regimes": [{}]}):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(UsageError, match="schema_version 2"):
+            read_result(path)
+
+
 def test_a_folder_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Is a directory"):
         read_result(tmp_path)
@@ -127,6 +144,8 @@ def test_the_page_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
         assert f"<h2>{title}" in html
     body = html[html.index("</script></head>") :]
     assert "warm-up baseline settled after" in body
+    assert f"claim 1.33x, margin 2%. {RESULTS['speedup'].reason}" in body.replace("&#x27;", "'")
+    assert f"speedup  claim 1.33x, margin 2%: {RESULTS['speedup'].verdict.value} (strictly: " in done.output
     assert body.count("plotly-graph-div") == 2 + 2 + 1 + 3 + 1 + 1
     # Nothing is fetched, and nothing that a file says becomes markup.
     assert not re.search(r"""<(script|link|img)[^>]*(src|href)=""", html)

@@ -37,6 +37,9 @@ def find(name: object, scratch: Path, *, load_format: str = "dummy", layers: int
     [
         ({"claim": 0.0}, "--claim"),
         ({"claim": float("nan")}, "--claim"),
+        ({"margin": -0.01}, "--margin"),
+        ({"margin": 0.5}, "--margin"),
+        ({"margin": float("nan")}, "--margin"),
         ({"batch_size": 0}, "--batch-size"),
         ({"prompt_tokens": 0}, "--prompt-tokens"),
         ({"rounds": 4}, "--rounds"),

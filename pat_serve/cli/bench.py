@@ -52,6 +52,9 @@ def speedup(
     ],
     candidate: Annotated[str, typer.Option(help="The model that is claimed to be faster; likewise.")],
     claim: Annotated[float, typer.Option(help="The speed-up to check.")] = 1.33,
+    margin: Annotated[
+        float, typer.Option(help="An interval from claim x (1 - margin) on meets the claim; 0 reads it strictly.")
+    ] = 0.02,
     batch_size: Annotated[str, typer.Option(help="Requests at once; several as 1,4,16.")] = "1",
     prompt_tokens: PromptTokens = 128,
     output_tokens: Annotated[int, typer.Option(help="Tokens that each request generates, for decode.")] = 9,
@@ -113,6 +116,7 @@ def speedup(
     settings = SpeedupSettings.model_validate(
         {
             "claim": claim,
+            "margin": margin,
             "batch_size": sizes[0],
             "batch_sizes": sizes if len(sizes) > 1 else (),
             "judge_average": paper,

@@ -12,6 +12,7 @@ from pat_serve.server.analysis.verdict import (
     MAX_NOISE,
     MAX_OTHER_CPU_SHARE,
     MIN_ROUNDS,
+    Claim,
     Surroundings,
     Verdict,
     drifted,
@@ -23,7 +24,7 @@ def advise(
     regimes: Sequence[RegimeResult],
     average: PairedRatio | None,
     *,
-    claim: float,
+    claim: Claim,
     seconds_per_round: float,
     surroundings: Surroundings,
 ) -> tuple[str, ...]:
@@ -32,7 +33,7 @@ def advise(
     Args:
         regimes: as judged.
         average: where the claim is about it; then the regimes' own intervals do not matter.
-        claim: the claimed speed-up.
+        claim: the claimed speed-up with its margin.
         seconds_per_round: what another round takes.
         surroundings: of the check.
     """
@@ -63,20 +64,21 @@ def advise(
             )
         if average is None and not (disturbed or noisy or changed):
             advice.append(f"{result.name}: {_more_rounds(result.ratio, claim, seconds_per_round)}")
-    if average is not None and average.low < claim <= average.high:
+    if average is not None and average.low < claim.threshold <= average.high:
         advice.append(f"average: {_more_rounds(average, claim, seconds_per_round)}")
     return tuple(advice)
 
 
-def _more_rounds(ratio: PairedRatio, claim: float, seconds_per_round: float) -> str:
+def _more_rounds(ratio: PairedRatio, claim: Claim, seconds_per_round: float) -> str:
     done = len(ratio.ratios)
     if done < MIN_ROUNDS:
         return f"at least {MIN_ROUNDS} rounds"
-    needed = rounds_for_verdict(ratio, claim)
+    needed = rounds_for_verdict(ratio, claim.threshold)
     if needed is None:
         return (
-            f"no sensible number of rounds decides, {ratio.median:.3f} is too close to {claim:g}; "
-            f"a claim up to {ratio.low:.3f} would pass on these rounds, one above {ratio.high:.3f} would fail"
+            f"no sensible number of rounds decides, {ratio.median:.3f} is too close to {claim.threshold:.4g}; "
+            f"a claim up to {ratio.low / (1 - claim.margin):.3f} would pass on these rounds, one above "
+            f"{ratio.high / (1 - claim.margin):.3f} would fail"
         )
     minutes = math.ceil((needed - done) * seconds_per_round / 60)
     return f"about {needed} rounds in all if the ratio stays, {minutes} min more: --rounds {needed}"

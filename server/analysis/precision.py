@@ -34,18 +34,18 @@ def rounds_for_width(ratio: PairedRatio, wanted: float) -> int:
     return rounds if width <= wanted else math.ceil(_SAFETY * rounds * (width / wanted) ** 2)
 
 
-def rounds_for_verdict(ratio: PairedRatio, claim: float) -> int | None:
-    """Rounds in all until the interval is likely to lie on one side of the claim; None if no sensible number does.
+def rounds_for_verdict(ratio: PairedRatio, threshold: float) -> int | None:
+    """Rounds in all until the interval is likely to lie on one side of a claim; None if no sensible number does.
 
     Args:
         ratio: from the rounds so far.
-        claim: the claimed speed-up.
+        threshold: the ratio that decides, the claim less its margin.
     """
     rounds = len(ratio.ratios)
-    if ratio.low >= claim or ratio.high < claim:
+    if ratio.low >= threshold or ratio.high < threshold:
         return rounds
-    distance = abs(ratio.median - claim)
-    reach = ratio.median - ratio.low if ratio.median >= claim else ratio.high - ratio.median
+    distance = abs(ratio.median - threshold)
+    reach = ratio.median - ratio.low if ratio.median >= threshold else ratio.high - ratio.median
     if distance == 0 or (needed := math.ceil(_SAFETY * rounds * (reach / distance) ** 2)) > MAX_SENSIBLE_ROUNDS:
         return None
     return max(needed, rounds + 1)

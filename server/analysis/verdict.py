@@ -15,6 +15,9 @@ MAX_NOISE = 0.15
 MAX_DRIFT = 0.5
 # Others on half of the machine: then it is their rival that was measured, however evenly they worked.
 MAX_OTHER_CPU_SHARE = 0.5
+# A claim is a figure with a precision: 1.33 stands for 4/3 as much as for 1.325. A margin of non-inferiority says by
+# how much a ratio may miss the claim and still meet it. With half of it as the margin it would be another claim.
+DEFAULT_MARGIN, MARGIN_BOUND = 0.02, 0.5
 
 
 class Verdict(StrEnum):
@@ -31,10 +34,38 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claimed speed-up and the margin within which it counts as met.
+
+    Attributes:
+        ratio: the speed-up, above 0.
+        margin: of non-inferiority, a share of the ratio in [0, MARGIN_BOUND); 0 is the strict reading.
+    """
+
+    ratio: float
+    margin: float = DEFAULT_MARGIN
+
+    @property
+    def threshold(self) -> float:
+        """The ratio that an interval must reach."""
+        return self.ratio * (1 - self.margin)
+
+    @property
+    def strict(self) -> Claim:
+        """The same claim without a margin."""
+        return Claim(ratio=self.ratio, margin=0.0)
+
+    def __str__(self) -> str:
+        """As reports head a verdict with it."""
+        return f"claim {self.ratio:g}x" + (f", margin {100 * self.margin:.3g}%" if self.margin else "")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """A verdict with its reason in words."""
+    """A verdict with its reason in words; `strict` is the verdict without a margin."""
 
     verdict: Verdict
+    strict: Verdict
     reason: str
 
 
@@ -81,12 +112,12 @@ def obstacles(*, rounds: int, spread: float, drift: float, surroundings: Surroun
 
 
 def judge(
-    *, claim: float, low: float, high: float, rounds: int, spread: float, drift: float, surroundings: Surroundings
+    *, claim: Claim, low: float, high: float, rounds: int, spread: float, drift: float, surroundings: Surroundings
 ) -> Judgement:
     """Compare a claimed ratio with the interval of the measured one.
 
     Args:
-        claim: the claimed speed-up, above 0.
+        claim: the claimed speed-up with its margin.
         low: lower end of the ratio's interval.
         high: upper end.
         rounds: number of pairs behind it.
@@ -95,18 +126,26 @@ def judge(
         surroundings: likewise.
 
     Returns:
-        pass when the whole interval reaches the claim, fail when none of it does, else inconclusive; inconclusive also
-        where there are obstacles.
+        pass when the whole interval reaches the claim's threshold, fail when none of it does, else inconclusive;
+        inconclusive also where there are obstacles. The strict reading stands in every reason that has a margin.
     """
-    interval = f"[{low:.3f}, {high:.3f}]"
     told = obstacles(rounds=rounds, spread=spread, drift=drift, surroundings=surroundings)
     if told:
-        return Judgement(verdict=Verdict.INCONCLUSIVE, reason="; ".join(told))
-    if low >= claim:
-        return Judgement(verdict=Verdict.PASS, reason=f"the interval {interval} lies wholly at or above {claim:g}")
-    if high < claim:
-        return Judgement(verdict=Verdict.FAIL, reason=f"the interval {interval} lies wholly below {claim:g}")
-    return Judgement(verdict=Verdict.INCONCLUSIVE, reason=f"the interval {interval} contains {claim:g}")
+        return Judgement(verdict=Verdict.INCONCLUSIVE, strict=Verdict.INCONCLUSIVE, reason="; ".join(told))
+    verdict, strict = (_side(one.threshold, low, high) for one in (claim, claim.strict))
+    where = {Verdict.PASS: "lies wholly at or above", Verdict.FAIL: "lies wholly below"}.get(verdict, "contains")
+    reason = f"the interval [{low:.3f}, {high:.3f}] {where} "
+    if claim.margin:
+        reason += f"{claim.threshold:.3f}, {100 * claim.margin:.3g}% under {claim.ratio:g} (strictly: {strict.value})"
+    else:
+        reason += f"{claim.ratio:g}"
+    return Judgement(verdict=verdict, strict=strict, reason=reason)
+
+
+def _side(threshold: float, low: float, high: float) -> Verdict:
+    if low >= threshold:
+        return Verdict.PASS
+    return Verdict.FAIL if high < threshold else Verdict.INCONCLUSIVE
 
 
 def overall(verdicts: Sequence[Verdict]) -> Verdict:

@@ -8,6 +8,8 @@ from pydantic import BaseModel
 from rich.table import Table
 
 from pat_serve.server.bench.measure_table import milliseconds, wide_console
+from pat_serve.server.bench.speedup_result import SpeedupResult
+from pat_serve.server.bench.speedup_table import verdict_line
 from pat_serve.server.report.read import QualityFigure
 from pat_serve.server.report.rows import Row, rows_of
 
@@ -31,7 +33,7 @@ def compared(results: Sequence[tuple[str, BaseModel]]) -> list[tuple[Row, list[R
 
 
 def print_comparison(results: Sequence[tuple[str, BaseModel]], quality: Sequence[QualityFigure]) -> None:
-    """Every figure with a column a result, and each column's ratio to the first, on stdout."""
+    """Every figure with a column a result, each column's ratio to the first, and every verdict, on stdout."""
     console = wide_console()
     table = Table("", "figure", *(label for label, _ in results))
     before = None
@@ -48,6 +50,9 @@ def print_comparison(results: Sequence[tuple[str, BaseModel]], quality: Sequence
         table.add_row(head.where if point != before else "", name, *cells)
         before = point
     console.print(table)
+    for label, result in results:
+        if isinstance(result, SpeedupResult):
+            console.print(f"{label}  {verdict_line(result)}", markup=False)
     for one in quality:
         error = "" if one.standard_error is None else f" ± {one.standard_error:.2g}"
         console.print(f"{one.measure}  {one.model}: {one.value:.4g}{error}", markup=False)

@@ -115,13 +115,13 @@ def _measure(
     regimes, surroundings = pair.analyse(rounds, warm_ups), surroundings_of(rounds, warm_ups)
     average = pair.average(regimes)
     if average is not None and settings.judge_average:
-        verdict, reason = conclude_average(average, regimes, settings.claim, surroundings)
+        judgement = conclude_average(average, regimes, settings.claimed, surroundings)
     else:
-        verdict, reason = conclude(regimes, rounds, settings.claim)
+        judgement = conclude(regimes, rounds, settings.claimed)
     advice = advise(
         regimes,
         average if settings.judge_average else None,
-        claim=settings.claim,
+        claim=settings.claimed,
         seconds_per_round=rounds_s * len(settings.batches) / len(rounds),
         surroundings=surroundings,
     )
@@ -151,9 +151,10 @@ def _measure(
         regimes=regimes,
         average=average,
         stopped=stopped,
-        verdict=verdict,
-        reason=reason,
-        advice=advice if verdict is Verdict.INCONCLUSIVE else (),
+        verdict=judgement.verdict,
+        strict_verdict=judgement.strict,
+        reason=judgement.reason,
+        advice=advice if judgement.verdict is Verdict.INCONCLUSIVE else (),
         rounds=tuple(rounds),
         rates=rates,
     )

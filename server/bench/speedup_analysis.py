@@ -10,7 +10,14 @@ from pat_serve.server.analysis.precision import rounds_for_verdict
 from pat_serve.server.analysis.roofline import ModelShape, decode_bytes, prefill_flops
 from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio, percentile, summarize
 from pat_serve.server.analysis.trace import BatchTrace
-from pat_serve.server.analysis.verdict import MAX_OTHER_CPU_SHARE, Surroundings, Verdict, judge, overall
+from pat_serve.server.analysis.verdict import (
+    MAX_OTHER_CPU_SHARE,
+    Claim,
+    Judgement,
+    Surroundings,
+    judge,
+    overall,
+)
 from pat_serve.server.bench.measure_result import Roof
 from pat_serve.server.bench.measure_summary import Floors
 from pat_serve.server.bench.speedup_result import Regime, RegimeResult, Round, SpeedupSettings, WarmUp
@@ -94,7 +101,7 @@ def analyse(
 
     ceiling = work(baseline, batch) / work(candidate, other_batch) * (other_batch / batch)
     judgement = judge(
-        claim=settings.claim,
+        claim=settings.claimed,
         low=ratio.low,
         high=ratio.high,
         rounds=len(rounds),
@@ -115,8 +122,9 @@ def analyse(
         baseline_noise=noise.baseline_spread,
         candidate_noise=noise.candidate_spread,
         noise=noise,
-        rounds_needed=rounds_for_verdict(ratio, settings.claim),
+        rounds_needed=rounds_for_verdict(ratio, settings.claimed.threshold),
         verdict=judgement.verdict,
+        strict_verdict=judgement.strict,
         reason=judgement.reason,
         baseline_roof=roof(baseline, batch, baseline_s),
         candidate_roof=roof(candidate, other_batch, candidate_s),
@@ -134,8 +142,8 @@ def average_ratio(regimes: Sequence[RegimeResult], *, seed: int) -> PairedRatio:
 
 
 def conclude_average(
-    average: PairedRatio, regimes: Sequence[RegimeResult], claim: float, surroundings: Surroundings
-) -> tuple[Verdict, str]:
+    average: PairedRatio, regimes: Sequence[RegimeResult], claim: Claim, surroundings: Surroundings
+) -> Judgement:
     """The verdict on a claim about the average over batch sizes, of which the noisiest counts."""
     judgement = judge(
         claim=claim,
@@ -149,10 +157,11 @@ def conclude_average(
     sizes = ", ".join(str(result.batch_size) for result in regimes)
     ceiling = math.exp(sum(math.log(result.ceiling) for result in regimes) / len(regimes))
     reason = f"average over batches of {sizes}: {judgement.reason}; the median {average.median:.3f} is "
-    return judgement.verdict, reason + f"{average.median / ceiling:.0%} of the ceiling {ceiling:.3f}"
+    reason += f"{average.median / ceiling:.0%} of the ceiling {ceiling:.3f}"
+    return Judgement(verdict=judgement.verdict, strict=judgement.strict, reason=reason)
 
 
-def conclude(regimes: Sequence[RegimeResult], rounds: Sequence[Round], claim: float) -> tuple[Verdict, str]:
+def conclude(regimes: Sequence[RegimeResult], rounds: Sequence[Round], claim: Claim) -> Judgement:
     """One verdict over all regimes, and why: the regimes that decided it, and what stood in the way."""
     verdict = overall([result.verdict for result in regimes])
     parts = []
@@ -160,8 +169,8 @@ def conclude(regimes: Sequence[RegimeResult], rounds: Sequence[Round], claim: fl
         if result.verdict is not verdict:
             continue
         ceiling = f"{result.of_ceiling:.0%} of the ceiling {result.ceiling:.3f}"
-        if result.ceiling < claim:
-            ceiling += f", which is itself below {claim:g}"
+        if result.ceiling < claim.threshold:
+            ceiling += f", which is itself below {claim.threshold:.4g}"
         parts.append(f"{result.name}: {result.reason}; the median is {ceiling}")
     others = percentile([pair.other_cpu_share for pair in rounds], 50)
     # Beyond the second, it is the reason.
@@ -170,4 +179,5 @@ def conclude(regimes: Sequence[RegimeResult], rounds: Sequence[Round], claim: fl
     waiting = percentile([pair.waiting_engine_cpu_share for pair in rounds], 50)
     if waiting > _TELLING_SHARE:
         parts.append(f"the engine whose turn it was not took {waiting:.0%} of a core")
-    return verdict, "; ".join(parts)
+    strict = overall([result.strict_verdict for result in regimes])
+    return Judgement(verdict=verdict, strict=strict, reason="; ".join(parts))

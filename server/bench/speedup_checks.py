@@ -7,7 +7,7 @@ import math
 from pat_serve.errors import EngineError, UsageError, want
 from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes, free_gpu_bytes
 from pat_serve.server.analysis.capacity import Capacity, capacity, memory_for
-from pat_serve.server.analysis.verdict import MIN_ROUNDS
+from pat_serve.server.analysis.verdict import MARGIN_BOUND, MIN_ROUNDS
 from pat_serve.server.bench.model_source import ModelSource
 from pat_serve.server.bench.speedup_result import Regime, SpeedupSettings
 
@@ -29,6 +29,8 @@ def check_settings(settings: SpeedupSettings) -> None:
     """
     claim_fine = math.isfinite(settings.claim) and settings.claim > 0
     want("--claim", claim_fine, "a ratio above 0", settings.claim, "Try --claim 1.33.")
+    expected = f"a share from 0 to below {MARGIN_BOUND:g}"
+    want("--margin", 0 <= settings.margin < MARGIN_BOUND, expected, settings.margin, "Try --margin 0.02 for 2 %.")
     for size in settings.batches:
         want("--batch-size", 1 <= size < MAX_STEP_TOKENS, f"1 to {MAX_STEP_TOKENS - 1}", size, "Try --batch-size 1.")
     one_size = len(settings.batches) == 1 or not settings.fixed_memory

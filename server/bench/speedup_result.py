@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from pat_serve.server.analysis.capacity import Capacity
 from pat_serve.server.analysis.noise import NoiseReport
 from pat_serve.server.analysis.roofline import ModelShape
 from pat_serve.server.analysis.statistics import PairedRatio, Summary
 from pat_serve.server.analysis.trace import BatchTrace
-from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.analysis.verdict import DEFAULT_MARGIN, Claim, Verdict
 from pat_serve.server.bench.measure_result import Roof
 from pat_serve.server.workers.probe import MachineRates
 
 # 2: several batch sizes, fixed memory, noise, capacity, what would make an inconclusive result conclusive.
-SCHEMA_VERSION = 2
+# 3: a margin beside the claim, and the strict reading beside every verdict.
+SCHEMA_VERSION = 3
 
 # The paper's own measure: the time to the first tokens of batches of 128-token prompts, averaged over batch sizes.
 PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS = (1, 2, 4, 8), 128
@@ -39,6 +40,7 @@ class SpeedupSettings(_Record):
 
     Attributes:
         claim: the speed-up to check.
+        margin: share of the claim by which an interval may miss it and still meet it; 0 reads it strictly.
         batch_size: requests at once.
         batch_sizes: several of them, each measured in every round and judged by itself; replaces `batch_size`.
         judge_average: the claim is about the average over the batch sizes, as the paper's is.
@@ -60,6 +62,7 @@ class SpeedupSettings(_Record):
     """
 
     claim: float = 1.33
+    margin: float = DEFAULT_MARGIN
     batch_size: int = 1
     batch_sizes: tuple[int, ...] = ()
     judge_average: bool = False
@@ -80,6 +83,11 @@ class SpeedupSettings(_Record):
     enforce_eager: bool = True
     roofline: bool = True
     seed: int = 0
+
+    @property
+    def claimed(self) -> Claim:
+        """The claim with its margin."""
+        return Claim(ratio=self.claim, margin=self.margin)
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -185,7 +193,8 @@ class RegimeResult(_Record):
         candidate_noise: the same.
         noise: what disturbed the rounds.
         rounds_needed: rounds in all that would probably give a verdict; None where no sensible number would.
-        verdict: on the claim.
+        verdict: on the claim with its margin.
+        strict_verdict: on the claim without it.
         reason: of the verdict.
         baseline_roof: the least seconds that its bytes and FLOPs take on the probed machine; None without a probe.
         candidate_roof: the same.
@@ -205,6 +214,7 @@ class RegimeResult(_Record):
     noise: NoiseReport
     rounds_needed: int | None
     verdict: Verdict
+    strict_verdict: Verdict
     reason: str
     baseline_roof: Roof | None = None
     candidate_roof: Roof | None = None
@@ -225,6 +235,7 @@ class SpeedupResult(_Record):
     """A complete check. `verdict` and `reason` sum up the regimes, or judge the average where that is the claim.
 
     Attributes:
+        strict_verdict: the same without the claim's margin.
         average: geometric mean over the batch sizes of each round's prefill ratios, with the interval of its median;
             None for a single batch size.
         stopped: why no more rounds were made.
@@ -245,7 +256,21 @@ class SpeedupResult(_Record):
     average: PairedRatio | None
     stopped: str
     verdict: Verdict
+    strict_verdict: Verdict
     reason: str
     advice: tuple[str, ...]
     rounds: tuple[Round, ...]
     rates: MachineRates | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_version_2(cls, value: Any) -> Any:
+        """A record of version 2 was judged strictly: its margin is 0 and its verdicts are the strict ones."""
+        if not (isinstance(value, dict) and value.get("schema_version") == 2):
+            return value
+        try:
+            regimes = [{**one, "strict_verdict": one["verdict"]} for one in value["regimes"]]
+            margin = {"settings": {**value["settings"], "margin": 0.0}}
+            return {**value, **margin, "regimes": regimes, "strict_verdict": value["verdict"]}
+        except (KeyError, TypeError):
+            return value  # a broken one, which the fields' own checks name

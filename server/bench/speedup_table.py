@@ -47,7 +47,7 @@ def print_result(result: SpeedupResult) -> None:
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"rounds  {result.stopped}\n", markup=False, soft_wrap=True)
     colour = _COLOURS[result.verdict]
-    console.print(f"claim {settings.claim:g}x: [bold {colour}]{result.verdict.value.upper()}[/]")
+    console.print(f"{settings.claimed}: [bold {colour}]{result.verdict.value.upper()}[/]{_strictly(result)}")
     console.print(result.reason, markup=False, soft_wrap=True)
     for line in result.advice:
         console.print(f"to decide: {line}", markup=False, soft_wrap=True)
@@ -117,6 +117,7 @@ _COLUMNS = (
     "reached",
     "noise",
     "verdict",
+    "strict",
 )
 
 
@@ -134,7 +135,17 @@ def _row(result: RegimeResult) -> tuple[str, ...]:
         f"{result.of_ceiling:.0%}",
         f"{max(result.baseline_noise, result.candidate_noise):.1%}",
         f"[{_COLOURS[result.verdict]}]{result.verdict.value}[/]",
+        result.strict_verdict.value,
     )
+
+
+def verdict_line(result: SpeedupResult) -> str:
+    """The claim with its margin, the verdict, and the strict one beside it."""
+    return f"{result.settings.claimed}: {result.verdict.value}{_strictly(result)}"
+
+
+def _strictly(result: SpeedupResult) -> str:
+    return f" (strictly: {result.strict_verdict.value})" if result.settings.margin else ""
 
 
 def _model(model: ModelRecord) -> str:

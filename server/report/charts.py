@@ -60,13 +60,16 @@ def ratio_chart(result: SpeedupResult) -> go.Figure:
         marker={"symbol": "line-ew-open", "size": 44, "color": PALETTE[0], "line": {"width": 3}},
         name="ceiling (bytes or FLOPs)",
     )
-    claim = result.settings.claim
+    claim, threshold = result.settings.claim, result.settings.claimed.threshold
     figure.add_hline(
         y=claim, line={"dash": "dash", "color": "#374151"}, annotation_text=f"claim {claim:g}x",
         annotation_position="top right",
     )  # fmt: skip
+    if threshold < claim:
+        # An interval that reaches into the band counts as meeting the claim.
+        figure.add_hrect(y0=threshold, y1=claim, fillcolor="#374151", opacity=0.12, line_width=0)
     # One stalled round must not squeeze everything else: it stays reachable by zooming out.
-    low = min([claim, *(ratio.low for ratio in ratios)])
+    low = min([threshold, *(ratio.low for ratio in ratios)])
     high = max([claim, *(ratio.high for ratio in ratios), *(one.ceiling for one in result.regimes)])
     room = 0.25 * (high - low)
     figure.update_xaxes(range=[-0.6, len(names) - 0.2])

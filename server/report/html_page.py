@@ -60,10 +60,11 @@ def _head(results: Sequence[tuple[str, Any]]) -> str:
     cards = []
     for label, result in results:
         if isinstance(result, SpeedupResult):
+            strict = f"; strictly: {result.strict_verdict.value}" if result.settings.margin else ""
             cards.append(
                 _card(
                     f"<span class='{result.verdict.value}'>{result.verdict.value}</span>",
-                    f"claim {result.settings.claim:g}x, {label}",
+                    f"{result.settings.claimed}, {label}{strict}",
                 )
             )
             for regime in result.regimes[:2]:

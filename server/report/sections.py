@@ -28,11 +28,12 @@ def speedup_section(label: str, result: SpeedupResult, *, many: bool) -> str:
             f"{one.ceiling:.3f}",
             f"{one.of_ceiling:.0%}",
             f"<span class='{one.verdict.value}'>{one.verdict.value}</span>",
+            one.strict_verdict.value,
         )
         for one in result.regimes
     ]
     head = ("regime", "batch", "context", "baseline ms", "candidate ms", "ratio", "95 % interval", "ceiling", "reached",
-            "verdict")  # fmt: skip
+            "verdict", "strictly")  # fmt: skip
     average = ""
     if result.average is not None:
         average = (
@@ -45,10 +46,11 @@ def speedup_section(label: str, result: SpeedupResult, *, many: bool) -> str:
     title = f"Speed-up of {result.candidate.name} over {result.baseline.name}" + (f" ({label})" if many else "")
     return section(
         title,
-        f"<p><span class='badge {result.verdict.value}'>{result.verdict.value}</span> {escape(result.reason)}.</p>"
+        f"<p><span class='badge {result.verdict.value}'>{result.verdict.value}</span> "
+        f"{escape(str(result.settings.claimed))}. {escape(result.reason)}.</p>"
         f"{advice}"
         f"<div class='two'>{figure_html(charts.ratio_chart(result))}{figure_html(charts.rounds_chart(result))}</div>"
-        f"{table_html(head, rows, text_columns=(0, 9))}{average}<pre>{escape(chr(10).join(notes))}</pre>",
+        f"{table_html(head, rows, text_columns=(0, 9, 10))}{average}<pre>{escape(chr(10).join(notes))}</pre>",
     )
 
 

@@ -7,9 +7,10 @@ import { runsOneAtATime } from "/page/run.js";
 const WIDTH = 340;
 const EDGE = 16;
 
-function interval(regime, claim) {
+function interval(regime, claim, margin) {
   const { low, high, median } = regime.ratio;
-  const least = Math.min(1, low, claim);
+  const threshold = claim * (1 - margin);
+  const least = Math.min(1, low, threshold);
   const most = Math.max(1, high, claim, regime.ceiling);
   const pad = (most - least) * 0.06 || 0.05;
   const x = (value) => EDGE + ((value - least + pad) / (most - least + 2 * pad)) * (WIDTH - 2 * EDGE);
@@ -17,11 +18,12 @@ function interval(regime, claim) {
     draw("line", { class: kind, x1: x(value), x2: x(value), y1: 22, y2: 62 }),
     draw("text", { class: `${kind}-text`, x: x(value), y, "text-anchor": anchor(x(value)) }, text),
   ];
-  const told = `ratio ${median.toFixed(3)}, interval ${low.toFixed(3)} to ${high.toFixed(3)}, claim ${claim}, ceiling ${regime.ceiling.toFixed(3)}`;
+  const told = `ratio ${median.toFixed(3)}, interval ${low.toFixed(3)} to ${high.toFixed(3)}, claim ${claim} less a margin of ${percent(margin)}, ceiling ${regime.ceiling.toFixed(3)}`;
   return draw("svg", { viewBox: `0 0 ${WIDTH} 82`, role: "img", "aria-label": told },
     draw("line", { class: "axis", x1: EDGE, x2: WIDTH - EDGE, y1: 42, y2: 42 }),
     draw("line", { class: "grid", x1: x(1), x2: x(1), y1: 34, y2: 50 }),
     draw("text", { x: x(1), y: 66, "text-anchor": anchor(x(1)) }, "1×"),
+    draw("rect", { class: "margin", x: x(threshold), y: 30, width: x(claim) - x(threshold), height: 24 }),
     draw("line", { class: "interval", x1: x(low), x2: Math.max(x(high), x(low) + 2), y1: 42, y2: 42 }),
     ...mark(claim, "claim", `claim ${claim}`, 16),
     ...mark(regime.ceiling, "ceiling", `ceiling ${regime.ceiling.toFixed(2)}`, 76),
@@ -30,28 +32,31 @@ function interval(regime, claim) {
 
 const anchor = (x) => (x < 60 ? "start" : x > WIDTH - 60 ? "end" : "middle");
 
-function regimeCard(regime, claim) {
+function regimeCard(regime, claim, margin) {
   const { low, high, median } = regime.ratio;
   return make("article", { class: "regime" },
     make("h3", {}, regime.regime, make("span", { class: `badge ${regime.verdict}` }, regime.verdict)),
     make("p", { class: "ratio" }, `${median.toFixed(2)}×`, make("small", {}, ` [${low.toFixed(3)}, ${high.toFixed(3)}]`)),
-    interval(regime, claim),
+    interval(regime, claim, margin),
     make("p", {}, `Dense ${milli(regime.baseline.median)}, pruned ${milli(regime.candidate.median)}` +
       ` (${regime.regime === "prefill" ? "to the first tokens" : "a token"}); ${Math.round(regime.of_ceiling * 100)} % of the ceiling.`),
     make("p", {}, `${regime.verdict}: ${regime.reason}.`));
 }
 
+const percent = (share) => `${Number((share * 100).toPrecision(3))} %`;
+
 const milli = (value) => `${(value * 1000).toPrecision(3)} ms`;
 
 function show(result) {
-  const claim = result.settings.claim;
+  const { claim, margin } = result.settings;
   $("verdict").replaceChildren(make("div", { class: "result" },
     make("div", { class: "headline" },
       make("span", { class: `badge ${result.verdict}`, id: "verdict-word" }, result.verdict),
       make("strong", {}, `Claim ${claim}×`),
+      make("span", { class: "note" }, `margin ${percent(margin)}; strictly: ${result.strict_verdict}`),
       make("span", { class: "note" }, `${result.settings.rounds} paired rounds, batch ${result.settings.batch_size}, ${result.dtype}, ${new Date(result.date).toLocaleString()}`)),
     make("p", {}, result.reason + "."),
-    make("div", { class: "regimes" }, ...result.regimes.map((regime) => regimeCard(regime, claim)))));
+    make("div", { class: "regimes" }, ...result.regimes.map((regime) => regimeCard(regime, claim, margin)))));
 }
 
 function problem(message) {
@@ -67,6 +72,7 @@ export async function startSpeedup(model) {
   runsOneAtATime($("check"), $("check-run"), $("check-stop"), async (signal) => {
     const body = {
       claim: $("claim").valueAsNumber,
+      margin: $("margin").valueAsNumber / 100,
       batch_size: $("batch").valueAsNumber,
       prompt_tokens: $("prompt-tokens").valueAsNumber,
       output_tokens: $("output-tokens").valueAsNumber,

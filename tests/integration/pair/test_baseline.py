@@ -51,6 +51,8 @@ def test_no_speedup_is_known_before_the_first_check(client: httpx.Client) -> Non
     ("body", "param", "told"),
     [
         ({"claim": 0}, "claim", "greater than 0"),
+        ({"margin": -0.01}, "margin", "greater than or equal to 0"),
+        ({"margin": 0.5}, "margin", "less than 0.5"),
         ({"rounds": 4}, "rounds", "greater than or equal to 5"),
         ({"regimes": ["both"]}, "regimes.0", "'prefill' or 'decode'"),
         ({"output_tokens": 1}, None, "at least 2"),

@@ -115,7 +115,7 @@ def test_one_after_the_other_ends_with_the_servers_figures(page: Page) -> None:
 def test_speedup_is_checked_and_its_verdict_shown(page: Page, client: httpx.Client) -> None:
     # A request of the test before, were one left, would have the check refused.
     wait_for(client, "pat_serve_requests_in_flight", 0)
-    page.fill(claim=0.1, prompt_tokens=16, output_tokens=9, rounds=5)
+    page.fill(claim=0.1, margin=5, prompt_tokens=16, output_tokens=9, rounds=5)
     page["check-run"].click()
     page.until(lambda: "run in turns" in page["verdict"].text)
     # A second one, from elsewhere, has to wait for it; one that came before it would make it wait instead.
@@ -127,6 +127,7 @@ def test_speedup_is_checked_and_its_verdict_shown(page: Page, client: httpx.Clie
     result = LiveSpeedupResult.model_validate(told)
     assert result.model_dump(mode="json") == told
     assert (result.settings.claim, len(result.rounds), result.other_requests) == (0.1, 5, 0)
+    assert result.settings.margin == pytest.approx(0.05)
     assert [pair.first for pair in result.rounds] == ["baseline", "candidate"] * 2 + ["baseline"]
     assert {len(pair.candidate.decode_steps_s) for pair in result.rounds} == {8}
     assert result.baseline.shape.hidden_size == 2 * result.candidate.shape.hidden_size == 64
@@ -135,6 +136,7 @@ def test_speedup_is_checked_and_its_verdict_shown(page: Page, client: httpx.Clie
     assert result.verdict.value == "pass" or any(word in result.reason for word in busy)
     assert page["verdict-word"].text == result.verdict.value
     shown = page["verdict"].text
+    assert f"margin 5 %; strictly: {result.strict_verdict.value}" in shown
     for regime in result.regimes:
         assert f"[{regime.ratio.low:.3f}, {regime.ratio.high:.3f}]" in shown
         assert f"ceiling {regime.ceiling:.2f}" in shown
@@ -198,7 +200,7 @@ def test_it_is_usable_by_keyboard_eye_and_ear(page: Page) -> None:
         assert outline == "solid", name
         seen.append(name)
     assert len(seen) == len(set(seen)) < 40
-    order = ["prompt", "max-tokens", "temperature", "turns", "send", "claim", "rounds", "check-run"]
+    order = ["prompt", "max-tokens", "temperature", "turns", "send", "claim", "margin", "rounds", "check-run"]
     assert seen[0] == "Skip to the playground"
     assert [name for name in seen if name in order] == order
     assert page.complaints() == []
