@@ -7,18 +7,22 @@ weights stay as they are: the plan, the export and the dense teacher know nothin
 
 The layers are walked in order, each on inputs that have passed the compensated layers before it, as one-shot pruning
 does (arXiv 2410.15567 and its forerunners). Starting LoRA from a decomposition is LoftQ's idea (arXiv 2310.08659),
-which makes up for quantization with it.
+which makes up for quantization with it. A layer is two branches of the stream, h + attention(norm(h)) and
+h + mlp(norm(h)). All rows pass the first branch before the second one's readers are set, so that the dense and the cut
+model each run every branch once.
 
 Shape suffixes: N tokens, D hidden_size, K kept channels, O outputs of a reader, R rank of LoRA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pat_serve.architectures import Family
@@ -30,14 +34,66 @@ from pat_serve.training.methods.base import Method
 RIDGE = 1e-3
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """What a decoder layer is called with for one batch, in the dense and in the cut model."""
+@dataclass(kw_only=True)
+class _Batch:
+    """The residual streams of one batch, as far as they have come.
+
+    Attributes:
+        dense_BTD: of the dense model.
+        cut_BTD: of the cut one.
+        settings: what else an attention is called with.
+        real_BT: False for padding.
+    """
 
     dense_BTD: Tensor
     cut_BTD: Tensor
     settings: dict[str, Any]
     real_BT: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """One of the sums that the residual stream consists of: h + block(norm(h)).
+
+    Attributes:
+        norm: name of the hidden norm.
+        readers: names of the linears that read it.
+        attends: the block is an attention, which is called with the layer's settings.
+    """
+
+    norm: str
+    readers: tuple[str, ...]
+    attends: bool
+
+    def block(self, base: nn.Module) -> nn.Module:
+        """The attention or the MLP."""
+        [name] = {reader.rpartition(".")[0] for reader in self.readers}
+        return base.get_submodule(name)
+
+    def advance(self, base: nn.Module, hidden_BTD: Tensor, settings: dict[str, Any]) -> Tensor:
+        """The stream after this branch. No family of the table computes anything else, in evaluation mode."""
+        normed_BTD = base.get_submodule(self.norm)(hidden_BTD)
+        if self.attends:
+            return hidden_BTD + self.block(base)(hidden_states=normed_BTD, **settings)[0]
+        return hidden_BTD + self.block(base)(normed_BTD)
+
+
+def branches(family: Family, num_layers: int) -> tuple[list[Branch], Branch]:
+    """All branches in the order in which the stream passes them, and the head's, which adds nothing to it."""
+    readers: dict[str, list[str]] = {}
+    for name, spec, i in family.modules(num_layers):
+        if spec.norm is not None:
+            readers.setdefault(spec.norm.format(i=i), []).append(name)
+    norms = [spec.module for spec in family.tensors if spec.hidden_norm]
+    inner = [norm for norm in norms if "{i}" in norm]
+    [last] = set(norms) - set(inner)
+    walked = [
+        Branch(norm=name, readers=tuple(readers[name]), attends=norm == inner[0])
+        for i in range(num_layers)
+        for norm in inner
+        for name in [norm.format(i=i)]
+    ]
+    return walked, Branch(norm=last, readers=tuple(readers[last]), attends=False)
 
 
 @torch.no_grad()
@@ -57,32 +113,39 @@ def compensate(
     kept_K = method.kept_channels()
     was_training = model.training
     model.eval()
-    entries = [_enter(model, base, method, batch) for batch in batches]
-    readers: dict[str, list[str]] = {}
-    for name, spec, i in family.modules(num_layers):
-        if spec.norm is not None:
-            readers.setdefault(spec.norm.format(i=i), []).append(name)
-    norms = [name for name, spec, _ in family.modules(num_layers) if spec.hidden_norm]
-    by_layer = [[name for name in norms if name.startswith(f"model.layers.{i}.")] for i in range(num_layers)]
-    for i, sites in enumerate(track(by_layer, "compensate for the cut", num_layers)):
-        layer = base.get_submodule(f"model.layers.{i}")
-        for site in sites:
-            norm, moments = base.get_submodule(site), _Moments(kept_K)
-            for entry in entries:
-                with model.disable_adapter(), method.disabled():
-                    x_BTD = _output_of(norm, layer, entry.dense_BTD, entry.settings)
-                z_BTD = _output_of(norm, layer, entry.cut_BTD, entry.settings)
-                moments.add(x_BTD[entry.real_BT], z_BTD[entry.real_BT])
-            _set_readers(base, readers[site], moments)
-        for number, entry in enumerate(entries):
-            # One after the other: both layers' states of all rows would be twice the memory.
-            entries[number] = _advance(layer, model, method, entry)
-    [last] = [name for name in norms if not name.startswith("model.layers.")]
-    norm, moments = base.get_submodule(last), _Moments(kept_K)
-    for entry in entries:
-        moments.add(norm(entry.dense_BTD)[entry.real_BT], norm(entry.cut_BTD)[entry.real_BT])
-    _set_readers(base, readers[last], moments)
+    streams = [_enter(model, base, method, batch) for batch in batches]
+    walked, head = branches(family, num_layers)
+    for branch in track(walked, "compensate for the cut", len(walked)):
+        _compensate_branch(base, branch, kept_K, streams)
+        # One model after the other, in place: both sides' new states of all rows would be twice the memory.
+        with _dense(branch.block(base), method):
+            for stream in streams:
+                stream.dense_BTD = branch.advance(base, stream.dense_BTD, stream.settings)
+        for stream in streams:
+            stream.cut_BTD = branch.advance(base, stream.cut_BTD, stream.settings)
+    _compensate_branch(base, head, kept_K, streams)
     model.train(was_training)
+
+
+def _compensate_branch(base: nn.Module, branch: Branch, kept_K: Tensor, streams: Sequence[_Batch]) -> None:
+    norm, moments = base.get_submodule(branch.norm), _Moments(kept_K)
+    for stream in streams:
+        moments.add(norm(stream.dense_BTD)[stream.real_BT], norm(stream.cut_BTD)[stream.real_BT])
+    _set_readers(base, branch.readers, moments)
+
+
+@contextmanager
+def _dense(block: nn.Module, method: Method) -> Iterator[None]:
+    """While it lasts, a block computes as in the base: switching all adapters of a deep model takes longer than it."""
+    adapted = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        with method.disabled():
+            yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
 
 
 class _Moments:
@@ -128,7 +191,7 @@ def low_rank_update(felt_OK: Tensor, factor_KK: Tensor, rank: int) -> tuple[Tens
     return left_OR * balance, a_RK / balance
 
 
-def _set_readers(base: nn.Module, names: list[str], moments: _Moments) -> None:
+def _set_readers(base: nn.Module, names: Sequence[str], moments: _Moments) -> None:
     guess_DK, factor_KK = moments.solve()
     felt_DK = guess_DK @ factor_KK
     for name in names:
@@ -160,7 +223,7 @@ class _StopForwardError(Exception):
     """The first layer has been reached."""
 
 
-def _enter(model: Any, base: nn.Module, method: Method, batch: dict[str, Tensor]) -> _Entry:
+def _enter(model: Any, base: nn.Module, method: Method, batch: dict[str, Tensor]) -> _Batch:
     """Run the embedding, dense and cut, and catch what the first layer is called with."""
     first = base.get_submodule("model.layers.0")
     caught: list[tuple[Tensor, dict[str, Any]]] = []
@@ -173,14 +236,14 @@ def _enter(model: Any, base: nn.Module, method: Method, batch: dict[str, Tensor]
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     handle = first.register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        with model.disable_adapter(), method.disabled():
+        with method.disabled():
             _run(model, inputs)
         _run(model, inputs)
     finally:
         handle.remove()
     [(dense_BTD, settings), (cut_BTD, _)] = caught
     settings = {name: value for name, value in settings.items() if name != "hidden_states"}
-    return _Entry(dense_BTD=dense_BTD, cut_BTD=cut_BTD, settings=settings, real_BT=inputs["attention_mask"].bool())
+    return _Batch(dense_BTD=dense_BTD, cut_BTD=cut_BTD, settings=settings, real_BT=inputs["attention_mask"].bool())
 
 
 def _run(model: Any, inputs: dict[str, Tensor]) -> None:
@@ -189,27 +252,3 @@ def _run(model: Any, inputs: dict[str, Tensor]) -> None:
     except _StopForwardError:
         return
     raise AssertionError("the decoder has no first layer")
-
-
-def _output_of(norm: nn.Module, layer: nn.Module, hidden_BTD: Tensor, settings: dict[str, Any]) -> Tensor:
-    """What a norm inside a layer gives for the layer's input."""
-    outputs: list[Tensor] = []
-    handle = norm.register_forward_hook(lambda _m, _i, output: outputs.append(output))
-    try:
-        layer(hidden_BTD, **settings)
-    finally:
-        handle.remove()
-    return outputs[0]
-
-
-def _advance(layer: nn.Module, model: Any, method: Method, entry: _Entry) -> _Entry:
-    with model.disable_adapter(), method.disabled():
-        dense_BTD = _hidden(layer(entry.dense_BTD, **entry.settings))
-    cut_BTD = _hidden(layer(entry.cut_BTD, **entry.settings))
-    return _Entry(dense_BTD=dense_BTD, cut_BTD=cut_BTD, settings=entry.settings, real_BT=entry.real_BT)
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden_BTD = output[0] if isinstance(output, tuple) else output
-    assert isinstance(hidden_BTD, Tensor)
-    return hidden_BTD
