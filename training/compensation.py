@@ -72,10 +72,9 @@ class Branch:
 
     def advance(self, base: nn.Module, hidden_BTD: Tensor, settings: dict[str, Any]) -> Tensor:
         """The stream after this branch. No family of the table computes anything else, in evaluation mode."""
-        normed_BTD = base.get_submodule(self.norm)(hidden_BTD)
-        if self.attends:
-            return hidden_BTD + self.block(base)(hidden_states=normed_BTD, **settings)[0]
-        return hidden_BTD + self.block(base)(normed_BTD)
+        block, normed_BTD = self.block(base), base.get_submodule(self.norm)(hidden_BTD)
+        added_BTD: Tensor = block(hidden_states=normed_BTD, **settings)[0] if self.attends else block(normed_BTD)
+        return hidden_BTD + added_BTD
 
 
 def branches(family: Family, num_layers: int) -> tuple[list[Branch], Branch]:
