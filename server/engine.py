@@ -37,10 +37,12 @@ class Engine:
     Args:
         client: vLLM's AsyncLLM.
         model_name: the name under which the OpenAI routes serve it.
+        chat: how conversations become prompts, from `chat_settings`.
     """
 
-    def __init__(self, client: Any, model_name: str) -> None:
+    def __init__(self, client: Any, model_name: str, chat: Any) -> None:
         self._client = client
+        self._chat = chat
         self.model_name = model_name
         self.max_model_len: int = client.model_config.max_model_len
         self.vocab_size: int = client.model_config.get_vocab_size()
@@ -56,6 +58,7 @@ class Engine:
         self.death: Callable[[], HttpError] = engine_dead
         # Of any request, whichever route it came by; on the monotonic clock.
         self.last_token_s: float | None = None
+        self._renders: bool | None = None
         # Called once, in a thread of its own, before a signal's shutdown stops the engine; may block.
         self.before_stop: Callable[[], None] = lambda: None
 
@@ -84,6 +87,45 @@ class Engine:
         params = TokenizeParams(max_total_tokens=None)
         [prompt] = await self._client.renderer.tokenize_prompts_async([{"prompt": text}], params)
         return list(prompt["prompt_token_ids"])
+
+    async def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation as the model's chat template writes it, up to where its answer begins.
+
+        Args:
+            messages: `role` and `content` of each turn.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or its template refuses these turns.
+        """
+        from vllm.exceptions import VLLMClientError
+        from vllm.renderers import TokenizeParams
+        from vllm.renderers.chat_utils import ChatTemplateResolutionError
+        from vllm.utils.mistral import is_mistral_tokenizer
+
+        renderer = self._client.renderer
+        # Text rather than ids, which the tokenizer would cut at the model's length; Mistral's own writes ids alone.
+        chat = self._chat.with_defaults({"tokenize": is_mistral_tokenizer(renderer.tokenizer)})
+        try:
+            _, text = await renderer.render_messages_async([dict(message) for message in messages], chat)
+        except ChatTemplateResolutionError as error:
+            told = "messages: this model has no chat template; send prompt, or start the server with -- --chat-template"
+            raise InvalidRequestError(told, "messages") from error
+        except VLLMClientError as error:
+            raise InvalidRequestError(f"messages: the chat template refuses them: {error}", "messages") from error
+        # The template writes the special tokens itself.
+        params = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
+        [prompt] = await renderer.tokenize_prompts_async([text], params)
+        return list(prompt["prompt_token_ids"])
+
+    async def has_chat_template(self) -> bool:
+        """Whether a conversation can be rendered; asked of the renderer once."""
+        if self._renders is None:
+            try:
+                await self.render([{"role": "user", "content": "a"}])
+                self._renders = True
+            except InvalidRequestError:
+                self._renders = False
+        return self._renders
 
     async def generate(self, prompt_token_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[Piece]:
         """Generate; closing the generator or cancelling its consumer aborts the request in the engine.
@@ -174,6 +216,19 @@ def _engine_times(metrics: Any) -> EngineTimes | None:
         return None
     return EngineTimes(
         queue_s=metrics.scheduled_ts - metrics.queued_ts, decode_s=metrics.last_token_ts - metrics.first_token_ts
+    )
+
+
+def chat_settings(args: Namespace) -> Any:
+    """vLLM's parameters of rendering a conversation, from the flags that its own chat route goes by."""
+    from vllm.renderers import ChatParams
+    from vllm.renderers.chat_utils import load_chat_template
+
+    kwargs = {"add_generation_prompt": True, "continue_final_message": False}
+    return ChatParams(
+        chat_template=load_chat_template(args.chat_template),
+        chat_template_content_format=args.chat_template_content_format,
+        chat_template_kwargs=(args.default_chat_template_kwargs or {}) | kwargs,
     )
 
 
@@ -304,7 +359,7 @@ def second_engine(args: Namespace, model: str) -> Engine:
             stat_loggers=[] if args.disable_log_stats else [Silent],
             disable_log_stats=True,
         )
-    return Engine(client, model)
+    return Engine(client, model, chat_settings(args))
 
 
 def offline_llm(model: str, **options: Any) -> Any:

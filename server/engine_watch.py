@@ -9,7 +9,7 @@ from argparse import Namespace
 from contextlib import suppress
 from typing import Any
 
-from pat_serve.server.engine import Engine
+from pat_serve.server.engine import Engine, chat_settings
 from pat_serve.server.engine_errors import expect_its_end
 
 
@@ -28,7 +28,7 @@ def attach(client: Any, args: Namespace) -> Engine:
     an engine that is not to drain, and after any for what is left.
     """
     names = args.served_model_name or [args.model]
-    engine = Engine(client, names[0])
+    engine = Engine(client, names[0], chat_settings(args))
     shut_down = client.shutdown
     loop = asyncio.get_running_loop()
 

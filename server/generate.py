@@ -93,6 +93,8 @@ async def _plan(engine: Engine, body: GenerateRequest) -> tuple[list[int], Sampl
     try:
         if body.prompt is not None:
             prompt, param = await engine.tokenize(body.prompt), "prompt"
+        elif body.messages is not None:
+            prompt, param = await engine.render([message.model_dump() for message in body.messages]), "messages"
         else:
             assert body.prompt_token_ids is not None
             prompt, param = body.prompt_token_ids, "prompt_token_ids"

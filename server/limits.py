@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MAX_PROMPT_CHARS = 8_000_000
+MAX_MESSAGES = 4096
 MAX_MODEL_TOKENS = 2_000_000
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256

@@ -96,7 +96,7 @@ _STREAM = {"description": "One answer, or a stream of events.", "content": {"tex
 
 @router.post("/generate", response_model=GenerateResponse, responses={200: _STREAM})
 async def generate_route(body: GenerateRequest, http: Request, service: ServiceDep) -> Response:
-    """Generate text from a prompt or from token ids; `stream: true` answers with server-sent events."""
+    """Generate text from a prompt, token ids or a conversation; `stream: true` answers with server-sent events."""
     return await generate(service.engine, service.readiness, body, http)
 
 
@@ -158,10 +158,12 @@ async def baseline_generate_route(body: GenerateRequest, http: Request, service:
 @router.get("/page/model")
 async def page_model_route(service: ServiceDep) -> PageModel:
     """What the page shows of the model: names, length, card."""
+    engines = [service.engine, *([service.baseline_engine] if service.baseline_engine else [])]
     return PageModel(
         model=service.engine.model_name,
         baseline=None if service.baseline is None else service.baseline.engine.model_name,
         max_model_len=service.engine.max_model_len,
+        has_chat=all([await engine.has_chat_template() for engine in engines]),
         has_speedup=service.last_speedup is not None,
         card=service.card,
     )

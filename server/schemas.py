@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict, JsonValue
@@ -10,6 +10,7 @@ from pydantic.config import JsonDict, JsonValue
 from pat_serve.server.limits import (
     MAX_BATCH_SIZE,
     MAX_DURATION_S,
+    MAX_MESSAGES,
     MAX_MODEL_TOKENS,
     MAX_PROMPT_CHARS,
     MAX_REQUESTS,
@@ -32,13 +33,14 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _exactly_one(first: str, second: str) -> JsonDict:
-    """For the document: one of two fields is there and not null."""
+def _exactly_one(*names: str) -> JsonDict:
+    """For the document: one of these fields is there and not null."""
 
-    def given(name: str, other: str) -> JsonValue:
-        return {"required": [name], "properties": {name: {"not": {"type": "null"}}, other: {"type": "null"}}}
+    def given(name: str) -> JsonValue:
+        others: dict[str, JsonValue] = {other: {"type": "null"} for other in names if other != name}
+        return {"required": [name], "properties": {name: {"not": {"type": "null"}}, **others}}
 
-    return {"oneOf": [given(first, second), given(second, first)]}
+    return {"oneOf": [given(name) for name in names]}
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -47,15 +49,31 @@ TokenCount = Annotated[int, Field(ge=1, le=MAX_MODEL_TOKENS)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
-class GenerateRequest(Body):
-    """`POST /generate`: exactly one of `prompt` and `prompt_token_ids`, and how to sample."""
+class Message(Body):
+    """One turn of a conversation. What the roles look like to the model is its chat template's business."""
 
-    model_config = ConfigDict(json_schema_extra=_exactly_one("prompt", "prompt_token_ids"))
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
+
+
+class GenerateRequest(Body):
+    """`POST /generate`: exactly one of `prompt`, `prompt_token_ids` and `messages`, and how to sample."""
+
+    model_config = ConfigDict(json_schema_extra=_exactly_one("prompt", "prompt_token_ids", "messages"))
 
     prompt: Annotated[str | None, Field(min_length=1, max_length=MAX_PROMPT_CHARS)] = None
     # The first wrong item is enough: a list of wrong ones would make an error of each.
     prompt_token_ids: Annotated[
         list[TokenId] | None, Field(min_length=1, max_length=MAX_MODEL_TOKENS, fail_fast=True)
+    ] = None
+    messages: Annotated[
+        list[Message] | None,
+        Field(
+            min_length=1,
+            max_length=MAX_MESSAGES,
+            fail_fast=True,
+            description="A conversation, written as the model's chat template has it; the answer is its next turn.",
+        ),
     ] = None
     max_tokens: Annotated[
         TokenCount | None, Field(description="Default: what the model's length leaves, at most 256.")
@@ -76,8 +94,8 @@ class GenerateRequest(Body):
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
-        if (self.prompt is None) == (self.prompt_token_ids is None):
-            raise ValueError("give exactly one of prompt and prompt_token_ids")
+        if sum(given is not None for given in (self.prompt, self.prompt_token_ids, self.messages)) != 1:
+            raise ValueError("give exactly one of prompt, prompt_token_ids and messages")
         return self
 
 

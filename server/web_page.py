@@ -46,11 +46,15 @@ _MAX_CARD_CHARS = 200_000
 
 
 class PageModel(BaseModel):
-    """`GET /page/model`: what is served, and its card as the README.md of its folder has it."""
+    """`GET /page/model`: what is served, and its card as the README.md of its folder has it.
+
+    `has_chat`: the model, and its baseline if there is one, has a chat template.
+    """
 
     model: str
     baseline: str | None
     max_model_len: int
+    has_chat: bool
     has_speedup: bool
     card: str | None
 

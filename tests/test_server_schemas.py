@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pat_serve.server.generate import sse_event
 from pat_serve.server.generation import EngineTimes, RequestTimes
 from pat_serve.server.http.errors import explain
-from pat_serve.server.limits import MAX_SEED, MAX_STOPS
+from pat_serve.server.limits import MAX_MESSAGES, MAX_SEED, MAX_STOPS
 from pat_serve.server.measure import Run
 from pat_serve.server.schemas import GenerateRequest, LatencyRequest, StreamDelta, ThroughputRequest
 
@@ -72,7 +72,7 @@ def test_wrong_field_is_named(field: str, value: Any) -> None:
 
 def test_unknown_field_lists_the_known_ones_and_is_not_repeated() -> None:
     error = refusal(GenerateRequest, {"prompt": "a", "max_token_SECRET": 1})
-    assert error.message.startswith("an unknown field; known fields are prompt, prompt_token_ids, max_tokens")
+    assert error.message.startswith("an unknown field; known fields are prompt, prompt_token_ids, messages, max_tokens")
     assert error.param is None
     assert "SECRET" not in error.message
 
@@ -88,11 +88,47 @@ def test_input_is_not_echoed() -> None:
     assert secret not in refusal(GenerateRequest, {"prompt": "a", "seed": secret}).message
 
 
-@pytest.mark.parametrize("body", [{}, {"prompt": "a", "prompt_token_ids": [1]}])
+TURN = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"prompt": "a", "prompt_token_ids": [1]},
+        {"prompt": "a", "messages": [TURN]},
+        {"prompt_token_ids": [1], "messages": [TURN]},
+        {"prompt": "a", "prompt_token_ids": [1], "messages": [TURN]},
+    ],
+)
 def test_exactly_one_prompt(body: dict[str, Any]) -> None:
     error = refusal(GenerateRequest, body)
-    assert error.message == "give exactly one of prompt and prompt_token_ids"
+    assert error.message == "give exactly one of prompt, prompt_token_ids and messages"
     assert error.param is None
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ("hello", "messages"),
+        ([TURN] * (MAX_MESSAGES + 1), "messages"),
+        ([{"content": "a"}], "messages.0.role"),
+        ([TURN, {"role": "tool", "content": "a"}], "messages.1.role"),
+        ([{"role": "user"}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "messages.0.content"),
+        ([TURN | {"name": "me"}], "messages.0"),
+    ],
+)
+def test_wrong_turn_is_named(messages: Any, param: str | None) -> None:
+    error = refusal(GenerateRequest, {"messages": messages})
+    assert (error.type, error.param) == ("invalid_request", param)
+
+
+def test_the_document_says_that_one_of_three_is_given() -> None:
+    choices = GenerateRequest.model_json_schema()["oneOf"]
+    assert [choice["required"] for choice in choices] == [["prompt"], ["prompt_token_ids"], ["messages"]]
+    assert [len(choice["properties"]) for choice in choices] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("body", [{}, {"num_requests": 1, "duration_s": 1.0}])

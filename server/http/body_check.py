@@ -17,12 +17,11 @@ from pydantic_core import from_json
 
 from pat_serve.server.http.errors import InvalidRequestError
 from pat_serve.server.http.feature_check import check_features
-from pat_serve.server.limits import MAX_STOP_CHARS, MAX_STOPS
+from pat_serve.server.limits import MAX_MESSAGES, MAX_STOP_CHARS, MAX_STOPS
 from pat_serve.server.policy import MAX_REQUEST_ID_CHARS, Policy
 
 MAX_LOGPROBS = 20
 MAX_NAME_CHARS = 256
-MAX_MESSAGES = 4096
 MAX_TOKEN_RULES = 1024
 # Lists and objects: a megabyte of empty ones holds up the event loop, and with it every stream, for most of a second.
 MAX_CONTAINERS = 50_000

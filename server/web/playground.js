@@ -1,104 +1,73 @@
-// The same prompt to the served model and, where there is one, to its dense parent.
+// The same words to the served model and, where there is one, to its dense parent: as a chat or as a raw prompt.
 
-import { events } from "/page/api.js";
-import { $, make } from "/page/dom.js";
+import { ChatSide, PromptSide } from "/page/columns.js";
+import { $ } from "/page/dom.js";
 import { runsOneAtATime } from "/page/run.js";
 
-const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(2)} s`);
-
-class Column {
-  constructor(title, model, path) {
-    this.title = title;
-    this.path = path;
-    this.text = make("p", { class: "text", tabindex: "0", role: "region", "aria-label": `${title}: answer` });
-    this.problem = make("p", { class: "problem", role: "alert" });
-    this.figures = Object.fromEntries(["TTFT", "Tokens/s", "Tokens"].map((name) => [name, make("dd", {}, "–")]));
-    const list = Object.entries(this.figures).map(([name, value]) => make("div", {}, make("dt", {}, name), value));
-    this.element = make("article", { class: "answer", "data-side": title.toLowerCase() },
-      make("h3", {}, title, make("span", { title: model }, model)), this.text, this.problem, make("dl", { class: "figures" }, ...list));
-  }
-
-  clear() {
-    this.text.textContent = this.problem.textContent = "";
-    for (const value of Object.values(this.figures)) value.textContent = "–";
-  }
-
-  async run(body, signal) {
-    this.element.classList.add("running");
-    const seen = { sent: performance.now(), first: 0, last: 0, tokens: 0, text: "" };
-    let frame = 0;
-    const flush = () => {
-      cancelAnimationFrame(frame);
-      frame = 0;
-      this.draw(seen);
-    };
-    try {
-      for await (const event of events(this.path, { ...body, stream: true }, signal)) {
-        if (event.finish_reason) {
-          flush();
-          // The server's own clock, once it has told.
-          const { ttft_s: ttft, tpot_s: tpot } = event.timings;
-          if (ttft !== null) this.figures.TTFT.textContent = seconds(ttft);
-          if (tpot) this.figures["Tokens/s"].textContent = (1 / tpot).toFixed(1);
-          this.figures.Tokens.textContent = `${event.usage.completion_tokens} · ${event.finish_reason}`;
-          continue;
-        }
-        seen.tokens += event.token_ids.length;
-        seen.text += event.text;
-        seen.last = performance.now();
-        if (seen.tokens) seen.first ||= seen.last;
-        // Once a frame: what is drawn for each token of a fast model keeps the page from all else.
-        frame ||= requestAnimationFrame(flush);
-      }
-      return "finished";
-    } catch (error) {
-      flush();
-      if (error.name === "AbortError") {
-        this.figures.Tokens.textContent = `${seen.tokens} · stopped`;
-        return "stopped";
-      }
-      this.problem.textContent = error.message;
-      return "failed";
-    } finally {
-      this.element.classList.remove("running");
-    }
-  }
-
-  draw(seen) {
-    if (seen.first) this.figures.TTFT.textContent = seconds((seen.first - seen.sent) / 1000);
-    if (seen.tokens) this.figures.Tokens.textContent = String(seen.tokens);
-    if (seen.tokens > 1) this.figures["Tokens/s"].textContent = ((seen.tokens - 1) / Math.max((seen.last - seen.first) / 1000, 1e-3)).toFixed(1);
-    const atEnd = this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 40;
-    this.text.append(seen.text);
-    seen.text = "";
-    if (atEnd) this.text.scrollTop = this.text.scrollHeight;
-  }
-}
+const MODES = {
+  chat: {
+    side: ChatSide, label: "Message", send: "Send",
+    placeholder: "Say something. Enter sends, Shift+Enter begins a new line.",
+  },
+  prompt: {
+    side: PromptSide, label: "Prompt", send: "Generate",
+    placeholder: "What the model is to continue. It is sent as it stands.",
+  },
+};
 
 export function startPlayground(model) {
-  const columns = [new Column(model.baseline ? "Pruned" : "Answer", model.model, "/generate")];
-  if (model.baseline) columns.push(new Column("Dense", model.baseline, "/baseline/generate"));
-  $("columns").replaceChildren(...columns.map((column) => column.element));
+  const models = [[model.baseline ? "Pruned" : "Answer", model.model, "/generate"]];
+  if (model.baseline) models.push(["Dense", model.baseline, "/baseline/generate"]);
+  // Each mode keeps what it has: changing it loses nothing.
+  const sides = Object.fromEntries(
+    Object.entries(MODES).map(([name, mode]) => [name, models.map((side) => new mode.side(...side))]));
+  let mode = "";
+  function change(name) {
+    mode = name;
+    $(`mode-${name}`).checked = true;
+    $("prompt-label").textContent = MODES[name].label;
+    $("prompt").placeholder = MODES[name].placeholder;
+    $("send").textContent = MODES[name].send;
+    $("system-field").hidden = $("clear").hidden = name !== "chat";
+    $("columns").replaceChildren(...sides[name].map((side) => side.element));
+  }
+  $("modes").hidden = !model.has_chat;
+  for (const name of Object.keys(MODES)) $(`mode-${name}`).onchange = () => change(name);
+  change(model.has_chat ? "chat" : "prompt");
   $("turns-field").hidden = $("turns-note").hidden = !model.baseline;
   $("max-tokens").max = model.max_model_len;
 
   $("prompt").onkeydown = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+    // Enter also ends the spelling of a word in some scripts.
+    if (event.key !== "Enter" || event.isComposing) return;
+    if (!(event.ctrlKey || event.metaKey) && (mode !== "chat" || event.shiftKey)) return;
+    event.preventDefault();
+    $("ask").requestSubmit();
+  };
+  $("clear").onclick = () => {
+    for (const side of sides.chat) side.clear();
+    $("play-news").textContent = "The conversations are cleared.";
+    $("prompt").focus();
   };
   runsOneAtATime($("ask"), $("send"), $("stop"), async (signal) => {
+    const asked = { text: $("prompt").value, system: $("system").value.trim() };
+    const settings = { max_tokens: $("max-tokens").valueAsNumber, temperature: $("temperature").valueAsNumber };
+    const asking = sides[mode];
+    const fixed = [$("clear"), $("mode-chat"), $("mode-prompt")];
+    for (const control of fixed) control.disabled = true;
     $("play-news").textContent = "Generating.";
-    const body = {
-      prompt: $("prompt").value,
-      max_tokens: $("max-tokens").valueAsNumber,
-      temperature: $("temperature").valueAsNumber,
-    };
-    for (const column of columns) column.clear();
+    if (mode === "chat") $("prompt").value = "";
+    else for (const side of asking) side.clear();
     let ends = [];
-    if ($("turns").checked) {
-      for (const column of columns) ends.push(signal.aborted ? "stopped" : await column.run(body, signal));
-    } else {
-      ends = await Promise.all(columns.map((column) => column.run(body, signal)));
+    try {
+      if ($("turns").checked) {
+        for (const side of asking) ends.push(signal.aborted ? "stopped" : await side.run(asked, settings, signal));
+      } else {
+        ends = await Promise.all(asking.map((side) => side.run(asked, settings, signal)));
+      }
+    } finally {
+      for (const control of fixed) control.disabled = false;
     }
-    $("play-news").textContent = columns.map((column, i) => `${column.title}: ${ends[i]}.`).join(" ");
+    $("play-news").textContent = asking.map((side, i) => `${side.title}: ${ends[i]}.`).join(" ");
   });
 }

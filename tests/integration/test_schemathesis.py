@@ -66,7 +66,15 @@ WITHOUT_BASELINE = {
     ("POST", "/baseline/generate"): (409, "no_baseline"),
 }
 # What a document cannot say: how many tokens a text has, and how many of them this model takes.
-BY_THE_MODEL = {"prompt", "prompt_token_ids", "prompt_token_ids.0", "max_tokens", "prompt_tokens", "output_tokens"}
+BY_THE_MODEL = {
+    "prompt",
+    "prompt_token_ids",
+    "prompt_token_ids.0",
+    "messages",
+    "max_tokens",
+    "prompt_tokens",
+    "output_tokens",
+}
 # Enough for a route to do all that it does; as a default too where the route's own would take seconds.
 LIMIT = {
     "/v1/completions": {"max_tokens": 2}, "/v1/chat/completions": {"max_completion_tokens": 2},

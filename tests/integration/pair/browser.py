@@ -77,6 +77,9 @@ class Page:
     def answer(self, side: str, part: str) -> str:
         return str(self.driver.find_element("css selector", f"[data-side={side}] {part}").text)
 
+    def mode(self, name: str) -> None:
+        self.driver.find_element("css selector", f"label[for=mode-{name}]").click()
+
     def js(self, script: str) -> Any:
         return self.driver.execute_script(script)
 

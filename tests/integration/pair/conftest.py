@@ -14,6 +14,11 @@ from tests.tiny_models import save_tiny_llama
 
 MAX_MODEL_LEN = 8192
 PROMPT = "Return a new dictionary"
+# Both models carry it in their folders, as an export and its parent do.
+TEMPLATE = (
+    "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
 CARD = """---
 license: apache-2.0
 ---
@@ -30,7 +35,9 @@ Some **strong** text, [a paper](https://arxiv.org/abs/2408.14721), [a trap](java
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("dense") / "dense", max_position_embeddings=MAX_MODEL_LEN)
+    folder = save_tiny_llama(tmp_path_factory.mktemp("dense") / "dense", max_position_embeddings=MAX_MODEL_LEN)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,5 +55,6 @@ def server(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 def running_pair(dense: Path, folder: Path) -> AbstractContextManager[Server]:
     model = save_tiny_llama(folder / "pruned", hidden_size=32, max_position_embeddings=MAX_MODEL_LEN)
     (model / "README.md").write_text(CARD)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
     flags = ["--baseline", str(dense), "--dtype", "float32", "--kv-cache-gib", "0.05"]
     return running(model, folder / "log.txt", *flags, "--api-key", f"tests={KEY}", "--public-page")

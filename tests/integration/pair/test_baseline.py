@@ -36,6 +36,27 @@ def test_baseline_answers_as_the_dense_model(dense: Path, client: httpx.Client) 
     assert client.post("/generate", json=body).json()["token_ids"] != expected
 
 
+def test_a_conversation_goes_through_each_models_template(dense: Path, server: Server, client: httpx.Client) -> None:
+    talk = [
+        {"role": "user", "content": PROMPT},
+        {"role": "assistant", "content": "of"},
+        {"role": "user", "content": "?"},
+    ]
+    settings = {"max_tokens": 12, "temperature": 0}
+    for path, folder in (("/generate", server.model), ("/baseline/generate", dense)):
+        ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            talk, add_generation_prompt=True, return_dict=False
+        )
+        told = client.post(path, json={"messages": talk} | settings).raise_for_status().json()
+        assert told["usage"]["prompt_tokens"] == len(ids)
+        assert told["token_ids"] == client.post(path, json={"prompt_token_ids": ids} | settings).json()["token_ids"]
+    long = [{"role": "user", "content": "dict " * MAX_MODEL_LEN}]
+    check_error(client.post("/generate", json={"messages": long}), 400, "invalid_request", "messages", "shorten it")
+    wrong = {"messages": talk, "prompt": "a"}
+    check_error(client.post("/generate", json=wrong), 400, "invalid_request", None, "exactly one of prompt,")
+    assert client.get("/page/model").json()["has_chat"] is True
+
+
 def test_baseline_has_the_same_door(server: Server, client: httpx.Client) -> None:
     assert httpx.post(f"{server.url}/baseline/generate", json={"prompt": "a"}).status_code == 401
     check_error(client.post("/baseline/generate", json={"prompt": ""}), 400, "invalid_request", "prompt", "at least 1")

@@ -79,6 +79,7 @@ def test_a_key_that_holds_no_longer_is_asked_for_once(page: Page) -> None:
 def test_both_models_stream_side_by_side_and_stop(page: Page, client: httpx.Client) -> None:
     from selenium.webdriver.common.keys import Keys
 
+    page.mode("prompt")
     page.fill(max_tokens=8000, temperature=0)
     page["prompt"].send_keys(PROMPT, Keys.CONTROL + Keys.ENTER)
     for side in ("pruned", "dense"):
@@ -98,6 +99,7 @@ def test_both_models_stream_side_by_side_and_stop(page: Page, client: httpx.Clie
 
 
 def test_one_after_the_other_ends_with_the_servers_figures(page: Page) -> None:
+    page.mode("prompt")
     page.fill(max_tokens=12, temperature=0)
     page["turns"].click()
     page["prompt"].send_keys(PROMPT)
@@ -200,7 +202,8 @@ def test_it_is_usable_by_keyboard_eye_and_ear(page: Page) -> None:
         assert outline == "solid", name
         seen.append(name)
     assert len(seen) == len(set(seen)) < 40
-    order = ["prompt", "max-tokens", "temperature", "turns", "send", "claim", "margin", "rounds", "check-run"]
+    order = ["mode-chat", "prompt", "max-tokens", "temperature", "turns"]
+    order += ["send", "claim", "margin", "rounds", "check-run"]
     assert seen[0] == "Skip to the playground"
     assert [name for name in seen if name in order] == order
     assert page.complaints() == []
@@ -208,9 +211,13 @@ def test_it_is_usable_by_keyboard_eye_and_ear(page: Page) -> None:
 
 def test_it_fits_a_phone(page: Page) -> None:
     page.size(375, 812)
+    page.fill(max_tokens=8)
+    page["prompt"].send_keys("wide" * 40, "\n")
+    page.until(lambda: "Pruned: finished. Dense: finished." in page["play-news"].get_attribute("textContent"))
     wide = "return [...document.querySelectorAll('body *')].filter(e => e.checkVisibility() && "
     wide += "!e.closest('pre, table') && e.getBoundingClientRect().right > 376).map(e => e.outerHTML.slice(0, 80))"
     assert page.js("return document.documentElement.scrollWidth") == 375
     assert page.js(wide) == []
-    small = "return [...document.querySelectorAll('button, input:not([type=checkbox]), textarea')]"
+    small = "return [...document.querySelectorAll('button, input:not([type=checkbox], [type=radio]), .modes label, "
+    small += "textarea')]"
     assert page.js(f"{small}.filter(e => e.checkVisibility() && e.offsetHeight < 38).map(e => e.id)") == []
