@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from pat_serve.hardware import DTYPE_BYTES, describe, serving_dtype
-from pat_serve.server.analysis.roofline import decode_bytes
 from pat_serve.server.bench.model_source import resolve
 from pat_serve.server.workers.process import worker_environment
+from pat_serve.sizes import decode_bytes
 
 KINDS = ("products", "attention", "other operators", "between")
 _PRODUCTS = ("mm", "linear", "matmul", "gemm", "onednn", "mkldnn")

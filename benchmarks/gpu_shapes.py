@@ -29,17 +29,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.gpu_runner import STEPS, WARMUPS, Runner, kernels, turn_s
 from pat_serve.hardware import describe
 from pat_serve.server.analysis.roofline import (
-    ModelShape,
-    decode_bytes,
     decode_ceiling,
     decode_flops,
     prefill_bytes,
     prefill_ceiling,
     prefill_flops,
-    shape_of,
 )
 from pat_serve.server.analysis.statistics import paired_ratio, percentile
 from pat_serve.server.workers.probe import MachineRates, measure_rates
+from pat_serve.sizes import ModelShape, decode_bytes, shape_of
 
 SHAPES = {"dense": "llama2-7b", "narrow": "llama2-7b-pat25"}
 DTYPE, DTYPE_BYTES = torch.bfloat16, 2

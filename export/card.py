@@ -141,7 +141,7 @@ A standard `{record["architecture"]}` checkpoint: stock transformers and stock v
 
 Tuned with method `{record["method"]}` (PAT: Pruning-Aware Tuning, arXiv 2408.14721) and exported by pat-serve
 {record["versions"]["pat-serve"]}. `pat_export.json` has the kept channels, the whole recipe and the hashes of the base.
-
+{_gguf_note(record)}
 {recipe}
 
 ## Checked
@@ -184,6 +184,11 @@ def _checked(record: dict[str, Any]) -> str:
         f"{checked} These are the figures of the exact float32 weights.\n\n"
         f"Quantised to {quality.scheme}, against the same weights in float32: {quality.describe()}."
     )
+
+
+def _gguf_note(record: dict[str, Any]) -> str:
+    sha256 = record["base"].get("gguf_sha256")
+    return f"\nBase: {record['base']['source']}, SHA-256 `{sha256}`.\n" if sha256 else ""
 
 
 def _degrees(record: dict[str, Any]) -> str:

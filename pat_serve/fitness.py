@@ -5,12 +5,13 @@ The rules are vLLM 0.32's; `tests/test_geometry.py` asks its own functions and k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pat_serve.architectures import EMBEDDING, HIDDEN
-from pat_serve.geometry import name_widths, nearest_widths, width_step
+from pat_serve.geometry import fast_tile, legal_step, name_widths, widths_around
 
 if TYPE_CHECKING:
     from pat_serve.checkpoint import Checkpoint
@@ -124,18 +125,19 @@ def group_sizes(shape: Shape, width: int) -> list[int]:
 def slow_width(shape: Shape, width: int) -> str | None:
     """What is slow about a legal width and which are not, in a sentence; None where nothing is.
 
-    Narrow bases have too few multiples of 64 to ask for one: there the multiple is what `--ratio` snaps to.
+    Narrow bases, and those with an odd number of heads, have too few multiples of 64 to ask for one: there a smaller
+    tile is asked for, or nothing but a legal width.
     """
-    step = width_step(
-        shape.hidden_size, shape.num_attention_heads, hidden_multiple_of_heads=shape.hidden_multiple_of_heads
-    )
-    tile = min(_TENSOR_CORE, step)
+    rule = shape.hidden_multiple_of_heads
+    finest = fast_tile(shape.hidden_size, shape.num_attention_heads, hidden_multiple_of_heads=rule)
+    tile = min(_TENSOR_CORE, finest or 1)
     if width % tile == 0:
         return None
-    near = nearest_widths(width, step, shape.hidden_size)
+    step = math.lcm(tile, legal_step(shape.num_attention_heads, hidden_multiple_of_heads=rule))
+    near = widths_around(width, step, shape.hidden_size)
     return (
         f"hidden_size {width} is no multiple of {tile}, so matrix tiles of GPUs and AMX are partly empty; "
-        f"faster are {name_widths(near, shape.parameters)}"
+        f"the nearest multiples are {name_widths(near, shape.parameters)}"
     )
 
 

@@ -17,30 +17,23 @@ MAX_RATIO = 0.6
 _GRANULES = (256, 128, 64, 32, 16, 8)
 
 
-def granule(hidden_size: int) -> int:
-    """The multiple that pruned widths are snapped to: the largest tile that still resolves 1/16 of the width.
+def fast_tile(hidden_size: int, num_attention_heads: int, *, hidden_multiple_of_heads: bool) -> int | None:
+    """The largest tile whose legal multiples still resolve 1/16 of the base's width; None where no tile does.
 
-    256 for 4096 and wider, 128 for 2048, 64 for 1024, 16 for 256.
+    256 for 4096 and wider, 128 for 2048, 64 for 1024, 16 for 256. An odd head count multiplies the tile (40 heads and
+    256 make 1280), and so wants a smaller one.
     """
-    for size in _GRANULES:
-        if hidden_size >= 16 * size:
-            return size
-    return _GRANULES[-1]
+    heads = num_attention_heads if hidden_multiple_of_heads else 1
+    return next((tile for tile in _GRANULES if 16 * math.lcm(tile, heads) <= hidden_size), None)
 
 
 def width_step(hidden_size: int, num_attention_heads: int, *, hidden_multiple_of_heads: bool) -> int:
     """Smallest distance between two widths that are legal and fast, and still at most 1/16 of the base's width.
 
-    An odd head count multiplies the tile (40 heads and 256 make 1280), so the tile shrinks until the step is fine
-    enough; where none is, being legal has to do.
+    Where no tile is fine enough, being legal has to do.
     """
-    if not hidden_multiple_of_heads:
-        return granule(hidden_size)
-    for tile in _GRANULES:
-        step = math.lcm(tile, num_attention_heads)
-        if 16 * step <= hidden_size:
-            return step
-    return legal_step(num_attention_heads, hidden_multiple_of_heads=True)
+    tile = fast_tile(hidden_size, num_attention_heads, hidden_multiple_of_heads=hidden_multiple_of_heads)
+    return math.lcm(tile or 1, legal_step(num_attention_heads, hidden_multiple_of_heads=hidden_multiple_of_heads))
 
 
 def legal_step(num_attention_heads: int, *, hidden_multiple_of_heads: bool) -> int:
@@ -78,7 +71,7 @@ def snap_ratio(
         )
     step = width_step(hidden_size, num_attention_heads, hidden_multiple_of_heads=hidden_multiple_of_heads)
     wanted = (1 - ratio) * hidden_size
-    legal = [k for k in range(step, hidden_size, step) if k >= _lowest(hidden_size)]
+    legal = legal_widths(step, hidden_size)
     if not legal:
         raise IllegalWidth(
             "--ratio",
@@ -130,18 +123,31 @@ def check_width(
     )
 
 
+def legal_widths(step: int, hidden_size: int) -> list[int]:
+    """The multiples of `step` below the base's width that a cut of at most 60 % leaves, ascending."""
+    return [k for k in range(step, hidden_size, step) if k >= _lowest(hidden_size)]
+
+
 def nearest_widths(width: int, step: int, hidden_size: int, count: int = 3) -> list[int]:
     """The multiples of `step` nearest to a width that a cut of at most 60 % leaves, ascending."""
-    legal = [k for k in range(step, hidden_size, step) if k >= _lowest(hidden_size)]
+    legal = legal_widths(step, hidden_size)
     return sorted(sorted(legal, key=lambda k: abs(k - width))[:count])
+
+
+def widths_around(width: int, step: int, hidden_size: int) -> list[int]:
+    """The next multiples of `step` below and above a width, as far as a cut of at most 60 % leaves them."""
+    legal = legal_widths(step, hidden_size)
+    below, above = [k for k in legal if k < width], [k for k in legal if k > width]
+    return below[-1:] + above[:1]
 
 
 def name_widths(widths: list[int], parameters: Callable[[int], int] | None = None) -> str:
     """ "2848 (4.69 B parameters), 2880 (4.74 B parameters)", or the widths alone."""
-    return ", ".join(f"{k} ({_count(parameters(k))} parameters)" if parameters else str(k) for k in widths)
+    return ", ".join(f"{k} ({count_parameters(parameters(k))} parameters)" if parameters else str(k) for k in widths)
 
 
-def _count(parameters: int) -> str:
+def count_parameters(parameters: int) -> str:
+    """ "4.74 B" or "134.52 M"."""
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M"
 
 

@@ -9,12 +9,12 @@ from argparse import Namespace
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.hardware import DTYPE_ALIASES, DTYPE_BYTES, available_memory_bytes
 from pat_serve.locate import locate, read_config
-from pat_serve.server.analysis.roofline import ModelShape, shape_of
 from pat_serve.server.bench.speedup_checks import PROCESS_BYTES, WEIGHT_COPIES
 from pat_serve.server.engine import Engine, second_engine
 from pat_serve.server.http.errors import HttpError
 from pat_serve.server.readiness import Readiness
 from pat_serve.server.workers.process_group import ProcessGroup, children
+from pat_serve.sizes import ModelShape, shape_of
 
 logger = logging.getLogger(__name__)
 

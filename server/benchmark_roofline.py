@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from pat_serve.errors import PatServeError
 from pat_serve.hardware import DTYPE_BYTES
-from pat_serve.server.analysis.roofline import (
-    ModelShape,
-    decode_bytes,
-    decode_ceiling,
-    prefill_ceiling,
-    prefill_flops,
-    shape_of,
-)
+from pat_serve.server.analysis.roofline import decode_ceiling, prefill_ceiling, prefill_flops
 from pat_serve.server.engine import Engine
 from pat_serve.server.schemas import DecodeRoofline, PrefillRoofline, RooflineBody
+from pat_serve.sizes import ModelShape, decode_bytes, shape_of
 
 
 def roofline(

@@ -17,7 +17,6 @@ from fastapi import Request
 
 from pat_serve.hardware import DTYPE_BYTES, describe
 from pat_serve.server.analysis.advice import advise
-from pat_serve.server.analysis.roofline import ModelShape
 from pat_serve.server.analysis.trace import BatchTrace, prompts_digest
 from pat_serve.server.analysis.verdict import Judgement, Verdict
 from pat_serve.server.baseline import Baseline, available
@@ -35,6 +34,7 @@ from pat_serve.server.readiness import Readiness
 from pat_serve.server.speedup_request import LiveSpeedupResult, SpeedupRequest
 from pat_serve.server.workers.cpu_watch import CpuWatch
 from pat_serve.server.workers.process_group import ProcessGroup
+from pat_serve.sizes import ModelShape
 
 # vLLM's worker spins for a second after its last step; the other engine's turn would begin with a core less.
 _SETTLE_S, _SETTLE_POLL_S, _QUIET_SHARE = 2.0, 0.05, 0.2

@@ -8,13 +8,14 @@ which it can only read, are packed here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
 
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -40,8 +41,8 @@ _MIXTURES = {"Q4_K_M": ("Q4_K", {"attn_v": "Q6_K", "ffn_down": "Q6_K", "token_em
 
 def write_gguf(
     folder: Path, path: Path, kind: str = "F16", *, architecture: str = "llama",
-    change: Callable[[Any], None] | None = None, leave_out: tuple[str, ...] = (),
-    tokenizer: Mapping[str, Any] | None = None,
+    change: Callable[[Any], None] | None = None, leave_out: tuple[str, ...] = (), pre: str = "gpt-2",
+    sentencepiece: Path | None = None,
 ) -> Path:  # fmt: skip
     """Write a saved tiny model as GGUF.
 
@@ -52,7 +53,8 @@ def write_gguf(
         architecture: llama.cpp's name.
         change: called with the writer after the usual metadata, to add to it.
         leave_out: stock names of tensors to be left out.
-        tokenizer: instead of the byte-level BPE of the folder: keyword `model` and lists by name.
+        pre: llama.cpp's name of the pre-tokenizer.
+        sentencepiece: a tokenizer.model to take the tokens of, in the place of the folder's byte-level BPE.
     """
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, architecture)
@@ -71,7 +73,10 @@ def write_gguf(
     if head_dim * heads != config["hidden_size"]:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    _add_tokenizer(writer, folder, config["vocab_size"], tokenizer)
+    if sentencepiece is None:
+        _add_byte_level(writer, folder, config["vocab_size"], pre)
+    else:
+        _add_sentencepiece(writer, sentencepiece)
     if change is not None:
         change(writer)
     for name, tensor in load_file(folder / "model.safetensors").items():
@@ -126,14 +131,22 @@ def add(writer: Any, name: str, values: np.ndarray, kind: str) -> None:
         writer.add_tensor(name, gguf.quantize(values, number), raw_dtype=number)
 
 
-def _add_tokenizer(writer: Any, folder: Path, size: int, given: Mapping[str, Any] | None) -> None:
-    if given is not None:
-        writer.add_tokenizer_model(given["model"])
-        writer.add_token_list(given["tokens"])
-        writer.add_token_types(given["types"])
-        if "scores" in given:
-            writer.add_token_scores(given["scores"])
-        return
+def _add_sentencepiece(writer: Any, path: Path) -> None:
+    """As LlamaModel._set_vocab_sentencepiece of convert_hf_to_gguf.py."""
+    pieces = SentencePieceProcessor(str(path))
+    kinds = {pieces.IsUnknown: 2, pieces.IsControl: 3, pieces.IsUnused: 5, pieces.IsByte: 6}
+    ids = range(pieces.vocab_size())
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([pieces.IdToPiece(index) for index in ids])
+    writer.add_token_scores([pieces.GetScore(index) for index in ids])
+    writer.add_token_types([next((kind for test, kind in kinds.items() if test(index)), 1) for index in ids])
+    writer.add_unk_token_id(pieces.unk_id())
+    writer.add_bos_token_id(pieces.bos_id())
+    writer.add_eos_token_id(pieces.eos_id())
+
+
+def _add_byte_level(writer: Any, folder: Path, size: int, pre: str) -> None:
     document = json.loads((folder / "tokenizer.json").read_text())
     tokens, types = [f"[PAD{index}]" for index in range(size)], [5] * size
     for token, index in document["model"]["vocab"].items():
@@ -141,7 +154,7 @@ def _add_tokenizer(writer: Any, folder: Path, size: int, given: Mapping[str, Any
     for added in document["added_tokens"]:
         tokens[added["id"]], types[added["id"]] = added["content"], 3
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in document["model"]["merges"]])

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from pat_serve.server.analysis.capacity import capacity, memory_for
-from pat_serve.server.analysis.roofline import ModelShape
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
 from pat_serve.server.bench.load_result import LoadRequest, LoadResult, LoadSettings, load_run
 from pat_serve.server.bench.measure_result import LatencyResult, LatencySettings, ThroughputResult, ThroughputSettings
@@ -16,6 +15,7 @@ from pat_serve.server.bench.speedup_analysis import conclude
 from pat_serve.server.bench.speedup_result import ModelRecord, Regime, Round, SpeedupResult, SpeedupSettings, WarmUp
 from pat_serve.server.bench.speedup_series import Pair
 from pat_serve.server.workers.probe import MachineRates
+from pat_serve.sizes import ModelShape
 
 DENSE = ModelShape(
     hidden_size=4096, num_layers=2, num_heads=32, num_kv_heads=32, head_dim=128, ffn_size=11008, vocab_size=32000,

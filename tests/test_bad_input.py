@@ -169,7 +169,8 @@ def test_an_illegal_width(tiny_base: Path, rows: Path, tmp_path: Path):
 
 
 def test_too_few_steps_for_the_schedule(tiny_base: Path, rows: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match="at least 12 optimizer steps"):
+    message = r"--max-steps: expected at least 12 optimizer steps, in which --gate anneal closes, found 5\. Raise it\."
+    with pytest.raises(UsageError, match=message):
         start(tiny_recipe(tiny_base, rows, max_steps=5), tmp_path / "run")
 
 

@@ -16,7 +16,6 @@ import pytest
 
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.server import baseline
-from pat_serve.server.analysis.roofline import shape_of
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.baseline import available, check_comparable, check_memory
 from pat_serve.server.bench.speedup_result import Round, SpeedupSettings, WarmUp
@@ -24,6 +23,7 @@ from pat_serve.server.http.errors import HttpError
 from pat_serve.server.live_speedup import Side, _judge, batch_trace
 from pat_serve.server.speedup_request import SpeedupRequest
 from pat_serve.server.workers.process_group import ProcessGroup
+from pat_serve.sizes import shape_of
 from tests.tiny_models import tiny_config
 
 

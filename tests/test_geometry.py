@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from pat_serve.checkpoint import open_checkpoint
 from pat_serve.errors import IllegalRatio, IllegalWidth, UsageError
@@ -16,16 +19,20 @@ from pat_serve.fitness import (
     cautions,
     group_sizes,
     shape_of,
+    slow_width,
     tensor_parallel_degrees,
     tensor_parallel_obstacles,
 )
-from pat_serve.geometry import check_width, granule, legal_step, snap_ratio
+from pat_serve.geometry import check_width, fast_tile, legal_step, legal_widths, snap_ratio
 from tests.tiny_models import save_tiny_llama, tiny_llama
 
 
-@pytest.mark.parametrize(("hidden", "expected"), [(8192, 256), (4096, 256), (2048, 128), (1024, 64), (256, 16)])
-def test_granule(hidden: int, expected: int):
-    assert granule(hidden) == expected
+@pytest.mark.parametrize(
+    ("hidden", "heads", "expected"),
+    [(8192, 64, 256), (4096, 32, 256), (2048, 16, 128), (1024, 16, 64), (256, 8, 16), (5120, 40, 64), (576, 9, None)],
+)
+def test_fast_tile(hidden: int, heads: int, expected: int | None):
+    assert fast_tile(hidden, heads, hidden_multiple_of_heads=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -88,6 +95,42 @@ QWEN2_HALF_B = dataclasses.replace(
 def test_an_illegal_width_names_the_parameters_of_the_nearest():
     with pytest.raises(IllegalWidth, match=r"2848 \(4.69 B parameters\), 2880 \(4.74 B parameters\), 2912"):
         check_width(2868, 4096, 32, hidden_multiple_of_heads=True, parameters=LLAMA2_7B.parameters)
+
+
+@given(
+    heads=st.integers(1, 128), size=st.sampled_from([16, 32, 64, 80, 96, 128]), multiple=st.booleans(), data=st.data()
+)
+def test_every_width_that_is_called_faster_is(heads: int, size: int, multiple: bool, data: st.DataObject):
+    hidden = heads * size
+    step = legal_step(heads, hidden_multiple_of_heads=multiple)
+    legal = legal_widths(step, hidden)
+    assume(legal)
+    width = data.draw(st.sampled_from(legal))
+    shape = dataclasses.replace(
+        LLAMA2_7B, hidden_size=hidden, num_attention_heads=heads, hidden_multiple_of_heads=multiple
+    )
+    said = slow_width(shape, width)
+    claimed = re.match(r"hidden_size (\d+) is no multiple of (\d+),.* the nearest multiples are (.*)", said or "")
+    if claimed is None:
+        assert said is None
+        return
+    tile, named = int(claimed[2]), [int(one) for one in re.findall(r"(\d+) \(", claimed[3])]
+    assert int(claimed[1]) == width
+    assert width % tile
+    faster = [k for k in legal if k % tile == 0]
+    assert set(named) <= set(faster)
+    assert width not in named
+    below, above = [k for k in faster if k < width], [k for k in faster if k > width]
+    assert named == [*below[-1:], *above[:1]] != []
+
+
+def test_a_width_is_not_called_slow_where_no_other_is_faster():
+    smollm2 = dataclasses.replace(LLAMA2_7B, hidden_size=576, num_attention_heads=9)
+    assert [slow_width(smollm2, width) for width in (288, 360, 432, 504)] == [None] * 4
+    assert slow_width(LLAMA2_7B, 3072) is None
+    said = slow_width(LLAMA2_7B, 3008 - 32)
+    assert said is not None
+    assert said.endswith("the nearest multiples are 2944 (4.84 B parameters), 3008 (4.95 B parameters)")
 
 
 @pytest.mark.parametrize("tied", [False, True])

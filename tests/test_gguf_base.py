@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pat_serve.checkpoint import open_checkpoint
-from pat_serve.errors import BrokenCheckpoint, MissingModel, UnsupportedModel
+from pat_serve.errors import BrokenCheckpoint, MissingExtra, MissingModel, UnsupportedModel, UsageError
+from pat_serve.gguf import folder as gguf_folder
 from pat_serve.locate import locate, stock_path
 from pat_serve.plan import file_sha256
-from tests.gguf_files import write_gguf
-from tests.tiny_models import SENTENCES, save_tiny_llama
+from tests.gguf_files import add, write_gguf
+from tests.tiny_models import SENTENCES, save_tiny_family, save_tiny_llama
 
-pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf")
 
 # Blocks of K-quants are 256 wide.
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -103,3 +107,207 @@ def test_what_is_no_whole_file_is_refused(tmp_path: Path):
         MissingModel, match=r"a model folder, a \.gguf file or a hub id \(owner/name\), found no such file"
     ):
         locate("nowhere/model.gguf")
+
+
+FAMILIES = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "gemma": {"head_dim": 32},
+    "phi3": {"pad_token_id": 2, "sliding_window": 64},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_the_model_that_it_was_made_from(family: str, tmp_path: Path):
+    base = save_tiny_family(tmp_path / "base", family, **FAMILIES[family])
+
+    def more(writer: Any) -> None:
+        if family == "phi3":
+            writer.add_sliding_window(64)
+
+    pre = "qwen2" if family.startswith("qwen") else "gpt-2"
+    folder = locate(str(write_gguf(base, tmp_path / "model.gguf", "F32", architecture=family, change=more, pre=pre)))
+    ours, original = load_file(folder / "model.safetensors"), load_file(base / "model.safetensors")
+    assert set(ours) == set(original)
+    for name, tensor in original.items():
+        # A Gemma's norms are stored as 1 + w, in float32.
+        assert torch.allclose(tensor, ours[name], atol=1e-7 if family == "gemma" else 0, rtol=0), name
+    assert torch.allclose(logits(folder), logits(base), atol=1e-5 if family == "gemma" else 0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", *FAMILIES])
+def test_llama_cpp_computes_the_same(kind: str, tmp_path: Path):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    if kind == "Q4_K_M":
+        base = save_tiny_llama(tmp_path / "base", **WIDE)
+        file = write_gguf(base, tmp_path / "model.gguf", kind)
+    else:
+        base = save_tiny_family(tmp_path / "base", kind, **FAMILIES[kind])
+        pre = "qwen2" if kind.startswith("qwen") else "gpt-2"
+        file = write_gguf(base, tmp_path / "model.gguf", "F32", architecture=kind, pre=pre)
+    folder = locate(str(file))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(file)
+    parameters.n_ctx, parameters.n_parallel, parameters.warmup = 256, 1, False
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(parameters)
+    ask = {"max_tokens": 1, "n_probs": 3, "temperature": 0, "cache_prompt": False}
+    compared = 0
+    for text in (sentence[:length] for sentence in SENTENCES for length in (20, 50)):
+        ids = tokenizer(text)["input_ids"]
+        answer = server.handle_completions(ask | {"prompt": text})
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+        if answer["choices"][0]["logprobs"] is None:
+            continue  # half a character
+        compared += 1
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+        for guess in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+            # llama.cpp rounds activations to 8 bits where weights are quantised, and keys and values to float16. The
+            # unquantised model is up to 1.0 away from the Q4_K_M file's.
+            tolerance = 0.2 if kind == "Q4_K_M" else 0.02
+            assert guess["logprob"] == pytest.approx(float(expected[guess["id"]]), abs=tolerance)
+    assert compared >= 10
+
+
+def rope_factors(head_dim: int, theta: float, factor: float) -> torch.Tensor:
+    """What transformers divides each frequency by for Llama 3, from its own tables of both ropes."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {
+        "rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    settings = {"hidden_size": 4 * head_dim, "num_attention_heads": 4, "head_dim": head_dim}
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(rope_parameters=rope, **settings), torch.device("cpu"))
+    plain = {"rope_type": "default", "rope_theta": theta}
+    return LlamaRotaryEmbedding(LlamaConfig(rope_parameters=plain, **settings)).inv_freq / scaled
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3_keeps_its_rope(factor: float, tmp_path: Path):
+    base = save_tiny_llama(tmp_path / "base", rope_theta=500000.0)
+    factors = rope_factors(32, 500000.0, factor).numpy()
+    assert factors.max() == factor
+    file = write_gguf(
+        base, tmp_path / "model.gguf", "F32", change=lambda writer: add(writer, "rope_freqs.weight", factors, "F32")
+    )
+    rope = AutoConfig.from_pretrained(locate(str(file))).rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("llama3", factor, 500000.0)
+    factors[3] *= 1.01
+    write_gguf(base, file, "F32", change=lambda writer: add(writer, "rope_freqs.weight", factors, "F32"))
+    with pytest.raises(UnsupportedModel, match=r"the rope factors of Llama 3\.1 or 3\.2, found others in rope_freqs"):
+        locate(str(file))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda writer: writer.add_expert_count(8), "a llama model without expert_count, found expert_count 8"),
+        (lambda writer: writer.add_sliding_window(64), "without a sliding window, found one of 64 tokens"),
+        (lambda writer: writer.add_logit_scale(0.5), "without logit_scale, found logit_scale 0.5"),
+        (lambda writer: writer.add_rope_dimension_count_swa(16), None),
+        (
+            lambda writer: (writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), writer.add_rope_scaling_factor(4)),
+            "an unscaled or a linearly scaled rope, or Llama 3's, found yarn by 4.0",
+        ),
+        (
+            lambda writer: add(writer, "rope_factors_long.weight", np.ones(16), "F32"),
+            "without factors for long contexts, found the tensor rope_factors_long.weight",
+        ),
+        (lambda writer: add(writer, "blk.0.attn_sinks.weight", np.ones(4), "F32"), r"found blk\.0\.attn_sinks\.weight"),
+    ],
+    ids=["experts", "window", "logit scale", "harmless", "yarn", "long rope", "tensor"],
+)
+def test_what_would_be_another_model_is_refused(change: Any, message: str | None, tmp_path: Path):
+    file = write_gguf(save_tiny_llama(tmp_path / "base"), tmp_path / "model.gguf", "F32", change=change)
+    if message is None:
+        locate(str(file))
+        return
+    with pytest.raises(UnsupportedModel, match=message):
+        locate(str(file))
+
+
+def test_a_linear_rope_is_kept(tmp_path: Path):
+    def scaled(writer: Any) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(2.0)
+
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    base = save_tiny_llama(tmp_path / "base", rope_parameters=rope)
+    folder = locate(str(write_gguf(base, tmp_path / "model.gguf", "F32", change=scaled)))
+    assert torch.equal(logits(folder), logits(base))
+
+
+def test_other_architectures_are_refused_before_a_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pat_serve.gguf.weights.read_rows", None)
+    base = save_tiny_llama(tmp_path / "base")
+    file = write_gguf(base, tmp_path / "model.gguf", "F32", architecture="gemma2")
+    with pytest.raises(UnsupportedModel, match=r"of the architecture gemma, llama, .* found gemma2\. Choose"):
+        locate(str(file))
+    for missing, message in (
+        ("model.layers.1.mlp.up_proj.weight", r"expected the tensor blk\.1\.ffn_up\.weight, found no such"),
+        ("model.embed_tokens.weight", r"expected the tensor token_embd\.weight, found no such"),
+    ):
+        write_gguf(base, file, "F32", leave_out=(missing,))
+        with pytest.raises(BrokenCheckpoint, match=message):
+            locate(str(file))
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, cache: Path):
+    base = save_tiny_llama(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(weights, base / "model.safetensors")
+    before = set((cache / "gguf").glob("*-*"))
+    with pytest.raises(BrokenCheckpoint, match=r"finite numbers in blk\.1\.ffn_down\.weight, found NaN"):
+        locate(str(write_gguf(base, tmp_path / "model.gguf", "F32")))
+    assert set((cache / "gguf").glob("*-*")) == before
+
+
+def test_without_the_gguf_package_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = write_gguf(save_tiny_llama(tmp_path / "base"), tmp_path / "model.gguf", "F32")
+    monkeypatch.setattr("pat_serve.extras.find_spec", lambda module: None)
+    with pytest.raises(MissingExtra, match=r'pip install "pat-serve\[gguf\]"'):
+        locate(str(file))
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = write_gguf(save_tiny_llama(tmp_path / "base", seed=3), tmp_path / "model.gguf", "F32")
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setenv("PAT_SERVE_CACHE", str(tmp_path / "taken"))
+    with pytest.raises(UsageError, match="Name another one in PAT_SERVE_CACHE"):
+        locate(str(file))
+
+
+def test_processes_that_ask_at_once_write_one_folder(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    file = write_gguf(save_tiny_llama(tmp_path / "base", seed=4), tmp_path / "model.gguf", "Q8_0")
+    write, log = gguf_folder._write, tmp_path / "writes"
+
+    def noted(*arguments: Any) -> None:
+        with log.open("a") as lines:
+            lines.write("one\n")
+        write(*arguments)
+
+    monkeypatch.setattr(gguf_folder, "_write", noted)
+    # Forked, so that none of them has minutes of imports ahead of it.
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(3), context.Queue()
+
+    def ask() -> None:
+        barrier.wait()
+        answers.put(str(locate(str(file))))
+
+    processes = [context.Process(target=ask) for _ in range(3)]
+    for process in processes:
+        process.start()
+    [folder] = {answers.get(timeout=300) for _ in processes}
+    for process in processes:
+        process.join()
+    assert log.read_text() == "one\n"
+    assert open_checkpoint(folder).num_layers == 2
+    assert not [path for path in (cache / "gguf").iterdir() if ".partial-" in path.name]

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from pat_serve.errors import EngineError, UsageError
-from pat_serve.server.analysis.roofline import decode_bytes, decode_flops, prefill_bytes, prefill_flops
+from pat_serve.server.analysis.roofline import decode_flops, prefill_bytes, prefill_flops
 from pat_serve.server.analysis.trace import RequestTrace
 from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings, distribution
 from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
 from pat_serve.server.bench.measure_summary import Floors, latency_cell, throughput_run
 from pat_serve.server.workers import probe
 from pat_serve.server.workers.probe import SIZES, MachineRates, Sizes, gpu_time_s, measure_rates, probe_machine
+from pat_serve.sizes import decode_bytes
 from tests.speedup_records import DENSE, trace
 
 RATES = MachineRates(dtype="float32", bytes_per_s=20e9, flops_per_s=100e9)

@@ -6,14 +6,8 @@ import torch
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaForCausalLM
 
 from pat_serve.errors import BrokenCheckpoint
-from pat_serve.server.analysis.roofline import (
-    ModelShape,
-    decode_bytes,
-    decode_ceiling,
-    prefill_ceiling,
-    prefill_flops,
-    shape_of,
-)
+from pat_serve.server.analysis.roofline import decode_ceiling, prefill_ceiling, prefill_flops
+from pat_serve.sizes import ModelShape, decode_bytes, shape_of
 from tests.tiny_models import tiny_config
 
 

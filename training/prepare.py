@@ -13,13 +13,14 @@ from pat_serve.errors import UsageError
 from pat_serve.hardware import serving_dtype
 from pat_serve.training.calibration import calibration_batches, rows_at_once
 from pat_serve.training.config import TrainRecipe
+from pat_serve.training.cut_report import report_cut
 from pat_serve.training.data import TrainingData, load_tokenizer, read_training_data
 from pat_serve.training.inputs import RunInputs
 from pat_serve.training.methods import METHODS
 from pat_serve.training.preflight import check_memory
 from pat_serve.training.ranks import Ranks, refuse_zero3
 from pat_serve.training.reporting import check_reporters
-from pat_serve.training.schedule import LEAST_STEPS
+from pat_serve.training.schedule import least_steps
 from pat_serve.training.width import check_ties, target_width
 
 
@@ -56,6 +57,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
     asked, recipe = recipe, recipe.resolved(tied=checkpoint.tied, prunes=METHODS[recipe.method].prunes)
     check_ties(recipe, checkpoint)
     width = target_width(recipe, checkpoint)
+    report_cut(recipe, checkpoint, width)
     tokenizer = load_tokenizer(checkpoint.folder)
     data = read_training_data(recipe, tokenizer)
     batch = recipe.batch_size * recipe.gradient_accumulation_steps * ranks.count
@@ -64,12 +66,13 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
     micro_batches = math.ceil((rows or 0) / (recipe.batch_size * ranks.count))
     steps_per_epoch = math.ceil(micro_batches / recipe.gradient_accumulation_steps)
     total_steps = recipe.max_steps or max(1, round(recipe.epochs * steps_per_epoch))
-    if METHODS[recipe.method].prunes and total_steps < LEAST_STEPS:
+    least = least_steps(recipe.gate)
+    if METHODS[recipe.method].prunes and total_steps < least:
         raise UsageError(
             "--max-steps" if recipe.max_steps else "--epochs",
-            expected=f"at least {LEAST_STEPS} optimizer steps, for the gate's schedule",
-            found=f"{total_steps} ({rows or 'a stream of'} rows in batches of {batch})",
-            fix="Train longer, or use smaller batches.",
+            expected=f"at least {least} optimizer steps, in which --gate {recipe.gate} closes",
+            found=str(total_steps) if recipe.max_steps else f"{total_steps} ({rows} rows in batches of {batch})",
+            fix="Raise it." if recipe.max_steps else "Raise it, or lower --gradient-accumulation-steps.",
         )
     dtype = serving_dtype(recipe.dtype)
     # An older GPU serves in float16, which cannot be trained in without scaling the loss.

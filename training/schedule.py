@@ -21,11 +21,16 @@ GateKind = Literal["anneal", "gradual", "cut"]
 
 # `gradual`: a channel fades over the time in which this share of all that go begin to.
 FADE_SHARE = 0.25
-# The soft phase needs a few steps, and the model some more after the freeze.
+# Of a gate that closes while it trains: the soft phase needs a few steps, and the model some more after the freeze.
 LEAST_STEPS = 12
 
 # From this share of the milestone on the mask no longer moves.
 FREEZE_SHARE = 0.8
+
+
+def least_steps(kind: str) -> int:
+    """Optimizer steps that a run with this gate has at least; one where the cut stands before the first."""
+    return 1 if kind == "cut" else LEAST_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pat_serve.checkpoint import Checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.fitness import shape_of, slow_width
-from pat_serve.geometry import check_width, snap_ratio
+from pat_serve.geometry import check_width, fast_tile, snap_ratio
 from pat_serve.progress import say
 from pat_serve.training.config import TrainRecipe
+from pat_serve.training.cut_report import gets_own_head
 from pat_serve.training.methods import METHODS
 
 
@@ -29,7 +30,7 @@ def target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
     shape = (checkpoint.hidden_size, checkpoint.num_attention_heads)
     rule = checkpoint.family.hidden_multiple_of_heads
     if recipe.hidden_size is not None:
-        counts = shape_of(checkpoint)
+        counts = shape_of(checkpoint, unties_head=gets_own_head(recipe, checkpoint))
         width = check_width(recipe.hidden_size, *shape, hidden_multiple_of_heads=rule, parameters=counts.parameters)
         if slow := slow_width(counts, width):
             say(slow)
@@ -40,7 +41,8 @@ def target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
         exact = (1 - ratio) * checkpoint.hidden_size
         cut = 1 - width / checkpoint.hidden_size
         say(
-            f"--ratio {ratio} asks for a hidden_size of {exact:g}; {width} is the nearest legal and fast one, "
+            f"--ratio {ratio} asks for a hidden_size of {exact:g}; {width} is the nearest "
+            f"{'legal and fast' if fast_tile(*shape, hidden_multiple_of_heads=rule) else 'legal'} one, "
             f"a cut of {cut:.1%} (--hidden-size takes any legal one)"
         )
     return width

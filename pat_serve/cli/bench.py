@@ -48,7 +48,8 @@ def bench() -> None:
 @app.command()
 def speedup(
     baseline: Annotated[
-        str, typer.Option(help="Dense model: folder, hub id, or a shipped shape (llama2-7b, llama2-7b-pat25).")
+        str,
+        typer.Option(help="Dense model: folder, .gguf, hub id, or a shipped shape (llama2-7b, llama2-7b-pat25)."),
     ],
     candidate: Annotated[str, typer.Option(help="The model that is claimed to be faster; likewise.")],
     claim: Annotated[float, typer.Option(help="The speed-up to check.")] = 1.33,

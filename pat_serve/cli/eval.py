@@ -19,7 +19,8 @@ Flag = typer.Option
 
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(help="Checkpoints: folders, hub ids, or URLs of servers; the first is the reference.")
+        list[str],
+        typer.Argument(help="Checkpoints: folders, .gguf files, hub ids, URLs of servers; the first is the reference."),
     ],
     data: Annotated[str | None, Flag(help="Instructions, JSONL file or hub id: perplexity of the responses.")] = None,
     data_split: Annotated[str, Flag(help="Split of a hub dataset.")] = "test",

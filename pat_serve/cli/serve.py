@@ -21,7 +21,7 @@ DTYPES = ("auto", *DTYPE_BYTES, *DTYPE_ALIASES)
 
 
 def serve(
-    model: Annotated[str, Flag(help="Model folder (what pat-export writes) or hub id.")],
+    model: Annotated[str, Flag(help="Model folder (what pat-export writes), .gguf file or hub id.")],
     vllm_flags: Annotated[
         list[str] | None, typer.Argument(metavar="[-- VLLM_FLAGS]", help="Flags for vLLM's own server, after --.")
     ] = None,

@@ -21,7 +21,7 @@ def train(
         Flag("--resume", help="Go on with an interrupted run's folder; `auto`: with what is at --out, if anything is."),
     ] = None,
     config: Annotated[Path | None, Flag("--config", help="A recipe in YAML; flags win over it.")] = None,
-    model: Annotated[str | None, Flag(help="Base model: a folder or a hub id.")] = None,
+    model: Annotated[str | None, Flag(help="Base model: a folder, a .gguf file or a hub id.")] = None,
     revision: Annotated[str | None, Flag(help="The base's revision on the hub.")] = None,
     data: Annotated[
         str | None,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from pat_serve.atomic import new_folder, write_json
 from pat_serve.errors import DiskFull, UsageError
@@ -23,6 +26,7 @@ PROVENANCE = "pat_gguf.json"
 # Rises when the same file would be read to other files.
 _READER = 1
 _PIECE_BYTES = 1 << 22
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def folder_of(path: Path) -> Path:
@@ -88,6 +92,7 @@ class _Parts:
 
 def _write(parts: _Parts, target: Path, sha256: str) -> None:
     from pat_serve.checkpoint import open_checkpoint
+    from pat_serve.gguf.tokenizer import require_loadable
     from pat_serve.gguf.weights import stored_dtype, write_weights
 
     header, dtype = parts.header, stored_dtype(parts.header)
@@ -109,13 +114,26 @@ def _write(parts: _Parts, target: Path, sha256: str) -> None:
             write_weights(header, parts.family, parts.tensors, dtype, staging, advance)
         parts.tokenizer.save_pretrained(staging)
         write_json(staging / "generation_config.json", parts.generation_config)
+        (staging / "README.md").write_text(_card(header.metadata), encoding="utf-8")
         write_json(staging / "config.json", parts.config | {"dtype": name})
         write_json(
             staging / PROVENANCE,
             {"sha256": sha256, "bytes": header.path.stat().st_size, "types": kinds, "dtype": name},
         )
+        require_loadable(staging, parts.tokenizer, header)
         # Names, shapes and config fit each other, or the folder does not appear.
         open_checkpoint(str(staging))
+
+
+def _card(metadata: Mapping[str, Any]) -> str:
+    """A model card with the license that the file names, for the card of what is made from it."""
+    keys = {
+        "license": "general.license",
+        "license_name": "general.license.name",
+        "license_link": "general.license.link",
+    }
+    named = {key: metadata[name] for key, name in keys.items() if isinstance(metadata.get(name), str)}
+    return f"---\n{yaml.safe_dump(named) if named else ''}---\n\nRead from a GGUF file; {PROVENANCE} has its SHA-256.\n"
 
 
 def _cache() -> Path:
@@ -180,10 +198,12 @@ def _writable(cache: Path) -> Iterator[None]:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         yield
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
         raise UsageError(
             cache,
-            expected="a folder that can be written, for models read from GGUF",
-            found="permission denied",
+            expected="a folder that can be written, for models that are read from GGUF",
+            found=(error.strerror or "").lower(),
             fix="Name another one in PAT_SERVE_CACHE.",
         ) from error

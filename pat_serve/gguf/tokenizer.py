@@ -8,6 +8,7 @@ pre-tokenizer that is not in this table is refused: other splits would give othe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
@@ -40,6 +41,7 @@ _SPLITS = {
     "deepseek-r1-qwen": _QWEN2,
     "tekken": _TEKKEN,
 }
+_PROBE = "We'll join  12 lists,\n\tnaïvely: x1 = 1999.5 + 20% (été)   \r\n\n日本語 🙂 DON'T  "
 # Each digit is a piece of its own before GPT-2's expression is looked at.
 _SINGLE_DIGITS = ("smollm",)
 # A word that is a token is that token, whatever the merges say; and a text begins with the begin token.
@@ -138,6 +140,9 @@ def _byte_level(fields: _Fields) -> Tokenizer:
     parts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if fields.pre in _SINGLE_DIGITS else []
     if split is not None:
         parts.append(pre_tokenizers.Split(Regex(split), behavior="isolated"))
+    if split == _QWEN2:
+        # As the original does, which llama.cpp leaves out.
+        backend.normalizer = normalizers.NFC()
     parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None))
     backend.pre_tokenizer = pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0]
     backend.decoder = decoders.ByteLevel()
@@ -211,6 +216,21 @@ def _set_template(backend: Tokenizer, fields: _Fields) -> None:
         pair=[*opening, "$A:0", *closing, *opening_b, "$B:1", *closing_b],
         special_tokens=[*first, *last],
     )
+
+
+def require_loadable(folder: Path, tokenizer: Any, header: GgufHeader) -> None:
+    """What stock transformers loads from the folder splits text as the tokenizer that was saved into it.
+
+    For some model types (qwen2, phi3) transformers loads a class of its own, whatever the files say.
+
+    Raises:
+        UnsupportedModel: it does not.
+    """
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(folder)
+    if loaded(_PROBE)["input_ids"] != tokenizer(_PROBE)["input_ids"]:
+        raise _unsupported(header, f"another one, in the place of which transformers loads {type(loaded).__name__}")
 
 
 def _unsupported(header: GgufHeader, found: str) -> UnsupportedModel:

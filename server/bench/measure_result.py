@@ -8,10 +8,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from pat_serve.server.analysis.roofline import ModelShape
 from pat_serve.server.analysis.statistics import percentile
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
 from pat_serve.server.workers.probe import MachineRates
+from pat_serve.sizes import ModelShape
 
 SCHEMA_VERSION = 1
 

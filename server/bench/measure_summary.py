@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pat_serve.server.analysis.roofline import ModelShape, decode_bytes, decode_flops, prefill_bytes, prefill_flops
+from pat_serve.server.analysis.roofline import decode_flops, prefill_bytes, prefill_flops
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
 from pat_serve.server.bench.measure_result import (
     LatencyCell,
@@ -15,6 +15,7 @@ from pat_serve.server.bench.measure_result import (
     distribution,
 )
 from pat_serve.server.workers.probe import MachineRates
+from pat_serve.sizes import ModelShape, decode_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 from pat_serve.atomic import write_json
 from pat_serve.errors import MissingModel, UsageError
 from pat_serve.locate import locate, read_config
-from pat_serve.server.analysis.roofline import ModelShape, shape_of
+from pat_serve.sizes import ModelShape, shape_of
 
 _SHAPES = files("pat_serve.server") / "shapes"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pat_serve.server.analysis.noise import noise_report
 from pat_serve.server.analysis.precision import rounds_for_verdict
-from pat_serve.server.analysis.roofline import ModelShape, decode_bytes, prefill_flops
+from pat_serve.server.analysis.roofline import prefill_flops
 from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio, percentile, summarize
 from pat_serve.server.analysis.trace import BatchTrace
 from pat_serve.server.analysis.verdict import (
@@ -22,6 +22,7 @@ from pat_serve.server.bench.measure_result import Roof
 from pat_serve.server.bench.measure_summary import Floors
 from pat_serve.server.bench.speedup_result import Regime, RegimeResult, Round, SpeedupSettings, WarmUp
 from pat_serve.server.workers.probe import MachineRates
+from pat_serve.sizes import ModelShape, decode_bytes
 
 # From this share of the machine on, other processes are worth a word in the verdict's reason.
 _TELLING_SHARE = 0.1

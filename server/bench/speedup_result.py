@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from pat_serve.server.analysis.capacity import Capacity
 from pat_serve.server.analysis.noise import NoiseReport
-from pat_serve.server.analysis.roofline import ModelShape
 from pat_serve.server.analysis.statistics import PairedRatio, Summary
 from pat_serve.server.analysis.trace import BatchTrace
 from pat_serve.server.analysis.verdict import DEFAULT_MARGIN, Claim, Verdict
 from pat_serve.server.bench.measure_result import Roof
 from pat_serve.server.workers.probe import MachineRates
+from pat_serve.sizes import ModelShape
 
 # 2: several batch sizes, fixed memory, noise, capacity, what would make an inconclusive result conclusive.
 # 3: a margin beside the claim, and the strict reading beside every verdict.

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pat_serve.server.analysis.precision import relative_width, rounds_for_width
-from pat_serve.server.analysis.roofline import ModelShape
 from pat_serve.server.analysis.statistics import PairedRatio
 from pat_serve.server.bench.speedup_analysis import analyse, average_ratio, surroundings_of
 from pat_serve.server.bench.speedup_result import Regime, RegimeResult, Round, SpeedupSettings, WarmUp
 from pat_serve.server.bench.speedup_rounds import run_round, steps_per_turn
 from pat_serve.server.workers.probe import MachineRates
 from pat_serve.server.workers.process import EngineProcess
+from pat_serve.sizes import ModelShape
 
 # (stage, steps done, steps in all)
 Progress = Callable[[str, int, int], None]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from pat_serve.errors import UsageError
-from pat_serve.server.analysis.roofline import ModelShape
 from pat_serve.server.analysis.trace import BatchTrace
 from pat_serve.server.bench.measure_result import LatencyResult, ThroughputResult
 from pat_serve.server.bench.speedup_result import SpeedupResult
 from pat_serve.server.planning.steps import MeasuredCell
 from pat_serve.server.report.read import read_result
+from pat_serve.sizes import ModelShape
 
 Role = Literal["baseline", "candidate"]
 _MACHINE_KEYS = ("accelerator", "cpu_model", "cpu_cores")

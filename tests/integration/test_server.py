@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pat_serve.server.analysis.roofline import decode_bytes, prefill_flops, shape_of
+from pat_serve.server.analysis.roofline import prefill_flops
+from pat_serve.sizes import decode_bytes, shape_of
 from tests.integration.asking import check_error, events, post
 from tests.integration.conftest import KEY, MAX_MODEL_LEN, Server, metric, wait_for
 

@@ -15,6 +15,7 @@ from pat_serve.training.base_weights import require_same_weights
 from pat_serve.training.calibration import Calibration, calibrate, calibration_batches
 from pat_serve.training.compensation import compensate
 from pat_serve.training.config import TrainRecipe, preset
+from pat_serve.training.cut_report import report_cut
 from pat_serve.training.insert import adapt
 from pat_serve.training.methods.pat import Pat
 from pat_serve.training.narrow import narrow_model
@@ -107,6 +108,7 @@ def apply_pat(
     check_ties(recipe, checkpoint)
     require_same_weights(model, checkpoint)
     width = target_width(recipe, checkpoint)
+    report_cut(recipe, checkpoint, width)
     batches = calibration_batches([_example(entry) for entry in calibration or ()], CALIBRATION_BATCH)
     measured = _measure(model, checkpoint, recipe, batches) if Pat.wants_calibration(recipe) else None
     # The schedule is stretched once the Trainer knows its steps.

@@ -15,7 +15,7 @@ from pat_serve.errors import Diverged, RunError, UsageError
 from pat_serve.training.api.applied import AppliedPat, applied
 from pat_serve.training.groups import rate_factor
 from pat_serve.training.methods.pat import Pat
-from pat_serve.training.schedule import LEAST_STEPS
+from pat_serve.training.schedule import least_steps
 
 KEPT_SAMPLES = 8
 
@@ -43,12 +43,13 @@ class PatCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
                 found="a resumption" if state.global_step > 0 else "load_best_model_at_end",
                 fix="Leave it out: its checkpoints hold no HSMs. pat-train's do, and resume.",
             )
-        if state.max_steps < LEAST_STEPS:
+        least = least_steps(handle.recipe.gate)
+        if state.max_steps < least:
             raise UsageError(
-                "max_steps",
-                expected=f"at least {LEAST_STEPS} optimizer steps, for the gate's schedule",
+                "the Trainer",
+                expected=f"at least {least} optimizer steps, in which the gate closes ({handle.recipe.gate})",
                 found=str(state.max_steps),
-                fix="Train longer, or use smaller batches.",
+                fix="Raise max_steps or num_train_epochs.",
             )
         handle.method.set_total_steps(state.max_steps)
         # The Trainer multiplies its loss by the number of processes where it averages over all their tokens.

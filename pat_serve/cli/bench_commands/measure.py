@@ -25,7 +25,7 @@ from pat_serve.cli.bench_commands.options import (
 )
 from pat_serve.extras import require
 
-Model = Annotated[str, typer.Option(help="Folder, hub id, or a shipped shape (llama2-7b, llama2-7b-pat25).")]
+Model = Annotated[str, typer.Option(help="Folder, .gguf, hub id, or a shipped shape (llama2-7b, llama2-7b-pat25).")]
 Layers = Annotated[int | None, typer.Option(help="Cut the model to so many layers; random weights only.")]
 Eager = Annotated[bool, typer.Option(help="Run the model without torch.compile.")]
 Seed = Annotated[int, typer.Option(help="Of prompts and random weights.")]

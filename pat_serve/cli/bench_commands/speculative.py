@@ -25,7 +25,7 @@ from pat_serve.errors import UsageError
 
 
 def speculative(
-    model: Annotated[str, typer.Option(help="Dense model: folder, hub id, or a shipped shape.")],
+    model: Annotated[str, typer.Option(help="Dense model: folder, .gguf, hub id, or a shipped shape.")],
     draft: Annotated[str, typer.Option(help="Pruned model that proposes tokens; likewise.")],
     draft_tokens: Annotated[int, typer.Option(help="Tokens that it proposes a step.")] = 3,
     prompts: Annotated[

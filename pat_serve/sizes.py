@@ -1,0 +1,129 @@
+"""A model's sizes and what follows from them alone: parameters, KV cache, bytes of a decode step. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pat_serve.architectures import FAMILIES
+from pat_serve.errors import BrokenCheckpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a Llama-like decoder that decide what a step costs.
+
+    `linear_bytes` of a weight is set where the layers' matrices are stored smaller than the rest (int8: 1, int4: 0.5);
+    scales are not counted.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    tied_head: bool
+    linear_bytes: float | None = None
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer's matrices: q and o, k and v, and the three of the FFN."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        return attention + 3 * self.hidden_size * self.ffn_size
+
+    @property
+    def norm_weights(self) -> int:
+        """Gains of the two norms of each layer and of the last one."""
+        return (2 * self.num_layers + 1) * self.hidden_size
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of lm_head, read and multiplied in full for each new token whether tied or not."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """All parameters: layers, norms, embedding table, and lm_head where it is not tied to the table."""
+        tables = self.head_weights * (1 if self.tied_head else 2)
+        return self.num_layers * self.layer_weights + self.norm_weights + tables
+
+    def layer_bytes(self, dtype_bytes: int) -> float:
+        """Bytes of one layer's matrices, in a model that is otherwise served with so many bytes a weight."""
+        return self.layer_weights * (self.linear_bytes or dtype_bytes)
+
+    def weight_bytes(self, dtype_bytes: int) -> int:
+        """Bytes of all parameters, likewise."""
+        others = self.parameters - self.num_layers * self.layer_weights
+        return round(self.num_layers * self.layer_bytes(dtype_bytes)) + others * dtype_bytes
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers that one token leaves in the KV cache."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+def shape_of(config: Mapping[str, Any], source: object) -> ModelShape:
+    """Read the sizes from a parsed config.json; what it leaves out is as its config class has it.
+
+    Args:
+        config: the parsed config.json of a Llama-like decoder.
+        source: its path or name, for the message.
+
+    Raises:
+        BrokenCheckpoint: a size is missing or no positive integer.
+    """
+
+    family = FAMILIES.get(str(config.get("model_type")))
+    defaults = {} if family is None else family.defaults
+
+    def size(key: str, default: int | None = None) -> int:
+        # A class's default fills in what is not there; where null is written, the size follows from others.
+        value = config.get(key, defaults.get(key))
+        if value is None:
+            value = default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise BrokenCheckpoint(
+                f"{source}: config.json",
+                expected=f"{key} as a positive integer",
+                found="no such entry" if value is None else repr(value),
+                fix="Point at the config.json of a Llama-like decoder.",
+            )
+        return value
+
+    hidden_size, num_heads = size("hidden_size"), size("num_attention_heads")
+    return ModelShape(
+        hidden_size=hidden_size,
+        num_layers=size("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=size("num_key_value_heads", num_heads),
+        head_dim=size("head_dim", hidden_size // num_heads),
+        ffn_size=size("intermediate_size"),
+        vocab_size=size("vocab_size"),
+        tied_head=bool(config.get("tie_word_embeddings", defaults.get("tie_word_embeddings"))),
+        linear_bytes=_linear_bytes(config),
+    )
+
+
+def _linear_bytes(config: Mapping[str, Any]) -> float | None:
+    """Bytes of a quantised weight, as compressed-tensors, GPTQ or AWQ tell it in a config.json; None without."""
+    quantization = config.get("quantization_config") or {}
+    groups = quantization.get("config_groups") or {}
+    bits = [(group.get("weights") or {}).get("num_bits") for group in groups.values()] or [quantization.get("bits")]
+    return bits[0] / 8 if bits[0] in (2, 3, 4, 8, 16) else None
+
+
+def decode_bytes(shape: ModelShape, *, batch_size: int, context_tokens: float, dtype_bytes: int) -> float:
+    """Bytes that one decode step must read: all matrices, norms and lm_head once, gathered embedding rows, KV cache.
+
+    Args:
+        shape: the model.
+        batch_size: requests in the step, each producing one token.
+        context_tokens: mean number of tokens in a request's KV cache.
+        dtype_bytes: bytes of one weight and of one KV value.
+    """
+    rows = batch_size * shape.hidden_size
+    others = shape.norm_weights + shape.head_weights + rows + batch_size * context_tokens * shape.kv_values_per_token
+    return shape.num_layers * shape.layer_bytes(dtype_bytes) + dtype_bytes * others
