@@ -7,6 +7,7 @@ import json
 import re
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -24,7 +25,7 @@ ROWS = [{"instruction": f"Say {number}", "output": f"{number}, and\nmore"} for n
 SUFFIXES = [".jsonl", ".json", ".csv", ".tsv", ".parquet"]
 
 
-def write(path: Path, rows: list[dict[str, str | None]]) -> Path:
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     if path.suffix == ".parquet":
         write_table(pyarrow.Table.from_pylist(rows), path)
     elif path.suffix in (".csv", ".tsv"):
@@ -48,7 +49,7 @@ def test_all_formats_give_the_same_rows(suffix: str, tmp_path: Path):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_bad_row_is_named_or_left_out(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    bad: list[dict[str, str | None]] = [dict(row) for row in ROWS]
+    bad: list[dict[str, Any]] = [dict(row) for row in ROWS]
     for number in (1, 3, 4, 6):
         bad[number]["output"] = " "
     path = write(tmp_path / f"rows{suffix}", bad)
@@ -76,6 +77,39 @@ def test_a_byte_order_mark_is_no_part_of_the_data(suffix: str, tmp_path: Path):
     expected = load_rows(str(path), "train", tiny_tokenizer())
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n" if suffix == ".jsonl" else b"\n"))
     assert load_rows(str(path), "train", tiny_tokenizer()) == expected
+
+
+def test_files_joined_with_their_byte_order_marks(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"".join(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\n" for row in ROWS))
+    assert len(load_rows(str(path), "train", tiny_tokenizer())) == len(ROWS)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_utf_16_is_named(suffix: str, tmp_path: Path):
+    """What Windows' shell writes."""
+    path = write(tmp_path / f"rows{suffix}", ROWS)
+    path.write_text(path.read_text(), encoding="utf-16")
+    with pytest.raises(DataError, match="expected a file in UTF-8, found UTF-16"):
+        load_rows(str(path), "train", tiny_tokenizer(), skip_bad=True)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_sets_put_together_have_every_column_in_every_row(suffix: str, tmp_path: Path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[assistant] "
+    messages: Any = [{"role": "user", "content": "q", "name": "n"}, {"role": "assistant", "content": "a", "name": None}]
+    messages = messages if suffix in (".jsonl", ".json", ".parquet") else json.dumps(messages)
+    path = write(
+        tmp_path / f"rows{suffix}",
+        [
+            {"messages": None, "prompt": "p", "completion": "c", "tools": None},
+            {"messages": messages, "prompt": None, "completion": None, "tools": None},
+        ],
+    )
+    for skip_bad in (False, True):
+        rows = load_rows(str(path), "train", tokenizer, skip_bad=skip_bad)
+        assert [row.completion for row in rows] == ["c", "a"]
 
 
 def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path):
@@ -172,7 +206,7 @@ def test_data_without_a_label():
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     encode = tokenizer.encode
-    tokenizer.encode = lambda text, **settings: [] if text == "drop" else encode(text, **settings)
+    tokenizer.encode = lambda text, **settings: encode(text.replace("drop", ""), **settings)
     rows = [Row(prompt="p", completion="drop")] * 2
     with pytest.raises(DataError, match="every label of 2 rows masked"):
         encode_rows(rows, tokenizer, 64)

@@ -12,13 +12,15 @@ from pat_serve.evaluation.identity import rows_identity
 from pat_serve.evaluation.measuring import Responses, Text
 from pat_serve.evaluation.text import text_from_file, wikitext2_from_file, wikitext2_from_hub
 from pat_serve.training.data import encode_rows, load_rows
+from pat_serve.training.data.remarks import Remarks
 
 
 def responses_of(data: str, split: str, limit: int | None, max_length_tokens: int) -> Responses:
     """Instruction data, from a file or the hub."""
+    remarks = Remarks(data)
 
     def encode(tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
-        return encode_rows(load_rows(data, split, tokenizer)[:limit], tokenizer, max_length_tokens)
+        return encode_rows(load_rows(data, split, tokenizer, remarks=remarks)[:limit], tokenizer, max_length_tokens)
 
     path = Path(data)
     return Responses(

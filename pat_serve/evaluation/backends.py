@@ -184,7 +184,7 @@ def stdout_to_stderr() -> Iterator[None]:
 
 
 def _server(url: str, settings: BackendSettings) -> Any:
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from pat_serve.evaluation.completions import Completions
 
     root = url.rstrip("/").removesuffix("/v1")
     key = os.environ.get("OPENAI_API_KEY", "")
@@ -197,7 +197,7 @@ def _server(url: str, settings: BackendSettings) -> Any:
             found="none, and the server's model does not lie here",
             fix="Give --tokenizer.",
         )
-    return LocalCompletionsAPI(
+    return Completions(
         base_url=f"{root}/v1/completions",
         model=served["id"],
         tokenizer=tokenizer,

@@ -17,7 +17,7 @@ from pat_serve.plan import file_sha256
 
 CACHE_FOLDER = "outcomes"
 # Rises when the same settings would come to other figures.
-_MEASUREMENT_VERSION = 1
+_MEASUREMENT_VERSION = 2
 
 
 class Cache:

@@ -1,12 +1,14 @@
 """Instruction data: from files and hub sets to token ids whose loss covers the response alone.
 
 sources.py  rows from a file or the hub   ->  rows.py  prompt and completion  ->  encoding.py  token ids, batches
+messages.py, chat.py  of messages, by the template     row.py  an example as text     remarks.py  what is said once
 packing.py  several examples in a row         streaming.py  without an end        training_data.py  a recipe's data
 """
 
 from pat_serve.training.data.encoding import PadBatch, encode_row, encode_rows, load_tokenizer
 from pat_serve.training.data.packing import pack_examples
-from pat_serve.training.data.rows import ALPACA, ALPACA_INPUT, Row, parse_row
+from pat_serve.training.data.row import Row
+from pat_serve.training.data.rows import ALPACA, ALPACA_INPUT, parse_row
 from pat_serve.training.data.sources import load_rows
 from pat_serve.training.data.training_data import TrainingData, read_training_data
 

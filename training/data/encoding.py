@@ -12,9 +12,13 @@ from torch import Tensor
 from pat_serve.errors import DataError, MissingModel, UsageError, first_line
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.progress import track
-from pat_serve.training.data.rows import Row, Tokenizer
+from pat_serve.token_habits import token_habit
+from pat_serve.training.data.remarks import Remarks
+from pat_serve.training.data.row import Row, Tokenizer
 
 Example = dict[str, list[int]]
+# What a completion can stand after, where it cannot be told from the prompt which ids it has in the middle of a text.
+_NEUTRAL = ("\n", ":", "a")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -67,25 +71,100 @@ class PadBatch:
         }
 
 
-def encode_row(row: Row, tokenizer: Tokenizer, max_length_tokens: int) -> Example | None:
-    """Token ids and labels of one example: <s> prompt completion </s>, labels on the completion and </s> alone.
+class RowEncoder:
+    """Encodes rows with one tokenizer, and says once what is odd about it.
 
-    A chat's prompt begins and its answer ends as its template has it.
+    Args:
+        tokenizer: of the base.
+        max_length_tokens: what is longer is cut off.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_length_tokens = max_length_tokens
+        self._habit = token_habit(tokenizer)
+        self._remarks = Remarks("the tokenizer")
+        if self._habit.end:
+            self._remarks.once(
+                "it ends every text, and so a server's prompts too, with special tokens; set add_eos_token to false in "
+                "tokenizer_config.json"
+            )
+
+    def encode(self, row: Row) -> Example | None:
+        """Token ids and labels of one example, labels on the completion and its end alone.
+
+        A plain prompt begins with what the tokenizer puts before a text by itself, and the completion ends with the end
+        of text; one that somebody typed there is not doubled. A chat's prompt begins and its answer ends as its
+        template has it.
+
+        Returns:
+            input_ids, attention_mask and labels of at most `max_length_tokens`; None when the prompt leaves no room for
+            the response.
+        """
+        start = [] if row.chat else self._habit.start
+        prompt_text = row.prompt if row.chat else row.prompt.removeprefix(self._habit.start_text)
+        completion_text = row.completion if row.ended else self._without_typed_end(row.completion)
+        prompt, completion = split_ids(self._tokenizer, prompt_text, completion_text)
+        prompt = [*start, *prompt]
+        if not row.ended:
+            completion = [*completion, *self._end(row)]
+        if len(prompt) >= self._max_length_tokens:
+            return None
+        input_ids = (prompt + completion)[: self._max_length_tokens]
+        labels = ([IGNORED_LABEL] * len(prompt) + completion)[: self._max_length_tokens]
+        return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
+
+    def _without_typed_end(self, completion: str) -> str:
+        """A response without the end of text that somebody typed after it: the token itself follows."""
+        end = self._tokenizer.eos_token
+        typed = completion.rstrip()
+        return typed.removesuffix(end) if end and typed.endswith(end) else completion
+
+    def _end(self, row: Row) -> list[int]:
+        if self._tokenizer.eos_token_id is not None:
+            return [self._tokenizer.eos_token_id]
+        tokens = (str(token) for token in self._tokenizer.added_tokens_decoder.values())
+        if not row.completion.rstrip().endswith(tuple(tokens)):
+            self._remarks.once(
+                "it names no end token, so the training does not show where a response ends; set eos_token in "
+                "tokenizer_config.json"
+            )
+        return []
+
+
+def encode_row(row: Row, tokenizer: Tokenizer, max_length_tokens: int) -> Example | None:
+    """One example; see `RowEncoder.encode`."""
+    return RowEncoder(tokenizer, max_length_tokens).encode(row)
+
+
+def split_ids(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Ids of a prompt and of what follows it, encoded as one text.
+
+    The prompt's are those that it has alone, because a server sends these and the model goes on from there. Mostly the
+    ids of both together begin with them. Where a token would span the boundary (after a prompt that ends with a space,
+    for one), the completion gets the ids that it has in the middle of another text.
 
     Returns:
-        input_ids, attention_mask and labels of at most `max_length_tokens`; None when the prompt leaves no room for the
-        response.
+        both without special tokens. Of a tokenizer whose ids depend on the text before in every case tried, the ids of
+        both together are split where they differ from the prompt's: the spanning token belongs to the completion, whose
+        first characters would not be learned otherwise.
     """
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and not row.chat else []
-    prompt = start + tokenizer.encode(row.prompt, add_special_tokens=False)
-    completion = tokenizer.encode(row.completion, add_special_tokens=False)
-    if tokenizer.eos_token_id is not None and not row.ended:
-        completion = [*completion, tokenizer.eos_token_id]
-    if len(prompt) >= max_length_tokens:
-        return None
-    input_ids = (prompt + completion)[:max_length_tokens]
-    labels = ([IGNORED_LABEL] * len(prompt) + completion)[:max_length_tokens]
-    return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
+    before = tokenizer.encode(prompt, add_special_tokens=False)
+    whole = tokenizer.encode(prompt + completion, add_special_tokens=False)
+    common = _common_prefix(before, whole)
+    if common == len(before):
+        return before, whole[common:]
+    for text in (prompt.rstrip(), *_NEUTRAL):
+        alone = tokenizer.encode(text, add_special_tokens=False)
+        together = tokenizer.encode(text + completion, add_special_tokens=False)
+        if together[: len(alone)] == alone:
+            return before, together[len(alone) :]
+    return whole[:common], whole[common:]
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
 
 def has_label(example: Example) -> bool:
@@ -103,7 +182,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length_tokens: in
         UsageError: no row fits.
         DataError: rows fit, but no token of a response remains to be learned.
     """
-    encoded = [encode_row(row, tokenizer, max_length_tokens) for row in track(rows, "tokenize", len(rows))]
+    encoder = RowEncoder(tokenizer, max_length_tokens)
+    encoded = [encoder.encode(row) for row in track(rows, "tokenize", len(rows))]
     fitting = [example for example in encoded if example is not None]
     examples = [example for example in fitting if has_label(example)]
     if not fitting:

@@ -1,15 +1,23 @@
 """Rows of three forms become prompt and completion; an unusable one is an error with its place.
 
-A row is `prompt`/`completion`, Alpaca's `instruction`/`input`/`output` (or LaMini's `instruction`/`response`), or
-`messages` that end with the assistant's.
+A row is `prompt`/`completion`, Alpaca's `instruction`/`input`/`output` (Dolly's `instruction`/`context`/`response`,
+LaMini's `instruction`/`response`), or `messages` that end with the assistant's. The values tell which one: tables give
+every row all columns, and fill in null.
+
+Nothing that carries content is left out unsaid. What a form can use is used; a column of content that it cannot use is
+refused; any other column is named once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+import re
+from collections.abc import Mapping
+from typing import Any
 
-from pat_serve.errors import DataError, first_line
+from pat_serve.errors import DataError
+from pat_serve.training.data.chat import TEMPLATE_ARGUMENTS, parse_chat
+from pat_serve.training.data.remarks import Remarks
+from pat_serve.training.data.row import Row, Tokenizer
 
 # Stanford Alpaca's prompt, which PAT trains with.
 ALPACA = (
@@ -21,47 +29,31 @@ ALPACA_INPUT = (
     "response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
+# What an answer is about, in the public sets that have such columns; without it a row is another one.
+_CONTENT = (
+    "context", "input", "system", "system_prompt", "history", "tools", "functions", "documents", "image", "images",
+    "audio", "audios", "video", "videos",
+)  # fmt: skip
+_CHAT_COLUMNS = {"messages", *TEMPLATE_ARGUMENTS, "chat_template_kwargs"}
+_ANSWERS = ("response", "output")
+_EMPTY_JSON = ("[]", "{}", "null")
 
 
-class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
-
-    bos_token_id: int | None
-    eos_token_id: int | None
-    chat_template: Any
-
-    @property
-    def added_tokens_decoder(self) -> Any: ...  # noqa: D102
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...  # noqa: D102
-
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> str: ...  # noqa: D102
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One example as text.
-
-    Attributes:
-        prompt: what is asked.
-        completion: the response.
-        chat: the prompt carries its own special tokens.
-        ended: the completion carries the end of its turn, so no end of text follows.
-    """
-
-    prompt: str
-    completion: str
-    chat: bool = False
-    ended: bool = False
-
-
-def parse_row(row: dict[str, Any], where: str, tokenizer: Tokenizer) -> Row:
+def parse_row(row: Mapping[str, Any], where: str, tokenizer: Tokenizer, remarks: Remarks | None = None) -> Row:
     """Turn one row of any supported form into prompt and completion.
 
+    Args:
+        row: columns and their values.
+        where: its place, for messages.
+        tokenizer: for the chat template of `messages`.
+        remarks: takes the names of columns that are not used.
+
     Raises:
-        DataError: it has no response, an empty one, or none of the supported forms.
+        DataError: it has no response, an empty one, none of the supported forms, or content that its form cannot take.
     """
-    parsed = _parse(row, where, tokenizer)
+    filled = {name: value for name, value in row.items() if not _empty(value)}
+    parsed, used = _parse(filled, row, where, tokenizer, remarks)
+    _account_for(filled, used, parsed, where, remarks)
     try:
         (parsed.prompt + parsed.completion).encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
@@ -71,88 +63,80 @@ def parse_row(row: dict[str, Any], where: str, tokenizer: Tokenizer) -> Row:
     return parsed
 
 
-def _parse(row: dict[str, Any], where: str, tokenizer: Tokenizer) -> Row:
-    if "messages" in row:
-        return _parse_messages(row["messages"], where, tokenizer)
-    if "prompt" in row:
-        return Row(prompt=_text(row, "prompt", where), completion=_text(row, "completion", where))
-    if "instruction" in row:
-        instruction = _text(row, "instruction", where)
-        context = row.get("input") or ""
-        if not isinstance(context, str):
-            raise DataError(
-                where, expected="a text in the field 'input'", found=repr(context), fix="Write it as one text."
-            )
-        template = ALPACA_INPUT if context else ALPACA
-        response = "response" if "response" in row else "output"
-        return Row(
-            prompt=template.format(instruction=instruction, input=context), completion=_text(row, response, where)
+def _parse(
+    filled: Mapping[str, Any], row: Mapping[str, Any], where: str, tokenizer: Tokenizer, remarks: Remarks | None
+) -> tuple[Row, set[str]]:
+    """The row, and the columns that are in it."""
+    answer = next((name for name in _ANSWERS if name in filled), None)
+    has_prompt = "prompt" in filled and "completion" in filled
+    has_instruction = "instruction" in filled and answer is not None
+    if "messages" in filled:
+        return parse_chat(filled, filled["messages"], where, tokenizer, remarks), _CHAT_COLUMNS
+    # A row that lacks its answer is told so by the form that it begins.
+    if has_prompt or ("prompt" in filled and not has_instruction):
+        if isinstance(filled["prompt"], list) and isinstance(filled.get("completion"), list):
+            return _conversation(filled, where, tokenizer, remarks), {"prompt", "completion", *_CHAT_COLUMNS}
+        parsed = Row(prompt=_text(row, "prompt", where), completion=_text(row, "completion", where))
+        return parsed, {"prompt", "completion"}
+    if "instruction" in filled:
+        about = next((name for name in ("input", "context") if name in filled), "input")
+        template = ALPACA_INPUT if about in filled else ALPACA
+        answer = answer or next((name for name in _ANSWERS if name in row), "output")
+        prompt = template.format(
+            instruction=_text(row, "instruction", where), input=_text(row, about, where) if about in filled else ""
         )
+        return Row(prompt=prompt, completion=_text(row, answer, where)), {"instruction", about, answer}
     raise DataError(
         where,
         expected="the fields prompt/completion, instruction/output, or messages",
-        found=f"the fields {', '.join(sorted(row)) or '(none)'}",
+        found=f"the fields {', '.join(sorted(filled)) or '(none)'}"
+        + (f", and without a value {', '.join(sorted(set(row) - set(filled)))}" if len(row) > len(filled) else ""),
         fix="Rename the fields.",
     )
 
 
-def _parse_messages(messages: Any, where: str, tokenizer: Tokenizer) -> Row:
-    well_formed = isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
-        for message in messages
-    )
-    if not well_formed or len(messages) < 2 or messages[-1]["role"] != "assistant":
+def _conversation(filled: Mapping[str, Any], where: str, tokenizer: Tokenizer, remarks: Remarks | None) -> Row:
+    """A prompt and a completion that are messages each, as TRL has them."""
+    if len(filled["completion"]) != 1:
         raise DataError(
             where,
-            expected="messages with role and content that end with the assistant's",
-            found="another shape" if not well_formed else f"roles {[message['role'] for message in messages]}",
-            fix="Add the response, or leave the row out.",
+            expected="one message in the completion",
+            found=str(len(filled["completion"])),
+            fix="Make a row of each answer.",
         )
-    if not tokenizer.chat_template:
-        raise DataError(
-            where,
-            expected="a tokenizer with a chat template, for messages",
-            found="a tokenizer without one",
-            fix="Use prompt/completion rows, or a chat model's tokenizer.",
-        )
-    content = _text(messages[-1], "content", where)
-    try:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-    # A template is a program of the model's author and may raise what it likes.
-    except Exception as error:
-        raise DataError(
-            where,
-            expected="messages that the model's chat template takes",
-            found=first_line(error),
-            fix="Change the row's roles, or leave it out.",
-        ) from error
-    turn = _ended_turn(whole.removeprefix(prompt), content, tokenizer) if whole.startswith(prompt) else None
-    return Row(prompt=prompt, completion=turn or content, chat=True, ended=turn is not None)
+    return parse_chat(filled, [*filled["prompt"], *filled["completion"]], where, tokenizer, remarks)
 
 
-def _ended_turn(turn: str, content: str, tokenizer: Tokenizer) -> str | None:
-    """The assistant's turn up to the token that a template ends it with: <|im_end|>, <|eot_id|>, </s>.
+def _account_for(filled: Mapping[str, Any], used: set[str], parsed: Row, where: str, remarks: Remarks | None) -> None:
+    """Refuse content that is not in the row, and name the other columns that are not."""
+    text = parsed.prompt + parsed.completion
+    unused = sorted(name for name in filled if name not in used)
+    for name in unused:
+        value = filled[name]
+        if name not in _CONTENT or (isinstance(value, str) and value.strip() in _EMPTY_JSON):
+            continue
+        # Some sets have a row's parts beside the text that was made of them.
+        if not (isinstance(value, str) and re.search(rf"(?<!\w){re.escape(value.strip())}(?!\w)", text)):
+            raise DataError(
+                where,
+                expected=f"a row without {name!r}, which this form has no place for",
+                found=f"{value!r:.60}",
+                fix="Write it into the prompt or a message, or remove the column.",
+            )
+    if remarks is not None:
+        remarks.name_once(unused, "columns that are not used")
 
-    Args:
-        turn: what the template makes of it, without its opening.
-        content: the text in it.
-        tokenizer: knows which texts are tokens of their own.
 
-    Returns:
-        None of a template that ends a turn with no such token, or changes the content: the end of text is as good then.
-        What separates the turn from a next one, a line feed mostly, is not the model's to say.
-    """
-    before, found, rest = turn.partition(content)
-    if not found or before.strip():
-        return None
-    ends = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    end = max((token for token in ends if rest.lstrip().startswith(token)), key=len, default=None)
-    space = rest[: len(rest) - len(rest.lstrip())]
-    return None if end is None else before + content + space + end
+def _empty(value: Any) -> bool:
+    """Null, or what a table has in the place of null: an empty text or list, not a number."""
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, float):
+        return value != value
+    return value is None or (isinstance(value, list | tuple | dict) and not value)
 
 
-def _text(row: dict[str, Any], field: str, where: str) -> str:
+def _text(row: Mapping[str, Any], field: str, where: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
         raise DataError(

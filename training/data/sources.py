@@ -15,7 +15,9 @@ from typing import Any
 
 from pat_serve.errors import DataError, first_line
 from pat_serve.progress import say
-from pat_serve.training.data.rows import Row, Tokenizer, parse_row
+from pat_serve.training.data.remarks import Remarks
+from pat_serve.training.data.row import Row, Tokenizer
+from pat_serve.training.data.rows import parse_row
 
 SHOWN_REASONS = 3
 _FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -45,7 +47,13 @@ class SkippedRows:
 
 
 def load_rows(
-    source: str, split: str, tokenizer: Tokenizer, *, flag: str = "--data", skip_bad: bool = False
+    source: str,
+    split: str,
+    tokenizer: Tokenizer,
+    *,
+    flag: str = "--data",
+    skip_bad: bool = False,
+    remarks: Remarks | None = None,
 ) -> list[Row]:
     """Read a whole source.
 
@@ -55,12 +63,14 @@ def load_rows(
         tokenizer: for the chat template of `messages`.
         flag: the command's flag that named the source, for messages.
         skip_bad: leave bad rows out and say how many, instead of failing at the first.
+        remarks: of a source that is read several times; by default its own.
 
     Raises:
         DataError: the source cannot be read, has no usable row, or a row of it is unusable (the message has its place).
     """
     skipped = SkippedRows() if skip_bad else None
-    rows = list(iterate_rows(source, split, tokenizer, flag=flag, skipped=skipped))
+    remarks = remarks or Remarks(source)
+    rows = list(iterate_rows(source, split, tokenizer, flag=flag, skipped=skipped, remarks=remarks))
     if skipped is not None:
         skipped.report(source)
     if not rows:
@@ -76,18 +86,20 @@ def iterate_rows(
     *,
     flag: str = "--data",
     skipped: SkippedRows | None = None,
+    remarks: Remarks | None = None,
     streaming: bool = False,
 ) -> Iterator[Row]:
     """Read a source row by row; bad rows go into `skipped`, or are raised without it.
 
     Args:
+        remarks: takes what is to be said once.
         streaming: fetch a hub dataset while it is read instead of downloading all of it first.
     """
     for where, raw in _raw_rows(source, split, flag, streaming):
         try:
             if isinstance(raw, DataError):
                 raise raw
-            row = parse_row(raw, where, tokenizer)
+            row = parse_row(raw, where, tokenizer, remarks)
         except DataError as error:
             if skipped is None:
                 raise
@@ -104,6 +116,7 @@ def is_file(source: str) -> bool:
 def _raw_rows(source: str, split: str, flag: str, streaming: bool) -> Iterator[RawRow]:
     path = Path(source)
     if path.is_file():
+        _require_utf8(path)
         readers = {".parquet": _parquet_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".json": _json_rows}
         yield from readers.get(path.suffix.lower(), _jsonl_rows)(path)
         return
@@ -114,14 +127,23 @@ def _raw_rows(source: str, split: str, flag: str, streaming: bool) -> Iterator[R
     yield from _hub_rows(source, split, flag, streaming)
 
 
+def _require_utf8(path: Path) -> None:
+    with path.open("rb") as file:
+        mark = file.read(2)
+    if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise DataError(
+            path, expected="a file in UTF-8", found="UTF-16, by its byte-order mark", fix="Save it as UTF-8."
+        )
+
+
 def _jsonl_rows(path: Path) -> Iterator[RawRow]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}, line {number}"
                 try:
-                    # Some editors begin a file with a byte-order mark.
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    # Some editors begin a file with a byte-order mark, and files are joined with theirs.
+                    text = line.decode("utf-8-sig")
                     yield where, _json_object(json.loads(text), where)
                 except ValueError as error:  # of the JSON, or of the UTF-8
                     yield where, DataError(where, expected="a JSON object", found=str(error), fix="Mend the line.")
@@ -172,12 +194,6 @@ def _csv_fields(fields: dict[str | Any, Any], where: str) -> dict[str, Any] | Da
         columns = len(fields) - 1
         found = f"{columns + len(fields[None])}"
         return DataError(where, expected=f"{columns} columns, as the header has", found=found, fix="Quote the commas.")
-    messages = fields.get("messages")
-    if isinstance(messages, str):
-        try:
-            fields["messages"] = json.loads(messages)
-        except ValueError as error:
-            return DataError(where, expected="messages as JSON", found=str(error), fix="Mend the row.")
     return fields
 
 

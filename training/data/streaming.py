@@ -8,9 +8,10 @@ from itertools import count
 
 from torch.utils.data import IterableDataset
 
-from pat_serve.training.data.encoding import Example, encode_row, has_label
+from pat_serve.training.data.encoding import Example, RowEncoder, has_label
 from pat_serve.training.data.packing import pack_stream
-from pat_serve.training.data.rows import Tokenizer
+from pat_serve.training.data.remarks import Remarks
+from pat_serve.training.data.row import Tokenizer
 from pat_serve.training.data.sources import SkippedRows, iterate_rows
 
 SHUFFLE_BUFFER = 1000
@@ -47,6 +48,8 @@ class ExampleStream(IterableDataset[Example]):
         self.split = split
         self.tokenizer = tokenizer
         self.max_length_tokens = max_length_tokens
+        self.encoder = RowEncoder(tokenizer, max_length_tokens)
+        self.remarks = Remarks(source)
         self.seed = seed
         self.packing = packing
         self.skip_bad = skip_bad
@@ -81,7 +84,9 @@ class ExampleStream(IterableDataset[Example]):
             skipped.report(self.source)
 
     def _examples(self, skipped: SkippedRows | None) -> Iterator[Example]:
-        for row in iterate_rows(self.source, self.split, self.tokenizer, skipped=skipped, streaming=True):
-            example = encode_row(row, self.tokenizer, self.max_length_tokens)
+        for row in iterate_rows(
+            self.source, self.split, self.tokenizer, skipped=skipped, remarks=self.remarks, streaming=True
+        ):
+            example = self.encoder.encode(row)
             if example is not None and has_label(example):
                 yield example

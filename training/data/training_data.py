@@ -14,7 +14,7 @@ from pat_serve.progress import say
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data.encoding import Example, encode_rows
 from pat_serve.training.data.packing import pack_examples
-from pat_serve.training.data.rows import Tokenizer
+from pat_serve.training.data.row import Tokenizer
 from pat_serve.training.data.sources import SkippedRows, load_rows
 from pat_serve.training.data.streaming import ExampleStream
 
