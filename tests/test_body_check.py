@@ -188,13 +188,15 @@ def test_containers_are_counted_outside_of_texts() -> None:
 
 
 def test_a_string_that_does_not_end_takes_no_longer_than_it_is() -> None:
-    def seconds(quotes: int, end: bytes = b"") -> float:
+    def cpu_s(quotes: int, end: bytes = b"") -> float:
         body = b"[" * 50_001 + b'"' + b'\\"' * quotes + end
-        begun_s = time.perf_counter()
+        begun_s = time.process_time()
         with pytest.raises(InvalidRequestError):
             check_containers(body)
-        return time.perf_counter() - begun_s
+        return time.process_time() - begun_s
 
     for end in (b"", b"\\"):
-        # Ten times as long. With a square in it this would be a hundred times, and 12 s.
-        assert seconds(20_000, end) < 0.01 + 40 * seconds(2000, end)
+        # Ten times as long. With a square in it this would be a hundred times, and 12 s. The best of three: other
+        # processes take caches away, if not time.
+        long_s, short_s = (min(cpu_s(quotes, end) for _ in range(3)) for quotes in (20_000, 2000))
+        assert long_s < 0.01 + 40 * short_s

@@ -1,4 +1,4 @@
-"""The front before a small app: no engine needed."""
+"""The front before a small app, by a virtual clock: no engine needed, and no time."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from pat_serve.server.http.deadline import within_deadline
 from pat_serve.server.http.errors import HttpError, shape_routing_errors, shape_vllm_errors
 from pat_serve.server.http.front import Front, Gate
 from pat_serve.server.policy import Policy
+from tests.virtual_clock import run
 
 POLICY = Policy(max_body_bytes=1000, receive_timeout_s=0.2, request_timeout_s=0.3)
 
@@ -96,7 +97,7 @@ class App:
             async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
                 return await call(client)
 
-        answer = asyncio.run(with_client())
+        answer = run(with_client())
         assert (self.admission.sequences, self.admission.requests) == (0, 0)
         assert self.app.state.pat_serve_gate.bodies.held == 0
         return answer
@@ -218,7 +219,7 @@ def test_the_end_of_a_late_stream_waits_for_a_client_that_reads_slowly() -> None
             await asyncio.sleep(0.3)
         sent.append(message)
 
-    asyncio.run(within_deadline(stream, {"type": "http"}, receive, slow_send, timeout_s=0.05))
+    run(within_deadline(stream, {"type": "http"}, receive, slow_send, timeout_s=0.05))
     assert b'"deadline"' in sent[-1]["body"]
     assert sent[-1]["more_body"] is False
 
@@ -276,5 +277,5 @@ def test_websockets_are_closed() -> None:
     async def receive() -> Message:
         raise AssertionError
 
-    asyncio.run(Front(App().app)({"type": "websocket"}, receive, send))
+    run(Front(App().app)({"type": "websocket"}, receive, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,10 @@ from pat_serve.server.http.errors import HttpError
 from pat_serve.server.http.protocol import CONNECTIONS_END_S, bounded_protocol
 from pat_serve.server.policy import Policy
 
-POLICY = Policy(receive_timeout_s=0.5, send_timeout_s=0.5, max_connections=3)
+# Whatever is not about a timeout must not meet one.
+POLICY = Policy(receive_timeout_s=300, send_timeout_s=300, max_connections=3)
+SOON_S = 0.5
+HANG_S = 120
 
 
 async def read(receive: Receive) -> int:
@@ -48,8 +51,13 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 @contextmanager
 def serving(
-    *, guarded: bool = True, policy: Policy = POLICY, refused: Callable[[HttpError], None] = lambda error: None
+    *,
+    guarded: bool = True,
+    policy: Policy = POLICY,
+    refused: Callable[[HttpError], None] = lambda error: None,
+    before: Callable[[Any], None] = lambda address: None,
 ) -> Iterator[Any]:
+    """A server and its address; `before` has the address while the server does not look at its connections yet."""
     config = uvicorn.Config(
         app,
         http=bounded_protocol(policy, guarded=lambda: guarded, refused=refused),
@@ -60,6 +68,8 @@ def serving(
     server = uvicorn.Server(config)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        before(listener.getsockname())
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:
@@ -72,7 +82,7 @@ def serving(
 
 
 def until_closed(client: socket.socket) -> bytes:
-    client.settimeout(30)
+    client.settimeout(HANG_S)
     received = b""
     try:
         while data := client.recv(65536):
@@ -93,26 +103,30 @@ def test_an_app_without_its_front_serves_nobody() -> None:
 
 
 def test_a_request_is_served_and_an_idle_connection_is_closed() -> None:
-    with serving() as (_, address):
-        with socket.create_connection(address) as client:
-            client.sendall(b"GET /1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            assert until_closed(client).startswith(b"HTTP/1.1 200")
-        with socket.create_connection(address) as client:
-            assert until_closed(client) == b""
+    with serving() as (_, address), socket.create_connection(address) as client:
+        client.sendall(b"GET /1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert until_closed(client).startswith(b"HTTP/1.1 200")
+    impatient = replace(POLICY, receive_timeout_s=SOON_S)
+    with serving(policy=impatient) as (_, address), socket.create_connection(address) as client:
+        assert until_closed(client) == b""
 
 
 def test_headers_that_do_not_end() -> None:
-    with serving() as (_, address):
-        with socket.create_connection(address) as client:
+    with socket.socket() as client:
+
+        def begin(address: Any) -> None:
+            client.connect(address)
             client.sendall(b"GET /1 HTTP/1.1\r\nHost: x\r\n")
+
+        with serving(policy=replace(POLICY, receive_timeout_s=SOON_S), before=begin):
             assert request_id(answer := until_closed(client))
             assert answer.startswith(b"HTTP/1.1 408")
-        with socket.create_connection(address) as client:
-            client.sendall(b"GET /1 HTTP/1.1\r\nX: ")
-            client.sendall(b"a" * 40_000)
-            client.sendall(b"a" * 40_000)
-            assert request_id(answer := until_closed(client))
-            assert answer.startswith(b"HTTP/1.1 431")
+    with serving() as (_, address), socket.create_connection(address) as client:
+        client.sendall(b"GET /1 HTTP/1.1\r\nX: ")
+        client.sendall(b"a" * 40_000)
+        client.sendall(b"a" * 40_000)
+        assert request_id(answer := until_closed(client))
+        assert answer.startswith(b"HTTP/1.1 431")
 
 
 def test_what_is_not_http_is_told_so_with_an_id() -> None:
@@ -134,10 +148,10 @@ def test_trailers_that_do_not_end(after: bytes) -> None:
     """They come behind the headers' check, and nobody has asked for them."""
     told: list[HttpError] = []
     with serving(refused=told.append) as (_, address), socket.create_connection(address) as client:
-        client.settimeout(30)
+        client.settimeout(HANG_S)
         client.sendall(CHUNKED)
         piece = b"a: b\r\n" * 10_000 if after.endswith(b"0\r\n") else b"a" * 60_000
-        deadline_s = time.monotonic() + 30
+        deadline_s = time.monotonic() + HANG_S
         # What comes after the refusal is thrown away for a while, so that the client can read it.
         with suppress(OSError):
             client.sendall(after)
@@ -159,32 +173,35 @@ def test_a_body_is_not_counted_as_headers(length: int) -> None:
         assert b"x-read: %d of 3\r\n" % (10 * length) in until_closed(client)
 
 
-def test_a_reader_that_stops_is_cut_off_and_connections_are_bounded() -> None:
-    with serving() as (server, address):
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.connect(address)
-            client.sendall(b"GET /1000 HTTP/1.1\r\nHost: x\r\n\r\n")
-            deadline_s = time.monotonic() + 30
-            while not server.server_state.connections:
-                assert time.monotonic() < deadline_s
-            while server.server_state.connections:
-                assert time.monotonic() < deadline_s, "it is waited for"
-                time.sleep(0.05)
-        clients = [socket.create_connection(address) for _ in range(4)]
-        # The fourth is closed at once, the others when they have said nothing for their time.
-        assert until_closed(clients[3]) == b""
-        for client in clients:
-            client.close()
+def test_a_reader_that_stops_is_cut_off() -> None:
+    with serving(policy=replace(POLICY, send_timeout_s=SOON_S)) as (server, address), socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(address)
+        client.sendall(b"GET /1000 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(1) == b"H"
+        deadline_s = time.monotonic() + HANG_S
+        while server.server_state.connections:
+            assert time.monotonic() < deadline_s, "it is waited for"
+            time.sleep(0.05)
+
+
+def test_connections_are_bounded() -> None:
+    with serving() as (_, address), ExitStack() as clients:
+        first = [clients.enter_context(socket.create_connection(address)) for _ in range(3)]
+        assert until_closed(clients.enter_context(socket.create_connection(address))) == b""
+        # The others are served.
+        for client in first:
+            client.sendall(b"GET /1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert until_closed(client).startswith(b"HTTP/1.1 200")
 
 
 def test_a_stop_cuts_off_who_does_not_read_and_logs_no_error(caplog: pytest.LogCaptureFixture) -> None:
-    with serving(policy=replace(POLICY, send_timeout_s=60)) as (server, address), socket.socket() as client:
+    with serving() as (server, address), socket.socket() as client:
         logging.getLogger("uvicorn.error").addHandler(caplog.handler)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(address)
         client.sendall(b"GET /1000 HTTP/1.1\r\nHost: x\r\n\r\n")
-        deadline_s = time.monotonic() + 30
+        deadline_s = time.monotonic() + HANG_S
         while not any(one.flow.write_paused for one in list(server.server_state.connections) if one.transport):
             assert time.monotonic() < deadline_s
             time.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,11 +36,15 @@ def test_queues_of_a_small_dev_shm_carry_small_and_large_messages(monkeypatch: p
     writer = MessageQueue(1, 1)
     assert writer.buffer.total_bytes_of_buffer < 11 * SMALL_CHUNK_BYTES < DOCKERS_OWN_BYTES / 5
     reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+    # The socket drops what is sent before its reader is there.
+    with ThreadPoolExecutor() as threads:
+        for ready in [threads.submit(end.wait_until_ready) for end in (writer, reader)]:
+            ready.result()
     assert reader.buffer.max_chunk_bytes == SMALL_CHUNK_BYTES
     # What does not fit into a chunk takes vLLM's socket.
     for message in ("a step", b"x" * (3 * SMALL_CHUNK_BYTES), "the next"):
         writer.enqueue(message)
-        assert reader.dequeue(timeout=10) == message
+        assert reader.dequeue(timeout=300) == message
 
 
 @pytest.mark.parametrize("room", ["enough", "no such folder"])

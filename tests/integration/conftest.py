@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.integration.brake import LATE_S, LAYERS, Brake
 from tests.tiny_models import save_tiny_llama
 
-# Long enough that a generation is still under way when a test on a busy machine gets to look at it: 10 s at least.
 MAX_MODEL_LEN = 16384
 # Few enough that a test can fill them: this many sequences run, this many more wait.
 MAX_NUM_SEQS, MAX_QUEUE = 4, 12
@@ -31,19 +31,22 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.con
 EXPORT_RECORD = {"method": "pat", "base": {"source": "owner/base"}, "hidden_size": {"base": 86, "exported": 64}}
 # A tiny engine is up in 40 s on two idle cores; most of that is imports, which suffer from a busy machine.
 START_TIMEOUT_S = 420
+# What hangs is to fail its test, before pytest-timeout ends the whole run; nothing else is told by it.
+HANG_S = 300
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A running server: its process, address, model folder and log."""
+    """A running server: its process, address, model folder, log, and the brake of its engines."""
 
     process: subprocess.Popen[bytes]
     url: str
     model: Path
     log: Path
+    brake: Brake
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {KEY}"})
+        return httpx.Client(base_url=self.url, timeout=HANG_S, headers={"Authorization": f"Bearer {KEY}"})
 
 
 def free_port() -> int:
@@ -51,6 +54,11 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+def brake_of(log: Path) -> Brake:
+    """The brake of the server that writes this log."""
+    return Brake(log.with_suffix(".brake"))
 
 
 def spawn(model: Path | str, port: int, log: Path, *flags: str) -> subprocess.Popen[bytes]:
@@ -61,6 +69,7 @@ def spawn(model: Path | str, port: int, log: Path, *flags: str) -> subprocess.Po
             [*command, *flags],
             stdout=output,
             stderr=subprocess.STDOUT,
+            env=os.environ | brake_of(log).environment(),
             start_new_session=True,
             # A shell without job control has what it runs in the background ignore SIGINT, and so would the server.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -88,11 +97,11 @@ def running(model: Path | str, log: Path, *flags: str) -> Iterator[Server]:
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(process, url, log)
-        yield Server(process=process, url=url, model=Path(model), log=log)
+        yield Server(process=process, url=url, model=Path(model), log=log, brake=brake_of(log))
     finally:
         process.terminate()
         try:
-            process.wait(30)
+            process.wait(HANG_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
@@ -100,17 +109,23 @@ def running(model: Path | str, log: Path, *flags: str) -> Iterator[Server]:
 
 def metric(client: httpx.Client, name: str) -> float:
     """A Prometheus metric that has one set of labels, or none."""
+    time.sleep(LATE_S)
     found = re.search(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", client.get("/metrics").text, re.MULTILINE)
     assert found, name
     return float(found[1])
 
 
-def wait_for(client: httpx.Client, name: str, value: float, *, within_s: float = 60) -> float:
+def wait_for(client: httpx.Client, name: str, value: float) -> float:
     """Wait until a metric has a value; returns the seconds that it took."""
+    return wait_until(client, name, lambda found: found == value)
+
+
+def wait_until(client: httpx.Client, name: str, reached: Callable[[float], bool]) -> float:
+    """Wait until a metric is as it should be; returns the seconds that it took."""
     begun_s = time.monotonic()
-    while metric(client, name) != value:
-        assert time.monotonic() < begun_s + within_s, f"{name} is {metric(client, name)}, not {value}"
-        time.sleep(0.05)
+    while not reached(found := metric(client, name)):
+        assert time.monotonic() < begun_s + HANG_S, f"{name} is still {found}"
+        time.sleep(0.05)  # the pace of polling
     return time.monotonic() - begun_s
 
 
@@ -120,7 +135,9 @@ def tail(log: Path, lines: int = 60) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=MAX_MODEL_LEN)
+    model = save_tiny_llama(
+        tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=MAX_MODEL_LEN, num_hidden_layers=LAYERS
+    )
     (model / "pat_export.json").write_text(json.dumps(EXPORT_RECORD))
     return model
 
@@ -129,7 +146,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # Room for one sequence of the greatest length and a quarter; times that a test can wait for.
     flags = ["--dtype", "float32", "--kv-cache-gib", "0.02", "--api-key", f"tests={KEY}", "--max-queue", str(MAX_QUEUE)]
-    flags += ["--receive-timeout", "3", "--send-timeout", "3", "--max-body-mib", "1", "--log-format", "json"]
+    flags += ["--receive-timeout", "6", "--send-timeout", "3", "--max-body-mib", "1", "--log-format", "json"]
     # A tokenizer of a base model has no chat template.
     vllm_flags = ["--max-num-seqs", str(MAX_NUM_SEQS), "--chat-template", CHAT_TEMPLATE]
     with running(tiny_model, tmp_path_factory.mktemp("server") / "log.txt", *flags, "--", *vllm_flags) as server:

@@ -7,7 +7,7 @@ import socket
 from contextlib import suppress
 from typing import Any
 
-from tests.integration.conftest import KEY, Server
+from tests.integration.conftest import HANG_S, KEY, Server
 
 HOST = "127.0.0.1"
 AUTHORIZED = f"Authorization: Bearer {KEY}\r\n"
@@ -21,7 +21,7 @@ class RawClient:
         self.socket = socket.socket()
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.settimeout(60)
+        self.socket.settimeout(HANG_S)
         self.socket.connect((HOST, int(server.url.rsplit(":", 1)[1])))
 
     def __enter__(self) -> RawClient:

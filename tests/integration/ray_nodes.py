@@ -25,6 +25,7 @@ from ray import serve
 from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
+from tests.integration.brake import Brake
 from tests.integration.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -38,11 +39,12 @@ FLAGS = "--dtype float32 --kv-cache-gib 0.02 --max-model-len 4096 --shutdown-tim
 
 
 class Nodes:
-    """The cluster: a head with the HTTP proxy, and a second node; each has room for one replica."""
+    """The cluster: a head with the HTTP proxy, and a second node; each has room for one replica. One brake for all."""
 
-    def __init__(self, cluster: Cluster, url: str) -> None:
+    def __init__(self, cluster: Cluster, url: str, brake: Brake) -> None:
         self.cluster = cluster
         self.url = url
+        self.brake = brake
         self.add_second()
 
     def lose_second(self) -> None:
@@ -169,8 +171,11 @@ def two_nodes(model: Path, folder: Path) -> Iterator[Nodes]:
         # Nobody else reaches it, and a token would be written to the user's home.
         "RAY_AUTH_MODE": "disabled",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "PYTHONPATH": str(ROOT),
     }
+    brake = Brake(folder / "brake")
+    # The plugin, and these sources.
+    environment |= brake.environment()
+    environment["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
     # Read when ray was imported.
     ray_constants.ENABLE_RAY_CLUSTER = False
     before = {name: os.environ.get(name) for name in environment}
@@ -182,7 +187,7 @@ def two_nodes(model: Path, folder: Path) -> Iterator[Nodes]:
         add_node(cluster, include_dashboard=False, temp_dir=temporary)
         ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
         port = free_port()
-        nodes = Nodes(cluster, f"http://127.0.0.1:{port}")
+        nodes = Nodes(cluster, f"http://127.0.0.1:{port}", brake)
         config = folder / "serve_config.yaml"
         config.write_text(yaml.safe_dump(configuration(model, port)))
         command = [str(Path(sys.executable).with_name("serve")), "run", "--non-blocking", str(config)]

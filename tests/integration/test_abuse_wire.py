@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
 import psutil
 import pytest
 
-from tests.integration.conftest import KEY, Server
+from tests.integration.conftest import HANG_S, KEY, Server
 from tests.integration.raw_http import AUTHORIZED, JSON, RawClient
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("serves_afterwards")]
@@ -34,7 +36,7 @@ def test_every_route_wants_the_key(server: Server, client: httpx.Client) -> None
     assert len(routes) > 15
     routes += [("GET", path) for path in ("/docs", "/redoc", "/openapi.json", "/nothing", "/")]
     routes += [("OPTIONS", "/generate"), ("HEAD", "/v1/models"), ("TRACE", "/health/"), ("GET", "/metrics")]
-    with httpx.Client(base_url=server.url, timeout=60) as stranger:
+    with httpx.Client(base_url=server.url, timeout=HANG_S) as stranger:
         for method, path in routes:
             if path in ("/health", "/ready"):
                 continue
@@ -171,29 +173,30 @@ def test_a_request_id_that_does_not_belong_into_logs(server: Server, request_id:
         assert "aaaa" not in text
 
 
-@pytest.mark.parametrize(
-    ("begun", "statuses"),
-    [
-        ("", {0}),
-        ("GET /health", {408}),
-        ("GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: ", {408}),
-        (head("/generate", "Content-Length: 100") + '{"prompt": ', {408}),
-        (head("/generate", "Transfer-Encoding: chunked") + "50\r\n{", {408}),
-    ],
-    ids=["nothing", "request line", "headers", "body", "chunk"],
-)
-def test_a_client_that_drips(server: Server, client: httpx.Client, begun: str, statuses: set[int]) -> None:
+# By what a client begins with: the answers that it may be given.
+DRIPPING = {
+    "nothing": ("", {0}),
+    "request line": ("GET /health", {408}),
+    "headers": ("GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: ", {408}),
+    "body": (head("/generate", "Content-Length: 100") + '{"prompt": ', {408}),
+    "chunk": (head("/generate", "Transfer-Encoding: chunked") + "50\r\n{", {408}),
+    "empty lines": ("GET /health HTTP/1.1\r\nHost: x\r\n\r\n", {200}),
+}
+
+
+def drip(server: Server, begun: str) -> int:
+    """Go on with a byte now and then until the server closes the connection; the status of its answer, 0 for none."""
+    drop = {"": "", "GET /health HTTP/1.1\r\nHost: x\r\n\r\n": "\r\n"}.get(begun, "a")
     with RawClient(server) as raw:
         raw.send(begun)
         begun_s = time.monotonic()
         raw.socket.settimeout(0.5)
         received = b""
-        # A byte now and then must not win it more time; 3 s are what this server allows.
-        while time.monotonic() < begun_s + 40:
+        while time.monotonic() < begun_s + HANG_S:
             try:
                 data = raw.socket.recv(65536)
             except TimeoutError:
-                if begun and not raw.send(b"a"):
+                if drop and not raw.send(drop):
                     break
                 continue
             except ConnectionResetError:
@@ -203,20 +206,17 @@ def test_a_client_that_drips(server: Server, client: httpx.Client, begun: str, s
                 break
         else:
             pytest.fail("the connection was kept")
-        assert (int(received.split(b" ", 2)[1]) if received else 0) in statuses
+        return int(received.split(b" ", 2)[1]) if received else 0
 
 
-def test_empty_lines_do_not_keep_a_connection(server: Server) -> None:
-    with RawClient(server) as raw:
-        raw.send("GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        begun_s = time.monotonic()
-        raw.socket.settimeout(0.5)
-        closed = False
-        while not closed and time.monotonic() < begun_s + 40:
-            try:
-                closed = raw.socket.recv(65536) == b"" or not raw.send(b"\r\n")
-            except TimeoutError:
-                closed = not raw.send(b"\r\n")
-            except ConnectionResetError:
-                closed = True
-        assert closed
+@pytest.fixture(scope="module")
+def dripping(server: Server) -> Iterator[dict[str, Future[int]]]:
+    """All of them at once: each waits until the server's patience is over."""
+    with ThreadPoolExecutor(len(DRIPPING)) as clients:
+        yield {name: clients.submit(drip, server, begun) for name, (begun, _) in DRIPPING.items()}
+
+
+@pytest.mark.parametrize("name", DRIPPING)
+def test_a_client_that_drips(dripping: dict[str, Future[int]], client: httpx.Client, name: str) -> None:
+    """A byte now and then wins it no more time, and an empty line behind a request no other one."""
+    assert dripping[name].result() in DRIPPING[name][1]

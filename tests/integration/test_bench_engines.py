@@ -27,7 +27,7 @@ from pat_serve.server.bench.speedup import check_speedup
 from pat_serve.server.bench.speedup_analysis import surroundings_of
 from pat_serve.server.bench.speedup_result import RegimeResult, SpeedupResult, SpeedupSettings
 from pat_serve.server.bench.speedup_rounds import run_round
-from tests.integration.conftest import KEY, Server, running
+from tests.integration.conftest import HANG_S, KEY, Server, running
 from tests.tiny_models import save_tiny_llama, tiny_config
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -169,7 +169,7 @@ def test_the_server_answers_with_a_draft_as_without(tmp_path: Path) -> None:
                 {"prompt": prompt, "max_tokens": 32, "temperature": 0} for prompt in ("Hello", "Return a list of", "x")
             ]
             url = f"{server.url}/generate"
-            answers.append([httpx.post(url, json=body, timeout=60).json()["text"] for body in bodies])
+            answers.append([httpx.post(url, json=body, timeout=HANG_S).json()["text"] for body in bodies])
     assert answers[0] == answers[1]
     assert all(answers[0])
 

@@ -16,7 +16,7 @@ from pat_serve.export.exporter import export_run
 from pat_serve.training.data import encode_rows, load_rows
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
-from tests.integration.conftest import running, tail
+from tests.integration.conftest import HANG_S, running, tail
 from tests.tiny_models import save_tiny_llama, tiny_llama
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -94,7 +94,7 @@ def test_vllm_answers_as_the_float_model_does(
         question = [token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label < 0]
         expected, leads = greedy(model, question)
         body = {"prompt_token_ids": question, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True}
-        found = httpx.post(f"{url}/generate", json=body, timeout=60).raise_for_status().json()["token_ids"]
+        found = httpx.post(f"{url}/generate", json=body, timeout=HANG_S).raise_for_status().json()["token_ids"]
         certain = next((at for at, lead in enumerate(leads) if lead < SURE_NATS), ANSWER_TOKENS)
         assert found[:certain] == expected[:certain], (expected, found, leads)
         sure += certain

@@ -15,12 +15,21 @@ import httpx
 import psutil
 import pytest
 
-from tests.integration.conftest import KEY, MAX_MODEL_LEN, START_TIMEOUT_S, free_port, running, spawn, tail, wait_for
+from tests.integration.conftest import (
+    HANG_S,
+    KEY,
+    MAX_MODEL_LEN,
+    START_TIMEOUT_S,
+    free_port,
+    running,
+    spawn,
+    tail,
+    wait_for,
+)
 from tests.integration.raw_http import RawClient
 
 pytestmark = pytest.mark.vllm
 
-STOP_TIMEOUT_S = 60
 AUTHORIZATION = {"Authorization": f"Bearer {KEY}"}
 STREAMS = 8
 LONG = MAX_MODEL_LEN - 10
@@ -44,14 +53,14 @@ def pid_of(session: int, name: str) -> int:
 
 
 def wait_until_gone(session: int) -> None:
-    deadline_s = time.monotonic() + STOP_TIMEOUT_S
+    deadline_s = time.monotonic() + HANG_S
     while members(session):
         assert time.monotonic() < deadline_s, members(session)
         time.sleep(0.05)
 
 
 def check_ended(process: subprocess.Popen[bytes], exit_code: int, log: Path) -> None:
-    assert process.wait(STOP_TIMEOUT_S) == exit_code, tail(log)
+    assert process.wait(HANG_S) == exit_code, tail(log)
     # Python's resource tracker ends by itself, a moment after the process that it watches.
     wait_until_gone(process.pid)
 
@@ -77,7 +86,7 @@ class Stream(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        with httpx.stream("POST", self.url, json=self.body, timeout=300, headers=AUTHORIZATION) as response:
+        with httpx.stream("POST", self.url, json=self.body, timeout=HANG_S, headers=AUTHORIZATION) as response:
             self.status = response.status_code
             for line in response.iter_lines():
                 if line:
@@ -86,7 +95,7 @@ class Stream(threading.Thread):
 
     def end(self) -> list[str]:
         """The last two events."""
-        self.join(300)
+        self.join(HANG_S)
         assert not self.is_alive()
         return self.lines[-2:]
 
@@ -103,16 +112,18 @@ class Whole(threading.Thread):
     def run(self) -> None:
         body = {"max_tokens": MAX_MODEL_LEN - 10, "ignore_eos": True, "model": str(self.model), "prompt": [5]}
         try:
-            self.answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=300, headers=AUTHORIZATION)
+            self.answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=HANG_S, headers=AUTHORIZATION)
         except httpx.TransportError as error:
             self.answer = error
 
 
 def until_status(url: str, status: int, **call: Any) -> httpx.Response:
     """Ask until the answer has a status."""
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + HANG_S
     while True:
-        answer = httpx.request(call.get("method", "GET"), url, timeout=60, json=call.get("json"), headers=AUTHORIZATION)
+        answer = httpx.request(
+            call.get("method", "GET"), url, timeout=HANG_S, json=call.get("json"), headers=AUTHORIZATION
+        )
         if answer.status_code == status:
             return answer
         assert time.monotonic() < deadline_s, (answer.status_code, answer.text)
@@ -125,14 +136,15 @@ def until_status(url: str, status: int, **call: Any) -> httpx.Response:
 def test_a_signal_lets_requests_finish_and_a_second_one_ends_them(
     tiny_model: Path, log: Path, number: signal.Signals
 ) -> None:
-    with running(tiny_model, log, "--kv-cache-gib", "0.25", "--shutdown-timeout", "600") as started:
+    flags = ["--kv-cache-gib", "0.25", "--shutdown-timeout", "600"]
+    with running(tiny_model, log, *flags) as started, started.brake.held():
         process, url = started.process, started.url
         assert len(members(process.pid)) >= 4  # supervisor, server, engine, worker: else this test would see nothing
         # Many, because a busy event loop may stop reading the engine's output before it learns that the engine aborts.
         streams = [Stream(url) for _ in range(STREAMS)]
-        short = Stream(url, tokens=300)
+        short = Stream(url, tokens=30)
         for stream in [*streams, short]:
-            assert stream.flowing.wait(120)
+            assert stream.flowing.wait(HANG_S)
         with RawClient(started, receive_buffer=4096) as deaf:
             deaf.post("/generate", streams[0].body)
             # To the whole group, as Ctrl-C in a terminal.
@@ -140,8 +152,8 @@ def test_a_signal_lets_requests_finish_and_a_second_one_ends_them(
             refused = until_status(f"{url}/generate", 503, method="POST", json={"prompt": "a", "max_tokens": 1})
             assert refused.json()["error"]["type"] == "stopping"
             assert "retry-after" in refused.headers
-            assert httpx.get(f"{url}/health", timeout=60).status_code == 200
-            assert httpx.get(f"{url}/ready", timeout=60).status_code == 503
+            assert httpx.get(f"{url}/health", timeout=HANG_S).status_code == 200
+            assert httpx.get(f"{url}/ready", timeout=HANG_S).status_code == 503
             last, done = short.end()
             assert '"finish_reason":"length"' in last
             assert done == "data: [DONE]"
@@ -162,13 +174,13 @@ def test_a_deadline_ends_a_request_and_gives_its_place_back(tiny_model: Path, lo
         # What an engine does once, at its first requests, is not to fall into the time of those that are looked at.
         for warm in [Stream(url, tokens=8), Stream(url, path="/v1/completions", model=tiny_model, tokens=8)]:
             warm.end()
-        streams = [Stream(url), Stream(url, path="/v1/completions", model=tiny_model)]
-        for stream in streams:
-            ending = stream.end()
-            # The status line waits for the first token; a machine that had none in 10 s says it there.
-            assert '"deadline"' in ending[0 if stream.status == 200 else -1], (stream.status, ending)
-            assert (stream.status, ending[-1]) == (200, "data: [DONE]") or stream.status == 504, ending
-        with httpx.Client(base_url=url, timeout=60) as client:
+        with started.brake.held(), httpx.Client(base_url=url, timeout=HANG_S) as client:
+            streams = [Stream(url), Stream(url, path="/v1/completions", model=tiny_model)]
+            for stream in streams:
+                ending = stream.end()
+                # The status line waits for the first token; a machine that had none in 10 s says it there.
+                assert '"deadline"' in ending[0 if stream.status == 200 else -1], (stream.status, ending)
+                assert (stream.status, ending[-1]) == (200, "data: [DONE]") or stream.status == 504, ending
             wait_for(client, "vllm:num_requests_running", 0)
             for path in ("/generate", "/v1/completions"):
                 late = client.post(path, json=streams[path != "/generate"].body | {"stream": False})
@@ -180,13 +192,13 @@ def test_a_deadline_ends_a_request_and_gives_its_place_back(tiny_model: Path, lo
 def test_a_key_s_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, log: Path) -> None:
     # No deadline comes near, however slow the machine: only the kill can end these streams.
     flags = ["--kv-cache-gib", "0.25", "--request-timeout", "3600", "--max-concurrency-per-key", "3"]
-    with running(tiny_model, log, *flags, "--api-key", f"tests={KEY}") as started:
+    with running(tiny_model, log, *flags, "--api-key", f"tests={KEY}") as started, started.brake.held():
         process, url = started.process, started.url
         whole = Whole(url, tiny_model)
         streams = [Stream(url), Stream(url, path="/v1/completions", model=tiny_model)]
         for stream in streams:
-            assert stream.flowing.wait(60)
-        refused = httpx.post(f"{url}/generate", json={"prompt": "a"}, timeout=60, headers=AUTHORIZATION)
+            assert stream.flowing.wait(HANG_S)
+        refused = httpx.post(f"{url}/generate", json={"prompt": "a"}, timeout=HANG_S, headers=AUTHORIZATION)
         found = [(stream.status, stream.is_alive(), stream.lines[-2:]) for stream in streams]
         assert refused.status_code == 429, (refused.text, found)
         assert refused.json()["error"]["type"] == "too_many_requests"
@@ -195,7 +207,7 @@ def test_a_key_s_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, log: 
         engine = pid_of(process.pid, "EngineCore")
         os.kill(engine, signal.SIGSTOP)
         until_status(f"{url}/ready", 503)
-        assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+        assert httpx.get(f"{url}/health", timeout=HANG_S).status_code == 200
         os.kill(engine, signal.SIGCONT)
         until_status(f"{url}/ready", 200)
         # Killed.
@@ -207,7 +219,7 @@ def test_a_key_s_bound_and_an_engine_that_stops_and_dies(tiny_model: Path, log: 
             assert '"error"' in last
             assert "deadline" not in last
             assert done == "data: [DONE]"
-        whole.join(60)
+        whole.join(HANG_S)
         # The server may be gone before it has answered, but it does not answer anything else.
         if isinstance(whole.answer, httpx.Response):
             assert (whole.answer.status_code, whole.answer.json()["error"]["type"]) == (503, "engine_dead")
@@ -227,14 +239,14 @@ def test_a_killed_parent_leaves_no_process(tiny_model: Path, log: Path, victim: 
         connection = RawClient(started)
         connection.post("/generate", {"prompt": "a", "max_tokens": MAX_MODEL_LEN - 10, "ignore_eos": True})
         os.kill(process.pid if victim == "supervisor" else server.pid, signal.SIGKILL)
-        assert process.wait(STOP_TIMEOUT_S) == (-signal.SIGKILL if victim == "supervisor" else 128 + signal.SIGKILL)
+        assert process.wait(HANG_S) == (-signal.SIGKILL if victim == "supervisor" else 128 + signal.SIGKILL)
         wait_until_gone(process.pid)
 
 
 def test_sigterm_while_the_engine_starts_leaves_no_process(tiny_model: Path, log: Path) -> None:
     process = spawn(tiny_model, free_port(), log, "--kv-cache-gib", "0.25")
     try:
-        deadline_s = time.monotonic() + 120
+        deadline_s = time.monotonic() + START_TIMEOUT_S
         while not any("EngineCore" in line for line in members(process.pid).values()):
             assert time.monotonic() < deadline_s, tail(log)
             assert process.poll() is None, tail(log)

@@ -18,7 +18,16 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from pat_serve.version import __version__
-from tests.integration.conftest import EXPORT_RECORD, KEY, Server, free_port, spawn, tail, wait_until_ready
+from tests.integration.conftest import (
+    EXPORT_RECORD,
+    HANG_S,
+    KEY,
+    Server,
+    free_port,
+    spawn,
+    tail,
+    wait_until_ready,
+)
 from tests.integration.raw_http import RawClient
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("serves_afterwards")]
@@ -77,7 +86,7 @@ def test_a_request_is_counted_by_route_and_key(server: Server, client: httpx.Cli
     first_s, token_s, queue_s, request_s = (added(f"{name}_seconds_sum", **by) for name in names)
     assert 0 <= queue_s < first_s < first_s + 8 * token_s * 0.99 <= request_s
     # The client sees the whole of it and the way there and back; httpx stops its clock at a stream's end.
-    assert request_s < sum(timings) + 0.05
+    assert request_s < sum(timings)
 
 
 def test_rejections_are_counted_by_reason(server: Server, client: httpx.Client) -> None:
@@ -225,8 +234,10 @@ def test_traces_reach_a_collector(tiny_model: Path, tmp_path: Path, monkeypatch:
         trace = "0af7651916cd43dd8448eb211c80319c"
         headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01", "X-Request-Id": "traced-1"}
         body = {"model": str(tiny_model), "prompt": "a", "max_tokens": 3}
-        httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, headers=headers, timeout=60).raise_for_status()
-        deadline_s = time.monotonic() + 30
+        httpx.post(
+            f"http://127.0.0.1:{port}/v1/completions", json=body, headers=headers, timeout=HANG_S
+        ).raise_for_status()
+        deadline_s = time.monotonic() + HANG_S
         while not any(b"traced-1" in spans for spans in Collector.received):
             assert time.monotonic() < deadline_s, tail(log)
             time.sleep(0.1)
@@ -234,5 +245,5 @@ def test_traces_reach_a_collector(tiny_model: Path, tmp_path: Path, monkeypatch:
         assert bytes.fromhex(trace) in spans
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(HANG_S)
         collector.shutdown()

@@ -16,6 +16,7 @@ from ray import serve
 
 from pat_serve.server.cluster.app import PatServe
 from pat_serve.server.cluster.settings import ReplicaSettings
+from tests.integration.conftest import HANG_S
 from tests.integration.ray_nodes import (
     REQUEST_TIMEOUT_S,
     Load,
@@ -80,14 +81,14 @@ def test_a_client_that_leaves_frees_its_place(nodes: Nodes, client: httpx.Client
         return sum(float(match[1]) for match in found if match)
 
     body = {"prompt_token_ids": [5], "max_tokens": 4000, "ignore_eos": True, "stream": True}
-    with client.stream("POST", "/generate", json=body) as stream:
-        # Held on to: the connection ends with the iterator.
-        lines = stream.iter_lines()
-        first = next(lines)
-        assert stream.status_code == 200, first
-        assert in_flight() == 1, first
-    # Far from the end of 4000 tokens, on any machine.
-    took_s = until(lambda: in_flight() == 0, "free place", 15)
+    with nodes.brake.held():
+        with client.stream("POST", "/generate", json=body) as stream:
+            # Held on to: the connection ends with the iterator.
+            lines = stream.iter_lines()
+            first = next(lines)
+            assert stream.status_code == 200, first
+            assert in_flight() == 1, first
+        took_s = until(lambda: in_flight() == 0, "free place", HANG_S)
     print(f"\nthe place of a client that left was free after {took_s:.1f} s")
 
 

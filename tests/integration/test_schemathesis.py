@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.integration.conftest import KEY, Server
+from tests.integration.conftest import HANG_S, KEY, Server
 
 pytestmark = pytest.mark.vllm
 
@@ -142,7 +142,7 @@ def explore(
         nonlocal sent
         sent += 1
         case.body = small(path, case.body)
-        answer = case.call(headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+        answer = case.call(headers={"Authorization": f"Bearer {KEY}"}, timeout=HANG_S)
         check(case, answer)
 
     one()

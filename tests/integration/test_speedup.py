@@ -22,6 +22,7 @@ from pat_serve.server.analysis.trace import prompts_digest
 from pat_serve.server.bench.speedup import check_speedup
 from pat_serve.server.bench.speedup_result import Regime, SpeedupResult, SpeedupSettings
 from pat_serve.server.bench.speedup_rounds import round_prompts
+from tests.integration.conftest import HANG_S, START_TIMEOUT_S
 from tests.tiny_models import tiny_config
 
 pytestmark = pytest.mark.vllm
@@ -68,7 +69,7 @@ def test_a_model_against_itself(tmp_path: Path, mark: str) -> None:
     folder, out = shape_folder(tmp_path / "model"), tmp_path / "result.json"
     flags = ("--batch-size", 3, "--prompt-tokens", 40, "--output-tokens", 6, "--rounds", 6, "--seed", 7)
     command = bench("--baseline", folder, "--candidate", folder, *flags, "--layers", 1, "--json", "--out", out)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False)
 
     result = SpeedupResult.model_validate_json(done.stdout)
     assert done.stderr == ""
@@ -133,7 +134,9 @@ def test_an_engine_that_does_not_start(tmp_path: Path, mark: str) -> None:
     folder = shape_folder(tmp_path / "model", architectures=["NoSuchForCausalLM"])
     command = bench("--baseline", folder, "--candidate", folder)
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False, env=environment
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert "expected an engine that starts and runs" in done.stderr
@@ -155,17 +158,17 @@ def test_no_process_outlives_a_signal(number: signal.Signals, tmp_path: Path, ma
         # A shell without job control has what it runs in the background ignore SIGINT, and these tests may be that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + START_TIMEOUT_S
     while len(processes(mark)) < 3:
         assert time.monotonic() < deadline_s
         assert command.poll() is None
         time.sleep(0.2)
     workers = [process for process in processes(mark) if process.pid != command.pid]
     command.send_signal(number)
-    _, stderr = command.communicate(timeout=60)
+    _, stderr = command.communicate(timeout=HANG_S)
     assert command.returncode != 0
     # A parent that was killed cannot end its workers: they notice that their pipe is closed.
-    _, alive = psutil.wait_procs(workers, timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=HANG_S)
     assert not alive
     if number is not signal.SIGKILL:
         assert "Traceback" not in stderr

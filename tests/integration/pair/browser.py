@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.integration.conftest import HANG_S
+
 CONTRAST = """
 const light = (c) => { const [r, g, b] = c.map((v) => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
   return .2126 * r + .7152 * g + .0722 * b; };
@@ -89,7 +91,7 @@ class Page:
             element.clear()
             element.send_keys(str(value))
 
-    def until(self, what: Callable[[], Any], *, within_s: float = 60) -> Any:
+    def until(self, what: Callable[[], Any], *, within_s: float = HANG_S) -> Any:
         deadline_s = time.monotonic() + within_s
         while not (seen := what()):
             assert time.monotonic() < deadline_s, self.driver.find_element("tag name", "body").text

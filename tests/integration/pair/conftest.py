@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.conftest import KEY, Server, running, tail
+from tests.integration.conftest import HANG_S, KEY, Server, running, tail
 from tests.tiny_models import save_tiny_llama
 
 MAX_MODEL_LEN = 8192
@@ -48,8 +48,8 @@ def server(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         # Both engines end with the server.
         family = psutil.Process(server.process.pid).children(recursive=True)
         server.process.terminate()
-        assert server.process.wait(60) == 0, tail(server.log)
-        assert psutil.wait_procs(family, timeout=5)[1] == []
+        assert server.process.wait(HANG_S) == 0, tail(server.log)
+        assert psutil.wait_procs(family, timeout=HANG_S)[1] == []
 
 
 def running_pair(dense: Path, folder: Path) -> AbstractContextManager[Server]:

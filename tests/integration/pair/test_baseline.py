@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pat_serve.server.analysis.roofline import decode_ceiling
 from pat_serve.sizes import shape_of
 from tests.integration.asking import check_error, post
-from tests.integration.conftest import Server
+from tests.integration.conftest import HANG_S, Server
 from tests.integration.pair.conftest import MAX_MODEL_LEN, PROMPT, running_pair
 
 pytestmark = pytest.mark.vllm
@@ -88,7 +88,7 @@ def test_bad_check_is_one_clear_400(client: httpx.Client, body: dict[str, Any], 
 
 def test_check_is_refused_while_a_user_is_served_by_either_model(server: Server, client: httpx.Client) -> None:
     endless = {"prompt": PROMPT, "max_tokens": MAX_MODEL_LEN - 100, "ignore_eos": True, "stream": True}
-    with closing(post(server, "/baseline/generate", endless)) as connection:
+    with server.brake.held(), closing(post(server, "/baseline/generate", endless)) as connection:
         assert connection.getresponse().readline().startswith(b"data: ")
         check_error(client.post("/benchmark/speedup", json=SMALL), 409, "busy", None, "1 request of a user")
 
@@ -109,14 +109,14 @@ def test_a_dead_baseline_ends_no_server(server: Server, client: httpx.Client) ->
     _, second = cores(server)
     family = [second, *second.children(recursive=True)]
     second.kill()
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + HANG_S
     while (answer := client.post("/baseline/generate", json={"prompt": "a", "max_tokens": 1})).status_code != 503:
         assert time.monotonic() < deadline_s, answer.text
     check_error(answer, 503, "baseline_dead", None, "restart the server")
     check_error(client.post("/benchmark/speedup", json=SMALL), 503, "baseline_dead", None, "restart the server")
     assert client.post("/generate", json={"prompt": "a", "max_tokens": 2}).status_code == 200
     assert client.get("/ready").status_code == 200
-    _, left = psutil.wait_procs(family, timeout=15)
+    _, left = psutil.wait_procs(family, timeout=HANG_S)
     assert left == []
 
 
@@ -127,8 +127,8 @@ def test_nothing_is_left_whoever_is_killed(dense: Path, tmp_path: Path, killed: 
         family = psutil.Process(server.process.pid).children(recursive=True)
         victims = {"served engine": cores(server)[0], "supervisor": server.process, "server": family[0]}
         victims[killed].kill()
-        assert server.process.wait(60) != 0
-        assert psutil.wait_procs(family, timeout=60)[1] == []
+        assert server.process.wait(HANG_S) != 0
+        assert psutil.wait_procs(family, timeout=HANG_S)[1] == []
 
 
 def cores(server: Server) -> list[psutil.Process]:

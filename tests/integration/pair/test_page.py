@@ -76,23 +76,24 @@ def test_a_key_that_holds_no_longer_is_asked_for_once(page: Page) -> None:
     assert not page["key-form"].is_displayed()
 
 
-def test_both_models_stream_side_by_side_and_stop(page: Page, client: httpx.Client) -> None:
+def test_both_models_stream_side_by_side_and_stop(page: Page, server: Server, client: httpx.Client) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    page.mode("prompt")
-    page.fill(max_tokens=8000, temperature=0)
-    page["prompt"].send_keys(PROMPT, Keys.CONTROL + Keys.ENTER)
-    for side in ("pruned", "dense"):
-        text = page.until(lambda side=side: page.answer(side, ".text"))
-        page.until(lambda side=side, text=text: len(page.answer(side, ".text")) > len(text) + 20)
-        ttft, rate, tokens = page.answer(side, ".figures").split("\n")[1::2]
-        assert ttft.endswith("s")
-        assert float(rate) > 0
-        assert int(tokens) > 1
-    assert not page["send"].is_enabled()
-    page["stop"].click()
-    page.until(lambda: "Pruned: stopped. Dense: stopped." in page["play-news"].get_attribute("textContent"))
-    wait_for(client, "vllm:num_requests_running", 0)
+    with server.brake.held():
+        page.mode("prompt")
+        page.fill(max_tokens=8000, temperature=0)
+        page["prompt"].send_keys(PROMPT, Keys.CONTROL + Keys.ENTER)
+        for side in ("pruned", "dense"):
+            text = page.until(lambda side=side: page.answer(side, ".text"))
+            page.until(lambda side=side, text=text: len(page.answer(side, ".text")) > len(text) + 20)
+            ttft, rate, tokens = page.answer(side, ".figures").split("\n")[1::2]
+            assert ttft.endswith("s")
+            assert float(rate) > 0
+            assert int(tokens) > 1
+        assert not page["send"].is_enabled()
+        page["stop"].click()
+        page.until(lambda: "Pruned: stopped. Dense: stopped." in page["play-news"].get_attribute("textContent"))
+        wait_for(client, "vllm:num_requests_running", 0)
     assert page["send"].is_enabled()
     assert not page["stop"].is_enabled()
     assert page.complaints() == []
@@ -114,16 +115,17 @@ def test_one_after_the_other_ends_with_the_servers_figures(page: Page) -> None:
     page.until(lambda: "lower max_tokens" in page.answer("pruned", ".problem"))
 
 
-def test_speedup_is_checked_and_its_verdict_shown(page: Page, client: httpx.Client) -> None:
+def test_speedup_is_checked_and_its_verdict_shown(page: Page, server: Server, client: httpx.Client) -> None:
     # A request of the test before, were one left, would have the check refused.
     wait_for(client, "pat_serve_requests_in_flight", 0)
     page.fill(claim=0.1, margin=5, prompt_tokens=16, output_tokens=9, rounds=5)
-    page["check-run"].click()
-    page.until(lambda: "run in turns" in page["verdict"].text)
-    # A second one, from elsewhere, has to wait for it; one that came before it would make it wait instead.
-    wait_for(client, "pat_serve_requests_in_flight", 1)
-    check_error(client.post("/benchmark/latency", json={"rounds": 1}), 409, "busy", None, "another benchmark")
-    page.until(lambda: page.driver.find_elements("id", "verdict-word"), within_s=180)
+    with server.brake.held():
+        page["check-run"].click()
+        page.until(lambda: "run in turns" in page["verdict"].text)
+        # A second one, from elsewhere, has to wait for it; one that came before it would make it wait instead.
+        wait_for(client, "pat_serve_requests_in_flight", 1)
+        check_error(client.post("/benchmark/latency", json={"rounds": 1}), 409, "busy", None, "another benchmark")
+    page.until(lambda: page.driver.find_elements("id", "verdict-word"))
 
     told = client.get("/benchmark/speedup").raise_for_status().json()
     result = LiveSpeedupResult.model_validate(told)
