@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import httpx
@@ -12,9 +13,9 @@ import httpx
 from tests.integration.conftest import KEY, Server
 
 
-def events(response: httpx.Response) -> list[Any]:
-    """The JSON of every server-sent event; the stream must end with [DONE]."""
-    lines = [line for line in response.iter_lines() if line]
+def events(stream: Iterable[str]) -> list[Any]:
+    """The JSON of every server-sent event in a stream's lines; the last one must be [DONE]."""
+    lines = [line for line in stream if line]
     assert all(line.startswith("data: ") for line in lines)
     data = [line.removeprefix("data: ") for line in lines]
     assert data[-1] == "[DONE]"
