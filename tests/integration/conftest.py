@@ -145,16 +145,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # Room for one sequence of the greatest length and a quarter; times that a test can wait for.
-    flags = [
-        "--dtype",
-        "float32",
-        "--kv-cache-gib",
-        f"{0.01 * LAYERS}",
-        "--api-key",
-        f"tests={KEY}",
-        "--max-queue",
-        str(MAX_QUEUE),
-    ]
+    flags = ["--dtype", "float32", "--kv-cache-gib", f"{0.01 * LAYERS}", "--api-key", f"tests={KEY}"]
+    flags += ["--max-queue", str(MAX_QUEUE)]
     flags += ["--receive-timeout", "6", "--send-timeout", "3", "--max-body-mib", "1", "--log-format", "json"]
     # A tokenizer of a base model has no chat template.
     vllm_flags = ["--max-num-seqs", str(MAX_NUM_SEQS), "--chat-template", CHAT_TEMPLATE]
