@@ -77,7 +77,7 @@ def snap_ratio(
             "--ratio",
             expected=f"a multiple of {step} between {_lowest(hidden_size)} and {hidden_size - 1}",
             found="none",
-            fix="This base is too narrow to be pruned along its hidden dimension.",
+            fix="Choose a wider base: this one has no narrower width that loads.",
         )
     # Ties go to the wider: it keeps more quality, and asks for less than the user allowed, not more.
     width = min(legal, key=lambda k: (abs(k - wanted), -k))
@@ -119,7 +119,7 @@ def check_width(
         found=str(width),
         fix=f"Nearest legal widths: {name_widths(near, parameters)}."
         if near
-        else "This base is too narrow to be pruned.",
+        else "Choose a wider base: this one has no narrower width that loads.",
     )
 
 

@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from pat_serve.errors import BrokenCheckpoint, MissingModel, first_line
+from pat_serve.locate import stock_path
 from pat_serve.shards import INDEX, indexed_shards, read_index
 
 _TOKENIZERS = (
@@ -39,12 +40,13 @@ def check_whole_models(args: Namespace, model: str, *, baseline: str | None, dra
     """
     has_own = not args.skip_tokenizer_init and args.tokenizer_mode.lower() in _TOKENIZER_MODES
     for name, needs_tokenizer in ((model, has_own and args.tokenizer is None), (baseline, has_own), (draft, False)):
-        if name is None or not Path(name).is_dir():
+        folder = None if name is None else Path(stock_path(name))
+        if folder is None or not folder.is_dir():
             continue
         if args.load_format == "safetensors":
-            check_weights(Path(name))
+            check_weights(folder)
         if needs_tokenizer:
-            check_tokenizer(Path(name))
+            check_tokenizer(folder)
 
 
 def check_weights(folder: Path) -> None:

@@ -298,6 +298,23 @@ def test_untied_on_request(rows: Path, tmp_path: Path):
     assert torch.equal(head, load_file(base / "model.safetensors")[f"{EMBEDDING}.weight"][:, kept])
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tied_embeddings": "untie", "hio_rank": 0}, "--tied-embeddings: expected an operator.*Add --hio-rank 8"),
+        ({"lora_head": True}, "--lora-head: expected a head of its own.*--tied-embeddings untie with --hio-rank 8"),
+        ({"lora_head": True, "tied_embeddings": "untie", "hio_rank": 0}, "--lora-head: expected a head of its own"),
+        ({"lora_head": True, "method": "lora"}, "--lora-head: .*--rotate loss and a method that prunes"),
+    ],
+)
+def test_a_head_that_no_export_could_have_is_refused_before_the_training(
+    settings: dict[str, object], message: str, rows: Path, tmp_path: Path
+):
+    base = make_base(tmp_path / "base", "Llama 3.2, tied")
+    with pytest.raises(UsageError, match=message):
+        start(short_recipe(base, rows, **settings), tmp_path / "run")
+
+
 @pytest.mark.parametrize(("method", "tied"), [("pat", "keep"), ("pat", "untie"), ("lora", "untie")])
 def test_the_tie_is_no_setting_where_there_is_none(method: str, tied: str, tiny_base: Path, rows: Path, tmp_path: Path):
     with pytest.raises(UsageError, match=r"--tied-embeddings.*its own tensor"):

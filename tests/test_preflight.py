@@ -150,6 +150,11 @@ def test_what_cannot_fit_is_refused_before_it_loads(
     with pytest.raises(TooLarge, match=r"expected at most 0.05 GB.*--gradient-checkpointing.*--skip-preflight"):
         start(tiny_recipe(tiny_base, rows), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+    # What the recipe does already is no way out.
+    used = {"gradient_checkpointing": True, "batch_size": 1, "dtype": "bfloat16"}
+    with pytest.raises(TooLarge) as caught:
+        start(tiny_recipe(tiny_base, rows, **used), tmp_path / "run")
+    assert caught.value.fix == "Lower --max-length-tokens, or override this estimate with --skip-preflight."
     start(tiny_recipe(tiny_base, rows, max_steps=12, skip_preflight=True), tmp_path / "run")
     said = capsys.readouterr().err
     assert "M trained (LoRA" in said

@@ -45,6 +45,8 @@ PAPER_RATES: dict[str, Any] = {
     "max_grad_norm": 0.3,
 }
 
+LEAST_CALIBRATION_ROWS = 8
+
 UNPRUNED: dict[str, Any] = {name: PAPER[name] for name in ("rotate", "mask_start", "gate", "compensate")}
 
 
@@ -128,7 +130,7 @@ class TrainRecipe(pydantic.BaseModel):
     gate: Literal["auto", "anneal", "gradual", "cut"] = "auto"
     compensate: bool | None = None
     # Rows that the stream is measured on, before the first step; the export's parity prompts are the first 8.
-    calibration_rows: int = pydantic.Field(default=128, ge=8)
+    calibration_rows: int = pydantic.Field(default=128, ge=LEAST_CALIBRATION_ROWS)
     lora_head: bool | None = None
     distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
     # The paper's 1; 0 leaves the identity loss out (docs/study.md).

@@ -16,7 +16,7 @@ from pat_serve.errors import TooLarge
 from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes
 from pat_serve.progress import say
 from pat_serve.rotation import untie_head
-from pat_serve.training.config import TrainRecipe
+from pat_serve.training.config import LEAST_CALIBRATION_ROWS, TrainRecipe
 from pat_serve.training.insert import adapt
 from pat_serve.training.memory import (
     base_parameters,
@@ -128,20 +128,31 @@ def check_memory(
         say(f"preflight: trains {channels} channels" + (f", since {wide}" if wide else ""))
     estimate.report(available, device)
     if not recipe.skip_preflight:
-        require_room(estimate, available, device)
+        require_room(estimate, available, device, recipe, dtype)
     return estimate
 
 
-def require_room(estimate: Preflight, available_bytes: int, device: str) -> None:
-    """Raises: TooLarge, when the estimate is more than there is."""
+def require_room(estimate: Preflight, available_bytes: int, device: str, recipe: TrainRecipe, dtype: str) -> None:
+    """Raises: TooLarge, when the estimate is more than there is; it names what this recipe has not used yet."""
     if estimate.total_bytes > available_bytes:
+        preparing = 0 < estimate.preparing_bytes > available_bytes - OVERHEAD_BYTES
+        training = estimate.total_bytes > estimate.preparing_bytes + OVERHEAD_BYTES or not preparing
+        ways = {
+            "lower --batch-size and raise --gradient-accumulation-steps": training and recipe.batch_size > 1,
+            "lower --max-length-tokens": True,
+            f"lower --calibration-rows {recipe.calibration_rows}, for what comes before the first step": preparing
+            and recipe.calibration_rows > LEAST_CALIBRATION_ROWS,
+            "add --gradient-checkpointing": training and not recipe.gradient_checkpointing,
+            "take --dtype bfloat16": dtype == "float32",
+            "override this estimate with --skip-preflight": True,
+        }
+        *first, last = (way for way, helps in ways.items() if helps)
+        fix = f"{', '.join(first)}, or {last}."
         raise TooLarge(
             "the training",
             expected=f"at most {_gb(available_bytes)}, which {device} has left",
             found=f"{_gb(estimate.total_bytes)} ({estimate.parts()})",
-            fix="Lower --batch-size (and raise --gradient-accumulation-steps) or --max-length-tokens, or "
-            "--calibration-rows for what comes before the first step; add --gradient-checkpointing, take --dtype "
-            "bfloat16, or override this estimate with --skip-preflight.",
+            fix=fix[0].upper() + fix[1:],
         )
 
 

@@ -202,12 +202,17 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
                     f"{self.run}, step {step}",
                     expected="a finite loss",
                     found=f"{name} {total}; the last finite loss was {self._last_finite}",
-                    fix="Train again with a lower --learning-rate; the last checkpoint is in its checkpoints folder.",
+                    fix=f"Train again with a lower --learning-rate{self._saved()}.",
                 )
             if name == "cross_entropy":
                 before, batches = self._seen
                 self._last_finite = f"{(total - before) / (self._micro_batches - batches):.4g} in step {step}"
                 self._seen = (total, self._micro_batches)
+
+    def _saved(self) -> str:
+        """Where the run could be gone on from, as the end of a sentence."""
+        checkpoints = list_checkpoints(self.checkpoints.parent)
+        return f"; {checkpoints[-1].name} in its checkpoints folder is the last whole one" if checkpoints else ""
 
     # Checkpoints. The Trainer writes the optimizer, the scheduler, the random state and its own; what is trained goes
     # into one safetensors file instead of its pickle and PEFT's adapter (which does not know the HSMs).
@@ -252,7 +257,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
                     f"{self.run}, step {self.state.global_step}",
                     expected="finite weights in a checkpoint",
                     found=f"NaN or infinity; the last finite loss was {self._last_finite}",
-                    fix="Train again with a lower --learning-rate; the checkpoints before it are kept.",
+                    fix=f"Train again with a lower --learning-rate{self._saved()}.",
                 )
             save_file(tensors, Path(output_dir) / TRAINED_FILE)
 

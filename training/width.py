@@ -56,13 +56,14 @@ def check_ties(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
     """
     prunes = METHODS[recipe.method].prunes
     rotates = prunes and recipe.rotate != "none"
-    stays_tied = not rotates and (recipe.tied_embeddings != "untie" or not prunes)
-    if recipe.lora_head and checkpoint.tied and stays_tied:
+    parts = prunes and gets_own_head(recipe, checkpoint)
+    if recipe.lora_head and checkpoint.tied and not parts:
         raise UsageError(
             "--lora-head",
             expected="a head of its own",
             found="one that stays tied to the embedding",
-            fix="Leave it out, or choose --rotate or --tied-embeddings untie.",
+            fix="Leave it out, or choose --rotate loss"
+            + (", or --tied-embeddings untie with --hio-rank 8." if prunes else " and a method that prunes."),
         )
     if not checkpoint.tied:
         why = "the base's head is its own tensor"
@@ -70,6 +71,13 @@ def check_ties(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
         why = f"--method {recipe.method} puts no operator there"
     elif rotates and recipe.tied_embeddings == "keep":
         why = "--rotate unties the head, which takes the last norm's gain"
+    elif recipe.tied_embeddings == "untie" and not parts:
+        raise UsageError(
+            "--tied-embeddings",
+            expected="an operator on the embedding, or a rotation, that unties it",
+            found="untie, with --hio-rank 0 and --rotate none",
+            fix="Add --hio-rank 8, or leave it out.",
+        )
     else:
         return
     if recipe.tied_embeddings == "auto":

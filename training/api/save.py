@@ -42,8 +42,10 @@ def save_run(
     if not (handle.trained and handle.method.mask.frozen):
         raise UnfinishedRun(
             "the model",
-            expected=f"a training beyond the mask's freeze at step {handle.method.mask.schedule.freeze_step}",
-            found=f"one of {handle.method.step} steps",
+            expected=f"a training beyond the mask's freeze at step {handle.method.mask.schedule.freeze_step}"
+            if handle.trained
+            else "one that a Trainer has brought to its end",
+            found=f"one that ended at step {handle.method.step}" if handle.trained else "one that none has",
             fix="Train to the end, with PatCallback among the Trainer's callbacks.",
         )
     prompts = prompts or handle.samples

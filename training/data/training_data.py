@@ -130,9 +130,9 @@ def _stream(recipe: TrainRecipe, tokenizer: Tokenizer, held_out: list[Example] |
     if not head:
         raise DataError(
             f"--data {recipe.data}",
-            expected="at least one row with a response within --max-length-tokens",
+            expected=f"at least one row with a response within --max-length-tokens {recipe.max_length_tokens}",
             found="none",
-            fix="Give a dataset with rows.",
+            fix="Raise --max-length-tokens, or give a dataset with rows.",
         )
     identity = f"{recipe.data}[{recipe.data_split}], first {len(head)} examples: {examples_sha256(head)}"
     say(f"streaming {recipe.data}: inputs.json records its name and its first {len(head)} examples, not the whole set")
