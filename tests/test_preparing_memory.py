@@ -74,15 +74,16 @@ def most_held(opened: Checkpoint, recipe: TrainRecipe, dtype: torch.dtype, batch
     ("settings", "vocabulary", "lengths"),
     [
         # In turn what outweighs the rest: a batch's gradient; the same and every weight's; a layer at work; the head
-        # as it is turned; the head's change; many rows' states.
+        # as it is turned; the head's change; a branch at work; many rows' states.
         ({"rotate": "loss"}, LARGE_VOCABULARY, (64, 9, 40, 64, 30)),
         ({"mask_start": "gradient"}, LARGE_VOCABULARY, (64, 9, 40, 64, 30)),
         ({}, 384, (128,) * 4),
         ({"rotate": "energy"}, LARGE_VOCABULARY, (9, 8)),
         ({"rotate": "energy", "compensate": True, "lora_head": True}, LARGE_VOCABULARY, (64, 9, 40, 64, 30)),
+        ({"compensate": True}, 384, (128,) * 4),
         ({"compensate": True}, 384, (64,) * 60),
     ],
-    ids=["loss", "gradient", "energy", "turning", "head", "states"],
+    ids=["loss", "gradient", "energy", "turning", "head", "branch", "states"],
 )
 def test_what_is_counted_is_what_is_held(
     settings: dict[str, Any], vocabulary: int, lengths: tuple[int, ...], dtype: torch.dtype, tmp_path: Path

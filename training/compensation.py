@@ -192,7 +192,8 @@ def low_rank_update(felt_OK: Tensor, factor_KK: Tensor, rank: int) -> tuple[Tens
 
 def _set_readers(base: nn.Module, names: Sequence[str], moments: _Moments) -> None:
     guess_DK, factor_KK = moments.solve()
-    felt_DK = guess_DK @ factor_KK
+    # The guess and the factor need float64; their product times a weight is decomposed in float32.
+    felt_DK = (guess_DK @ factor_KK).float()
     for name in names:
         reader: Any = base.get_submodule(name)
         if not hasattr(reader, "lora_A"):
@@ -211,10 +212,10 @@ def _set_readers(base: nn.Module, names: Sequence[str], moments: _Moments) -> No
 
 
 def _product(weight_OD: Tensor, felt_DK: Tensor) -> Tensor:
-    """Their product, summed in float64 and kept in float32, by rows: a head in float64 is larger than the model."""
+    """Their product in float32, by rows: a 16-bit head in float32 can be larger than the rest of the model."""
     product_OK = torch.empty(len(weight_OD), felt_DK.shape[1], device=weight_OD.device)
     for at in range(0, len(weight_OD), ROWS_AT_ONCE):
-        product_OK[at : at + ROWS_AT_ONCE] = weight_OD[at : at + ROWS_AT_ONCE].double() @ felt_DK
+        torch.mm(weight_OD[at : at + ROWS_AT_ONCE].float(), felt_DK, out=product_OK[at : at + ROWS_AT_ONCE])
     return product_OK
 
 

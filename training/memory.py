@@ -57,9 +57,14 @@ def dense_bytes_per_token(checkpoint: Checkpoint, width: int, hidden: int) -> in
     Frozen linears keep nothing of a token. Attention keeps no scores: sdpa's kernels recompute them.
     """
     norms = 2 * 4 * hidden  # their inputs, in float32
+    return norms + sum(_branches_bytes_per_token(checkpoint, width))
+
+
+def _branches_bytes_per_token(checkpoint: Checkpoint, width: int) -> tuple[int, int]:
+    """Of an attention and of an MLP, without their norms."""
     attention = 4 * checkpoint.num_attention_heads * checkpoint.head_dim * width  # q, k, v (repeated), the output
     mlp = 3 * int(checkpoint.config["intermediate_size"]) * width  # gate before and after the activation, up
-    return norms + attention + mlp
+    return attention, mlp
 
 
 def tuning_bytes_per_token(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, device: str, hidden: int) -> int:
@@ -138,15 +143,16 @@ def _compensating_bytes(
         for rows, tokens in calibration
     )
     outputs = int(config["vocab_size"]) if recipe.lora_head else int(config["intermediate_size"])
-    # What the largest reader lacks, in float32; a piece of it in float64 with its rows, or its random projection.
-    piece = 8 * min(ROWS_AT_ONCE, outputs) * (hidden + kept)
+    # What the largest reader lacks, in float32; a piece of its 16-bit rows in float32, or its random projection.
+    piece = 4 * min(ROWS_AT_ONCE, outputs) * hidden if width < 4 else 0
     change = 4 * outputs * kept + max(piece, 8 * outputs * recipe.lora_rank)
     # In float64: the moments' factor, and the guess with what it is made of.
     moments = 8 * kept * (kept + 2 * hidden)
-    layer = dense_bytes_per_token(checkpoint, width, hidden) * max(map(math.prod, calibration))
+    # A branch at work, and its norm in float32, twice.
+    branch = (8 * hidden + max(_branches_bytes_per_token(checkpoint, width))) * max(map(math.prod, calibration))
     # The axes that the base was turned to, which the run keeps, and the moments of the batches before.
     kept_on = (4 * hidden * hidden if recipe.rotate != "none" else 0) + 8 * kept * (kept + hidden)
-    return states + kept_on + max(layer, change + moments)
+    return states + kept_on + max(branch, change + moments)
 
 
 def _most_outputs(checkpoint: Checkpoint) -> int:
