@@ -7,6 +7,7 @@ from torch import nn
 
 from pat_serve.checkpoint import Checkpoint
 from pat_serve.errors import ChangedInput
+from pat_serve.gguf.folder import sha256_of_folder
 
 
 def require_same_weights(base: nn.Module, checkpoint: Checkpoint) -> None:
@@ -30,5 +31,12 @@ def require_same_weights(base: nn.Module, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.source}: {name}",
                 expected="the loaded model's weights",
                 found="no such tensor in the model" if present is None else "other values",
-                fix="Save the changed model with its tokenizer, and load it from there.",
+                fix=_way_out(present, stored, checkpoint),
             )
+
+
+def _way_out(present: torch.Tensor | None, stored: torch.Tensor, checkpoint: Checkpoint) -> str:
+    from_gguf = sha256_of_folder(checkpoint.folder) is not None
+    if present is not None and from_gguf and present.dtype != stored.dtype:
+        return f"Load the model with dtype={stored.dtype}, in which the GGUF file is read here."
+    return "Save the changed model with its tokenizer, and load it from there."
