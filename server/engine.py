@@ -13,6 +13,7 @@ import socket
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any, NoReturn
 from uuid import uuid4
 
@@ -372,6 +373,32 @@ def offline_llm(model: str, **options: Any) -> Any:
     from vllm import LLM
 
     return LLM(model, **options)
+
+
+def own_products(llm: Any) -> list[tuple[int, int, Callable[[Any], Any]]]:
+    """The matrices of an `offline_llm` that runs in this process: columns, weights, and how it multiplies rows by each.
+
+    Those of the layers and the output head, in the order of the model; none of a quantized model, whose matrices take
+    other bytes than its number format's.
+    """
+    if llm.llm_engine.model_config.quantization is not None:
+        return []
+    from vllm.model_executor.layers.linear import LinearBase
+
+    def collect(model: Any) -> list[tuple[int, int, Callable[[Any], Any]]]:
+        found: list[tuple[int, int, Callable[[Any], Any]]] = [
+            (one.input_size, one.input_size * one.output_size, partial(one.quant_method.apply, one))
+            for one in model.modules()
+            if isinstance(one, LinearBase)
+        ]
+        head = getattr(model, "lm_head", None)
+        if head is not None:
+            size = head.embedding_dim
+            found.append((size, size * head.num_embeddings, partial(head.quant_method.apply, head)))
+        return found
+
+    collected: list[tuple[int, int, Callable[[Any], Any]]] = llm.apply_model(collect)[0]
+    return collected
 
 
 def submit(

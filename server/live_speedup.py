@@ -22,8 +22,9 @@ from pat_serve.server.analysis.verdict import Judgement, Verdict
 from pat_serve.server.baseline import Baseline, available
 from pat_serve.server.bench.speedup import config_sha256
 from pat_serve.server.bench.speedup_analysis import analyse, conclude, surroundings_of
-from pat_serve.server.bench.speedup_result import ModelRecord, Regime, Round, SpeedupSettings, WarmUp
+from pat_serve.server.bench.speedup_result import ModelRecord, Round, WarmUp
 from pat_serve.server.bench.speedup_rounds import MAX_WARMUP_RUNS, is_stationary, round_prompts
+from pat_serve.server.bench.speedup_settings import Regime, SpeedupSettings
 from pat_serve.server.benchmark_roofline import countable_shape
 from pat_serve.server.engine import Engine
 from pat_serve.server.exclusive import Exclusive

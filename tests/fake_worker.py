@@ -1,14 +1,17 @@
 """An engine of known latency that speaks the worker's protocol: `python -m tests.fake_worker COMMAND_FD REPLY_FD`.
 
-Its clock is made up, so nothing waits. Beside its config.json a model folder may have a fake.json:
+Its clock is made up, so nothing waits. Beside its config.json a model folder may have a fake.json; where the model is
+cut, which copies its config.json alone, the same stands there under "fake":
 
     prefill_s, step_s   seconds of a prefill and of a decode step
+    prefill_layer_s, step_layer_s   and of each layer beside that
     noise               standard deviation of each batch's logarithm
     drift               share by which every batch is slower than the one before
     stalls              numbers of the batches (warm-up counts) that take ten times as long
     dies_at             number of the batch at which the process ends
     fails_at            number of the batch at which it reports a failure
     other_prompts_at    number of the batch in which it works on other token ids than it was sent
+    rates               bytes and FLOPs a second that each of its probes finds, the last for all that follow
     gpu_memory_bytes    what it says that it holds on a GPU
     accepted            with a draft: proposed tokens that each step keeps
 """
@@ -22,7 +25,19 @@ import sys
 from pathlib import Path
 
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace, prompts_digest
-from pat_serve.server.workers.protocol import Command, Failed, Prefill, Ready, Serve, Served, Start, Stepped
+from pat_serve.server.workers.probe import MachineRates
+from pat_serve.server.workers.protocol import (
+    Command,
+    Failed,
+    Prefill,
+    Probe,
+    Probed,
+    Ready,
+    Serve,
+    Served,
+    Start,
+    Stepped,
+)
 
 
 class FakeEngine:
@@ -30,13 +45,23 @@ class FakeEngine:
 
     def __init__(self, start: Start) -> None:
         self._start, self._draw = start, random.Random(start.model)
-        self._truth = json.loads((Path(start.model) / "fake.json").read_text())
-        self._batches, self._now_s = 0, 100.0
+        config, beside = json.loads((Path(start.model) / "config.json").read_text()), Path(start.model) / "fake.json"
+        self._truth = json.loads(beside.read_text()) if beside.exists() else config["fake"]
+        for name in ("prefill", "step"):
+            self._truth[f"{name}_s"] += config["num_hidden_layers"] * self._truth.get(f"{name}_layer_s", 0.0)
+        self._batches, self._probes, self._now_s = 0, 0, 100.0
 
     @property
     def gpu_memory_bytes(self) -> int | None:
         """As it was told."""
         return self._truth.get("gpu_memory_bytes")
+
+    def rates(self) -> MachineRates:
+        """What its next probe finds."""
+        found = self._truth.get("rates", [[1e8, 1e10]])
+        bytes_per_s, flops_per_s = found[min(self._probes, len(found) - 1)]
+        self._probes += 1
+        return MachineRates(dtype=self._start.dtype, bytes_per_s=bytes_per_s, flops_per_s=flops_per_s, cache_bytes=1)
 
     def next_batch(self) -> float:
         """By how much the coming batch is slower than the truth."""
@@ -95,11 +120,14 @@ def main() -> None:
     with os.fdopen(command_fd, encoding="utf-8") as commands, os.fdopen(reply_fd, "w", encoding="utf-8") as replies:
         for line in commands:
             command = Command.validate_json(line)
-            reply: Ready | Stepped | Served | Failed
+            reply: Ready | Stepped | Probed | Served | Failed
             try:
                 if isinstance(command, Start):
                     engine = FakeEngine(command)
                     reply = Ready(start_s=0.1, peak_memory_bytes=1, gpu_memory_bytes=engine.gpu_memory_bytes)
+                elif isinstance(command, Probe):
+                    assert engine is not None
+                    reply = Probed(rates=engine.rates())
                 elif isinstance(command, Serve):
                     assert engine is not None
                     reply = engine.serve(command)

@@ -12,8 +12,10 @@ from pat_serve.server.bench.load_result import LoadRequest, LoadResult, LoadSett
 from pat_serve.server.bench.measure_result import LatencyResult, LatencySettings, ThroughputResult, ThroughputSettings
 from pat_serve.server.bench.measure_summary import Floors, latency_cell, throughput_run
 from pat_serve.server.bench.speedup_analysis import conclude
-from pat_serve.server.bench.speedup_result import ModelRecord, Regime, Round, SpeedupResult, SpeedupSettings, WarmUp
+from pat_serve.server.bench.speedup_depths import conclude_extrapolated, extrapolate_all
+from pat_serve.server.bench.speedup_result import DepthMeasurement, ModelRecord, Round, SpeedupResult, WarmUp
 from pat_serve.server.bench.speedup_series import Pair
+from pat_serve.server.bench.speedup_settings import Regime, SpeedupSettings
 from pat_serve.server.workers.probe import MachineRates
 from pat_serve.sizes import ModelShape
 
@@ -131,6 +133,41 @@ def speedup_result(*, ratio: float = 1.3, noise: float = 0.03, **settings: objec
         average=average, stopped="12 rounds were asked for", verdict=judgement.verdict, strict_verdict=judgement.strict,
         reason=judgement.reason, advice=(),
         rounds=tuple(measured),
+    )  # fmt: skip
+
+
+def depths_result() -> SpeedupResult:
+    """A check at two and at six layers, of models of 32. Fixed work, a tenth of a layer's time, does not gain."""
+    result = speedup_result(claim=1.33)
+    measured = []
+    for layers in (2, 6):
+        ratio = (0.1 + layers) / (0.1 + layers / 1.34)
+        shapes = [ModelShape(**{**vars(shape), "num_layers": layers}) for shape in (DENSE, NARROW)]
+        own = Pair(
+            baseline=shapes[0], candidate=shapes[1], candidate_batch=None, settings=result.settings, dtype_bytes=2
+        )
+        made = rounds(12, ratio=ratio, noise=0.003, speed=1 / (0.1 + layers))
+        models = [
+            one.model_copy(update={"shape": shape})
+            for one, shape in zip((result.baseline, result.candidate), shapes, strict=True)
+        ]
+        measured.append(
+            DepthMeasurement(
+                layers=layers, baseline=models[0], candidate=models[1],
+                regimes=own.analyse(made, [one.warm_up for one in models]), rounds=tuple(made), stopped=result.stopped,
+            )
+        )  # fmt: skip
+    whole = [ModelShape(**{**vars(shape), "num_layers": 32}) for shape in (DENSE, NARROW)]
+    settings = result.settings.model_copy(update={"depths": (2, 6)})
+    found = extrapolate_all(measured, settings, whole=(whole[0], whole[1]), dtype_bytes=2)
+    judgement = conclude_extrapolated(found, measured, settings)
+    deep = measured[-1]
+    return result.model_copy(
+        update={
+            "settings": settings, "baseline": deep.baseline, "candidate": deep.candidate, "regimes": deep.regimes,
+            "rounds": deep.rounds, "extrapolated": found, "shallower": (measured[0],), "verdict": judgement.verdict,
+            "strict_verdict": judgement.strict, "reason": judgement.reason,
+        }
     )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from pat_serve.errors import EngineError, UsageError
 from pat_serve.server import baseline
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.baseline import available, check_comparable, check_memory
-from pat_serve.server.bench.speedup_result import Round, SpeedupSettings, WarmUp
+from pat_serve.server.bench.speedup_result import Round, WarmUp
+from pat_serve.server.bench.speedup_settings import SpeedupSettings
 from pat_serve.server.http.errors import HttpError
 from pat_serve.server.live_speedup import Side, _judge, batch_trace
 from pat_serve.server.speedup_request import SpeedupRequest

@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 
 from pat_serve.errors import EngineError
+from pat_serve.server.analysis.roofline import decode_ceiling
 from pat_serve.server.analysis.verdict import Verdict
-from pat_serve.server.bench import model_source, speculative, speedup
+from pat_serve.server.bench import model_source, speculative, speedup, speedup_checks
 from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings
 from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
+from pat_serve.server.bench.measure_table import beaten_lines
 from pat_serve.server.bench.model_source import ModelSource
 from pat_serve.server.bench.speculative import measure_speculative
 from pat_serve.server.bench.speculative_result import SpeculativeSettings
 from pat_serve.server.bench.speedup import check_speedup
-from pat_serve.server.bench.speedup_result import Regime, SpeedupResult, SpeedupSettings
-from pat_serve.server.bench.speedup_table import around_line, floor_lines, memory_lines
+from pat_serve.server.bench.speedup_result import SpeedupResult
+from pat_serve.server.bench.speedup_settings import Regime, SpeedupSettings
+from pat_serve.server.bench.speedup_table import around_line, depth_lines, floor_lines, memory_lines
 from pat_serve.server.report.rows import rows_of
 from pat_serve.server.workers import process as worker_process
 from pat_serve.server.workers.cpu_watch import CpuWatch
@@ -42,11 +45,13 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     # Their clock is made up: what others do on this machine meanwhile says nothing.
     monkeypatch.setattr(CpuWatch, "other_share", 0.0)
 
-    def make(name: str, *, hidden_size: int = 64, **truth: Any) -> str:
+    def make(name: str, *, hidden_size: int = 64, layers: int = 2, **truth: Any) -> str:
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(tiny_config(hidden_size=hidden_size).to_dict()))
-        (folder / "fake.json").write_text(json.dumps({"prefill_s": 0.4, "step_s": 0.1, **truth}))
+        config = tiny_config(hidden_size=hidden_size, num_hidden_layers=layers).to_dict()
+        told = {"prefill_s": 0.4, "step_s": 0.1, **truth}
+        (folder / "config.json").write_text(json.dumps({**config, "fake": told}))
+        (folder / "fake.json").write_text(json.dumps(told))
         return str(folder)
 
     return make
@@ -112,12 +117,13 @@ def test_a_warm_up_that_never_settles_and_a_busy_machine_give_no_verdict(
     assert "other processes took 60% of the CPU time" in busy.reason
 
 
-def test_both_models_stand_beside_their_floors(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = MachineRates(dtype="float32", bytes_per_s=1e8, flops_per_s=1e10)
-    monkeypatch.setattr(speedup, "probe_machine", lambda *_, **__: rates)
-    dense, narrow = model("dense"), model("narrow", hidden_size=48, prefill_s=0.2, step_s=0.05)
-    result = check(dense, narrow, rounds=5, roofline=True)
-    assert result.rates == rates
+def test_both_models_stand_beside_their_floors(model: Model) -> None:
+    # The machine is quicker after the rounds, and each engine finds another roof best: the floors take the best of all.
+    dense = model("dense", rates=[[0.8e8, 1e10], [0.7e8, 0.9e10]])
+    narrow = model("narrow", hidden_size=48, prefill_s=0.2, step_s=0.05, rates=[[0.6e8, 0.5e10], [1e8, 0.6e10]])
+    result = check(dense, narrow, rounds=5, roofline=True, dtype="float32")
+    assert [probe.bytes_per_s for probe in result.probes] == [0.8e8, 0.6e8, 0.7e8, 1e8]
+    assert result.rates == MachineRates(dtype="float32", bytes_per_s=1e8, flops_per_s=1e10, cache_bytes=1)
     for regime in result.regimes:
         rows = [row for row in rows_of(result) if row.where.startswith(regime.name) and row.unit == "s"]
         for side, roof, row in zip(
@@ -136,6 +142,118 @@ def test_both_models_stand_beside_their_floors(model: Model, monkeypatch: pytest
     without = check(dense, narrow, rounds=5)
     assert without.rates is None
     assert floor_lines(without.regimes[0]) == []
+
+
+def test_a_floor_that_is_beaten_is_none(model: Model) -> None:
+    # A decode step of 0.1 s reads some hundred kB: a machine of 1 MB/s would need longer for it.
+    slow = [[1e5, 1e10]]
+    dense, narrow = model("dense", rates=slow), model("narrow", hidden_size=48, step_s=0.05, rates=slow)
+    decode = check(dense, narrow, rounds=5, roofline=True).regimes[1]
+    assert decode.baseline_roof is not None
+    assert decode.baseline_roof.reached > 1
+    assert decode.baseline_roof.share == "beaten"
+    [line] = floor_lines(decode)
+    assert line.count("has none: the probe was slower than the engine") == 2
+    assert "%" not in line
+    changed = model("changed", rates=[[1e5, 1e10], [1.2e5, 1e10]])
+    found = check(changed, narrow, rounds=5, roofline=True)
+    [line] = floor_lines(found.regimes[1])
+    assert "the machine changed while it was probed (0.0001 to 0.00012 GB/s)" in line
+    assert [row.reached for row in rows_of(found) if row.where.startswith("decode") and row.unit == "s"] == [None, None]
+    settings = LatencySettings(
+        load_format="dummy", prompt_tokens=(8,), output_tokens=(3,), batch_sizes=(1,), rounds=2, dtype="float32"
+    )
+    latency = measure_latency(dense, settings, progress=quiet)
+    assert len(latency.probes) == 2
+    assert latency.cells[0].tpot_roof is not None
+    assert latency.cells[0].tpot_roof.share == "beaten"
+    assert any(told.startswith("no floor: TPOT of 1 x 8 + 3: the probe was slower") for told in beaten_lines(latency))
+
+
+WHOLE = {"layers": 24, "prefill_s": 0.02, "step_s": 0.009}
+
+
+def cut_pair(model: Model, *, ratio: float, **disturbance: Any) -> tuple[str, str]:
+    """Twenty-four layers that are `ratio` times as fast, and fixed work that is not."""
+    dense = model("dense", **WHOLE, prefill_layer_s=0.1, step_layer_s=0.009, **disturbance)
+    narrow = model(
+        "narrow", hidden_size=48, **WHOLE, prefill_layer_s=0.1 / ratio, step_layer_s=0.009 / ratio, **disturbance
+    )
+    return dense, narrow
+
+
+def test_two_depths_give_the_verdict_for_the_whole_models(model: Model) -> None:
+    """What neither depth shows: a claim that fixed work hides in a cut model and that the whole one meets."""
+    dense, narrow = cut_pair(model, ratio=1.36, noise=0.004)
+    result = check(dense, narrow, rounds=12, depths=(2, 6), claim=1.33)
+    truth = (0.009 + 24 * 0.009) / (0.009 + 24 * 0.009 / 1.36)
+    decode = result.extrapolated[1]
+    assert decode.ratio.median == pytest.approx(truth, rel=0.01)
+    assert decode.ratio.low < truth < decode.ratio.high
+    assert decode.baseline.fixed_s == pytest.approx(0.009, abs=0.001)
+    assert decode.baseline.layer_s == pytest.approx(0.009, rel=0.03)
+    assert (decode.layers, decode.layers_measured) == ("24", (2, 6))
+    assert result.verdict is Verdict.PASS, result.reason
+    # The verdict is on the whole; what was measured stands beside it, and shows less.
+    assert [depth.layers for depth in result.depths] == [2, 6]
+    assert [
+        regime.verdict for depth in result.depths for regime in depth.regimes if regime.regime is Regime.DECODE
+    ] == [
+        Verdict.FAIL,
+        Verdict.FAIL,
+    ]
+    assert result.baseline.shape.num_layers == 6
+    assert result.settings.depths == (2, 6)
+    # The ceiling is the whole models' too.
+    shapes = [dataclasses.replace(one.shape, num_layers=24) for one in (result.baseline, result.candidate)]
+    assert decode.ceiling == pytest.approx(
+        decode_ceiling(shapes[0], shapes[1], batch_size=1, context_tokens=decode.context_tokens, dtype_bytes=4)
+    )
+    assert "24 layers (extrapolated)" in result.reason
+    rows = [row for row in rows_of(result) if "extrapolated" in row.where and row.figure == "speed-up"]
+    assert [row.value for row in rows] == [one.ratio.median for one in result.extrapolated]
+    assert [line.split(":")[0] for line in depth_lines(result)] == [
+        "depth   prefill, batch 1, from 2, 6 layers",
+        "depth   decode, batch 1, from 2, 6 layers",
+    ]
+    read = SpeedupResult.model_validate_json(result.model_dump_json())
+    assert read == result
+
+
+def test_one_depth_is_what_it_was_and_noise_leaves_the_whole_undecided(model: Model) -> None:
+    dense, narrow = cut_pair(model, ratio=1.36)
+    one = check(dense, narrow, rounds=5, layers=2)
+    assert (one.extrapolated, one.shallower, one.baseline.shape.num_layers) == ((), (), 2)
+    assert one.regimes[1].verdict is Verdict.FAIL
+    noisy = cut_pair(lambda name, **truth: model(f"noisy-{name}", **truth), ratio=1.36, noise=0.5)
+    result = check(*noisy, rounds=6, depths=(2, 6))
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert result.advice
+
+
+def test_random_weights_that_do_not_fit_are_cut_to_two_depths_by_themselves(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, narrow = cut_pair(model, ratio=1.2)
+    free = 0
+
+    def room(layers: int) -> int:
+        pair = [speedup.resolve(name, flag="--x", load_format="dummy", layers=layers, scratch=Path(dense).parent)
+                for name in (dense, narrow)]  # fmt: skip
+        return sum(
+            speedup_checks.engine_memory_bytes(one, SpeedupSettings(prompt_tokens=16), "float32") for one in pair
+        )
+
+    free = room(4)
+    monkeypatch.setattr(speedup_checks, "available_memory_bytes", lambda: free)
+    result = check(dense, narrow, rounds=5, dtype="float32")
+    assert result.settings.depths == (2, 4)
+    assert [one.layers_measured for one in result.extrapolated] == [(2, 4), (2, 4)]
+    free = room(24)
+    assert check(dense, narrow, rounds=5, dtype="float32").settings.depths == ()
+    free = room(2)
+    with pytest.raises(EngineError, match="two engines side by side"):
+        check(dense, narrow, rounds=5, dtype="float32")
 
 
 def test_memory_on_a_gpu_is_told_apart_from_the_host_s(model: Model) -> None:

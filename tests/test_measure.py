@@ -12,11 +12,20 @@ import torch
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.server.analysis.roofline import decode_flops, prefill_bytes, prefill_flops
 from pat_serve.server.analysis.trace import RequestTrace
-from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings, distribution
+from pat_serve.server.bench.measure_result import LatencySettings, Roof, ThroughputSettings, distribution
 from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
-from pat_serve.server.bench.measure_summary import Floors, latency_cell, throughput_run
+from pat_serve.server.bench.measure_summary import Floors, latency_cell, throughput_run, why_beaten
 from pat_serve.server.workers import probe
-from pat_serve.server.workers.probe import SIZES, MachineRates, Sizes, gpu_time_s, measure_rates, probe_machine
+from pat_serve.server.workers.probe import (
+    SIZES,
+    MachineRates,
+    Product,
+    Sizes,
+    best_rates,
+    gpu_time_s,
+    last_level_cache_bytes,
+    measure_rates,
+)
 from pat_serve.sizes import decode_bytes
 from tests.speedup_records import DENSE, trace
 
@@ -163,10 +172,62 @@ def test_the_probe_multiplies_random_numbers(monkeypatch: pytest.MonkeyPatch) ->
     assert all(0.4 < float(tensor.std()) < 0.7 for tensor in seen)
 
 
-def test_the_probe_of_this_machine(tmp_path: Path) -> None:
-    rates = probe_machine("float32", scratch=tmp_path)
+def test_the_probe_of_this_machine() -> None:
+    rates = measure_rates("float32", sizes=Sizes(weight_bytes=1 << 26, square=512, calls=1))
     # Any machine that runs this reads 0.5 GB/s and multiplies 1 GFLOP/s; none reads 100 TB/s.
-    assert 5e8 < rates.bytes_per_s < 1e14
-    assert 1e9 < rates.flops_per_s < 1e17
-    with pytest.raises(EngineError, match="probe of the machine"):
-        probe_machine("int3", scratch=tmp_path)
+    assert 1e8 < rates.bytes_per_s < 1e14
+    assert 1e8 < rates.flops_per_s < 1e17
+
+
+def test_the_probe_takes_the_engine_s_own_matrices_where_they_are_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that costs nothing stands for a kernel that beats the probe's own."""
+    monkeypatch.setattr(probe, "_SECONDS", 0.0)
+    seen: list[tuple[int, ...]] = []
+    sizes = Sizes(weight_bytes=1 << 20, square=64, calls=1)
+    own = [
+        Product(columns=columns, weights=10**12, run=lambda rows: seen.append(tuple(rows.shape))) for columns in (8, 16)
+    ]
+    plain, quick = measure_rates("float32", sizes=sizes), measure_rates("float32", products=own, rows=5, sizes=sizes)
+    assert set(seen) == {(1, 8), (1, 16), (5, 8), (5, 16)}
+    assert (plain.own_weights, quick.own_weights) == (0, 2 * 10**12)
+    assert quick.bytes_per_s > 1e15 > plain.bytes_per_s
+    assert quick.flops_per_s > 1e15 > plain.flops_per_s
+
+
+def test_the_best_of_several_probes_counts() -> None:
+    slow, quick = (
+        MachineRates(dtype="float32", bytes_per_s=a, flops_per_s=b, cache_bytes=7) for a, b in ((1, 4), (2, 3))
+    )
+    assert best_rates([slow, quick]) == MachineRates(dtype="float32", bytes_per_s=2, flops_per_s=4, cache_bytes=7)
+    assert best_rates([]) is None
+
+
+def test_the_last_level_cache_is_the_largest_that_the_system_tells_of(tmp_path: Path) -> None:
+    for index, size in enumerate(("32K", "32K", "1024K", "32768K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert last_level_cache_bytes(str(tmp_path)) == 32 << 20
+    assert last_level_cache_bytes(str(tmp_path / "none")) is None
+
+
+@pytest.mark.parametrize(
+    ("reached", "rates", "read_bytes", "told"),
+    [
+        (0.97, (2e10,), 1e9, None),
+        (1.0, (2e10,), 1e9, None),
+        (1.46, (2e10, 2e10), 1e9, "the probe was slower than the engine"),
+        (1.46, (2e10, 3e10), 1e9, "the machine changed while it was probed (20 to 30 GB/s)"),
+        (1.46, (2e10, 3e10), 1e6, "1.0 MiB, stays in the cache of 32 MiB"),
+        (1.46, (2e10, 3e10), None, "(40 to 60 GFLOP/s)"),
+    ],
+)
+def test_a_floor_that_is_beaten_says_what_was_wrong(
+    reached: float, rates: tuple[float, ...], read_bytes: float | None, told: str | None
+) -> None:
+    probes = [
+        MachineRates(dtype="float32", bytes_per_s=one, flops_per_s=2 * one, cache_bytes=32 << 20) for one in rates
+    ]
+    found = why_beaten(reached, probes, read_bytes=read_bytes)
+    assert found is None if told is None else (found is not None and told in found)
+    roof = Roof(floor_s=1.0, reached=reached, beaten_by=found)
+    assert roof.share == ("beaten" if told else f"{reached:.0%}")

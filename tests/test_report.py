@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from typer.testing import CliRunner
 from pat_serve.cli.bench import app
 from pat_serve.errors import OutputExists, PatServeError, UsageError
 from pat_serve.server.bench.compare_table import compared
+from pat_serve.server.bench.speedup_table import print_result
 from pat_serve.server.report.read import read_quality, read_result
 from pat_serve.server.report.rows import csv_text, rows_of
-from tests.speedup_records import latency_result, load_result, speedup_result, throughput_result
+from tests.speedup_records import depths_result, latency_result, load_result, speedup_result, throughput_result
 
 RESULTS = {
     "speedup": speedup_result(),
@@ -25,6 +28,13 @@ RESULTS = {
     "throughput": throughput_result("dense"),
     "load": load_result("dense"),
 }
+
+
+@contextmanager
+def console_text() -> Iterator[io.StringIO]:
+    """What is printed meanwhile."""
+    with redirect_stdout(io.StringIO()) as text:
+        yield text
 
 
 def written(folder: Path, name: str, result: Any) -> Path:
@@ -152,6 +162,33 @@ def test_the_page_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
     assert "<td><b>dense" not in body
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, OutputExists)
+
+
+def test_what_is_extrapolated_is_marked_and_what_was_measured_stands_beside_it(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    result = depths_result()
+    path, page, table = written(tmp_path, "depths", result), tmp_path / "page.html", tmp_path / "all.csv"
+    assert read_result(path) == result
+    done = CliRunner().invoke(app, ["compare", str(path), "--html", str(page), "--csv", str(table)])
+    assert done.exit_code == 0, done.output
+    body = page.read_text()
+    body = body[body.index("</script></head>") :]
+    assert body.count("<td class=n>32 (extrapolated)</td>") == 2
+    assert body.count("<td class=n>2</td>") == body.count("<td class=n>6</td>") == 2
+    assert "The verdict is on the whole models, which were not measured" in body
+    assert "decode, batch 1, from 2, 6 layers" in body
+    assert "decode, batch 1, 32 layers (extrapolated): 10" in body
+    marked = [row for row in csv.DictReader(table.open()) if "extrapolated" in row["where"]]
+    assert {row["figure"] for row in marked} == {"duration", "fixed", "a layer", "speed-up"}
+    with console_text() as text:
+        print_result(result)
+    shown = text.getvalue()
+    assert shown.count("32 (extrapolated)") == 2
+    assert "The verdict is on the whole models" in shown
+    # A check at one depth says nothing of the kind.
+    with console_text() as text:
+        print_result(RESULTS["speedup"])
+    assert "extrapolated" not in text.getvalue()
 
 
 def test_labels_must_tell_results_apart(tmp_path: Path) -> None:

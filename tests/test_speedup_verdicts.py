@@ -17,8 +17,9 @@ from pat_serve.server.analysis.verdict import Claim, Verdict
 from pat_serve.server.bench import speedup_series
 from pat_serve.server.bench.measure_summary import Floors
 from pat_serve.server.bench.speedup_analysis import conclude, conclude_average, surroundings_of
-from pat_serve.server.bench.speedup_result import Regime, WarmUp
+from pat_serve.server.bench.speedup_result import WarmUp
 from pat_serve.server.bench.speedup_series import measure_rounds
+from pat_serve.server.bench.speedup_settings import Regime
 from pat_serve.server.workers.probe import MachineRates
 from tests.speedup_records import DENSE, NARROW, pair, rounds, trace
 
@@ -216,7 +217,7 @@ def test_fixed_memory_counts_requests_and_compares_throughput() -> None:
     assert result.ceiling > 2
     # A floor is of what stands beside it: here of a request's share of the step.
     rates = MachineRates(dtype="bfloat16", bytes_per_s=20e9, flops_per_s=100e9)
-    [result] = dataclasses.replace(doubled, rates=rates).analyse(
+    [result] = dataclasses.replace(doubled, probes=(rates,)).analyse(
         rounds(12, ratio=1.0, batch_sizes=(8,), candidate_batch=16)
     )
     step_s = Floors(shape=NARROW, rates=rates, dtype_bytes=2).decode_step_s(

@@ -15,7 +15,6 @@ from pat_serve.cli.bench_commands.options import (
     Force,
     Html,
     Json,
-    LayersOfBoth,
     LoadFormat,
     Out,
     PromptTokens,
@@ -82,7 +81,13 @@ def speedup(
         ),
     ] = False,
     regime: Annotated[str, typer.Option(help="What to judge: prefill, decode or both.")] = "prefill,decode",
-    layers: LayersOfBoth = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Cut both models to so many layers; random weights only. Several as 2,6: each is measured, and the "
+            "verdict is on the whole models that their lines lead to. [default: all, or two depths that fit]"
+        ),
+    ] = None,
     load_format: LoadFormat = "auto",
     dtype: Dtype = "auto",
     enforce_eager: Annotated[bool, typer.Option(help="Run the models without torch.compile.")] = True,
@@ -101,15 +106,16 @@ def speedup(
 
     Without weights, on the paper's shapes cut to what a small machine holds:
 
-        pat-bench speedup --baseline llama2-7b --candidate llama2-7b-pat25 --layers 2 --load-format dummy
+        pat-bench speedup --baseline llama2-7b --candidate llama2-7b-pat25 --layers 2,6 --load-format dummy
     """
     # Before the imports, which need what the extra brings; they stand here because they would make --help slow.
     require("vllm", "cpu", "cuda", wanted_by="pat-bench speedup")
     from pat_serve.server.bench.speedup import check_speedup
-    from pat_serve.server.bench.speedup_result import PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS, SpeedupSettings
+    from pat_serve.server.bench.speedup_settings import PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS, SpeedupSettings
     from pat_serve.server.bench.speedup_table import print_result
 
     sizes = integers("--batch-size", batch_size)
+    depths = () if layers is None else integers("--layers", layers)
     regimes = choices("--regime", regime.split(","), BOTH) if regime != "both" else BOTH
     if paper:
         sizes = sizes if len(sizes) > 1 else PAPER_BATCH_SIZES
@@ -130,8 +136,15 @@ def speedup(
             "max_seconds": max_minutes * 60,
             "regimes": regimes,
             "roofline": roofline,
+            "depths": depths if len(depths) > 1 else (),
         }
-        | engine_settings(layers=layers, load_format=load_format, dtype=dtype, enforce_eager=enforce_eager, seed=seed)
+        | engine_settings(
+            layers=depths[0] if len(depths) == 1 else None,
+            load_format=load_format,
+            dtype=dtype,
+            enforce_eager=enforce_eager,
+            seed=seed,
+        )
     )
     check_outputs(out, html, force=force)
     with progress_line() as progress:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from pat_serve.server.analysis.precision import rounds_for_verdict
-from pat_serve.server.analysis.statistics import PairedRatio
+from pat_serve.server.analysis.statistics import PairedRatio, RatioInterval
 from pat_serve.server.analysis.verdict import (
     MAX_DRIFT,
     MAX_NOISE,
@@ -17,11 +17,12 @@ from pat_serve.server.analysis.verdict import (
     Verdict,
     drifted,
 )
+from pat_serve.server.bench.depth_result import Extrapolated
 from pat_serve.server.bench.speedup_result import RegimeResult
 
 
 def advise(
-    regimes: Sequence[RegimeResult],
+    regimes: Sequence[RegimeResult | Extrapolated],
     average: PairedRatio | None,
     *,
     claim: Claim,
@@ -69,8 +70,8 @@ def advise(
     return tuple(advice)
 
 
-def _more_rounds(ratio: PairedRatio, claim: Claim, seconds_per_round: float) -> str:
-    done = len(ratio.ratios)
+def _more_rounds(ratio: PairedRatio | RatioInterval, claim: Claim, seconds_per_round: float) -> str:
+    done = ratio.rounds
     if done < MIN_ROUNDS:
         return f"at least {MIN_ROUNDS} rounds"
     needed = rounds_for_verdict(ratio, claim.threshold)

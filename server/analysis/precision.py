@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from pat_serve.server.analysis.statistics import PairedRatio
+from pat_serve.server.analysis.statistics import PairedRatio, RatioInterval
 
 # Beyond this nobody waits, and a claim so close to the truth is neither true nor false in any way that matters.
 MAX_SENSIBLE_ROUNDS = 2000
@@ -34,14 +34,14 @@ def rounds_for_width(ratio: PairedRatio, wanted: float) -> int:
     return rounds if width <= wanted else math.ceil(_SAFETY * rounds * (width / wanted) ** 2)
 
 
-def rounds_for_verdict(ratio: PairedRatio, threshold: float) -> int | None:
+def rounds_for_verdict(ratio: PairedRatio | RatioInterval, threshold: float) -> int | None:
     """Rounds in all until the interval is likely to lie on one side of a claim; None if no sensible number does.
 
     Args:
         ratio: from the rounds so far.
         threshold: the ratio that decides, the claim less its margin.
     """
-    rounds = len(ratio.ratios)
+    rounds = ratio.rounds
     if ratio.low >= threshold or ratio.high < threshold:
         return rounds
     distance = abs(ratio.median - threshold)

@@ -40,6 +40,30 @@ class PairedRatio:
     high: float
     confidence: float
 
+    @property
+    def rounds(self) -> int:
+        """Number of pairs."""
+        return len(self.ratios)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioInterval:
+    """A ratio that no single pair of measurements shows, with its bootstrap interval.
+
+    Attributes:
+        rounds: pairs behind it.
+        median: the ratio of medians.
+        low: lower end of the interval.
+        high: upper end.
+        confidence: the interval's nominal coverage, in (0, 1).
+    """
+
+    rounds: int
+    median: float
+    low: float
+    high: float
+    confidence: float
+
 
 @dataclass(frozen=True, kw_only=True)
 class MedianInterval:

@@ -69,7 +69,8 @@ def shown(row: Row) -> str:
     else:
         text = f"{row.value:.4g}"
     if row.low is not None and row.high is not None:
-        text += f" ({row.low:.3f} to {row.high:.3f})"
+        scale = 1000 if row.unit == "s" else 1
+        text += f" ({scale * row.low:.3f} to {scale * row.high:.3f})"
     return text + (f", {row.reached:.0%} of ceiling" if row.reached is not None else "")
 
 

@@ -108,10 +108,22 @@ class Roof(_Record):
     Attributes:
         floor_s: the least seconds that counted bytes and FLOPs allow on the probed machine.
         reached: floor over the measured median.
+        beaten_by: what was wrong with a floor that the measured median is below; None where it held.
     """
 
     floor_s: float
     reached: float
+    beaten_by: str | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether it is a floor: nothing is quicker."""
+        return self.reached <= 1
+
+    @property
+    def share(self) -> str:
+        """The share that was reached, as reports print it; a floor that was beaten has none."""
+        return f"{self.reached:.0%}" if self.held else "beaten"
 
 
 class LatencyCell(_Record):
@@ -175,6 +187,7 @@ class _Result(_Record):
     duration_s: float
     machine: dict[str, str | int | list[str]]
     rates: MachineRates | None
+    probes: tuple[MachineRates, ...] = ()
     model: str
     config_sha256: str
     shape: ModelShape

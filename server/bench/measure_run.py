@@ -34,8 +34,8 @@ from pat_serve.server.bench.speedup_checks import (
     require_memory,
     step_tokens,
 )
-from pat_serve.server.bench.speedup_result import SpeedupSettings
-from pat_serve.server.workers.probe import probe_machine
+from pat_serve.server.bench.speedup_settings import SpeedupSettings
+from pat_serve.server.workers.probe import PROBE_ROWS, best_rates
 from pat_serve.server.workers.process import EngineProcess, start_together
 from pat_serve.server.workers.protocol import Ready, Start
 
@@ -83,7 +83,7 @@ def measure_latency(model: str, settings: LatencySettings, *, progress: Progress
     widest = max(batch * prompt for batch, prompt, _ in grid)
     largest = _load(settings, max(settings.batch_sizes), max(settings.prompt_tokens), max(settings.output_tokens))
 
-    def run(engine: EngineProcess, source: ModelSource, floors: Floors | None) -> list[LatencyCell]:
+    def run(engine: EngineProcess, source: ModelSource) -> list[LatencyCell]:
         cells = []
         for index, (batch, prompt, output) in enumerate(grid):
             progress("measuring cells", index, len(grid))
@@ -96,12 +96,22 @@ def measure_latency(model: str, settings: LatencySettings, *, progress: Progress
                     trace = engine.decode(1)
                 if number >= _WARMUP_RUNS:
                     traces.append(trace)
-            cells.append(latency_cell(traces, prompt_tokens=prompt, output_tokens=output, floors=floors))
+            cells.append(latency_cell(traces, prompt_tokens=prompt, output_tokens=output, floors=None))
         progress("measuring cells", len(grid), len(grid))
         return cells
 
-    common, cells = _with_engine(model, settings, largest, widest, progress, run)
-    return LatencyResult(settings=settings, cells=tuple(cells), **common)
+    common, cells, floors = _with_engine(model, settings, largest, widest, progress, run)
+    beside = [
+        latency_cell(
+            cell.traces,
+            prompt_tokens=cell.prompt_tokens,
+            output_tokens=cell.output_tokens,
+            floors=floors,
+            probes=common["probes"],
+        )
+        for cell in cells
+    ]
+    return LatencyResult(settings=settings, cells=tuple(beside), **common)
 
 
 def measure_throughput(model: str, settings: ThroughputSettings, *, progress: Progress) -> ThroughputResult:
@@ -117,16 +127,14 @@ def measure_throughput(model: str, settings: ThroughputSettings, *, progress: Pr
     most = max(ladder[-1], settings.max_concurrency) if settings.saturate else ladder[-1]
     largest = _load(settings, most, settings.prompt_tokens, settings.output_tokens)
 
-    def run(
-        engine: EngineProcess, source: ModelSource, floors: Floors | None
-    ) -> tuple[list[ThroughputRun], int | None]:
+    def run(engine: EngineProcess, source: ModelSource) -> tuple[list[ThroughputRun], int | None]:
         draw = random.Random(settings.seed)
 
         def serve(concurrency: int, waves: int) -> ThroughputRun:
             vocabulary, count = source.shape.vocab_size, concurrency * waves
             prompts = [[draw.randrange(vocabulary) for _ in range(settings.prompt_tokens)] for _ in range(count)]
             served = engine.serve(prompts, output_tokens=settings.output_tokens, concurrency=concurrency)
-            return throughput_run(served.requests, concurrency=concurrency, settings=settings, floors=floors)
+            return throughput_run(served.requests, concurrency=concurrency, settings=settings, floors=None)
 
         serve(ladder[0], 1)
         runs: list[ThroughputRun] = []
@@ -143,8 +151,11 @@ def measure_throughput(model: str, settings: ThroughputSettings, *, progress: Pr
         return runs, saturation
 
     widest = most * settings.prompt_tokens
-    common, (runs, saturation) = _with_engine(model, settings, largest, widest, progress, run)
-    return ThroughputResult(settings=settings, runs=tuple(runs), saturation=saturation, **common)
+    common, (runs, saturation), floors = _with_engine(model, settings, largest, widest, progress, run)
+    beside = [
+        throughput_run(one.requests, concurrency=one.concurrency, settings=settings, floors=floors) for one in runs
+    ]
+    return ThroughputResult(settings=settings, runs=tuple(beside), saturation=saturation, **common)
 
 
 def _load(settings: EngineSettings, batch: int, prompt: int, output: int) -> SpeedupSettings:
@@ -167,19 +178,14 @@ def _with_engine(
     load: SpeedupSettings,
     widest: int,
     progress: Progress,
-    run: Callable[[EngineProcess, ModelSource, Floors | None], Any],
-) -> tuple[dict[str, Any], Any]:
+    run: Callable[[EngineProcess, ModelSource], Any],
+) -> tuple[dict[str, Any], Any, Floors | None]:
     """Start an engine that is large enough, run, and gather what every record has."""
     require("vllm", "cpu", "cuda", wanted_by="pat-bench")
     date, begun_s, dtype = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), serving_dtype(load.dtype)
     with scratch_folder() as scratch:
         source = resolve(model, flag="--model", load_format=load.load_format, layers=load.layers, scratch=scratch)
         _check(source, load, dtype)
-        progress("probing the machine", 0, 1)
-        rates = floors = None
-        if settings.roofline:
-            rates = probe_machine(dtype, scratch=scratch)
-            floors = Floors(shape=source.shape, rates=rates, dtype_bytes=DTYPE_BYTES[dtype])
         with EngineProcess("model", log=scratch / "engine.log", offline=source.on_disk) as engine:
             progress("starting the engine", 0, 1)
             start = Start(
@@ -194,13 +200,25 @@ def _with_engine(
                 seed=load.seed,
             )
             ready: Ready = start_together({engine: start})[engine]
-            measured = run(engine, source, floors)
+            probes = []
+
+            def probe() -> None:
+                if settings.roofline:
+                    progress("probing the machine", 0, 1)
+                    probes.append(engine.probe(rows=min(step_tokens(load), PROBE_ROWS)))
+
+            probe()
+            measured = run(engine, source)
+            probe()
             peak_bytes = engine.peak_memory_bytes()
+    rates = best_rates(probes)
+    floors = None if rates is None else Floors(shape=source.shape, rates=rates, dtype_bytes=DTYPE_BYTES[dtype])
     common = {
         "date": date,
         "duration_s": time.monotonic() - begun_s,
         "machine": describe(),
         "rates": rates,
+        "probes": tuple(probes),
         "model": source.name,
         "config_sha256": config_sha256(source.config),
         "shape": source.shape,
@@ -210,7 +228,7 @@ def _with_engine(
         "peak_memory_bytes": peak_bytes,
         "gpu_memory_bytes": ready.gpu_memory_bytes,
     }
-    return common, measured
+    return common, measured, floors
 
 
 def _check(source: ModelSource, load: SpeedupSettings, dtype: str) -> None:

@@ -49,12 +49,38 @@ class Floors:
         return self.rates.floor_s(read_bytes=read_bytes, flops=flops)
 
 
+# Two probes of one machine that differ by more than this saw different machines.
+_PROBES_AGREE = 1.1
+
+
+def why_beaten(reached: float, probes: Sequence[MachineRates], *, read_bytes: float | None) -> str | None:
+    """What was wrong with a floor that is above what was measured; None where it is not.
+
+    Args:
+        reached: floor over the measured median.
+        probes: of the machine, one at least.
+        read_bytes: what a decode step reads; None of a prefill, whose floor is arithmetic.
+    """
+    if reached <= 1:
+        return None
+    cache_bytes = probes[0].cache_bytes
+    if read_bytes is not None and cache_bytes is not None and read_bytes <= cache_bytes:
+        sizes = f"{read_bytes / 2**20:.1f} MiB, stays in the cache of {cache_bytes / 2**20:.0f} MiB"
+        return f"what it reads, {sizes}, and the probe read memory"
+    rates = [one.flops_per_s if read_bytes is None else one.bytes_per_s for one in probes]
+    if max(rates) > _PROBES_AGREE * min(rates):
+        found = f"{min(rates) / 1e9:.3g} to {max(rates) / 1e9:.3g} {'GFLOP' if read_bytes is None else 'GB'}/s"
+        return f"the machine changed while it was probed ({found}): it was quicker in between"
+    return "the probe was slower than the engine: the machine was busy while it ran, or it knows no kernel as quick"
+
+
 def latency_cell(
     traces: Sequence[BatchTrace],
     *,
     prompt_tokens: int,
     output_tokens: int,
     floors: Floors | None,
+    probes: Sequence[MachineRates] = (),
 ) -> LatencyCell:
     """Distributions over rounds, beside their ceilings.
 
@@ -63,6 +89,7 @@ def latency_cell(
         prompt_tokens: of each request.
         output_tokens: of each request; without a second token there is no time between two.
         floors: of the model on this machine; None leaves the ceilings out.
+        probes: that they stand on.
     """
     batch_size = traces[0].batch_size
     ttft = distribution([trace.ttft_s for trace in traces])
@@ -72,10 +99,18 @@ def latency_cell(
     ttft_roof = tpot_roof = None
     if floors is not None:
         floor_s = floors.prefill_s(batch_size=batch_size, prompt_tokens=prompt_tokens)
-        ttft_roof = Roof(floor_s=floor_s, reached=floor_s / ttft.p50)
+
+        def roof(floor_s: float, median_s: float, read_bytes: float | None = None) -> Roof:
+            told = why_beaten(floor_s / median_s, probes or [floors.rates], read_bytes=read_bytes)
+            return Roof(floor_s=floor_s, reached=floor_s / median_s, beaten_by=told)
+
+        ttft_roof = roof(floor_s, ttft.p50)
         if tpot is not None:
             floor_s = floors.decode_step_s(batch_size=batch_size, context_tokens=prompt_tokens + output_tokens / 2)
-            tpot_roof = Roof(floor_s=floor_s, reached=floor_s / tpot.p50)
+            read_bytes = decode_bytes(
+                floors.shape, batch_size=batch_size, context_tokens=prompt_tokens, dtype_bytes=floors.dtype_bytes
+            )
+            tpot_roof = roof(floor_s, tpot.p50, read_bytes)
     return LatencyCell(
         batch_size=batch_size,
         prompt_tokens=prompt_tokens,

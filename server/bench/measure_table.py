@@ -28,6 +28,21 @@ def peaks(host_bytes: int, gpu_bytes: int | None) -> str:
     return f"process peak {host_bytes / 2**30:.2f} GiB (host){gpu}"
 
 
+def share_of(tokens_per_s: float, roof: float) -> str:
+    """The share of a ceiling that a rate reaches; a ceiling that was beaten has none."""
+    return f"{tokens_per_s / roof:.0%}" if tokens_per_s <= roof else "beaten"
+
+
+def beaten_lines(result: LatencyResult) -> list[str]:
+    """What was wrong with each floor that a cell is quicker than."""
+    return [
+        f"no floor: {name} of {cell.batch_size} x {cell.prompt_tokens} + {cell.output_tokens}: {roof.beaten_by}"
+        for cell in result.cells
+        for name, roof in (("TTFT", cell.ttft_roof), ("TPOT", cell.tpot_roof))
+        if roof is not None and roof.beaten_by is not None
+    ]
+
+
 def print_latency(result: LatencyResult) -> None:
     """The grid, a line for each cell and figure, on stdout."""
     console = wide_console()
@@ -49,11 +64,13 @@ def print_latency(result: LatencyResult) -> None:
                 name,
                 *(milliseconds(value) for value in (times.p50, times.p90, times.p99, times.p99_9)),
                 milliseconds(roof.floor_s) if roof else "",
-                f"{roof.reached:.0%}" if roof else "",
+                roof.share if roof else "",
                 str(times.count),
             )
         table.add_section()
     console.print(table)
+    for told in beaten_lines(result):
+        console.print(told, markup=False, soft_wrap=True)
 
 
 def print_throughput(result: ThroughputResult) -> None:
@@ -70,7 +87,7 @@ def print_throughput(result: ThroughputResult) -> None:
             f"{run.output_tokens_per_s:.4g}",
             f"{run.requests_per_s:.3g}",
             f"{roof:.4g}" if roof else "",
-            f"{run.output_tokens_per_s / roof:.0%}" if roof else "",
+            share_of(run.output_tokens_per_s, roof) if roof else "",
             milliseconds(run.ttft.p50),
             milliseconds(run.ttft.p99),
             *((milliseconds(run.tpot.p50), milliseconds(run.tpot.p99)) if run.tpot else ("", "")),

@@ -26,7 +26,7 @@ from pat_serve.server.bench.speculative_result import (
     summarize_rounds,
 )
 from pat_serve.server.bench.speedup_checks import engine_memory_bytes, kv_cache_bytes, require_memory
-from pat_serve.server.bench.speedup_result import SpeedupSettings
+from pat_serve.server.bench.speedup_settings import SpeedupSettings
 from pat_serve.server.workers.cpu_watch import CpuWatch
 from pat_serve.server.workers.process import EngineProcess, start_together
 from pat_serve.server.workers.protocol import Start

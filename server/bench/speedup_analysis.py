@@ -18,10 +18,12 @@ from pat_serve.server.analysis.verdict import (
     judge,
     overall,
 )
+from pat_serve.server.bench.depth_result import Extrapolated
 from pat_serve.server.bench.measure_result import Roof
-from pat_serve.server.bench.measure_summary import Floors
-from pat_serve.server.bench.speedup_result import Regime, RegimeResult, Round, SpeedupSettings, WarmUp
-from pat_serve.server.workers.probe import MachineRates
+from pat_serve.server.bench.measure_summary import Floors, why_beaten
+from pat_serve.server.bench.speedup_result import RegimeResult, Round, WarmUp
+from pat_serve.server.bench.speedup_settings import Regime, SpeedupSettings
+from pat_serve.server.workers.probe import MachineRates, best_rates
 from pat_serve.sizes import ModelShape, decode_bytes
 
 # From this share of the machine on, other processes are worth a word in the verdict's reason.
@@ -36,6 +38,38 @@ def latency_s(trace: BatchTrace, regime: Regime) -> float:
 def cost_s(trace: BatchTrace, regime: Regime, *, per_request: bool) -> float:
     """What a ratio is made of: the latency, or with different batches the latency over the batch size."""
     return latency_s(trace, regime) / (trace.batch_size if per_request else 1)
+
+
+def context_tokens(regime: Regime, settings: SpeedupSettings) -> float:
+    """The prompt's length for prefill; for decode the mean number of tokens in a request's KV cache."""
+    # The first decode step finds the prompt and one token in the cache, the last one all but one token.
+    return settings.prompt_tokens + (0.0 if regime is Regime.PREFILL else settings.output_tokens / 2)
+
+
+def counted_ceiling(
+    regime: Regime,
+    settings: SpeedupSettings,
+    shapes: tuple[ModelShape, ModelShape],
+    batches: tuple[int, int],
+    dtype_bytes: int,
+) -> float:
+    """The largest ratio that FLOPs (prefill) or bytes (decode) allow: of the baseline's work over the candidate's.
+
+    Args:
+        regime: the phase.
+        settings: give prompt and output.
+        shapes: of baseline and candidate.
+        batches: of both; with different ones the ratio is that of requests a second.
+        dtype_bytes: bytes of a weight.
+    """
+
+    def work(shape: ModelShape, size: int) -> float:
+        if regime is Regime.PREFILL:
+            return prefill_flops(shape, batch_size=size, prompt_tokens=settings.prompt_tokens)
+        context = context_tokens(regime, settings)
+        return decode_bytes(shape, batch_size=size, context_tokens=context, dtype_bytes=dtype_bytes)
+
+    return work(shapes[0], batches[0]) / work(shapes[1], batches[1]) * (batches[1] / batches[0])
 
 
 def surroundings_of(rounds: Sequence[Round], warm_ups: Sequence[WarmUp]) -> Surroundings:
@@ -61,7 +95,7 @@ def analyse(
     dtype_bytes: int,
     surroundings: Surroundings,
     candidate_batch: int | None = None,
-    rates: MachineRates | None = None,
+    probes: Sequence[MachineRates] = (),
 ) -> RegimeResult:
     """Ratio, ceiling, noise and verdict of one regime at one batch size.
 
@@ -74,20 +108,15 @@ def analyse(
         dtype_bytes: bytes of a weight.
         surroundings: of the whole check.
         candidate_batch: where the candidate had another batch.
-        rates: of the probed machine; None leaves the floors out.
+        probes: of the machine; none leaves the floors out.
     """
+    rates = best_rates(probes)
     batch, other_batch = settings.batch_size, candidate_batch or settings.batch_size
     baseline_s = [cost_s(pair.baseline, regime, per_request=settings.fixed_memory) for pair in rounds]
     candidate_s = [cost_s(pair.candidate, regime, per_request=settings.fixed_memory) for pair in rounds]
     ratio = paired_ratio(baseline_s, candidate_s, seed=settings.seed)
     noise = noise_report(baseline_s, candidate_s, [pair.first == "baseline" for pair in rounds])
-    # The first decode step finds the prompt and one token in the cache, the last one all but one token.
-    context = settings.prompt_tokens + (0.0 if regime is Regime.PREFILL else settings.output_tokens / 2)
-
-    def work(shape: ModelShape, size: int) -> float:
-        if regime is Regime.PREFILL:
-            return prefill_flops(shape, batch_size=size, prompt_tokens=settings.prompt_tokens)
-        return decode_bytes(shape, batch_size=size, context_tokens=context, dtype_bytes=dtype_bytes)
+    context = context_tokens(regime, settings)
 
     def roof(shape: ModelShape, size: int, durations_s: Sequence[float]) -> Roof | None:
         if rates is None:
@@ -98,9 +127,13 @@ def analyse(
         else:
             floor_s = floors.decode_step_s(batch_size=size, context_tokens=context)
         floor_s /= size if settings.fixed_memory else 1
-        return Roof(floor_s=floor_s, reached=floor_s / percentile(durations_s, 50))
+        reached = floor_s / percentile(durations_s, 50)
+        read_bytes = None
+        if regime is Regime.DECODE:
+            read_bytes = decode_bytes(shape, batch_size=size, context_tokens=context, dtype_bytes=dtype_bytes)
+        return Roof(floor_s=floor_s, reached=reached, beaten_by=why_beaten(reached, probes, read_bytes=read_bytes))
 
-    ceiling = work(baseline, batch) / work(candidate, other_batch) * (other_batch / batch)
+    ceiling = counted_ceiling(regime, settings, (baseline, candidate), (batch, other_batch), dtype_bytes)
     judgement = judge(
         claim=settings.claimed,
         low=ratio.low,
@@ -162,7 +195,7 @@ def conclude_average(
     return Judgement(verdict=judgement.verdict, strict=judgement.strict, reason=reason)
 
 
-def conclude(regimes: Sequence[RegimeResult], rounds: Sequence[Round], claim: Claim) -> Judgement:
+def conclude(regimes: Sequence[RegimeResult | Extrapolated], rounds: Sequence[Round], claim: Claim) -> Judgement:
     """One verdict over all regimes, and why: the regimes that decided it, and what stood in the way."""
     verdict = overall([result.verdict for result in regimes])
     parts = []

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from pat_serve.errors import EngineError, UsageError, want
 from pat_serve.hardware import DTYPE_BYTES, available_memory_bytes, free_gpu_bytes
 from pat_serve.server.analysis.capacity import Capacity, capacity, memory_for
 from pat_serve.server.analysis.verdict import MARGIN_BOUND, MIN_ROUNDS
 from pat_serve.server.bench.model_source import ModelSource
-from pat_serve.server.bench.speedup_result import Regime, SpeedupSettings
+from pat_serve.server.bench.speedup_settings import Regime, SpeedupSettings
+from pat_serve.server.workers.probe import SIZES
 
 MAX_STEP_TOKENS = 16384
+# Where whole models do not fit, these many layers of each give their lines. Four layers apart, a layer's time stands
+# well above the noise; a deeper cut would take longer than it adds.
+SHALLOW, DEEP = 2, 6
 
 # Of an engine beside weights and KV cache: Python, torch and vLLM themselves.
 PROCESS_BYTES = 1 << 30
@@ -41,6 +46,9 @@ def check_settings(settings: SpeedupSettings) -> None:
         enough = settings.max_rounds >= settings.rounds
         want("--max-rounds", enough, f"at least --rounds, {settings.rounds}", settings.max_rounds, "Raise it.")
         want("--max-minutes", settings.max_seconds > 0, "above 0", settings.max_seconds / 60, "Try --max-minutes 15.")
+    if settings.depths:
+        want("--layers", not settings.fixed_memory, "one depth beside --fixed-memory", "several", "Give one number.")
+        want("--layers", not settings.judge_average, "one depth beside --paper", "several", "Give one number.")
     want("--seed", 0 <= settings.seed < 2**32, "0 to 4294967295", settings.seed, "Try --seed 0.")
     want("--prompt-tokens", settings.prompt_tokens >= 1, "at least 1", settings.prompt_tokens, "Try 128.")
     want("--rounds", settings.rounds >= MIN_ROUNDS, f"at least {MIN_ROUNDS}", settings.rounds, "Try --rounds 12.")
@@ -135,11 +143,56 @@ def check_memory(baseline: ModelSource, candidate: ModelSource, settings: Speedu
     Raises:
         EngineError: with both amounts.
     """
-    needed = engine_memory_bytes(baseline, settings, dtype) + engine_memory_bytes(
-        candidate, candidate_settings(baseline, candidate, settings, dtype), dtype
+    needed = _pair_memory_bytes(baseline, candidate, settings, dtype)
+    way_out = (
+        "Cut both models with --layers 2,6 --load-format dummy (the verdict is on the whole ones), or free memory."
     )
-    way_out = "Cut both models with --layers N --load-format dummy (the ceiling of the ratio stays), or free memory."
     require_memory("two engines side by side", needed, dtype=dtype, fix=way_out)
+
+
+def depths_that_fit(
+    baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings, dtype: str
+) -> tuple[int, ...]:
+    """Two depths at which both models fit beside each other, the deeper one as deep as is worth its time.
+
+    Args:
+        baseline: the whole model.
+        candidate: likewise.
+        settings: give batch and lengths.
+        dtype: of the weights.
+
+    Returns:
+        none where the whole models fit, or where no deeper cut than the shallow one does.
+    """
+    free_bytes = _free_bytes()[0]
+
+    def fit(layers: int | None) -> bool:
+        pair = [one if layers is None else cut_source(one, layers) for one in (baseline, candidate)]
+        return _pair_memory_bytes(pair[0], pair[1], settings, dtype) <= free_bytes
+
+    deepest = min(baseline.shape.num_layers, candidate.shape.num_layers) - 1
+    if fit(None):
+        return ()
+    return next(((SHALLOW, deep) for deep in range(min(DEEP, deepest), SHALLOW, -1) if fit(deep)), ())
+
+
+def cut_source(source: ModelSource, layers: int) -> ModelSource:
+    """A model as it would be with so many layers; nothing is written."""
+    return replace(source, shape=replace(source.shape, num_layers=layers))
+
+
+def _pair_memory_bytes(baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings, dtype: str) -> int:
+    probe_bytes = SIZES["cpu" if free_gpu_bytes() is None else "cuda"].weight_bytes if settings.roofline else 0
+    return (
+        engine_memory_bytes(baseline, settings, dtype)
+        + engine_memory_bytes(candidate, candidate_settings(baseline, candidate, settings, dtype), dtype)
+        + probe_bytes
+    )
+
+
+def _free_bytes() -> tuple[int, str]:
+    gpu_bytes = free_gpu_bytes()
+    return (available_memory_bytes(), "memory") if gpu_bytes is None else (gpu_bytes, "GPU memory")
 
 
 def require_memory(subject: str, needed_bytes: int, *, dtype: str, fix: str) -> None:
@@ -148,8 +201,7 @@ def require_memory(subject: str, needed_bytes: int, *, dtype: str, fix: str) -> 
     Raises:
         EngineError: with both amounts.
     """
-    gpu_bytes = free_gpu_bytes()
-    available_bytes, kind = (available_memory_bytes(), "memory") if gpu_bytes is None else (gpu_bytes, "GPU memory")
+    available_bytes, kind = _free_bytes()
     if needed_bytes > available_bytes:
         raise EngineError(
             subject,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -11,107 +10,20 @@ from pat_serve.server.analysis.capacity import Capacity
 from pat_serve.server.analysis.noise import NoiseReport
 from pat_serve.server.analysis.statistics import PairedRatio, Summary
 from pat_serve.server.analysis.trace import BatchTrace
-from pat_serve.server.analysis.verdict import DEFAULT_MARGIN, Claim, Verdict
+from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench.depth_result import Extrapolated
 from pat_serve.server.bench.measure_result import Roof
+from pat_serve.server.bench.speedup_settings import Regime, SpeedupSettings
 from pat_serve.server.workers.probe import MachineRates
 from pat_serve.sizes import ModelShape
 
 # 2: several batch sizes, fixed memory, noise, capacity, what would make an inconclusive result conclusive.
-# 3: a margin beside the claim, and the strict reading beside every verdict.
+# 3: a margin beside the claim, and the strict reading beside every verdict. Fields that came later have defaults.
 SCHEMA_VERSION = 3
-
-# The paper's own measure: the time to the first tokens of batches of 128-token prompts, averaged over batch sizes.
-PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS = (1, 2, 4, 8), 128
-
-
-class Regime(StrEnum):
-    """The two phases of generation; they meet different limits, so each gets its own verdict."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SpeedupSettings(_Record):
-    """What to measure. The defaults are meant for a small CPU machine.
-
-    Attributes:
-        claim: the speed-up to check.
-        margin: share of the claim by which an interval may miss it and still meet it; 0 reads it strictly.
-        batch_size: requests at once.
-        batch_sizes: several of them, each measured in every round and judged by itself; replaces `batch_size`.
-        judge_average: the claim is about the average over the batch sizes, as the paper's is.
-        fixed_memory: the candidate gets as many requests as fit into the memory that the baseline takes with
-            `batch_size` of them, and the ratio is that of seconds per request or token over the whole batch.
-        prompt_tokens: of each request.
-        output_tokens: of each request, where decode is measured; prefill alone needs one.
-        rounds: pairs of runs, at least.
-        precision: go on until every interval is no wider than this, relative to its median; None makes `rounds` rounds.
-        max_rounds: with `precision`, at most so many.
-        max_seconds: with `precision`, begin no round after so long.
-        regimes: phases to judge.
-        layers: cut both models to so many layers (random weights only).
-        load_format: "auto" for real weights, "dummy" for random ones.
-        dtype: "auto" lets the machine decide.
-        enforce_eager: run without torch.compile.
-        roofline: probe the machine and put each model's floor beside its seconds.
-        seed: of prompts, random weights and bootstrap.
-    """
-
-    claim: float = 1.33
-    margin: float = DEFAULT_MARGIN
-    batch_size: int = 1
-    batch_sizes: tuple[int, ...] = ()
-    judge_average: bool = False
-    fixed_memory: bool = False
-    prompt_tokens: int = 128
-    output_tokens: int = 9
-    rounds: int = 12
-    precision: float | None = None
-    max_rounds: int = 60
-    max_seconds: float = 900.0
-    regimes: tuple[Regime, ...] = (Regime.PREFILL, Regime.DECODE)
-    layers: int | None = None
-    load_format: Literal["auto", "dummy"] = "auto"
-    dtype: str = "auto"
-    # Measured on 2 Zen 3 cores (both 7B shapes cut to 2 layers, float32, eager against compiled in paired rounds):
-    # compiled, prefill is 5 to 9 % faster and decode 1 to 6 %, for both models alike within their intervals; but an
-    # engine takes over a minute longer to start, and needs a C++ compiler. pat-serve starts eager on CPU as well.
-    enforce_eager: bool = True
-    roofline: bool = True
-    seed: int = 0
-
-    @property
-    def claimed(self) -> Claim:
-        """The claim with its margin."""
-        return Claim(ratio=self.claim, margin=self.margin)
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """The batch sizes of every round."""
-        return self.batch_sizes or (self.batch_size,)
-
-    @property
-    def largest_batch(self) -> int:
-        """What an engine must be able to hold."""
-        return max(self.batches)
-
-    @property
-    def tokens_per_request(self) -> int:
-        """Prompt and output of one request."""
-        return self.prompt_tokens + self.generated_tokens
-
-    def with_batch(self, batch_size: int) -> SpeedupSettings:
-        """The same with this batch size alone."""
-        return self.model_copy(update={"batch_size": batch_size, "batch_sizes": ()})
-
-    @property
-    def generated_tokens(self) -> int:
-        """Tokens that each request really generates."""
-        return self.output_tokens if Regime.DECODE in self.regimes else 1
 
 
 class Round(_Record):
@@ -231,6 +143,17 @@ class RegimeResult(_Record):
         return str(self.batch_size) if same else f"{self.batch_size}/{self.candidate_batch_size}"
 
 
+class DepthMeasurement(_Record):
+    """What was measured with both models cut to so many layers."""
+
+    layers: int
+    baseline: ModelRecord
+    candidate: ModelRecord
+    regimes: tuple[RegimeResult, ...]
+    rounds: tuple[Round, ...]
+    stopped: str
+
+
 class SpeedupResult(_Record):
     """A complete check. `verdict` and `reason` sum up the regimes, or judge the average where that is the claim.
 
@@ -240,7 +163,10 @@ class SpeedupResult(_Record):
             None for a single batch size.
         stopped: why no more rounds were made.
         advice: what would make an inconclusive result conclusive; empty otherwise.
-        rates: of the probed machine; None without a probe.
+        rates: the best of the probes; None without one.
+        probes: of the machine, by each engine before and after its rounds, in that order; shallower depths first.
+        extrapolated: for the models' own depths, where several depths were measured; the verdict is then on these.
+        shallower: the other measured depths; `baseline`, `candidate`, `regimes` and `rounds` are of the deepest.
     """
 
     kind: Literal["speedup"] = "speedup"
@@ -261,6 +187,22 @@ class SpeedupResult(_Record):
     advice: tuple[str, ...]
     rounds: tuple[Round, ...]
     rates: MachineRates | None = None
+    probes: tuple[MachineRates, ...] = ()
+    extrapolated: tuple[Extrapolated, ...] = ()
+    shallower: tuple[DepthMeasurement, ...] = ()
+
+    @property
+    def depths(self) -> tuple[DepthMeasurement, ...]:
+        """All measured depths, the shallowest first."""
+        deepest = DepthMeasurement(
+            layers=self.baseline.shape.num_layers,
+            baseline=self.baseline,
+            candidate=self.candidate,
+            regimes=self.regimes,
+            rounds=self.rounds,
+            stopped=self.stopped,
+        )
+        return (*self.shallower, deepest)
 
     @model_validator(mode="before")
     @classmethod

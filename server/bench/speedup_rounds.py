@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from pat_serve.server.analysis.trace import BatchTrace, prompts_digest
 from pat_serve.server.bench.speedup_analysis import latency_s
-from pat_serve.server.bench.speedup_result import Round, SpeedupSettings, WarmUp
+from pat_serve.server.bench.speedup_result import Round, WarmUp
+from pat_serve.server.bench.speedup_settings import SpeedupSettings
 from pat_serve.server.workers.cpu_watch import CpuWatch
 from pat_serve.server.workers.process import EngineProcess
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pat_serve.server.analysis.precision import relative_width, rounds_for_width
 from pat_serve.server.analysis.statistics import PairedRatio
 from pat_serve.server.bench.speedup_analysis import analyse, average_ratio, surroundings_of
-from pat_serve.server.bench.speedup_result import Regime, RegimeResult, Round, SpeedupSettings, WarmUp
+from pat_serve.server.bench.speedup_result import RegimeResult, Round, WarmUp
 from pat_serve.server.bench.speedup_rounds import run_round, steps_per_turn
+from pat_serve.server.bench.speedup_settings import Regime, SpeedupSettings
 from pat_serve.server.workers.probe import MachineRates
 from pat_serve.server.workers.process import EngineProcess
 from pat_serve.sizes import ModelShape
@@ -29,7 +30,7 @@ class Pair:
         candidate_batch: the candidate's batch where it differs.
         settings: of the check.
         dtype_bytes: bytes of a weight.
-        rates: of the probed machine; None without a probe.
+        probes: of the machine; none without a roofline.
     """
 
     baseline: ModelShape
@@ -37,7 +38,7 @@ class Pair:
     candidate_batch: int | None
     settings: SpeedupSettings
     dtype_bytes: int
-    rates: MachineRates | None = None
+    probes: Sequence[MachineRates] = ()
 
     def analyse(self, rounds: Sequence[Round], warm_ups: Sequence[WarmUp] = ()) -> tuple[RegimeResult, ...]:
         """Every regime at every batch size, from the rounds so far; only verdicts depend on the warm-ups."""
@@ -52,7 +53,7 @@ class Pair:
                 candidate_batch=self.candidate_batch,
                 dtype_bytes=self.dtype_bytes,
                 surroundings=surroundings,
-                rates=self.rates,
+                probes=self.probes,
             )
             for size in self.settings.batches
             for regime in self.settings.regimes

@@ -7,9 +7,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from pat_serve.server.bench.depth_result import Extrapolated
 from pat_serve.server.bench.load_result import LoadResult
 from pat_serve.server.bench.measure_result import LatencyResult, ThroughputResult
-from pat_serve.server.bench.speedup_result import SpeedupResult
+from pat_serve.server.bench.speedup_result import RegimeResult, SpeedupResult
 from pat_serve.server.report.read import QualityFigure
 
 # Apart for colour-blind readers too (Okabe and Ito); the first two are baseline and candidate.
@@ -32,12 +33,20 @@ def color(index: int) -> str:
 
 def ratio_chart(result: SpeedupResult) -> go.Figure:
     """Median paired ratio with its interval for each regime and batch, beside its ceiling and the claim."""
-    names = [f"{one.regime.value}, batch {one.batch_size}" for one in result.regimes]
-    ratios = [one.ratio for one in result.regimes]
+    several = len(result.depths) > 1
+    measured = [
+        (f"{one.regime.value}, batch {one.batch_size}" + (f", {depth.layers} layers" if several else ""), one)
+        for depth in result.depths
+        for one in depth.regimes
+    ]
+    whole = [(f"{one.regime.value}, batch {one.batch_size}, {one.layers} (extrapolated)", one)
+             for one in result.extrapolated]  # fmt: skip
+    shown: list[tuple[str, RegimeResult | Extrapolated]] = [*whole, *measured]
+    names, ratios = [name for name, _ in shown], [one.ratio for _, one in shown]
     figure = go.Figure(layout=_LAYOUT)
-    for name, one, ratio in zip(names, result.regimes, ratios, strict=True):
+    for index, (name, one) in enumerate(measured):
         figure.add_scatter(
-            x=[name] * len(ratio.ratios), y=ratio.ratios, mode="markers", showlegend=one is result.regimes[0],
+            x=[name] * one.ratio.rounds, y=one.ratio.ratios, mode="markers", showlegend=index == 0,
             name="each round", marker={"size": 5, "color": _GREY, "opacity": 0.35}, hovertemplate="%{y:.3f}",
         )  # fmt: skip
     figure.add_scatter(
@@ -55,7 +64,7 @@ def ratio_chart(result: SpeedupResult) -> go.Figure:
     )
     figure.add_scatter(
         x=names,
-        y=[one.ceiling for one in result.regimes],
+        y=[one.ceiling for _, one in shown],
         mode="markers",
         marker={"symbol": "line-ew-open", "size": 44, "color": PALETTE[0], "line": {"width": 3}},
         name="ceiling (bytes or FLOPs)",
@@ -70,7 +79,7 @@ def ratio_chart(result: SpeedupResult) -> go.Figure:
         figure.add_hrect(y0=threshold, y1=claim, fillcolor="#374151", opacity=0.12, line_width=0)
     # One stalled round must not squeeze everything else: it stays reachable by zooming out.
     low = min([threshold, *(ratio.low for ratio in ratios)])
-    high = max([claim, *(ratio.high for ratio in ratios), *(one.ceiling for one in result.regimes)])
+    high = max([claim, *(ratio.high for ratio in ratios), *(one.ceiling for _, one in shown)])
     room = 0.25 * (high - low)
     figure.update_xaxes(range=[-0.6, len(names) - 0.2])
     figure.update_yaxes(title="speed-up", range=[low - room, high + room])

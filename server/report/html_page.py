@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from plotly.offline import get_plotlyjs
 
 from pat_serve.hardware import DTYPE_BYTES
+from pat_serve.server.bench.depth_result import Extrapolated
 from pat_serve.server.bench.load_result import LoadResult
 from pat_serve.server.bench.measure_result import LatencyResult, ThroughputResult
 from pat_serve.server.bench.measure_table import milliseconds
@@ -67,12 +68,13 @@ def _head(results: Sequence[tuple[str, Any]]) -> str:
                     f"{result.settings.claimed}, {label}{strict}",
                 )
             )
-            for regime in result.regimes[:2]:
+            for regime in (result.extrapolated or result.regimes)[:2]:
+                whole = f", {regime.layers} layers (extrapolated)" if isinstance(regime, Extrapolated) else ""
                 cards.append(
                     _card(
                         f"{regime.ratio.median:.3f}x",
-                        f"{regime.regime.value}, batch {regime.batch_size}: {regime.of_ceiling:.0%} of the ceiling "
-                        f"{regime.ceiling:.3f}",
+                        f"{regime.regime.value}, batch {regime.batch_size}{whole}: {regime.of_ceiling:.0%} of the "
+                        f"ceiling {regime.ceiling:.3f}",
                     )
                 )
         elif isinstance(result, LatencyResult):

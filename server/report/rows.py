@@ -33,7 +33,7 @@ class Row:
         low: lower end of its interval where it has one.
         high: upper end.
         ceiling: what counted bytes and FLOPs allow: least for seconds, most for rates and ratios.
-        reached: share of the ceiling.
+        reached: share of the ceiling; None also for a floor that was beaten.
     """
 
     kind: str
@@ -77,8 +77,23 @@ def csv_text(results: Iterable[BaseModel]) -> str:
 def _speedup(result: SpeedupResult) -> Iterator[Row]:
     models = _names(result)
     pair = f"{models['baseline']} / {models['candidate']}"
-    for regime in result.regimes:
-        where = f"{regime.name}, context {regime.context_tokens:g}"
+    for one in result.extrapolated:
+        where = f"{one.name}, context {one.context_tokens:g}"
+        for role, fit in (("baseline", one.baseline), ("candidate", one.candidate)):
+            for figure, value, low, high in (
+                ("duration", fit.total_s, None, None),
+                ("fixed", fit.fixed_s, fit.fixed_low_s, fit.fixed_high_s),
+                ("a layer", fit.layer_s, fit.layer_low_s, fit.layer_high_s),
+            ):
+                yield Row(kind="speedup", model=models[role], where=where, figure=figure, unit="s", value=value,
+                          low=low, high=high)  # fmt: skip
+        yield Row(
+            kind="speedup", model=pair, where=where, figure="speed-up", unit="", value=one.ratio.median,
+            low=one.ratio.low, high=one.ratio.high, ceiling=one.ceiling, reached=one.of_ceiling,
+        )  # fmt: skip
+    for layers, regime in [(depth.layers, one) for depth in result.depths for one in depth.regimes]:
+        at = f", {layers} layers" if result.shallower else ""
+        where = f"{regime.name}{at}, context {regime.context_tokens:g}"
         durations: Sequence[tuple[str, Summary, Roof | None]] = (
             ("baseline", regime.baseline, regime.baseline_roof),
             ("candidate", regime.candidate, regime.candidate_roof),
@@ -86,7 +101,7 @@ def _speedup(result: SpeedupResult) -> Iterator[Row]:
         for role, summary, roof in durations:
             yield Row(
                 kind="speedup", model=models[role], where=where, figure="duration p50", unit="s", value=summary.p50,
-                ceiling=roof.floor_s if roof else None, reached=roof.reached if roof else None,
+                ceiling=roof.floor_s if roof else None, reached=roof.reached if roof and roof.held else None,
             )  # fmt: skip
         yield Row(
             kind="speedup",
@@ -140,7 +155,9 @@ def _latency(result: LatencyResult) -> Iterator[Row]:
             for row in _times("latency", result.model, where, name, times):
                 # A floor belongs to the median: the tail is not what bytes and FLOPs explain.
                 if roof is not None and row.figure.endswith("p50"):
-                    yield Row(**{**asdict(row), "ceiling": roof.floor_s, "reached": roof.reached})
+                    yield Row(
+                        **{**asdict(row), "ceiling": roof.floor_s, "reached": roof.reached if roof.held else None}
+                    )
                 else:
                     yield row
     yield from _peaks("latency", result)
@@ -152,7 +169,7 @@ def _throughput(result: ThroughputResult) -> Iterator[Row]:
         yield Row(
             kind="throughput", model=result.model, where=where, figure="tokens", unit="1/s",
             value=run.output_tokens_per_s, ceiling=roof,
-            reached=run.output_tokens_per_s / roof if roof else None,
+            reached=run.output_tokens_per_s / roof if roof and run.output_tokens_per_s <= roof else None,
         )  # fmt: skip
         yield Row(
             kind="throughput", model=result.model, where=where, figure="requests", unit="1/s", value=run.requests_per_s

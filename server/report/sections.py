@@ -7,9 +7,9 @@ from html import escape
 
 from pat_serve.server.bench.load_result import LoadResult
 from pat_serve.server.bench.measure_result import Distribution, LatencyResult, Roof, ThroughputResult
-from pat_serve.server.bench.measure_table import milliseconds
+from pat_serve.server.bench.measure_table import beaten_lines, milliseconds, share_of
 from pat_serve.server.bench.speedup_result import SpeedupResult
-from pat_serve.server.bench.speedup_table import around_line, floor_lines, noise_line
+from pat_serve.server.bench.speedup_table import WHOLE_MODELS, depth_lines, note_lines
 from pat_serve.server.report import charts
 from pat_serve.server.report.markup import figure_html, section, table_html
 
@@ -19,6 +19,23 @@ def speedup_section(label: str, result: SpeedupResult, *, many: bool) -> str:
     rows = [
         (
             one.regime.value,
+            f"{one.layers} (extrapolated)",
+            str(one.batch_size),
+            f"{one.context_tokens:g}",
+            milliseconds(one.baseline.total_s),
+            milliseconds(one.candidate.total_s),
+            f"<b>{one.ratio.median:.3f}</b>",
+            f"{one.ratio.low:.3f} to {one.ratio.high:.3f}",
+            f"{one.ceiling:.3f}",
+            f"{one.of_ceiling:.0%}",
+            f"<span class='{one.verdict.value}'>{one.verdict.value}</span>",
+            one.strict_verdict.value,
+        )
+        for one in result.extrapolated
+    ] + [
+        (
+            one.regime.value,
+            str(depth.layers),
             one.batches,
             f"{one.context_tokens:g}",
             milliseconds(one.baseline.p50),
@@ -30,27 +47,28 @@ def speedup_section(label: str, result: SpeedupResult, *, many: bool) -> str:
             f"<span class='{one.verdict.value}'>{one.verdict.value}</span>",
             one.strict_verdict.value,
         )
-        for one in result.regimes
+        for depth in result.depths
+        for one in depth.regimes
     ]
-    head = ("regime", "batch", "context", "baseline ms", "candidate ms", "ratio", "95 % interval", "ceiling", "reached",
-            "verdict", "strictly")  # fmt: skip
+    head = ("regime", "layers", "batch", "context", "baseline ms", "candidate ms", "ratio", "95 % interval", "ceiling",
+            "reached", "verdict", "strictly")  # fmt: skip
     average = ""
     if result.average is not None:
         average = (
             f"<p>Prefill averaged over batch sizes (geometric mean): <b>{result.average.median:.3f}</b> "
             f"({result.average.low:.3f} to {result.average.high:.3f}).</p>"
         )
-    floors = [line for one in result.regimes for line in floor_lines(one)]
-    notes = [*(noise_line(one) for one in result.regimes), *floors, around_line(result), f"rounds  {result.stopped}"]
+    notes = [*depth_lines(result), *note_lines(result), f"rounds  {result.stopped}"]
+    whole = f"<p class='note'>{escape(WHOLE_MODELS)}</p>" if result.extrapolated else ""
     advice = "".join(f"<p class='note'>To decide: {escape(line)}</p>" for line in result.advice)
     title = f"Speed-up of {result.candidate.name} over {result.baseline.name}" + (f" ({label})" if many else "")
     return section(
         title,
         f"<p><span class='badge {result.verdict.value}'>{result.verdict.value}</span> "
         f"{escape(str(result.settings.claimed))}. {escape(result.reason)}.</p>"
-        f"{advice}"
+        f"{whole}{advice}"
         f"<div class='two'>{figure_html(charts.ratio_chart(result))}{figure_html(charts.rounds_chart(result))}</div>"
-        f"{table_html(head, rows, text_columns=(0, 9, 10))}{average}<pre>{escape(chr(10).join(notes))}</pre>",
+        f"{table_html(head, rows, text_columns=(0, 10, 11))}{average}<pre>{escape(chr(10).join(notes))}</pre>",
     )
 
 
@@ -76,7 +94,7 @@ def latency_section(named: Sequence[tuple[str, LatencyResult]]) -> str:
                             name,
                             *(milliseconds(value) for value in (times.p50, times.p90, times.p99, times.p99_9)),
                             milliseconds(roof.floor_s) if roof else "",
-                            f"{roof.reached:.0%}" if roof else "",
+                            roof.share if roof else "",
                             str(times.count),
                         )
                     )
@@ -87,6 +105,7 @@ def latency_section(named: Sequence[tuple[str, LatencyResult]]) -> str:
         f"{table_html(head, rows, text_columns=(0, 1, 2))}"
         "<p class='note'>The floor is what counted bytes and FLOPs take at least on the probed machine; a percentile "
         "beyond what the number of samples resolves is near the maximum.</p>"
+        + "".join(f"<p class='note'>{escape(line)}.</p>" for _, result in named for line in beaten_lines(result))
     )
     return section("Latency of a batch by itself", body)
 
@@ -102,7 +121,7 @@ def throughput_section(named: Sequence[tuple[str, ThroughputResult]]) -> str:
             f"{run.output_tokens_per_s:.4g}",
             f"{run.requests_per_s:.3g}",
             f"{run.roof_tokens_per_s:.4g}" if run.roof_tokens_per_s else "",
-            f"{run.output_tokens_per_s / run.roof_tokens_per_s:.0%}" if run.roof_tokens_per_s else "",
+            share_of(run.output_tokens_per_s, run.roof_tokens_per_s) if run.roof_tokens_per_s else "",
             milliseconds(run.ttft.p50),
             milliseconds(run.ttft.p99),
             milliseconds(run.tpot.p50) if run.tpot else "",

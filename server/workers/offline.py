@@ -9,7 +9,8 @@ from typing import Any
 from pat_serve.scores import LISTED_TOKENS, ListedScores, ScoreRequest, Scores
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace, prompts_digest
 from pat_serve.server.draft import speculative_config
-from pat_serve.server.engine import offline_llm, submit
+from pat_serve.server.engine import offline_llm, own_products, submit
+from pat_serve.server.workers.probe import MachineRates, Product, measure_rates
 
 
 class OfflineEngine:
@@ -64,7 +65,20 @@ class OfflineEngine:
             seed=seed,
             speculative_config=None if draft is None else speculative_config(draft, draft_tokens),
         )
+        self._dtype = dtype
         self._batch: _Batch | None = None
+
+    def probe(self, rows: int) -> MachineRates:
+        """What the machine reads and multiplies, by this engine's own matrices and kernels among others.
+
+        Args:
+            rows: of activations in the products that operations are counted by.
+        """
+        assert self._batch is None, "the last batch is not finished"
+        products = [
+            Product(columns=columns, weights=weights, run=run) for columns, weights, run in own_products(self._llm)
+        ]
+        return measure_rates(self._dtype, products=products, rows=rows)
 
     def prefill(self, prompts: Sequence[Sequence[int]], *, output_tokens: int) -> None:
         """Submit all prompts at once, greedy and without an end-of-text; step until each has its first token.

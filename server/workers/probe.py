@@ -1,10 +1,9 @@
 """What this machine can do, in a few seconds: bytes read and operations a second.
 
-`python -m pat_serve.server.workers.probe DTYPE` prints it as JSON.
-
-Both are measured as a model meets them, with the number format, the threads and the matrix kernels of the engine: a
-product of a matrix far larger than any cache with one vector reads each weight once, and a square product does far more
-operations than it reads bytes. The best of many tries counts, because whatever disturbs one only makes it slower.
+Both are measured where the engine runs and as it runs: in its own process, with its threads, their binding and its
+number format, on its own matrices through its own kernels, and beside that on a buffer far larger than any cache and
+on square matrices. The best of all tries counts: whatever disturbs one only makes it slower, and a floor that another
+kernel beats is none.
 
 The numbers are random: a GPU draws less power for constants, and is faster for it. There a try is many calls between
 two events on its own clock, as an engine queues them, and not one between two looks at the host's.
@@ -12,22 +11,18 @@ two events on its own clock, as an engine queues them, and not one between two l
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pat_serve.errors import EngineError
-from pat_serve.server.workers.process import worker_environment
-
+# Most rows of activations in the products that operations are counted by: beyond, no CPU's kernel gets quicker.
+PROBE_ROWS = 512
 _WIDE = 4096
-_SECONDS, _LEAST_TRIES = 1.5, 5
-_TIMEOUT_S = 300
+_SECONDS, _LEAST_TRIES = 0.4, 3
+_CACHES = "/sys/devices/system/cpu/cpu0/cache"
+_KIB = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,82 +49,120 @@ SIZES = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Product:
+    """A matrix of an engine's and how the engine multiplies by it.
+
+    Attributes:
+        columns: of the matrix, the length of an input row.
+        weights: numbers in it.
+        run: multiplies rows of activations, [rows, columns], by it.
+    """
+
+    columns: int
+    weights: int
+    run: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MachineRates:
     """The two roofs.
 
     Attributes:
         dtype: number format of the matrices.
-        bytes_per_s: weights read by a matrix-vector product.
-        flops_per_s: operations of a square matrix product.
+        bytes_per_s: read, by the quickest of the ways that were tried.
+        flops_per_s: operations of matrix products, likewise.
+        cache_bytes: of the CPU's last-level cache; None on a GPU, and where the system does not tell.
+        own_weights: numbers in the engine's own matrices that were among what was read and multiplied.
     """
 
     dtype: str
     bytes_per_s: float
     flops_per_s: float
+    cache_bytes: int | None = None
+    own_weights: int = 0
 
     def floor_s(self, *, read_bytes: float, flops: float) -> float:
         """The least time that work can take: whichever roof is met first."""
         return max(read_bytes / self.bytes_per_s, flops / self.flops_per_s)
 
 
-def probe_machine(dtype: str, *, scratch: Path) -> MachineRates:
-    """Measure in a process of its own, with the threads that an engine gets.
+def best_rates(probes: Sequence[MachineRates]) -> MachineRates | None:
+    """The higher of each roof over several probes; None for no probes."""
+    if not probes:
+        return None
+    return MachineRates(
+        dtype=probes[0].dtype,
+        bytes_per_s=max(one.bytes_per_s for one in probes),
+        flops_per_s=max(one.flops_per_s for one in probes),
+        cache_bytes=probes[0].cache_bytes,
+        own_weights=max(one.own_weights for one in probes),
+    )
+
+
+def measure_rates(
+    dtype: str, *, products: Sequence[Product] = (), rows: int = 1, sizes: Sizes | None = None
+) -> MachineRates:
+    """Measure in this process, on the GPU if there is one.
 
     Args:
         dtype: float32, bfloat16 or float16.
-        scratch: folder for temporary files.
-
-    Raises:
-        EngineError: the probe failed.
+        products: an engine's own matrices.
+        rows: of activations by which these are multiplied where operations are counted: the tokens of a prefill.
+        sizes: of the work beside them; the device's own unless given.
     """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "pat_serve.server.workers.probe", dtype],
-            env=worker_environment(os.environ, scratch=scratch, offline=True),
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise EngineError(
-            "probe of the machine",
-            expected=f"two rates within {_TIMEOUT_S:g} s",
-            found="none",
-            fix="Wait until the machine is less busy, or leave the roofline out with --no-roofline.",
-        ) from error
-    if done.returncode:
-        raise EngineError(
-            "probe of the machine",
-            expected="two rates",
-            found=(done.stderr.strip().splitlines() or ["no output"])[-1],
-            fix="Free memory (it takes 1 GiB, on a GPU 3 GiB), or leave the roofline out with --no-roofline.",
-        )
-    return MachineRates(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def measure_rates(dtype: str, *, sizes: Sizes | None = None) -> MachineRates:
-    """Measure in this process, on the GPU if there is one."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = sizes or SIZES[device]
     time_s = gpu_time_s if device == "cuda" else host_time_s
 
-    def matrix(rows: int, columns: int) -> Any:
-        return torch.empty(rows, columns, dtype=getattr(torch, dtype), device=device).uniform_(-1, 1)
+    def matrix(height: int, width: int) -> Any:
+        return torch.empty(height, width, dtype=getattr(torch, dtype), device=device).uniform_(-1, 1)
+
+    def best_s(work: Callable[[], Any]) -> float:
+        return _best_s(lambda: time_s(work, sizes.calls))
+
+    def sweep(height: int) -> Callable[[], Any]:
+        inputs = {width: matrix(height, width) for width in {one.columns for one in products}}
+        return lambda: [one.run(inputs[one.columns]) for one in products]
 
     with torch.inference_mode():
         row = matrix(1, _WIDE)
-        weight = matrix(sizes.weight_bytes // (_WIDE * row.element_size()), _WIDE)
+        reading = _reading(row, matrix(sizes.weight_bytes // (_WIDE * row.element_size()), _WIDE), best_s)
         left, right = matrix(sizes.square, sizes.square), matrix(sizes.square, sizes.square)
-        reading_s = _best_s(lambda: time_s(lambda: torch.nn.functional.linear(row, weight), sizes.calls))
-        product_s = _best_s(lambda: time_s(lambda: left @ right, sizes.calls))
+        multiplying = [2 * sizes.square**3 / best_s(lambda: left @ right)]
+        if products:
+            weights = sum(one.weights for one in products)
+            reading.append(weights * row.element_size() / best_s(sweep(1)))
+            multiplying.append(2 * rows * weights / best_s(sweep(rows)))
     return MachineRates(
         dtype=dtype,
-        bytes_per_s=weight.numel() * weight.element_size() / reading_s,
-        flops_per_s=2 * sizes.square**3 / product_s,
+        bytes_per_s=max(reading),
+        flops_per_s=max(multiplying),
+        cache_bytes=last_level_cache_bytes() if device == "cpu" else None,
+        own_weights=sum(one.weights for one in products),
     )
+
+
+def _reading(row: Any, weight: Any, best_s: Callable[[Callable[[], Any]], float]) -> list[float]:
+    """Bytes a second at which a large matrix is read, in each of several ways."""
+    import torch
+
+    ways: list[Callable[[], Any]] = [lambda: torch.nn.functional.linear(row, weight)]
+    if weight.device.type == "cpu":
+        # A product with one row need not read the fastest: in 16 bits torch's own converts as it goes.
+        ways.append(lambda: torch.max(weight.view(torch.int32)))
+    return [weight.numel() * weight.element_size() / best_s(way) for way in ways]
+
+
+def last_level_cache_bytes(caches: str = _CACHES) -> int | None:
+    """Size of the largest cache that the first core sees; None where the system does not tell.
+
+    Args:
+        caches: folder in which Linux describes them.
+    """
+    sizes = [path.read_text().strip() for path in Path(caches).glob("index*/size")]
+    return max((int(size.removesuffix("K")) * _KIB for size in sizes if size.removesuffix("K").isdigit()), default=None)
 
 
 def host_time_s(work: Callable[[], Any], calls: int) -> float:
@@ -159,7 +192,3 @@ def _best_s(try_s: Callable[[], float]) -> float:
     while tries < _LEAST_TRIES or time.perf_counter() < deadline_s:
         best_s, tries = min(best_s, try_s()), tries + 1
     return best_s
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(vars(measure_rates(sys.argv[1]))) + "\n")

@@ -20,10 +20,13 @@ from pat_serve.errors import EngineError
 from pat_serve.hardware import compute_cores
 from pat_serve.scores import ScoreRequest, Scores
 from pat_serve.server.analysis.trace import BatchTrace
+from pat_serve.server.workers.probe import MachineRates
 from pat_serve.server.workers.protocol import (
     Decode,
     Failed,
     Prefill,
+    Probe,
+    Probed,
     Ready,
     Reply,
     Score,
@@ -115,6 +118,16 @@ class EngineProcess:
         """Make at most so many steps; returns and raises as `prefill` does."""
         return self._step(Decode(steps=steps))
 
+    def probe(self, *, rows: int) -> MachineRates:
+        """Measure what the machine can do, in the engine's process; raises as `prefill` does.
+
+        Args:
+            rows: of activations in the products that operations are counted by.
+        """
+        reply = self._ask(Probe(rows=rows))
+        assert isinstance(reply, Probed)
+        return reply.rates
+
     def score(self, request: ScoreRequest) -> Scores:
         """Judge prompts and continue others; raises as `prefill` does."""
         reply = self._ask(Score(request=request))
@@ -127,7 +140,7 @@ class EngineProcess:
         assert isinstance(reply, Served)
         return reply
 
-    def send(self, command: Start | Prefill | Decode | Score | Serve) -> None:
+    def send(self, command: Start | Prefill | Decode | Probe | Score | Serve) -> None:
         """Give it a command; `poll` takes the answer.
 
         Raises:
@@ -139,7 +152,7 @@ class EngineProcess:
         except BrokenPipeError:
             raise self._death() from None
 
-    def poll(self, timeout_s: float) -> Ready | Stepped | Scored | Served | None:
+    def poll(self, timeout_s: float) -> Ready | Stepped | Probed | Scored | Served | None:
         """Its answer, or None if there is none within the time.
 
         Raises:
@@ -187,7 +200,7 @@ class EngineProcess:
         assert isinstance(reply, Stepped)
         return reply.trace
 
-    def _ask(self, command: Prefill | Decode | Score | Serve) -> Ready | Stepped | Scored | Served:
+    def _ask(self, command: Prefill | Decode | Probe | Score | Serve) -> Ready | Stepped | Probed | Scored | Served:
         self.send(command)
         reply = self.poll(STEP_TIMEOUT_S)
         if reply is None:

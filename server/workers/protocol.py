@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from pat_serve.scores import ScoreRequest, Scores
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
+from pat_serve.server.workers.probe import MachineRates
 
 
 class _Message(BaseModel):
@@ -46,6 +47,13 @@ class Decode(_Message):
     steps: int
 
 
+class Probe(_Message):
+    """Measure what the machine reads and multiplies, the latter with so many rows. Answered by `Probed` or `Failed`."""
+
+    kind: Literal["probe"] = "probe"
+    rows: int
+
+
 class Score(_Message):
     """Judge prompts and continue others. Answered by `Scored` or `Failed`."""
 
@@ -78,6 +86,13 @@ class Stepped(_Message):
     trace: BatchTrace | None
 
 
+class Probed(_Message):
+    """What the machine can do."""
+
+    kind: Literal["probed"] = "probed"
+    rates: MachineRates
+
+
 class Scored(_Message):
     """The judgement."""
 
@@ -100,9 +115,9 @@ class Failed(_Message):
     error: str
 
 
-Command: TypeAdapter[Start | Prefill | Decode | Score | Serve] = TypeAdapter(
-    Annotated[Start | Prefill | Decode | Score | Serve, Field(discriminator="kind")]
+Command: TypeAdapter[Start | Prefill | Decode | Probe | Score | Serve] = TypeAdapter(
+    Annotated[Start | Prefill | Decode | Probe | Score | Serve, Field(discriminator="kind")]
 )
-Reply: TypeAdapter[Ready | Stepped | Scored | Served | Failed] = TypeAdapter(
-    Annotated[Ready | Stepped | Scored | Served | Failed, Field(discriminator="kind")]
+Reply: TypeAdapter[Ready | Stepped | Probed | Scored | Served | Failed] = TypeAdapter(
+    Annotated[Ready | Stepped | Probed | Scored | Served | Failed, Field(discriminator="kind")]
 )

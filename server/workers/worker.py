@@ -19,6 +19,8 @@ from pat_serve.server.workers.protocol import (
     Decode,
     Failed,
     Prefill,
+    Probe,
+    Probed,
     Ready,
     Score,
     Scored,
@@ -54,11 +56,15 @@ class _Worker:
     def __init__(self) -> None:
         self._engine: OfflineEngine | None = None
 
-    def obey(self, command: Start | Prefill | Decode | Score | Serve) -> Ready | Stepped | Scored | Served | Failed:
+    def obey(
+        self, command: Start | Prefill | Decode | Probe | Score | Serve
+    ) -> Ready | Stepped | Probed | Scored | Served | Failed:
         try:
             if isinstance(command, Start):
                 return self._start(command)
             assert self._engine is not None, "the first command must be start"
+            if isinstance(command, Probe):
+                return Probed(rates=self._engine.probe(command.rows))
             if isinstance(command, Score):
                 return Scored(scores=self._engine.score(command.request))
             if isinstance(command, Serve):
