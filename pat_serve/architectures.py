@@ -141,16 +141,6 @@ class Family:
             for i in layers:
                 yield spec.module.format(i=i), spec, i
 
-    def expected_tensors(self, num_layers: int, *, tied: bool) -> set[str]:
-        """Names of all weights that a complete checkpoint holds (biases are optional)."""
-        names = set()
-        for spec in self.tensors:
-            if tied and spec.module == HEAD:
-                continue
-            layers: list[int | None] = list(range(num_layers)) if "{i}" in spec.module else [None]
-            names |= {f"{spec.module.format(i=i)}.weight" for i in layers}
-        return names
-
 
 _LAYER = "model.layers.{i}"
 _INPUT_NORM = f"{_LAYER}.input_layernorm"

@@ -15,12 +15,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pat_serve.architectures import EMBEDDING, FAMILIES, Family
+from pat_serve.config_check import check_config
 from pat_serve.errors import ModelError
 from pat_serve.gguf.folder import sha256_of_folder
 from pat_serve.locate import check_plain_folder, commit_of, locate, read_config
 from pat_serve.plan import BaseReference, file_sha256
 from pat_serve.recognize import family_of
 from pat_serve.shards import DTYPES, TensorEntry, broken, read_tensors
+from pat_serve.stock_class import check_stock_tensors, stock_shapes
 
 __all__ = ["DTYPES", "Checkpoint", "TensorEntry", "open_checkpoint", "read_tensor", "tensor_names"]
 
@@ -133,7 +135,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     check_plain_folder(folder)
     config = read_config(folder)
     family = family_of(config, source, [] if str(config.get("model_type")) in FAMILIES else _names(folder, source))
-    _check_config(config, folder)
+    check_config(config, family, folder)
     tensors = read_tensors(folder, source, family.ignores)
     checkpoint = Checkpoint(
         source=source,
@@ -143,7 +145,9 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
         family=family,
         tensors=tensors,
     )
+    wanted = stock_shapes(config, tensors, folder)
     _check_tensors(checkpoint)
+    check_stock_tensors(wanted, config, family, tensors, folder)
     return checkpoint
 
 
@@ -153,27 +157,6 @@ def _names(folder: Path, source: str) -> list[str]:
         return list(read_tensors(folder, source, lambda _: False))
     except ModelError:
         return []
-
-
-def _check_config(config: dict[str, Any], folder: Path) -> None:
-    """Everything that training and export read from a config is there, before either begins."""
-    path = folder / "config.json"
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
-        if not _is_size(config.get(name)):
-            raise broken(path, f"{name} as a positive integer", f"{config.get(name)!r:.80}")
-    for name in ("head_dim", "num_key_value_heads"):
-        if config.get(name) is not None and not _is_size(config[name]):
-            raise broken(path, f"{name} as a positive integer", f"{config[name]!r:.80}")
-    eps = config.get("rms_norm_eps")
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < 1e30:
-        raise broken(path, "rms_norm_eps as a number that is not negative", f"{eps!r:.80}")
-    if not isinstance(config.get("tie_word_embeddings"), bool | None):
-        raise broken(path, "tie_word_embeddings as true or false", f"{config['tie_word_embeddings']!r:.80}")
-
-
-def _is_size(value: object) -> bool:
-    """True is an int to Python; numbers beyond 2^31 are no sizes of anything here."""
-    return type(value) is int and 0 < value < 2**31
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
@@ -200,12 +183,3 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         shape = tuple(widths[axis.partition(".")[0]] for axis in axes)
         if entry.shape != shape:
             raise broken(entry.shard, f"{name} of shape {shape}, by config.json", str(entry.shape))
-    if checkpoint.num_layers > len(checkpoint.tensors):
-        # Before their names are listed, which for a billion layers would take all memory.
-        found = f"{len(checkpoint.tensors)} tensors"
-        raise broken(checkpoint.folder, f"the tensors of {checkpoint.num_layers} layers, as config.json says", found)
-    missing = checkpoint.family.expected_tensors(checkpoint.num_layers, tied=checkpoint.tied) - set(checkpoint.tensors)
-    if missing:
-        example = sorted(missing)[0]
-        more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise broken(checkpoint.folder, f"the tensor {example}{more}", "no such tensor in its shards")

@@ -101,15 +101,6 @@ class ReplacedWeights:
         return self._weights.rows(name, rows)
 
 
-def meta_model(config: Any) -> Any:
-    """A causal language model without weights; buffers, such as the rotary frequencies, are real."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
 class LayerwiseModel:
     """A model on the meta device with the source of its weights.
 

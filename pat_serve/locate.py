@@ -36,6 +36,7 @@ def locate(source: str, revision: str | None = None, *, weights: bool = True) ->
         return folder_of(file)
     # Path("") is the current folder, which an empty variable in a script does not mean.
     if source and path.is_dir():
+        _check_links(path)
         if not (path / "config.json").is_file():
             raise MissingModel(
                 source,
@@ -124,7 +125,7 @@ def check_plain_folder(folder: Path) -> None:
     class of its name computes, and then everything that is made from it would be wrong.
 
     Raises:
-        UnsupportedModel: it has Python files, or a file that asks for some (`auto_map`).
+        UnsupportedModel: it has Python files, a file that asks for some (`auto_map`), or an adapter.
         BrokenCheckpoint: a file is a link that leads out of the folder.
     """
     entries = sorted(folder.iterdir())
@@ -139,7 +140,24 @@ def check_plain_folder(folder: Path) -> None:
             found=f"code of its own ({code[0]})",
             fix="If the stock class computes the same, delete the .py files and the auto_map, and try again.",
         )
+    check_no_adapter(folder)
     check_inside(folder, (path for path in entries if any(path.match(pattern) for pattern in HUB_PATTERNS)))
+
+
+def check_no_adapter(folder: Path) -> None:
+    """The folder holds a whole model and no adapter beside it: transformers would add it to the weights, vLLM not.
+
+    Raises:
+        UnsupportedModel: it holds one.
+    """
+    name = "adapter_config.json"
+    if (folder / name).is_file():
+        raise UnsupportedModel(
+            folder,
+            expected="a whole model alone",
+            found=f"an adapter beside it ({name}), which transformers adds to the weights and vLLM does not",
+            fix="Move the adapter's files away, or merge it (peft's merge_and_unload) and save the model again.",
+        )
 
 
 def check_inside(folder: Path, files: Iterable[Path]) -> None:
@@ -160,6 +178,22 @@ def check_inside(folder: Path, files: Iterable[Path]) -> None:
                 expected="a file in the model's own folder",
                 found=f"a link to {target}",
                 fix="Copy the file to its place, if it is the model's.",
+            )
+
+
+def _check_links(folder: Path) -> None:
+    """No file of a model is a link to nothing: a hub snapshot is one of links, and is often copied without the rest.
+
+    Raises:
+        BrokenCheckpoint: one is.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.exists() and any(path.match(pattern) for pattern in HUB_PATTERNS):
+            raise BrokenCheckpoint(
+                path,
+                expected="a file",
+                found=f"a link to {path.readlink()}, where nothing is",
+                fix="Copy the model with what its links lead to (cp -rL), or give its hub id.",
             )
 
 

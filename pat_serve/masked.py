@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from pat_serve.architectures import HIDDEN
 from pat_serve.checkpoint import Checkpoint
 from pat_serve.hybrid import HybridFold, apply_hybrid
-from pat_serve.layerwise import LayerwiseModel, ReplacedWeights, RotatedWeights, StoredWeights, Weights, meta_model
+from pat_serve.layerwise import LayerwiseModel, ReplacedWeights, RotatedWeights, StoredWeights, Weights
 from pat_serve.plan import PruningPlan
 from pat_serve.recognize import family_of
 from pat_serve.rotation import rotate_model, untie_head
 from pat_serve.run_folder import ADAPTER_FOLDER
+from pat_serve.stock_class import meta_model
 
 
 def load_masked_model(base_folder: Path, run: Path, plan: PruningPlan, dtype: torch.dtype) -> nn.Module:

@@ -9,6 +9,7 @@ the map lives, so a map of the largest tensor would cost its size in memory.
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -137,13 +138,19 @@ def find_shards(folder: Path, source: object) -> list[Path]:
         BrokenCheckpoint: its index is damaged, names a file that is not there, or leads out of the folder.
     """
     index, single = folder / INDEX, folder / SINGLE
-    if index.is_file() and single.is_file():
-        # transformers would read the one, others the other.
-        raise broken(folder, f"{SINGLE} or {INDEX}", "both", fix="Delete the one that does not belong to the model.")
     if index.is_file():
         shards = indexed_shards(index, read_index(index))
+        if single.is_file() and shards != [single]:
+            # transformers would read the one, others the other.
+            raise broken(
+                folder, f"{SINGLE} or {INDEX}", "both", fix="Delete the one that does not belong to the model."
+            )
     elif single.is_file():
         shards = [single]
+        # vLLM reads every such file where no index says which.
+        if stray := sorted(path.name for path in folder.glob("[!.]*.safetensors") if path != single):
+            found = f"{stray[0]} beside it and no {INDEX}"
+            raise broken(folder, f"{SINGLE} alone", found, fix="Move away what does not belong to the model.")
     else:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         raise UnsupportedModel(
@@ -154,6 +161,19 @@ def find_shards(folder: Path, source: object) -> list[Path]:
         )
     check_inside(folder, [*shards, *([index] if index.is_file() else [])])
     return shards
+
+
+def runtime_shards(folder: Path) -> list[Path]:
+    """The weight files that vLLM opens in a folder: those that an index names, without one all. They may be none.
+
+    Raises:
+        BrokenCheckpoint: an index names a file that is not there, or is none.
+    """
+    if (folder / INDEX).is_file():
+        # As leniently as vLLM reads it.
+        return indexed_shards(folder / INDEX, read_index(folder / INDEX, json.loads))
+    # Nor does vLLM look at hidden files.
+    return sorted(folder.glob("[!.]*.safetensors"))
 
 
 def read_index(index: Path, load: Callable[[bytes], Any] = parse) -> dict[str, str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pat_serve.errors import BrokenCheckpoint, MissingModel, first_line
 from pat_serve.locate import stock_path
-from pat_serve.shards import INDEX, indexed_shards, read_index
+from pat_serve.shards import runtime_shards
+from pat_serve.stock_class import check_stock_folder
 
 _TOKENIZERS = (
     "tokenizer.json",
@@ -25,7 +26,7 @@ _TOKENIZER_MODES = ("auto", "hf")
 
 
 def check_whole_models(args: Namespace, model: str, *, baseline: str | None, draft: str | None) -> None:
-    """Refuse folders whose weights are cut off or not there, or whose tokenizer is missing or no JSON.
+    """Refuse folders whose weights are cut off, not there or not those of their config, and tokenizers that are broken.
 
     Args:
         args: vLLM's, parsed; with a format of weights other than safetensors, or a tokenizer from elsewhere, the
@@ -35,8 +36,9 @@ def check_whole_models(args: Namespace, model: str, *, baseline: str | None, dra
         draft: what proposes tokens to it, which needs no tokenizer.
 
     Raises:
-        BrokenCheckpoint: a file is damaged, or an index names one that is not there.
+        BrokenCheckpoint: a file is damaged, an index names one that is not there, or the config is of other weights.
         MissingModel: there are no weights, or there is no tokenizer.
+        UnsupportedModel: vLLM would compute another function than transformers.
     """
     has_own = not args.skip_tokenizer_init and args.tokenizer_mode.lower() in _TOKENIZER_MODES
     for name, needs_tokenizer in ((model, has_own and args.tokenizer is None), (baseline, has_own), (draft, False)):
@@ -44,13 +46,18 @@ def check_whole_models(args: Namespace, model: str, *, baseline: str | None, dra
         if folder is None or not folder.is_dir():
             continue
         if args.load_format == "safetensors":
-            check_weights(folder)
+            shards = check_weights(folder)
+            if not args.hf_overrides:
+                check_stock_folder(folder, shards)
         if needs_tokenizer:
             check_tokenizer(folder)
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> list[Path]:
     """Look at the headers and lengths of the files that vLLM will open; no weight is read.
+
+    Returns:
+        the files.
 
     Raises:
         BrokenCheckpoint: one is damaged, or an index names one that is not there.
@@ -58,12 +65,7 @@ def check_weights(folder: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    if (folder / INDEX).is_file():
-        # As leniently as vLLM reads it.
-        shards = indexed_shards(folder / INDEX, read_index(folder / INDEX, json.loads))
-    else:
-        # Nor does vLLM look at hidden files.
-        shards = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    shards = runtime_shards(folder)
     if not shards:
         raise MissingModel(
             folder,
@@ -79,6 +81,7 @@ def check_weights(folder: Path) -> None:
             raise BrokenCheckpoint(
                 shard, expected="a whole safetensors file", found=first_line(error), fix="Copy or export it again."
             ) from error
+    return shards
 
 
 def check_tokenizer(folder: Path) -> None:

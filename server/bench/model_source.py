@@ -12,7 +12,9 @@ from typing import Any
 from pat_serve.atomic import write_json
 from pat_serve.errors import MissingModel, UsageError
 from pat_serve.locate import locate, read_config
+from pat_serve.shards import runtime_shards
 from pat_serve.sizes import ModelShape, shape_of
+from pat_serve.stock_class import check_stock_folder
 
 _SHAPES = files("pat_serve.server") / "shapes"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
@@ -56,7 +58,7 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
 
     Raises:
         MissingModel: no such folder, shape or hub id, no config.json in it, or no weights where they are needed.
-        BrokenCheckpoint: an unreadable config.json, or one without the sizes.
+        BrokenCheckpoint: an unreadable config.json, one without the sizes, or one of other weights than lie beside it.
         UsageError: layers with real weights, below 1, or more than the model has.
     """
     folder, local = Path(name), Path(name).exists()
@@ -75,6 +77,8 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
             found="a shape that ships without weights" if shipped else "a folder without weight files",
             fix="Time it with random weights: add --load-format dummy.",
         )
+    if load_format != "dummy" and on_disk and (shards := runtime_shards(folder)):
+        check_stock_folder(folder, shards)
     if layers is not None:
         config = cut_layers(config, layers, load_format=load_format, name=f"{flag} {name}")
     if shipped or layers is not None:
