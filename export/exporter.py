@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 
 from pat_serve.atomic import check_vacant, new_folder
-from pat_serve.errors import DiskFull, UsageError
+from pat_serve.disk import check_room, room_on_disk
+from pat_serve.errors import UsageError
 from pat_serve.export.base_files import BaseFiles
 from pat_serve.export.card import model_card, provenance
 from pat_serve.export.fit import check_fitness
@@ -25,7 +25,6 @@ from pat_serve.export.formats.quantize import quantize_export
 from pat_serve.export.formats.schemes import scheme_named
 from pat_serve.export.hashes import hash_files
 from pat_serve.export.measured import quality_section
-from pat_serve.export.model_files import check_room
 from pat_serve.export.model_files import dtype_name as _name
 from pat_serve.export.model_files import write_model as _write_model
 from pat_serve.export.narrow import dry_run, narrow_config, narrow_shapes
@@ -46,6 +45,8 @@ _CARRIED = (
 
 # Config, tokenizer, card, and what file systems round up.
 _SPARE_BYTES = 64_000_000
+_ROOM = "Free some space, or choose another --out."
+_FREE = "Free some space, or choose another --out; nothing was left behind."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ def export_run(
     with ExitStack() as stack:
         base_files = stack.enter_context(BaseFiles(run))
         _check_fits(run, out, [written, *([target] if scheme else []), *([target] if gguf else [])])
-        stack.enter_context(_room_on_disk(out))
+        stack.enter_context(room_on_disk(out, lambda: _FREE))
         staging = stack.enter_context(new_folder(out, replace=force))
         hashes = _write_model(run, staging, written, max_shard_bytes, runs_in=target, meanwhile=base_files.poll)
         outcome = _prove(run, staging, written, out, runs_in=target, walk=walk, scorer=scorer) if parity else None
@@ -164,22 +165,6 @@ def _prove(
     return outcome
 
 
-@contextmanager
-def _room_on_disk(out: Path) -> Iterator[None]:
-    """A disk that fills up all the same, since others write to it too, or a quota, is an error of its own."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise DiskFull(
-            out,
-            expected="a disk that takes all files",
-            found=error.strerror or "no more room",
-            fix="Free some space, or choose another --out; nothing was left behind.",
-        ) from error
-
-
 def _check_fits(run: Run, out: Path, dtypes: list[torch.dtype]) -> None:
     """The dry run: every tensor comes out as planned, and the disk has room for all that will be written.
 
@@ -190,7 +175,7 @@ def _check_fits(run: Run, out: Path, dtypes: list[torch.dtype]) -> None:
     """
     dry_run(run, dtypes[0])
     numbers = sum(prod(shape) for shape in narrow_shapes(run).values())
-    check_room(out.parent, sum(numbers * dtype.itemsize for dtype in dtypes) + _SPARE_BYTES)
+    check_room(out.parent, sum(numbers * dtype.itemsize for dtype in dtypes) + _SPARE_BYTES, _ROOM)
 
 
 def _carried(run: Run) -> list[Path]:

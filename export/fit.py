@@ -12,6 +12,7 @@ from pat_serve.export.reader import Run
 from pat_serve.fitness import cautions, group_sizes, shape_of, tensor_parallel_degrees, tensor_parallel_obstacles
 from pat_serve.geometry import legal_step, name_widths, nearest_widths
 from pat_serve.progress import say
+from pat_serve.vocabulary import vocabulary_of
 
 
 def parse_degrees(text: str) -> tuple[int, ...]:
@@ -62,6 +63,9 @@ def check_fitness(run: Run, degrees: tuple[int, ...], scheme: Scheme | None) -> 
                 fix="The width is not the obstacle: no --hidden-size changes heads, key-value heads or vocabulary.",
             )
     warnings = [] if cut.is_identity and not scheme else cautions(shape, width, degrees, eight_bit=scheme is not None)
+    vocabulary = vocabulary_of(run.base.folder, shape.vocab)
+    if vocabulary is not None and vocabulary.warning:
+        warnings.append(vocabulary.warning)
     for warning in warnings:
         say(f"warning: {warning}")
     return {"tensor_parallel": possible, "group_sizes": group_sizes(shape, width), "warnings": warnings}

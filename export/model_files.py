@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
 import torch
 
-from pat_serve.errors import DiskFull
 from pat_serve.export.narrow import narrow_config, narrow_shapes, rewriting_of
 from pat_serve.export.reader import Run
 from pat_serve.export.writer import WeightFiles, index_document, write_blocks
 from pat_serve.progress import byte_progress
-
-
-def check_room(out: Path, needed_bytes: int) -> None:
-    """The disk has room for so many bytes.
-
-    Raises:
-        DiskFull: it has not.
-    """
-    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
-    free_bytes = shutil.disk_usage(place).free
-    if free_bytes < needed_bytes:
-        raise DiskFull(
-            place,
-            expected=f"{needed_bytes / 1e9:.2f} GB of free space",
-            found=f"{free_bytes / 1e9:.2f} GB",
-            fix="Free some space, or choose another place: --out, or TMPDIR of a verification.",
-        )
 
 
 def write_model(

@@ -12,12 +12,13 @@ import pydantic
 import torch
 
 from pat_serve.architectures import HIDDEN
+from pat_serve.disk import check_room
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, MissingModel, UsageError, first_line
 from pat_serve.export.formats.check import check_eight_bits
 from pat_serve.export.formats.quality import QuantizationQuality, measure_quality, require_compressed_tensors
 from pat_serve.export.formats.schemes import SCHEMES, Scheme, quantization_config
 from pat_serve.export.hashes import hash_files
-from pat_serve.export.model_files import check_room, write_model
+from pat_serve.export.model_files import write_model
 from pat_serve.export.narrow import narrow_shapes
 from pat_serve.export.parity import Parity, measure_parity
 from pat_serve.export.prompts import own_prompts
@@ -151,7 +152,8 @@ def _measure_eight_bits(
     check_eight_bits(run, folder, scheme, floats)
     with tempfile.TemporaryDirectory(prefix="pat-verify-") as scratch:
         exact = Path(scratch)
-        check_room(exact, sum(prod(shape) for shape in narrow_shapes(run).values()) * torch.float32.itemsize)
+        needed_bytes = sum(prod(shape) for shape in narrow_shapes(run).values()) * torch.float32.itemsize
+        check_room(exact, needed_bytes, "Free some space, or name another place in TMPDIR.")
         write_model(run, exact, torch.float32, _SHARD_BYTES, runs_in=floats)
         parity = measure_parity(run, exact, torch.float32, runs_in=floats, walk=walk)
         return parity, measure_quality(exact, folder, scheme, own_prompts(run))

@@ -154,7 +154,7 @@ def test_a_disk_that_is_full(run: Path, complete: Path, tmp_path: Path):
     late = children.run(ckpt=run, out=disk / "out", skip_dry_run=True)
     children.close()
     assert (before["code"], late["code"]) == (1, 1)
-    assert "GB of free space" in before["message"]
+    assert "B of free space" in before["message"]
     assert "a disk that takes all files" in late["message"]
     assert late["message"].startswith("DiskFull: ")
     assert before["left"] == late["left"] == []

@@ -13,7 +13,7 @@ from pathlib import Path
 # Forks itself for every line that it reads, once a rank. accelerate shards on accelerators alone and would train with
 # DDP here without a word, so under FSDP its state is told that the CPU is one.
 FORK_SERVER = """
-import json, os, re, signal, sys
+import json, os, re, resource, signal, subprocess, sys
 import accelerate.state, datasets, peft, torch, torch.utils.tensorboard, transformers
 import pat_serve.training.run, pat_serve.training.callbacks, pat_serve.training.insert, pat_serve.training.trainer
 from pat_serve.cli.train import main
@@ -35,6 +35,14 @@ def kill_at(pattern):
             os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(watch)
 
+def full_at(pattern, most_bytes):
+    moment = re.compile(pattern)
+    def watch(event, arguments):
+        if event in ("open", "os.mkdir") and moment.search(" ".join(map(str, (event, *arguments[:2])))):
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most))
+    sys.addaudithook(watch)
+
 print("ready", flush=True)
 for line in sys.stdin:
     arguments, log, environments = json.loads(line)
@@ -44,12 +52,20 @@ for line in sys.stdin:
         if pid:
             pids.append(pid)
             continue
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        writer = None
+        if "FULL_AT" in environment:
+            # Of another process, whose file may grow.
+            writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
+            file = writer.stdin.fileno()
+        os.dup2(file, 2)
         os.environ.update(environment)
         if "ACCELERATE_USE_FSDP" in environment:
             shard_on_cpu()
         if "KILL_AT" in environment:
             kill_at(environment["KILL_AT"])
+        if "FULL_AT" in environment:
+            full_at(environment["FULL_AT"], int(environment["FULL_BYTES"]))
         sys.argv = ["pat-train", *arguments]
         try:
             main()
@@ -57,6 +73,10 @@ for line in sys.stdin:
         except SystemExit as stop:
             status = stop.code or 0
         sys.stderr.flush()
+        if writer is not None:
+            os.close(2)
+            writer.stdin.close()
+            writer.wait()
         os._exit(status)
     print(pids[0], flush=True)
     print(*[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids], flush=True)
@@ -117,6 +137,20 @@ class Trainings:
         """
         self._start(arguments, [{"KILL_AT": moment}])
         assert int(self._answer()) == -signal.SIGKILL, f"{moment} never came: {self.log.read_text()}"
+
+    def full_at(self, moment: str, arguments: list[str], most_bytes: int = 64) -> int:
+        """Train on a disk that takes next to nothing more once the process touches a file; the exit code.
+
+        The bound is one on a file's size (RLIMIT_FSIZE), whose error takes the same way through Python, Rust and C++
+        as a full disk's.
+
+        Args:
+            moment: regular expression on "open PATH" or "os.mkdir PATH".
+            arguments: of pat-train.
+            most_bytes: that a file may have from then on.
+        """
+        self._start(arguments, [{"FULL_AT": moment, "FULL_BYTES": str(most_bytes)}])
+        return int(self._answer())
 
     def close(self) -> None:
         """End the server."""

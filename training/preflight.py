@@ -49,6 +49,7 @@ class Preflight:
         base_parameters: frozen ones, of the base, at the width that is trained.
         lora_parameters: trained ones, of the adapter.
         method_parameters: trained ones, of the method's modules (HSMs and mask).
+        wide_parameters: trained ones before the base is cut, whose shapes a run's adapter and plan have.
         weights_bytes: the base in the training's dtype, as wide as it is trained; under FSDP one process's share and a
             layer in full.
         trained_bytes: what is trained in float32, its gradients and Adam's moments; under FSDP one process's share.
@@ -65,6 +66,7 @@ class Preflight:
     base_parameters: int
     lora_parameters: int
     method_parameters: int
+    wide_parameters: int
     weights_bytes: int
     trained_bytes: int
     activations_bytes: int
@@ -213,6 +215,7 @@ def estimate_training(
         base_parameters=base,
         lora_parameters=lora,
         method_parameters=own,
+        wide_parameters=adapter,
         weights_bytes=weights,
         trained_bytes=trained,
         activations_bytes=activations,

@@ -15,13 +15,15 @@ from pat_serve.training.calibration import calibration_batches, rows_at_once
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.cut_report import report_cut
 from pat_serve.training.data import TrainingData, load_tokenizer, read_training_data
+from pat_serve.training.data.rowless import check_vocabulary
 from pat_serve.training.inputs import RunInputs
 from pat_serve.training.methods import METHODS
-from pat_serve.training.preflight import check_memory
+from pat_serve.training.preflight import Preflight, check_memory
 from pat_serve.training.ranks import Ranks, refuse_zero3
 from pat_serve.training.reporting import check_reporters
 from pat_serve.training.schedule import least_steps
 from pat_serve.training.width import check_ties, target_width
+from pat_serve.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,9 @@ class Prepared:
     Attributes:
         asked: the recipe as it was given, which the run's folder keeps.
         recipe: the same with every `auto` decided.
+        vocabulary: the tokenizer's tokens beside the base's rows.
         calibration: padded batches of what the base is measured on; none for a method that does not measure it.
+        preflight: the training's size.
     """
 
     asked: TrainRecipe
@@ -39,7 +43,9 @@ class Prepared:
     checkpoint: Checkpoint
     tokenizer: Any
     data: TrainingData
+    vocabulary: Vocabulary
     calibration: list[dict[str, Tensor]]
+    preflight: Preflight
     inputs: RunInputs
 
 
@@ -60,6 +66,8 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
     report_cut(recipe, checkpoint, width)
     tokenizer = load_tokenizer(checkpoint.folder)
     data = read_training_data(recipe, tokenizer)
+    vocabulary = Vocabulary.of(tokenizer, int(checkpoint.config["vocab_size"]))
+    check_vocabulary(data, vocabulary)
     batch = recipe.batch_size * recipe.gradient_accumulation_steps * ranks.count
     rows = data.rows()
     # An epoch's last step may be a smaller one, as the Trainer takes it.
@@ -81,7 +89,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
     calibration = calibration_batches(data.samples, rows_at_once(recipe)) if calibrates else []
     shapes = [tuple(batch["input_ids"].shape) for batch in calibration]
     # Before the base is hashed, which reads all of it.
-    check_memory(checkpoint, recipe, dtype, width, total_steps, data.longest_tokens, shapes)
+    preflight = check_memory(checkpoint, recipe, dtype, width, total_steps, data.longest_tokens, shapes)
     inputs = RunInputs(
         base=checkpoint.reference(),
         examples_sha256=data.train_sha256,
@@ -98,6 +106,8 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         data=data,
+        vocabulary=vocabulary,
         calibration=calibration,
+        preflight=preflight,
         inputs=inputs,
     )

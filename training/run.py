@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pat_serve.atomic import check_vacant, new_folder
+from pat_serve.disk import room_on_disk
 from pat_serve.run_folder import TENSORBOARD_FOLDER, checkpoint_step, list_checkpoints
 from pat_serve.training.assemble import Job, assemble
 from pat_serve.training.config import TENSORBOARD, TrainRecipe
@@ -22,6 +23,7 @@ from pat_serve.training.norms import trained_gains
 from pat_serve.training.prepare import Prepared, prepare
 from pat_serve.training.ranks import Ranks, snapshot
 from pat_serve.training.result import write_result
+from pat_serve.training.room import check_disk, way_on
 
 PARITY_ROWS = 8
 
@@ -42,15 +44,18 @@ def start(recipe: TrainRecipe, run: Path, *, force: bool = False) -> Finished:
     Raises:
         OutputExists: `run` is there already, or is no run of ours.
         PatServeError: the model, the data or a setting is unusable. What stood at `run` stands there still.
+        DiskFull: the run does not fit on its disk, or another has filled it since; then it can be resumed.
     """
     ranks = Ranks.join()
     recipe = recipe.with_absolute_paths()
     inputs = [Path(recipe.model), *map(Path, filter(None, (recipe.data, recipe.eval_data)))]
     ranks.agree(lambda: check_vacant(run, force=force, inputs=inputs))
     prepared = prepare(recipe, ranks)
+    ranks.agree(lambda: check_disk(prepared, run))
     job = assemble(prepared, run, ranks, resumes=False)
-    ranks.agree(lambda: _lay_out(prepared, job, run))
-    return _train(prepared, job, run, ranks, resume_from=None)
+    with room_on_disk(run, lambda: way_on(run)):
+        ranks.agree(lambda: _lay_out(prepared, job, run))
+        return _train(prepared, job, run, ranks, resume_from=None)
 
 
 def resume(run: Path) -> Finished:
@@ -64,10 +69,12 @@ def resume(run: Path) -> Finished:
     ranks.agree(lambda: require_unfinished(run))
     prepared = prepare(saved_recipe(run), ranks)
     prepared.inputs.require_unchanged(run)
-    job = assemble(prepared, run, ranks, resumes=True)
     ranks.agree(lambda: clear_leftovers(run))
+    ranks.agree(lambda: check_disk(prepared, run))
+    job = assemble(prepared, run, ranks, resumes=True)
     checkpoints = ranks.agree(lambda: list_checkpoints(run))
-    return _train(prepared, job, run, ranks, resume_from=checkpoints[-1] if checkpoints else None)
+    with room_on_disk(run, lambda: way_on(run)):
+        return _train(prepared, job, run, ranks, resume_from=checkpoints[-1] if checkpoints else None)
 
 
 def start_or_resume(recipe: TrainRecipe, run: Path) -> Finished | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pat_serve.disk import full_disk
 from pat_serve.errors import PatServeError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -75,6 +76,8 @@ def _reporting(work: Callable[[], Any]) -> None:
     except Exception as error:
         if debug:
             raise
+        if (full := full_disk(error)) is not None:
+            sys.exit(_report(f"a disk is full, or a quota used up: {full}. Free some space, and try again.", 1))
         message = f"internal error: {type(error).__name__}: {error}"
         sys.exit(_report(f"{message}\nThis is a defect in pat-serve; run again with --debug for the traceback.", 1))
 

@@ -79,7 +79,7 @@ def train(
         str | None, Flag(help="nf4: train on a 4-bit base (QLoRA); needs bitsandbytes. [default: none]")
     ] = None,
     skip_preflight: Annotated[
-        bool | None, Flag("--skip-preflight", help="Begin although the memory is expected not to suffice.")
+        bool | None, Flag("--skip-preflight", help="Begin although memory or disk are expected not to suffice.")
     ] = None,
     lora_rank: Annotated[int | None, Flag(help="[default: 20]")] = None,
     lora_alpha: Annotated[float | None, Flag(help="[default: the rank; 4 with --recipe paper]")] = None,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pat_serve.atomic import check_vacant, new_folder
+from pat_serve.disk import room_on_disk
 from pat_serve.errors import ChangedInput, UnfinishedRun, UsageError
 from pat_serve.training.api.applied import AppliedPat, applied, frozen_hashes
 from pat_serve.training.data import load_tokenizer
@@ -37,6 +38,7 @@ def save_run(
         ChangedInput: the base's weights are not those that `apply_pat` left.
         Diverged: a trained weight is not finite.
         OutputExists: the folder is there.
+        DiskFull: it does not fit on its disk.
     """
     handle, folder = applied(model), Path(folder)
     if not (handle.trained and handle.method.mask.frozen):
@@ -54,7 +56,7 @@ def save_run(
     _require_same_base(model.get_base_model(), handle)
     check_vacant(folder, force=force, inputs=[handle.checkpoint.folder])
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(handle.checkpoint.folder)
-    with new_folder(folder) as staging:
+    with room_on_disk(folder, lambda: "Free some space, or save elsewhere."), new_folder(folder) as staging:
         handle.recipe.model_copy(update={"max_steps": handle.method.total_steps}).save(staging)
         plan = handle.method.plan(handle.checkpoint.reference())
         if handle.recipe.train_norms:
