@@ -26,6 +26,8 @@ from pat_serve.server.generation import EngineTimes, Piece, Sampling
 from pat_serve.server.http.admission import RETRY_AFTER_S
 from pat_serve.server.http.errors import HttpError, InvalidRequestError, shape_vllm_errors
 from pat_serve.server.sequence_watch import watch
+from pat_serve.vocabulary import Vocabulary
+from pat_serve.vocabulary_guard import guard
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class Engine:
         self.max_num_seqs: int = client.vllm_config.scheduler_config.max_num_seqs
         self.hidden_size: int = client.model_config.get_hidden_size()
         watch(client.output_processor)
+        self.vocabulary = _guarded(client, self.vocab_size)
         self.max_step_tokens: int = client.vllm_config.scheduler_config.max_num_batched_tokens
         self.config: dict[str, Any] = client.model_config.hf_text_config.to_dict()
         self.dtype = str(client.model_config.dtype).removeprefix("torch.")
@@ -163,6 +166,18 @@ class Engine:
             raise generation_failed() from error
 
 
+def _guarded(client: Any, rows: int) -> Vocabulary:
+    """The vocabulary of a client's model, ids beyond which it refuses from now on."""
+    from vllm.exceptions import VLLMValidationError
+
+    tokenizer = client.renderer.tokenizer
+    vocabulary = Vocabulary(rows=rows, rowless={}) if tokenizer is None else Vocabulary.of(tokenizer, rows)
+    # Of a multimodal one some ids are no rows and stand for what is put in their place.
+    if not client.model_config.is_multimodal_model:
+        guard(client, vocabulary, VLLMValidationError)
+    return vocabulary
+
+
 def vllm_failures() -> dict[type[Exception], Callable[[], HttpError]]:
     """What vLLM's own routes are to answer for its engine's errors, in place of 500 with the exception's text."""
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -189,7 +204,15 @@ def shape_failures(app: FastAPI) -> None:
         return explain(error)
 
     api_router.create_error_response = explain_or_pass
+    # They log every error with its traceback, a client's too.
+    logging.getLogger(api_router.__name__).addFilter(_is_no_clients_mistake)
     shape_vllm_errors(app, failures)
+
+
+def _is_no_clients_mistake(record: logging.LogRecord) -> bool:
+    from vllm.exceptions import VLLMClientError
+
+    return not (record.exc_info and isinstance(record.exc_info[1], VLLMClientError))
 
 
 def _sampling_params(sampling: Sampling) -> Any:

@@ -7,6 +7,7 @@ ours replaces one of vLLM's with the same path and method, which is meant for `/
 from __future__ import annotations
 
 import os
+import sys
 from argparse import Namespace
 from typing import Annotated, Any
 
@@ -196,6 +197,8 @@ class PatServePlugin:
             keys=collect_keys(args.api_key or [], environment=dict(os.environ))
         )
         engine = attach(engine_client, args)
+        if warning := engine.vocabulary.warning:
+            sys.stderr.write(f"pat-serve: warning: {warning}\n")
         waiting = 4 * engine.max_num_seqs if policy.max_queue is None else policy.max_queue
         admission = Admission(capacity=engine.max_num_seqs + waiting, per_key=policy.max_concurrency_per_key)
         drain = Drain(admission, grace_s=policy.shutdown_timeout_s)

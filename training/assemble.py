@@ -14,6 +14,7 @@ from pat_serve.run_folder import list_checkpoints
 from pat_serve.training.calibration import Calibration, calibrate
 from pat_serve.training.config import TENSORBOARD
 from pat_serve.training.data import PadBatch
+from pat_serve.training.data.rowless import CheckedBatch
 from pat_serve.training.methods import Method
 from pat_serve.training.prepare import Prepared
 from pat_serve.training.ranks import Ranks, sharded_by_fsdp, use_one_device
@@ -64,7 +65,7 @@ def assemble(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> J
         args=arguments,
         train_dataset=prepared.data.train,
         eval_dataset=prepared.data.held_out,
-        data_collator=PadBatch(),
+        data_collator=CheckedBatch(prepared.vocabulary) if recipe.streaming else PadBatch(),
         callbacks=[MethodClock(method), MetricsFile(run), display],
     )
     trainer.remove_callback(PrinterCallback)

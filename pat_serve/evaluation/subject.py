@@ -13,7 +13,10 @@ from pat_serve.errors import BrokenCheckpoint, UsageError
 from pat_serve.evaluation.backends import BackendSettings, is_url, open_backend, token_nll
 from pat_serve.evaluation.cache import checkpoint_sha256
 from pat_serve.evaluation.report import Model
+from pat_serve.evaluation.rowless import refuse_rowless
 from pat_serve.locate import check_plain_folder, locate, read_config
+from pat_serve.stock_class import check_stock_folder
+from pat_serve.vocabulary import Vocabulary
 
 Examples = list[dict[str, list[int]]]
 
@@ -48,7 +51,10 @@ class Subject:
     @cached_property
     def lm(self) -> Any:
         """For lm-eval."""
-        return open_backend(self._source, self.folder, self.backend)
+        lm = open_backend(self._source, self.folder, self.backend)
+        if self.folder is not None and (rows := self._rows):
+            refuse_rowless(lm, Vocabulary.of(self.tokenizer, rows), self.name)
+        return lm
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -71,8 +77,10 @@ class Subject:
 
         Raises:
             UsageError: an example is longer than a backend that would cut it can score.
+            DataError: an example has a token without a row in the model's embedding.
             BrokenCheckpoint: a figure is no finite number.
         """
+        self._require_rows(examples)
         if self.folder is None or self.backend.backend != "hf":
             longest = max(len(example["input_ids"]) for example in examples)
             if self.positions is not None and longest > self.positions:
@@ -90,6 +98,17 @@ class Subject:
         dtype: torch.dtype = getattr(torch, self.backend.dtype)
         sums_N, counts_N = measure_nll(self.folder, examples, dtype=dtype, batch_size=batch_size)
         return self._finite(sums_N.tolist(), counts_N.tolist())
+
+    @property
+    def _rows(self) -> int:
+        """Of its embedding; 0 where nobody says."""
+        return 0 if self.folder is None else int(read_config(self.folder).get("vocab_size") or 0)
+
+    def _require_rows(self, examples: Examples) -> None:
+        rows = self._rows
+        if rows and max(max(example["input_ids"]) for example in examples) >= rows:
+            ids = (token_id for example in examples for token_id in example["input_ids"])
+            Vocabulary.of(self.tokenizer, rows).require(ids, f"the data, with the tokenizer of {self.name}")
 
     def _finite(self, sums: list[float], counts: list[int]) -> tuple[list[float], list[int]]:
         broken = sum(not isfinite(value) for value in sums)
@@ -122,6 +141,7 @@ def _open(source: str) -> tuple[Path, int | None]:
     folder = locate(source)
     if "quantization_config" in read_config(folder):
         check_plain_folder(folder)
+        check_stock_folder(folder, [])
         return folder, None
     checkpoint = open_checkpoint(source)
     return checkpoint.folder, sum(prod(entry.shape) for entry in checkpoint.tensors.values())

@@ -30,6 +30,7 @@ from pat_serve.server.bench.speedup_settings import SpeedupSettings
 from pat_serve.server.workers.cpu_watch import CpuWatch
 from pat_serve.server.workers.process import EngineProcess, start_together
 from pat_serve.server.workers.protocol import Start
+from pat_serve.vocabulary import Vocabulary
 
 # (stage, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -183,6 +184,7 @@ def _prompt_ids(model: ModelSource, settings: SpeculativeSettings, prompts: Sequ
             fix="Leave the flag out for random tokens, or give a whole checkpoint as --model.",
         ) from error
     ids = [list(tokenizer(prompt)["input_ids"])[: settings.prompt_tokens] for prompt in prompts]
+    Vocabulary.of(tokenizer, model.shape.vocab_size).require((one for prompt in ids for one in prompt), "--prompts")
     if not any(ids):
         found = f"{len(ids)} prompts without a token"
         raise UsageError("--prompts", expected="a prompt of at least one token", found=found, fix="Give longer ones.")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from transformers import AutoTokenizer
 
 from tests.integration.brake import LATE_S, LAYERS, Brake
 from tests.tiny_models import save_tiny_llama
@@ -24,6 +25,8 @@ from tests.tiny_models import save_tiny_llama
 MAX_MODEL_LEN = 16384
 # Few enough that a test can fill them: this many sequences run, this many more wait.
 MAX_NUM_SEQS, MAX_QUEUE = 4, 12
+# Tokens of the tokenizer without a row in the embedding.
+ROWLESS = ["<|im_start|>", "<|im_end|>"]
 # Named "tests" in logs.
 KEY = "integration-key-7f3a"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
@@ -139,6 +142,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=MAX_MODEL_LEN, num_hidden_layers=LAYERS
     )
     (model / "pat_export.json").write_text(json.dumps(EXPORT_RECORD))
+    # As after adding tokens without resizing, and an end token of the same kind.
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(ROWLESS, special_tokens=True)
+    tokenizer.save_pretrained(model)
+    generation = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [1, 385, 99_999]}))
     return model
 
 

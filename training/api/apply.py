@@ -22,6 +22,7 @@ from pat_serve.training.narrow import narrow_model
 from pat_serve.training.norms import hidden_norms, train_norms
 from pat_serve.training.schedule import LEAST_STEPS
 from pat_serve.training.width import check_ties, target_width
+from pat_serve.vocabulary import Vocabulary
 
 CALIBRATION_BATCH = 8
 
@@ -109,7 +110,10 @@ def apply_pat(
     require_same_weights(model, checkpoint)
     width = target_width(recipe, checkpoint)
     report_cut(recipe, checkpoint, width)
-    batches = calibration_batches([_example(entry) for entry in calibration or ()], CALIBRATION_BATCH)
+    examples = [_example(entry) for entry in calibration or ()]
+    vocabulary = Vocabulary(rows=int(checkpoint.config["vocab_size"]), rowless={})
+    vocabulary.require((token_id for example in examples for token_id in example["input_ids"]), "calibration")
+    batches = calibration_batches(examples, CALIBRATION_BATCH)
     measured = _measure(model, checkpoint, recipe, batches) if Pat.wants_calibration(recipe) else None
     # The schedule is stretched once the Trainer knows its steps.
     adapted: Any
