@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -15,9 +16,19 @@ import torch
 
 from tests.tiny_models import save_tiny_llama
 from tests.trainings import Trainings
+from tests.work_order import FilesTogether, longest_first
 
 # Matrices of 64 x 64 gain nothing from a second thread, and spinning threads of several processes stall each other.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether | None:
+    return FilesTogether(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 WORDS = ["list", "dict", "value", "file", "path", "name", "key", "return"]

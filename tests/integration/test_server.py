@@ -129,11 +129,11 @@ def test_client_that_leaves_stops_its_generation(server: Server, client: httpx.C
     [
         pytest.param({"prompt": ""}, "prompt", "at least 1 character", id="empty prompt"),
         pytest.param({"prompt_token_ids": []}, "prompt_token_ids", "at least 1 item", id="no token ids"),
-        pytest.param({}, None, "exactly one of prompt and prompt_token_ids", id="no prompt"),
+        pytest.param({}, None, "exactly one of prompt, prompt_token_ids and messages", id="no prompt"),
         pytest.param(
             {"prompt": "a", "prompt_token_ids": [1]},
             None,
-            "exactly one of prompt and prompt_token_ids",
+            "exactly one of prompt, prompt_token_ids and messages",
             id="two prompts",
         ),
         pytest.param(
