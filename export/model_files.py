@@ -11,8 +11,9 @@ import torch
 
 from pat_serve.export.narrow import narrow_config, narrow_shapes, rewriting_of
 from pat_serve.export.reader import Run
-from pat_serve.export.writer import WeightFiles, index_document, write_blocks
+from pat_serve.export.writer import WeightFiles, write_blocks
 from pat_serve.progress import byte_progress
+from pat_serve.shard_layout import index_document
 
 
 def write_model(

@@ -23,8 +23,8 @@ from pat_serve.export.formats.quality import QuantizationQuality, measure_qualit
 from pat_serve.export.formats.schemes import SCALE_SUFFIX, Scheme, quantization_config, quantize_channels
 from pat_serve.export.prompts import own_prompts
 from pat_serve.export.reader import Run
-from pat_serve.export.writer import shard_names
 from pat_serve.progress import track
+from pat_serve.shard_layout import shard_names
 from pat_serve.shards import TensorEntry, read_header
 
 _INDEX = "model.safetensors.index.json"

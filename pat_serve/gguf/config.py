@@ -1,9 +1,8 @@
 """config.json of the stock class that computes what a GGUF file's metadata describes.
 
 Everything that changes the function is either stated here or refused: a setting that was overlooked would give another
-model under the same name. What transformers' own reading (5.19) passes over in silence, and this does not: biases of a
-Llama, the frequencies of Llama 3's rope (a tensor), scaled ropes, mixtures of experts that call themselves llama, token
-ids of begin and end, a head_dim that is not hidden_size / heads.
+model under the same name. transformers' own reading (5.19) passes over biases of a Llama, the factors of Llama 3's rope and
+scaled ropes in silence (`LOG.md`, 2026-11-29).
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from pat_serve.errors import UnsupportedModel
 from pat_serve.gguf.header import GgufHeader, broken
 
 ROPE_FREQUENCIES = "rope_freqs.weight"
+# The version of transformers whose names of settings these are.
+_LAYOUT = "5.0.0"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 # llama.cpp's names of the families of the table. A Mistral is a llama there, without its sliding window.
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "phi3": "phi3"}
@@ -136,6 +137,8 @@ def config_of(header: GgufHeader, frequencies: Callable[[], np.ndarray]) -> dict
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
+        # Without one transformers takes the tokenizer for an old Mistral's, and warns of it.
+        "transformers_version": _LAYOUT,
     }
     if rope := _rope_scaling(settings, config, frequencies):
         config["rope_scaling"] = rope

@@ -24,7 +24,7 @@ from pat_serve.progress import byte_progress, say
 # What is in such a folder beside the model: the file that it was read from.
 PROVENANCE = "pat_gguf.json"
 # Rises when the same file would be read to other files.
-_READER = 1
+_READER = 2
 _PIECE_BYTES = 1 << 22
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 

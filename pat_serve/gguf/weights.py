@@ -1,12 +1,12 @@
 """A GGUF file's tensors under their stock names, dequantised in runs of rows and written as safetensors.
 
-Memory holds one shard of the output and some rows in float32, whatever the file's size.
+Memory holds some rows in float32, whatever the size of the file and of its tensors.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pat_serve.architectures import HEAD, Family
@@ -22,10 +21,11 @@ from pat_serve.atomic import write_json
 from pat_serve.errors import UnsupportedModel
 from pat_serve.gguf.config import ROPE_FREQUENCIES
 from pat_serve.gguf.header import GgufHeader, GgufTensor, broken
-from pat_serve.shards import INDEX, SINGLE
+from pat_serve.shard_layout import encode_header, index_document, plan_shards, shard_names
+from pat_serve.shards import INDEX
 
-_SHARD_BYTES = 2**30
-_ROWS_BYTES = 2**26
+_SHARD_BYTES = 5 * 10**9
+_ROWS_BYTES = 2**24
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Precomputed by some conversions and read by no loader.
 _IGNORED = (".attn_rot_embd.weight", ".attn_rot_embd", ".rope_freqs.weight")
@@ -150,53 +150,42 @@ def write_weights(
         BrokenCheckpoint: values that are not finite, in the file or in the dtype.
         UnsupportedModel: as `read_rows`.
     """
-    shards: list[list[StockTensor]] = [[]]
-    for tensor in tensors:
-        filled = sum(prod(other.shape) for other in shards[-1]) * dtype.itemsize
-        if shards[-1] and filled + prod(tensor.shape) * dtype.itemsize > _SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(tensor)
-    files = [SINGLE] if len(shards) == 1 else [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
-    ]  # fmt: skip
-    for file, shard in zip(files, shards, strict=True):
-        weights = {tensor.name: _read(header, family, tensor, dtype, advance) for tensor in shard}
-        save_file(weights, folder / file, metadata={"format": "pt"})
+    shapes, by_name = {tensor.name: tensor.shape for tensor in tensors}, {tensor.name: tensor for tensor in tensors}
+    shards = plan_shards(shapes, dtype, _SHARD_BYTES)
+    for file, names in zip(shard_names(len(shards)), shards, strict=True):
+        head, _ = encode_header({name: shapes[name] for name in names}, dtype)
+        with (folder / file).open("wb") as output:
+            output.write(head)
+            for name in names:
+                for block in _blocks(header, family, by_name[name], dtype):
+                    output.write(block.contiguous().flatten().view(torch.uint8).numpy().data)
+                source = by_name[name].source
+                advance(source.size_bytes if source is not None else 0)
     if len(shards) > 1:
-        total = sum(prod(tensor.shape) for tensor in tensors) * dtype.itemsize
-        weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, index_document(shards, shapes, dtype))
 
 
-def _read(
-    header: GgufHeader, family: Family, tensor: StockTensor, dtype: torch.dtype, advance: Callable[[int], None]
-) -> Tensor:
-    """A tensor in its stock layout."""
+def _blocks(header: GgufHeader, family: Family, tensor: StockTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The rows of a tensor in its stock layout, some at a time; a vector is one block."""
     if tensor.source is None:
-        return torch.zeros(tensor.shape, dtype=dtype)
-    result = torch.empty(tensor.shape, dtype=dtype)
-    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+        yield torch.zeros(tensor.shape, dtype=dtype)
+        return
+    rows, heads = (tensor.shape[0], tensor.heads) if len(tensor.shape) > 1 else (1, None)
     # Rows of a head change places among themselves, so a head is the least that is read at once.
-    unit = rows // tensor.heads if tensor.heads and len(tensor.shape) > 1 else 1
-    step = max(1, _ROWS_BYTES // (4 * prod(tensor.shape[1:]) * unit)) * unit if len(tensor.shape) > 1 else 1
+    unit = rows // heads if heads else 1
+    step = unit * max(1, _ROWS_BYTES // (4 * prod(tensor.shape[1:]) * unit))
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         block = torch.from_numpy(read_rows(header, tensor.source, start, stop))
         if tensor.heads:
-            heads = (stop - start) // unit if len(tensor.shape) > 1 else tensor.heads
-            block = unpermute_rotary(block, heads)
+            block = unpermute_rotary(block, (stop - start) // unit if heads else tensor.heads)
         if family.norm_offset and len(tensor.shape) == 1:
             # llama.cpp stores what is multiplied by.
             block = block - family.norm_offset
         block = block.to(dtype)
         if not bool(torch.isfinite(block).all()):
             raise broken(header.path, f"finite numbers in {tensor.source.name}", f"NaN or infinity in {dtype}")
-        if len(tensor.shape) > 1:
-            result[start:stop] = block
-        else:
-            result.copy_(block)
-    advance(tensor.source.size_bytes)
-    return result
+        yield block
 
 
 def unpermute_rotary(weight: Tensor, heads: int) -> Tensor:
