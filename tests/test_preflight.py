@@ -14,6 +14,7 @@ from pat_serve.training import preflight
 from pat_serve.training.calibration import Calibration
 from pat_serve.training.config import PAPER, TrainRecipe
 from pat_serve.training.insert import adapt
+from pat_serve.training.memory import BatchSize
 from pat_serve.training.narrow import narrow_model
 from pat_serve.training.norms import train_norms
 from pat_serve.training.preflight import estimate_training
@@ -48,7 +49,7 @@ def test_the_default_recipe_is_counted_as_it_is_trained(tied: bool, rows: Path, 
     unset = {name: TrainRecipe.model_fields[name].default for name in (*PAPER, "hio_rank")}
     recipe = tiny_recipe(opened.folder, rows, **unset | {"tied_embeddings": "untie" if tied else "auto"})
     recipe = recipe.resolved(tied=tied)
-    calibration = [(4, 64)] * 2
+    calibration = [BatchSize(rows=4, length_tokens=64, labelled_tokens=252)] * 2
     estimate = estimate_training(opened, recipe, "float32", 48, 24, 64, "cpu", calibration)
     base = AutoModelForCausalLM.from_pretrained(opened.folder, dtype=torch.float32)
     measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=torch.eye(64))
@@ -107,7 +108,8 @@ def test_activations_are_what_autograd_keeps(narrow: bool, norms: bool, checkpoi
 def test_processes_of_fsdp_prepare_in_the_hosts_memory(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch):
     recipe = tiny_recipe(checkpoint.folder, Path("d"), mask_start="energy")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    host, gpu = (estimate_training(checkpoint, recipe, "float32", 48, 24, 64, on, [(4, 64)]) for on in ("cpu", "cuda"))
+    sizes = [BatchSize(rows=4, length_tokens=64, labelled_tokens=252)]
+    host, gpu = (estimate_training(checkpoint, recipe, "float32", 48, 24, 64, on, sizes) for on in ("cpu", "cuda"))
     assert host.preparing_bytes > 0
     assert gpu.preparing_bytes == 0
 

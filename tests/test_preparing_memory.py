@@ -18,7 +18,7 @@ from pat_serve.training import compensation
 from pat_serve.training.calibration import Calibration, calibrate, calibration_batches
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.insert import adapt, build_model
-from pat_serve.training.memory import weights_bytes
+from pat_serve.training.memory import BatchSize, weights_bytes
 from pat_serve.training.preflight import estimate_training
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family, save_tiny_llama
@@ -93,8 +93,8 @@ def test_what_is_counted_is_what_is_held(
     batches = calibration_batches(samples(*lengths), recipe.batch_size)
     held = most_held(opened, recipe, dtype, batches)
     name = str(dtype).removeprefix("torch.")
-    shapes = [tuple(batch["input_ids"].shape) for batch in batches]
-    counted = estimate_training(opened, recipe, name, 48, 24, 128, "cpu", shapes).preparing_bytes
+    sizes = [BatchSize.of(batch) for batch in batches]
+    counted = estimate_training(opened, recipe, name, 48, 24, 128, "cpu", sizes).preparing_bytes
     assert counted - weights_bytes(opened, recipe, DTYPE_BYTES[name], 64) == pytest.approx(held, rel=0.3)
 
 
@@ -128,8 +128,8 @@ def test_states_and_masks_of_all_rows(
     compensation.compensate(model, method, opened.family, 2, batches)
 
     def preparing(repeats: int) -> int:
-        shapes = [tuple(batch["input_ids"].shape) for batch in batches] * repeats
-        return estimate_training(opened, recipe, "float32", 48, 24, 10_000, "cpu", shapes).preparing_bytes
+        sizes = [BatchSize.of(batch) for batch in batches] * repeats
+        return estimate_training(opened, recipe, "float32", 48, 24, 10_000, "cpu", sizes).preparing_bytes
 
     # So often that the states outweigh the rest.
     assert preparing(21) - preparing(20) == pytest.approx(sum(tensor.nbytes for tensor in held), rel=0.01)

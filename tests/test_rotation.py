@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pat_serve.architectures import LLAMA
+from pat_serve.architectures import FAMILIES, LLAMA
+from pat_serve.checkpoint import open_checkpoint
 from pat_serve.export.exporter import export_run
 from pat_serve.plan import PruningPlan
-from pat_serve.rotation import principal_axes, rotate_model
+from pat_serve.rotation import effective_gain, principal_axes, rotate_model
 from pat_serve.training.calibration import Calibration, calibrate, stream_covariance
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
-from tests.tiny_models import save_tiny_llama, tiny_llama
+from tests.tiny_models import save_tiny_family, save_tiny_llama, tiny_llama
 
 
 def random_rotation(width: int) -> torch.Tensor:
@@ -73,6 +74,36 @@ def test_covariance_leaves_padding_out_and_weighs_tokens_alike() -> None:
     assert torch.allclose(stream_covariance(model, LLAMA, 2, [padded])[0], plain, rtol=1e-4, atol=1e-4)
     # 5 norms and 10 tokens, each of square length D = 64.
     assert float(plain.trace()) == pytest.approx(5 * 10 * 64, rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_gradients_are_those_of_the_stock_loss(model_type: str, tmp_path: Path) -> None:
+    """Of the whole model with logits for every token, whose norms' outputs keep their gradients."""
+    checkpoint = open_checkpoint(str(save_tiny_family(tmp_path / "base", model_type, head_dim=32)))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder).eval()
+    ids = torch.randint(3, 384, (3, 12), generator=torch.Generator().manual_seed(3))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[1, 9:] = 0
+    labels[:, :4], labels[1, 9:] = -100, -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    outputs: list[tuple[Any, torch.Tensor]] = []
+
+    def keep(norm: Any, _inputs: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        outputs.append((norm, output))
+
+    norms = [name for name, spec, _ in checkpoint.family.modules(2) if spec.hidden_norm]
+    handles = [model.get_submodule(name).register_forward_hook(keep) for name in norms]
+    (model(**batch).loss * (labels[:, 1:] != -100).sum()).backward()
+    for handle in handles:
+        handle.remove()
+    expected = torch.zeros(64, 64, dtype=torch.float64)
+    for norm, output in outputs:
+        assert output.grad is not None
+        gradient = (output.grad[mask.bool()] * effective_gain(norm.weight.detach(), checkpoint.family)).double()
+        expected += gradient.T @ gradient
+    _, found = stream_covariance(model, checkpoint.family, 2, [batch], with_gradient=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.diagonal().mean()))
 
 
 @pytest.mark.parametrize("rotate", ["energy", "loss"])

@@ -199,10 +199,13 @@ def _loss(model: Any, batch: dict[str, Tensor], backward: bool) -> None:
         if not backward:
             model.get_decoder()(**batch)
             return
-        # Logits are the largest tensor that there is: no name keeps them, and the labels are moved, not they cut.
+        # The labels are moved and not the states. Where none follows, a prompt's token or padding, no logits are made.
         next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
+        asked_BT = next_BT != IGNORED_LABEL
+        asked_ND = model.get_decoder()(**batch).last_hidden_state[asked_BT]
+        # Logits are the largest tensor that there is: no name keeps them.
         # Summed: every token counts the same, whatever its batch.
-        loss = F.cross_entropy(model(**batch).logits.flatten(0, 1).float(), next_BT.flatten(), reduction="sum")
+        loss = F.cross_entropy(model.get_output_embeddings()(asked_ND).float(), next_BT[asked_BT], reduction="sum")
     finally:
         handle.remove()
     torch.autograd.backward(loss)

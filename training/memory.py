@@ -8,14 +8,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN
 from pat_serve.checkpoint import Checkpoint
+from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.rotation import ROWS_AT_ONCE
 from pat_serve.training.config import TrainRecipe
 
 # A weight in NF4, with its share of the scales, which are quantized too: 4.127 bits (arXiv 2305.14314).
 NF4_BYTES = 4.127 / 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSize:
+    """Of one padded batch: its rows, the positions of each, and how many positions of all of them are in the loss."""
+
+    rows: int
+    length_tokens: int
+    labelled_tokens: int
+
+    @staticmethod
+    def of(batch: dict[str, Tensor]) -> BatchSize:
+        """Count a batch's input_ids and labels."""
+        rows, length = batch["input_ids"].shape
+        return BatchSize(
+            rows=rows, length_tokens=length, labelled_tokens=int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+        )
+
+    @property
+    def tokens(self) -> int:
+        """All positions, padding included."""
+        return self.rows * self.length_tokens
 
 
 def base_parameters(checkpoint: Checkpoint, recipe: TrainRecipe, hidden: int) -> int:
@@ -88,7 +114,7 @@ def preparing_bytes(
     recipe: TrainRecipe,
     width: int,
     kept: int,
-    calibration: Sequence[tuple[int, ...]],
+    calibration: Sequence[BatchSize],
     adapter_parameters: int,
 ) -> int:
     """The wide base and the most of what is done with it before an optimizer is there, one after the other.
@@ -98,11 +124,11 @@ def preparing_bytes(
         recipe: the run's settings.
         width: bytes of a number in the base's dtype.
         kept: K.
-        calibration: rows and tokens of each padded batch of the calibration's samples.
+        calibration: each padded batch of the calibration's samples.
         adapter_parameters: trained ones at the base's width.
     """
     hidden = checkpoint.hidden_size
-    held = [_measuring_bytes(checkpoint, recipe, width, max(map(math.prod, calibration)))]
+    held = [max(_measuring_bytes(checkpoint, recipe, width, size) for size in calibration)]
     if recipe.rotate != "none":
         # Q, and in float32 a piece of the largest weight with the gain in it and its product; a 16-bit one's copy too.
         copies = 2 if width == 4 else 3
@@ -112,14 +138,14 @@ def preparing_bytes(
     return weights_bytes(checkpoint, recipe, width, hidden) + max(held)
 
 
-def _measuring_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, tokens: int) -> int:
-    """Of calibration, whose batches have so many tokens at most."""
-    hidden, layers = checkpoint.hidden_size, checkpoint.num_layers
+def _measuring_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, size: BatchSize) -> int:
+    """Of calibration, on one batch."""
+    tokens, hidden, layers = size.tokens, checkpoint.hidden_size, checkpoint.num_layers
     layer = dense_bytes_per_token(checkpoint, width, hidden)
     # A second moment in float32 and float64, and its sum before and after; of the gradient, the energy's sum too.
     moments = (36 if recipe.rotate == "loss" else 28) * hidden * hidden
     # The log-probabilities and two gradients in float32.
-    logits = 12 * int(checkpoint.config["vocab_size"]) * tokens
+    logits = 12 * int(checkpoint.config["vocab_size"]) * size.labelled_tokens
     if recipe.rotate == "loss":
         return tokens * layers * layer + logits + moments
     if recipe.mask_start == "gradient":
@@ -132,15 +158,15 @@ def _measuring_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, to
 
 
 def _compensating_bytes(
-    checkpoint: Checkpoint, recipe: TrainRecipe, width: int, kept: int, calibration: Sequence[tuple[int, ...]]
+    checkpoint: Checkpoint, recipe: TrainRecipe, width: int, kept: int, calibration: Sequence[BatchSize]
 ) -> int:
     hidden, config = checkpoint.hidden_size, checkpoint.config
     # Of families that have one and may leave it unused.
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     # Dense and cut states of all rows, from layer to layer, and the masks of what is padded or out of a window.
     states = sum(
-        rows * tokens * (2 * hidden * width + (tokens if rows > 1 or tokens >= (window or math.inf) else 0))
-        for rows, tokens in calibration
+        size.tokens * (2 * hidden * width + (size.length_tokens if _masked(size, window) else 0))
+        for size in calibration
     )
     outputs = int(config["vocab_size"]) if recipe.lora_head else int(config["intermediate_size"])
     # What the largest reader lacks, in float32; a piece of its 16-bit rows in float32, or its random projection.
@@ -149,10 +175,15 @@ def _compensating_bytes(
     # In float64: the moments' factor, and the guess with what it is made of.
     moments = 8 * kept * (kept + 2 * hidden)
     # A branch at work, and its norm in float32, twice.
-    branch = (8 * hidden + max(_branches_bytes_per_token(checkpoint, width))) * max(map(math.prod, calibration))
+    branch = (8 * hidden + max(_branches_bytes_per_token(checkpoint, width))) * max(size.tokens for size in calibration)
     # The axes that the base was turned to, which the run keeps, and the moments of the batches before.
     kept_on = (4 * hidden * hidden if recipe.rotate != "none" else 0) + 8 * kept * (kept + hidden)
     return states + kept_on + max(branch, change + moments)
+
+
+def _masked(size: BatchSize, window: int | None) -> bool:
+    """Attention gets a mask of the batch: one that may hold padding, or is longer than the window."""
+    return size.rows > 1 or size.length_tokens >= (window or math.inf)
 
 
 def _most_outputs(checkpoint: Checkpoint) -> int:

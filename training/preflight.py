@@ -19,6 +19,7 @@ from pat_serve.rotation import untie_head
 from pat_serve.training.config import LEAST_CALIBRATION_ROWS, TrainRecipe
 from pat_serve.training.insert import adapt
 from pat_serve.training.memory import (
+    BatchSize,
     base_parameters,
     dense_bytes_per_token,
     preparing_bytes,
@@ -109,7 +110,7 @@ def check_memory(
     target_width: int,
     total_steps: int,
     longest_tokens: int,
-    calibration: Sequence[tuple[int, ...]],
+    calibration: Sequence[BatchSize],
 ) -> Preflight:
     """Report what the training needs, and refuse one that cannot fit. The arguments are those of `estimate_training`.
 
@@ -166,7 +167,7 @@ def estimate_training(
     total_steps: int,
     longest_tokens: int,
     device: str,
-    calibration: Sequence[tuple[int, ...]] = (),
+    calibration: Sequence[BatchSize] = (),
 ) -> Preflight:
     """Count parameters and bytes.
 
@@ -178,7 +179,7 @@ def estimate_training(
         total_steps: of the run.
         longest_tokens: of a row of the data.
         device: "cpu" or "cuda", whose dropout keep different things.
-        calibration: rows and tokens of each padded batch that the base is measured on, if it is.
+        calibration: each padded batch that the base is measured on, if it is.
     """
     narrow = METHODS[recipe.method].stays_wide(recipe) is None
     hidden = target_width if narrow else checkpoint.hidden_size

@@ -17,6 +17,7 @@ from pat_serve.training.cut_report import report_cut
 from pat_serve.training.data import TrainingData, load_tokenizer, read_training_data
 from pat_serve.training.data.rowless import check_vocabulary
 from pat_serve.training.inputs import RunInputs
+from pat_serve.training.memory import BatchSize
 from pat_serve.training.methods import METHODS
 from pat_serve.training.preflight import Preflight, check_memory
 from pat_serve.training.ranks import Ranks, refuse_zero3
@@ -87,9 +88,9 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
     dtype = "float32" if dtype == "float16" else dtype
     calibrates = METHODS[recipe.method].wants_calibration(recipe)
     calibration = calibration_batches(data.samples, rows_at_once(recipe)) if calibrates else []
-    shapes = [tuple(batch["input_ids"].shape) for batch in calibration]
+    sizes = [BatchSize.of(batch) for batch in calibration]
     # Before the base is hashed, which reads all of it.
-    preflight = check_memory(checkpoint, recipe, dtype, width, total_steps, data.longest_tokens, shapes)
+    preflight = check_memory(checkpoint, recipe, dtype, width, total_steps, data.longest_tokens, sizes)
     inputs = RunInputs(
         base=checkpoint.reference(),
         examples_sha256=data.train_sha256,
