@@ -190,6 +190,13 @@ def test_a_stream_says_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFi
     assert "1 bad rows left out" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_stream_names_unused_columns_once_in_all_its_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = write(tmp_path / "rows.jsonl", [{**row, "id": "1"} for row in ROWS])
+    stream = ExampleStream(str(path), "train", tiny_tokenizer(), 256, seed=0, packing=False, skip_bad=False)
+    assert len(list(islice(stream, 21))) == 21
+    assert capsys.readouterr().err.count("columns that are not used: id") == 1
+
+
 def test_the_split_is_seeded():
     examples = [{"input_ids": [number], "labels": [number]} for number in range(100)]
     train, held_out = split_examples(examples, 0.1, seed=3)

@@ -20,7 +20,7 @@ from pat_serve.training.data.encoding import PadBatch, split_ids
 from tests.tiny_models import tiny_tokenizer
 from tests.tiny_tokenizers import KINDS, gpt_2, llama_2, llama_3, save_model_of_kind
 
-STARTS = {"GPT-2": "", "Llama 3": "<s>", "Llama 2": "<s>", "Gemma": "<bos>"}
+STARTS = {"GPT-2": "", "Llama 3": "<s>", "Llama 2": "<s>", "Gemma": "<bos>", "Llama 1": "<s>", "in Python": ""}
 # A prompt and its answer; after the second and the last a token of both together would span the boundary.
 PAIRS = [
     ("Answer:", " Paris is it."),

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    GemmaTokenizer,
+    GPTSw3Tokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from tests.tiny_models import SENTENCES, save_tiny_llama, tiny_tokenizer
 
@@ -42,7 +49,42 @@ def gemma() -> PreTrainedTokenizerBase:
     return GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
 
 
-KINDS = {"GPT-2": gpt_2, "Llama 3": llama_3, "Llama 2": llama_2, "Gemma": gemma}
+def llama_1() -> PreTrainedTokenizerBase:
+    """The sign put before a text by a normalizer, as in the tokenizer.json of older Llamas."""
+    specials = ["<unk>", "<s>", "</s>"]
+    vocabulary, merges = _sentencepiece(specials, pre_tokenizers.Metaspace())
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = decoders.Strip(content=" ", left=1)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def sentencepiece_in_python() -> PreTrainedTokenizerBase:
+    """A Unigram model run by Python: it knows no offsets."""
+    import sentencepiece
+
+    with TemporaryDirectory() as folder:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in SENTENCES for line in text.splitlines() if line.strip()),
+            model_prefix=f"{folder}/spm", vocab_size=500, model_type="unigram", byte_fallback=True, minloglevel=2,
+            normalization_rule_name="identity", remove_extra_whitespaces=False,
+            pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<|endoftext|>", bos_piece="<s>",
+        )  # fmt: skip
+        return GPTSw3Tokenizer(vocab_file=f"{folder}/spm.model")
+
+
+KINDS = {
+    "GPT-2": gpt_2,
+    "Llama 3": llama_3,
+    "Llama 2": llama_2,
+    "Gemma": gemma,
+    "Llama 1": llama_1,
+    "in Python": sentencepiece_in_python,
+}
 
 
 def save_model_of_kind(folder: Path, kind: str, **overrides: object) -> Path:

@@ -11,6 +11,12 @@ from pat_serve.errors import ChangedInput
 from pat_serve.plan import BaseReference
 from pat_serve.run_folder import INPUTS_FILE
 
+# Examples are hashed as token ids, which follow from more than the rows.
+_EXAMPLES_FIX = (
+    "Restore the data, the tokenizer and the version of pat-serve that the run began with, or start a new run."
+)
+_WAYS_OUT = {"examples_sha256": _EXAMPLES_FIX, "held_out_sha256": _EXAMPLES_FIX}
+
 
 class RunInputs(pydantic.BaseModel):
     """Everything outside the recipe that decides what a run computes.
@@ -59,7 +65,7 @@ class RunInputs(pydantic.BaseModel):
                     f"{run}: {name}",
                     expected=f"what the run began with ({_short(old)})",
                     found=_short(new),
-                    fix="Restore it, or start a new run.",
+                    fix=_WAYS_OUT.get(name, "Restore it, or start a new run."),
                 )
 
 

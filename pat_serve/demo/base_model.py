@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress, TaskID
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -92,6 +92,10 @@ def train_base(texts: list[str], folder: Path, settings: BaseSettings) -> None:
     set_seed(settings.seed)
     on_gpu = torch.cuda.is_available()
     tokenizer = train_tokenizer(texts, settings.vocab_size)
+    # A server puts before a prompt what the tokenizer puts there by itself: what `pack` trains the base with.
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.bos_token_id)]
+    )
     # Qwen3 and Gemma would take heads as wide as their large models'.
     own = {"head_dim": settings.hidden_size // settings.heads} if settings.model_type in ("qwen3", "gemma") else {}
     config = AutoConfig.for_model(

@@ -18,7 +18,7 @@ from pat_serve.training.data.row import Row, Tokenizer
 
 Example = dict[str, list[int]]
 # What a completion can stand after, where it cannot be told from the prompt which ids it has in the middle of a text.
-_NEUTRAL = ("\n", ":", "a")
+_NEUTRAL = (":", "a", "\n")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -157,7 +157,8 @@ def split_ids(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[
     for text in (prompt.rstrip(), *_NEUTRAL):
         alone = tokenizer.encode(text, add_special_tokens=False)
         together = tokenizer.encode(text + completion, add_special_tokens=False)
-        if together[: len(alone)] == alone:
+        # What is encoded as nothing is the start of a text, not the middle of one.
+        if alone and together[: len(alone)] == alone:
             return before, together[len(alone) :]
     return whole[:common], whole[common:]
 
