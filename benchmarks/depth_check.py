@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--claim", type=float, default=1.33)
+    parser.add_argument("--keep", type=Path, help="folder for both results; one that is there is not measured again")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -50,8 +51,10 @@ def main() -> None:
                      "head_dim": 64}  # fmt: skip
             (folder / "config.json").write_text(json.dumps({**LLAMA, **shape}), encoding="utf-8")
             folders.append(folder)
-        predicted = check(options, folders, Path(scratch) / "cut.json", "--layers", options.layers)
-        measured = check(options, folders, Path(scratch) / "whole.json")
+        kept = options.keep or Path(scratch)
+        kept.mkdir(parents=True, exist_ok=True)
+        predicted = check(options, folders, kept / "cut.json", "--layers", options.layers)
+        measured = check(options, folders, kept / "whole.json")
     figures = rows(predicted, measured)
     print(table(figures))
     if options.out:
@@ -60,13 +63,13 @@ def main() -> None:
 
 
 def check(options: argparse.Namespace, folders: list[Path], out: Path, *cut: str) -> SpeedupResult:
-    """One run of `pat-bench speedup`, in a process of its own."""
+    """One run of `pat-bench speedup`, in a process of its own; a result that is there is read."""
     command = [sys.executable, "-m", "pat_serve.cli.bench", "speedup", "--load-format", "dummy", "--no-roofline",
                "--baseline", str(folders[0]), "--candidate", str(folders[1]), "--out", str(out), *cut]  # fmt: skip
     for name in ("rounds", "prompt_tokens", "batch_size", "claim"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    done = subprocess.run(command, check=False)
-    if done.returncode not in (0, 1, 3):
+    done = None if out.exists() else subprocess.run(command, check=False)
+    if done is not None and done.returncode not in (0, 1, 3):
         raise SystemExit(f"pat-bench ended with {done.returncode}")
     result = read_result(out)
     assert isinstance(result, SpeedupResult)

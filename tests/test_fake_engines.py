@@ -3,69 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pat_serve.errors import EngineError
-from pat_serve.server.analysis.roofline import decode_ceiling
 from pat_serve.server.analysis.verdict import Verdict
-from pat_serve.server.bench import model_source, speculative, speedup, speedup_checks
+from pat_serve.server.bench import model_source, speculative
 from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings
 from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
 from pat_serve.server.bench.measure_table import beaten_lines
 from pat_serve.server.bench.model_source import ModelSource
 from pat_serve.server.bench.speculative import measure_speculative
 from pat_serve.server.bench.speculative_result import SpeculativeSettings
-from pat_serve.server.bench.speedup import check_speedup
-from pat_serve.server.bench.speedup_result import SpeedupResult
-from pat_serve.server.bench.speedup_settings import Regime, SpeedupSettings
-from pat_serve.server.bench.speedup_table import around_line, depth_lines, floor_lines, memory_lines
+from pat_serve.server.bench.speedup_settings import Regime
+from pat_serve.server.bench.speedup_table import around_line, floor_lines, memory_lines
 from pat_serve.server.report.rows import rows_of
 from pat_serve.server.workers import process as worker_process
 from pat_serve.server.workers.cpu_watch import CpuWatch
 from pat_serve.server.workers.probe import MachineRates
-from tests.tiny_models import tiny_config
+from tests.fake_models import Model, check, fake_models, quiet
 
 # They measure real time, which a busy machine stretches.
 pytestmark = pytest.mark.slow
 
-Model = Callable[..., str]
-
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """Makes model folders for engines of known latency."""
-    monkeypatch.setattr(worker_process, "WORKER", "tests.fake_worker")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    # Their clock is made up: what others do on this machine meanwhile says nothing.
-    monkeypatch.setattr(CpuWatch, "other_share", 0.0)
-
-    def make(name: str, *, hidden_size: int = 64, layers: int = 2, **truth: Any) -> str:
-        folder = tmp_path / name
-        folder.mkdir()
-        config = tiny_config(hidden_size=hidden_size, num_hidden_layers=layers).to_dict()
-        told = {"prefill_s": 0.4, "step_s": 0.1, **truth}
-        (folder / "config.json").write_text(json.dumps({**config, "fake": told}))
-        (folder / "fake.json").write_text(json.dumps(told))
-        return str(folder)
-
-    return make
-
-
-def quiet(*_: Any) -> None:
-    """No progress."""
-
-
-def check(baseline: str, candidate: str, **settings: Any) -> SpeedupResult:
-    chosen = SpeedupSettings.model_validate(
-        {"load_format": "dummy", "prompt_tokens": 16, "roofline": False, **settings}
-    )
-    return check_speedup(baseline, candidate, chosen, progress=quiet)
+    return fake_models(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -168,92 +134,6 @@ def test_a_floor_that_is_beaten_is_none(model: Model) -> None:
     assert latency.cells[0].tpot_roof is not None
     assert latency.cells[0].tpot_roof.share == "beaten"
     assert any(told.startswith("no floor: TPOT of 1 x 8 + 3: the probe was slower") for told in beaten_lines(latency))
-
-
-WHOLE = {"layers": 24, "prefill_s": 0.02, "step_s": 0.009}
-
-
-def cut_pair(model: Model, *, ratio: float, **disturbance: Any) -> tuple[str, str]:
-    """Twenty-four layers that are `ratio` times as fast, and fixed work that is not."""
-    dense = model("dense", **WHOLE, prefill_layer_s=0.1, step_layer_s=0.009, **disturbance)
-    narrow = model(
-        "narrow", hidden_size=48, **WHOLE, prefill_layer_s=0.1 / ratio, step_layer_s=0.009 / ratio, **disturbance
-    )
-    return dense, narrow
-
-
-def test_two_depths_give_the_verdict_for_the_whole_models(model: Model) -> None:
-    """What neither depth shows: a claim that fixed work hides in a cut model and that the whole one meets."""
-    dense, narrow = cut_pair(model, ratio=1.36, noise=0.004)
-    result = check(dense, narrow, rounds=12, depths=(2, 6), claim=1.33)
-    truth = (0.009 + 24 * 0.009) / (0.009 + 24 * 0.009 / 1.36)
-    decode = result.extrapolated[1]
-    assert decode.ratio.median == pytest.approx(truth, rel=0.01)
-    assert decode.ratio.low < truth < decode.ratio.high
-    assert decode.baseline.fixed_s == pytest.approx(0.009, abs=0.001)
-    assert decode.baseline.layer_s == pytest.approx(0.009, rel=0.03)
-    assert (decode.layers, decode.layers_measured) == ("24", (2, 6))
-    assert result.verdict is Verdict.PASS, result.reason
-    # The verdict is on the whole; what was measured stands beside it, and shows less.
-    assert [depth.layers for depth in result.depths] == [2, 6]
-    assert [
-        regime.verdict for depth in result.depths for regime in depth.regimes if regime.regime is Regime.DECODE
-    ] == [
-        Verdict.FAIL,
-        Verdict.FAIL,
-    ]
-    assert result.baseline.shape.num_layers == 6
-    assert result.settings.depths == (2, 6)
-    # The ceiling is the whole models' too.
-    shapes = [dataclasses.replace(one.shape, num_layers=24) for one in (result.baseline, result.candidate)]
-    assert decode.ceiling == pytest.approx(
-        decode_ceiling(shapes[0], shapes[1], batch_size=1, context_tokens=decode.context_tokens, dtype_bytes=4)
-    )
-    assert "24 layers (extrapolated)" in result.reason
-    rows = [row for row in rows_of(result) if "extrapolated" in row.where and row.figure == "speed-up"]
-    assert [row.value for row in rows] == [one.ratio.median for one in result.extrapolated]
-    assert [line.split(":")[0] for line in depth_lines(result)] == [
-        "depth   prefill, batch 1, from 2, 6 layers",
-        "depth   decode, batch 1, from 2, 6 layers",
-    ]
-    read = SpeedupResult.model_validate_json(result.model_dump_json())
-    assert read == result
-
-
-def test_one_depth_is_what_it_was_and_noise_leaves_the_whole_undecided(model: Model) -> None:
-    dense, narrow = cut_pair(model, ratio=1.36)
-    one = check(dense, narrow, rounds=5, layers=2)
-    assert (one.extrapolated, one.shallower, one.baseline.shape.num_layers) == ((), (), 2)
-    assert one.regimes[1].verdict is Verdict.FAIL
-    noisy = cut_pair(lambda name, **truth: model(f"noisy-{name}", **truth), ratio=1.36, noise=0.5)
-    result = check(*noisy, rounds=6, depths=(2, 6))
-    assert result.verdict is Verdict.INCONCLUSIVE
-    assert result.advice
-
-
-def test_random_weights_that_do_not_fit_are_cut_to_two_depths_by_themselves(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dense, narrow = cut_pair(model, ratio=1.2)
-    free = 0
-
-    def room(layers: int) -> int:
-        pair = [speedup.resolve(name, flag="--x", load_format="dummy", layers=layers, scratch=Path(dense).parent)
-                for name in (dense, narrow)]  # fmt: skip
-        return sum(
-            speedup_checks.engine_memory_bytes(one, SpeedupSettings(prompt_tokens=16), "float32") for one in pair
-        )
-
-    free = room(4)
-    monkeypatch.setattr(speedup_checks, "available_memory_bytes", lambda: free)
-    result = check(dense, narrow, rounds=5, dtype="float32")
-    assert result.settings.depths == (2, 4)
-    assert [one.layers_measured for one in result.extrapolated] == [(2, 4), (2, 4)]
-    free = room(24)
-    assert check(dense, narrow, rounds=5, dtype="float32").settings.depths == ()
-    free = room(2)
-    with pytest.raises(EngineError, match="two engines side by side"):
-        check(dense, narrow, rounds=5, dtype="float32")
 
 
 def test_memory_on_a_gpu_is_told_apart_from_the_host_s(model: Model) -> None:
