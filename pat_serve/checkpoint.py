@@ -18,7 +18,7 @@ from pat_serve.architectures import EMBEDDING, FAMILIES, Family
 from pat_serve.config_check import check_config
 from pat_serve.errors import ModelError
 from pat_serve.gguf.folder import sha256_of_folder
-from pat_serve.locate import check_plain_folder, commit_of, locate, read_config
+from pat_serve.locate import absolute, check_plain_folder, commit_of, locate, read_config
 from pat_serve.plan import BaseReference, file_sha256
 from pat_serve.recognize import family_of
 from pat_serve.shards import DTYPES, TensorEntry, broken, read_tensors
@@ -98,7 +98,7 @@ class Checkpoint:
         """Identity of this checkpoint, with the SHA-256 of every file that decides what it computes."""
         files = [self.folder / "config.json", *self.shards()]
         return BaseReference(
-            source=str(Path(self.source).resolve()) if Path(self.source).exists() else self.source,
+            source=absolute(self.source),
             revision=self.revision,
             architecture=self.family.architecture,
             sha256={path.name: file_sha256(path) for path in files},

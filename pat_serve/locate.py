@@ -64,7 +64,7 @@ def locate(source: str, revision: str | None = None, *, weights: bool = True) ->
             source,
             expected="a model folder, or a hub id that can be downloaded or is cached",
             found=f"no such folder, and the hub said {type(error).__name__}: {first_line(error)}",
-            fix="Check the name, the network and HF_TOKEN, or give a local folder.",
+            fix="Check the name, the network and HF_TOKEN, or give a local folder or .gguf file.",
         ) from error
 
 
@@ -101,6 +101,17 @@ def gguf_file(path: Path) -> Path | None:
 def is_gguf_name(path: Path) -> bool:
     """The name is that of a GGUF file."""
     return path.suffix.lower() == _GGUF_SUFFIX
+
+
+def absolute(source: str) -> str:
+    """A local path that holds from any folder; a hub id as it is.
+
+    A file keeps its name: in the hub's cache it is a link to one that has none.
+    """
+    path = Path(source)
+    if not path.exists():
+        return source
+    return str(path.parent.resolve() / path.name if path.is_file() else path.resolve())
 
 
 def commit_of(folder: Path) -> str | None:

@@ -126,6 +126,18 @@ def test_pat_serve_loads_the_folder_and_keeps_the_name(file: Path):
     assert with_stock_folders(plain) == plain
 
 
+def test_a_link_of_the_hubs_cache_keeps_its_name(file: Path, rows: Path, tmp_path: Path):
+    blob, link = tmp_path / "blobs/9f8e7d", tmp_path / "snapshots/main/linked.gguf"
+    blob.parent.mkdir()
+    link.parent.mkdir(parents=True)
+    shutil.copy(file, blob)
+    link.symlink_to(blob)
+    start(tiny_recipe(link, rows, **DEFAULTS, max_steps=1), tmp_path / "run")
+    record = json.loads((tmp_path / "run/plan.json").read_text())
+    assert record["base"]["source"] == str(link)
+    export_run(tmp_path / "run", tmp_path / "out", parity=False)
+
+
 def test_a_replica_reads_it_on_its_own_node(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(file.parent)
     assert read_settings({"model": file.name}).model == str(file)

@@ -10,6 +10,7 @@ import yaml
 
 from pat_serve.atomic import write_text
 from pat_serve.errors import UsageError, first_line
+from pat_serve.locate import absolute
 from pat_serve.run_folder import RECIPE_FILE
 from pat_serve.training.groups import check_groups, parse_scales, untrained_group
 
@@ -223,8 +224,7 @@ class TrainRecipe(pydantic.BaseModel):
     def with_absolute_paths(self) -> TrainRecipe:
         """The same recipe with local paths made absolute, so that a run can be resumed from any folder."""
         named = {name: getattr(self, name) for name in ("model", "data", "eval_data")}
-        local = {name: Path(value) for name, value in named.items() if value is not None}
-        return self.model_copy(update={name: str(path.resolve()) for name, path in local.items() if path.exists()})
+        return self.model_copy(update={name: absolute(path) for name, path in named.items() if path is not None})
 
     def resolved(self, *, tied: bool, prunes: bool = True) -> TrainRecipe:
         """The recipe with every `auto` of the method decided by what measured best (docs/ablation.md).

@@ -1,8 +1,8 @@
 """config.json of the stock class that computes what a GGUF file's metadata describes.
 
 Everything that changes the function is either stated here or refused: a setting that was overlooked would give another
-model under the same name. transformers' own reading (5.19) passes over biases of a Llama, the factors of Llama 3's rope and
-scaled ropes in silence (`LOG.md`, 2026-11-29).
+model under the same name. transformers' own reading (5.19) passes over biases of a Llama, the factors of Llama 3's rope
+and scaled ropes in silence (`LOG.md`, 2026-11-29).
 """
 
 from __future__ import annotations

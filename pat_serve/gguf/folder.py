@@ -42,7 +42,8 @@ def folder_of(path: Path) -> Path:
         UsageError: the cache's folder cannot be written.
     """
     require("gguf", "gguf", wanted_by=str(path))
-    path = path.resolve()
+    # Not the name that a link leads to: a hub's cache keeps files under their hashes.
+    path = path.parent.resolve() / path.name
     cache = _cache()
     known = _known(cache, path)
     if known is not None and (found := _finished(cache, known)) is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pat_serve.errors import UsageError
-from pat_serve.locate import locate
+from pat_serve.locate import absolute, locate
 from pat_serve.server.trusted_model import check_trusted
 
 # The application's own.
@@ -77,9 +77,7 @@ def read_settings(arguments: Mapping[str, Any]) -> ReplicaSettings:
             )
     folder = locate(settings.model, weights=False)
     check_trusted(settings.model, folder)
-    if (local := Path(settings.model)).exists():
-        settings = settings.model_copy(update={"model": str(local.resolve())})
-    return settings
+    return settings.model_copy(update={"model": absolute(settings.model)})
 
 
 def server_command(settings: ReplicaSettings, *, port: int, parent: int) -> list[str]:

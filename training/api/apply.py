@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pat_serve.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import UsageError
+from pat_serve.locate import absolute
 from pat_serve.training.api.applied import AppliedPat, frozen_hashes
 from pat_serve.training.api.callback import add_losses
 from pat_serve.training.base_weights import require_same_weights
@@ -99,7 +99,7 @@ def apply_pat(
     settings = {name: value for name, value in asdict(config or PatConfig()).items() if value is not None}
     source = str(settings.pop("base", model.config._name_or_path))
     revision = settings.pop("revision", getattr(model.config, "_commit_hash", None))
-    source = str(Path(source).resolve()) if Path(source).exists() else source
+    source = absolute(source)
     chosen = preset(settings.pop("recipe")) | settings
     recipe = TrainRecipe.build(
         {"model": source, "revision": revision, "data": "passed to a Trainer", **chosen}, "PatConfig"
