@@ -47,8 +47,16 @@ def _speed(result: dict[str, Any], record: dict[str, Any], path: Path) -> str:
     if measured != width:
         raise _mismatch(path, f"a measurement of a model of hidden_size {width}", f"hidden_size {measured}")
     machine = result["machine"]
+    # Of cut models the check says what their lines lead to for the whole ones.
+    cut = f", {result['candidate']['shape']['num_layers']} layers" if result.get("extrapolated") else ""
     rows = [
-        f"| {phase['regime']} | {phase['batch_size']} x {phase['context_tokens']:g} | {phase['ratio']['median']:.3f} | "
+        f"| {phase['regime']}, {phase['candidate']['layers']} layers, extrapolated | {phase['batch_size']} x "
+        f"{phase['context_tokens']:g} | {phase['ratio']['median']:.3f} | "
+        f"{phase['ratio']['low']:.3f} to {phase['ratio']['high']:.3f} | {phase['ceiling']:.3f} |"
+        for phase in result.get("extrapolated", ())
+    ]
+    rows += [
+        f"| {phase['regime']}{cut} | {phase['batch_size']} x {phase['context_tokens']:g} | {phase['ratio']['median']:.3f} | "
         f"{phase['ratio']['low']:.3f} to {phase['ratio']['high']:.3f} | {phase['ceiling']:.3f} |"
         for phase in result["regimes"]
     ]

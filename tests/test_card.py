@@ -127,6 +127,20 @@ def test_no_license_is_not_invented(tmp_path: Path, record: dict):
     assert "names no license" in card
 
 
+def test_what_was_extrapolated_is_marked_on_the_card(exported: Path, tmp_path: Path):
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    [phase] = [one for one in SPEEDUP["regimes"] if one["regime"] == "decode"]
+    whole = {**phase, "ratio": {"median": 1.32, "low": 1.31, "high": 1.33}, "candidate": {"layers": 32}}
+    shape = {**SPEEDUP["candidate"]["shape"], "num_layers": 6}
+    result = {**SPEEDUP, "candidate": {**SPEEDUP["candidate"], "shape": shape}, "extrapolated": [whole]}
+    (tmp_path / "speedup.json").write_text(json.dumps(result))
+    rewrite_card(folder, speedup=tmp_path / "speedup.json")
+    card = (folder / "README.md").read_text()
+    assert "| decode, 32 layers, extrapolated |" in card
+    assert "| decode, 6 layers |" in card
+
+
 def test_measured_speed_and_quality(exported: Path, tmp_path: Path):
     folder = shutil.copytree(exported, tmp_path / "out")
     speedup, quality = tmp_path / "speedup.json", tmp_path / "quality.json"

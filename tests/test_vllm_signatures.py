@@ -104,6 +104,18 @@ def test_token_prompt() -> None:
     assert tokens_input([1, 2]) == {"type": "token", "prompt_token_ids": [1, 2]}
 
 
+def test_products_of_an_engine_in_this_process() -> None:
+    from vllm import LLM
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+    assert parameters(LLM.apply_model) == ["self", "func"]
+    assert {"input_size", "output_size"} <= set(parameters(LinearBase.__init__))
+    assert {"num_embeddings", "embedding_dim"} <= set(parameters(ParallelLMHead.__init__))
+    for method in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+        assert parameters(method.apply)[:3] == ["self", "layer", "x"]
+
+
 def test_request_statistics() -> None:
     from vllm.v1.metrics.stats import RequestStateStats
 
