@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import KEY, Server
+from tests.integration.conftest import KEY, Server, running
 from tests.tiny_models import SENTENCES, save_tiny_llama
+from tests.tiny_tokenizers import save_model_of_kind
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("lm_eval")
@@ -56,6 +57,17 @@ def check(measures: dict[str, dict[str, Any]]) -> None:
 
 def test_a_running_server(server: Server, arguments: list[str]):
     check(evaluate(str(server.model), server.url, *arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Llama 2", "Llama 3"])
+def test_a_running_server_whose_tokenizer_begins_every_text(kind: str, tmp_path: Path, arguments: list[str]):
+    """lm-eval's class for servers begins none, and the one for transformers as the tokenizer does."""
+    # Longer than any item: what is too long is cut by one token less of a server.
+    model = save_model_of_kind(tmp_path / "model", kind, max_position_embeddings=1024)
+    flags = ["--dtype", "float32", "--kv-cache-gib", "0.1", "--api-key", f"tests={KEY}"]
+    with running(model, tmp_path / "log.txt", *flags) as server:
+        check(evaluate(str(model), server.url, *arguments))
 
 
 @pytest.mark.slow
