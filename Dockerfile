@@ -27,7 +27,7 @@ FROM locked-cpu AS model
 RUN PIP_NO_CACHE_DIR=1 requirements/setup.sh python3 /opt/venv requirements/cpu.lock
 COPY . .
 RUN /opt/venv/bin/pip install --no-cache-dir --quiet --no-deps --no-build-isolation . \
-    && /opt/venv/bin/pat-demo --out /demo --model-only \
+    && /opt/venv/bin/pat-demo --tiny --out /demo --model-only \
     && mv /demo/pruned /model && chmod -R a+rX /model && rm -rf /demo
 
 # What both images end in, without their packages.

@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= demo-out
+DEMO ?=
 MINUTES ?= 30
 STUDY_OUT ?= study-out
 SIZE ?= small
@@ -23,8 +24,8 @@ $(READY): requirements/cpu.lock pyproject.toml requirements/setup.sh
 	requirements/setup.sh $(PYTHON) $(VENV)
 	@touch $@
 
-demo: $(READY) ## train, prune, export, serve, ask, measure: the whole way on a CPU, into demo-out/
-	$(BIN)/pat-demo --out $(OUT)
+demo: $(READY) ## prune a real chat model, serve it, talk to it, measure: ten minutes, into demo-out/; DEMO=tiny fetches nothing
+	$(BIN)/pat-demo --out $(OUT) $(if $(filter tiny,$(DEMO)),--tiny)
 
 real-model: $(READY) ## fetch the pretrained chat model that the demo works on (98 MB), into .real-model/
 	$(BIN)/python -m pat_serve.demo.real_model .real-model

@@ -32,6 +32,26 @@ def loss_chart(training: dict[str, list[dict[str, float]]]) -> go.Figure:
     return figure
 
 
+def losses_chart(lines: list[dict[str, float]]) -> go.Figure:
+    """The terms of one run's loss over its steps."""
+    figure = go.Figure(layout=_LAYOUT)
+    for term, title, color in (
+        ("cross_entropy", "cross-entropy", COLORS["pat"]),
+        ("distillation", "KL to the parent", COLORS["dense"]),
+    ):
+        known = [line for line in lines if term in line]
+        if known:
+            figure.add_scatter(
+                x=[line["step"] for line in known],
+                y=[line[term] for line in known],
+                name=title,
+                line={"color": color, "width": 2},
+            )
+    figure.update_xaxes(title="optimizer step")
+    figure.update_yaxes(title="nats per token", rangemode="tozero")
+    return figure
+
+
 def axes_chart(importances: list[float], kept: int) -> go.Figure:
     """Importance of the stream's axes, the strongest first, and where the cut is."""
     figure = go.Figure(layout=_LAYOUT)

@@ -77,7 +77,7 @@ def build_corpus(library: Path | None = None) -> Corpus:
         f"{item.signature}\n{inspect.cleandoc(item.docstring)}" for item in found if not is_held_out(item.module)
     ]
     return Corpus(
-        base_texts=[*_language_reference(), *docstrings],
+        base_texts=[*language_reference(), *docstrings],
         train_rows=list(rows[False].values()),
         held_out_rows=list(held_out.values()),
     )
@@ -99,8 +99,8 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _language_reference() -> list[str]:
-    """The chapters that `help()` shows; some distributions leave them out."""
+def language_reference() -> list[str]:
+    """The chapters of Python's language reference that `help()` shows; some distributions leave them out."""
     try:
         from pydoc_data.topics import topics
     except ImportError:

@@ -36,10 +36,10 @@ def collect(out: Path) -> dict[str, Any]:
             },
         },
         "quality": dict(zip(names, _perplexities(out / "quality.json"), strict=True)),
-        "training": {method: _metrics(out / "runs" / method / "metrics.jsonl") for method in ("lora", "pat")},
-        "axes": _importance(out / "runs" / "pat"),
+        "training": {method: metrics_of(out / "runs" / method / "metrics.jsonl") for method in ("lora", "pat")},
+        "axes": axis_importances(out / "runs" / "pat"),
         "serving": _json(out / "answers.json"),
-        "speedup": _without_rounds(_json(out / "speedup.json")),
+        "speedup": without_rounds(_json(out / "speedup.json")),
         "stage_s": _json(out / "timings.json"),
     }
 
@@ -57,7 +57,7 @@ def _perplexities(report: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _importance(run: Path) -> list[float]:
+def axis_importances(run: Path) -> list[float]:
     """Importance of each axis of the stream, the strongest first, as the run measured it."""
     calibration = Calibration.load(run)
     assert calibration is not None
@@ -89,12 +89,13 @@ def summary_lines(out: Path) -> list[str]:
     return lines
 
 
-def _metrics(path: Path) -> list[dict[str, float]]:
+def metrics_of(path: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl that tell losses."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if "cross_entropy" in line]
 
 
-def _without_rounds(result: dict[str, Any]) -> dict[str, Any]:
+def without_rounds(result: dict[str, Any]) -> dict[str, Any]:
     """The rounds' raw timestamps stay in speedup.json; the report has their number."""
     return dict(result, rounds=len(result["rounds"]))
 

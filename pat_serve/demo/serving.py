@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import httpx
 from pat_serve.errors import EngineError
 from pat_serve.progress import say
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 60.0
 KV_CACHE_GIB = "0.25"
 
@@ -35,11 +36,11 @@ class Server:
 
 
 @contextmanager
-def servers(models: dict[str, Path], logs: Path) -> Iterator[dict[str, Server]]:
+def servers(models: dict[str, list[str]], logs: Path) -> Iterator[dict[str, Server]]:
     """Start one pat-serve a model, together, and stop them all at the end, whatever happens.
 
     Args:
-        models: checkpoints by name.
+        models: checkpoints by name, each with further flags behind it.
         logs: folder for their output.
 
     Raises:
@@ -47,8 +48,8 @@ def servers(models: dict[str, Path], logs: Path) -> Iterator[dict[str, Server]]:
     """
     started: dict[str, Server] = {}
     try:
-        for name, folder in models.items():
-            started[name] = _start(name, folder, logs)
+        for name, model in models.items():
+            started[name] = _start(name, model, logs)
         for server in started.values():
             _wait_until_ready(server)
         yield started
@@ -66,25 +67,25 @@ def servers(models: dict[str, Path], logs: Path) -> Iterator[dict[str, Server]]:
 def ask(server: Server, prompt: str) -> dict[str, Any]:
     """One greedy completion over /generate, to the end of its line."""
     body = {"prompt": prompt, "max_tokens": 48, "temperature": 0.0, "stop": ["\n"]}
-    answer: dict[str, Any] = _post(server, "/generate", body)
+    answer: dict[str, Any] = post(server, "/generate", body)
     return answer
 
 
 def latency(server: Server) -> dict[str, Any]:
     """TTFT and TPOT over /benchmark/latency, in seconds."""
     body = {"batch_size": 1, "prompt_tokens": 128, "output_tokens": 32, "rounds": 5, "warmup": 1}
-    figures: dict[str, Any] = _post(server, "/benchmark/latency", body)
+    figures: dict[str, Any] = post(server, "/benchmark/latency", body)
     return figures
 
 
-def _start(name: str, folder: Path, logs: Path) -> Server:
+def _start(name: str, model: list[str], logs: Path) -> Server:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = logs / f"pat-serve-{name}.log"
-    command = [str(Path(sys.executable).with_name("pat-serve")), "--model", str(folder), "--port", str(port)]
-    command += ["--kv-cache-gib", KV_CACHE_GIB]
-    say(f"  $ pat-serve --model {folder} --port {port} --kv-cache-gib {KV_CACHE_GIB}")
+    arguments = ["--model", *model, "--port", str(port), "--kv-cache-gib", KV_CACHE_GIB]
+    command = [str(Path(sys.executable).with_name("pat-serve")), *arguments]
+    say(f"  $ pat-serve {shlex.join(arguments)}")
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     return Server(name=name, process=process, log=log, url=f"http://127.0.0.1:{port}")
@@ -110,8 +111,13 @@ def _wait_until_ready(server: Server) -> None:
     )
 
 
-def _post(server: Server, route: str, body: dict[str, Any]) -> Any:
-    response = httpx.post(f"{server.url}{route}", json=body, timeout=120)
+def post(server: Server, route: str, body: dict[str, Any]) -> Any:
+    """The JSON that a server answers to a POST.
+
+    Raises:
+        EngineError: it answers anything but 200.
+    """
+    response = httpx.post(f"{server.url}{route}", json=body, timeout=600)
     if response.status_code != httpx.codes.OK:
         raise EngineError(
             f"{route} of the {server.name} model",
