@@ -13,8 +13,8 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pat_serve.export.comparison import EXACT, EXPORTED, TRAINED, TRANSFORMERS, VLLM, Comparison, Parity
 from pat_serve.export.exporter import export_run
-from pat_serve.export.parity import EXACT, EXPORTED, TRAINED, TRANSFORMERS, VLLM, Comparison, Parity
 from pat_serve.hardware import describe
 from pat_serve.server.workers.scoring import score_with_vllm
 from tests.random_runs import random_run

@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 from pat_serve.architectures import HIDDEN
+from pat_serve.export.comparison import Parity
 from pat_serve.export.formats.quality import QuantizationQuality
 from pat_serve.export.formats.schemes import SCHEMES, Scheme
 from pat_serve.export.narrow import architecture, narrow_shapes
-from pat_serve.export.parity import Parity
 from pat_serve.export.reader import Run
 from pat_serve.version import __version__
 

@@ -18,6 +18,7 @@ from pat_serve.disk import check_room, room_on_disk
 from pat_serve.errors import UsageError
 from pat_serve.export.base_files import BaseFiles
 from pat_serve.export.card import model_card, provenance
+from pat_serve.export.comparison import Parity
 from pat_serve.export.fit import check_fitness
 from pat_serve.export.formats.gguf import require_gguf, write_gguf
 from pat_serve.export.formats.quality import QuantizationQuality, require_compressed_tensors
@@ -28,10 +29,11 @@ from pat_serve.export.measured import quality_section
 from pat_serve.export.model_files import dtype_name as _name
 from pat_serve.export.model_files import write_model as _write_model
 from pat_serve.export.narrow import dry_run, narrow_config, narrow_shapes
-from pat_serve.export.parity import EXACT, Parity, measure_parity
+from pat_serve.export.parity import measure_parity
+from pat_serve.export.parity_report import parity_lines
 from pat_serve.export.reader import Run, open_run
-from pat_serve.export.rounding import check_rounding
 from pat_serve.locate import check_inside
+from pat_serve.progress import say
 from pat_serve.scores import Scorer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -155,13 +157,14 @@ def _prove(
     Raises:
         ParityError: they are not.
     """
-    if written not in (torch.float32, torch.float64):
-        check_rounding(run, staging, written, out)
-    outcome = measure_parity(run, staging, written, runs_in=runs_in, walk=walk, scorer=scorer)
-    outcome.require(out, "Nothing was exported: the files would not be the model that was trained.")
-    if written == torch.float32 and outcome.comparisons[0].model == EXACT:
-        # Judged in float64, since in float32 this model rounds so much that damage to a file could hide in it.
-        check_rounding(run, staging, written, out)
+    outcome = measure_parity(run, staging, written, out=out, runs_in=runs_in, walk=walk, scorer=scorer)
+    if not outcome.passed:
+        say("\n".join(parity_lines(outcome)))
+    outcome.require(
+        out,
+        another="Nothing was exported: the files would be another model than was trained, whatever --dtype. Report it.",
+        rounded="Nothing was exported.",
+    )
     return outcome
 
 

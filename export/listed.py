@@ -50,6 +50,7 @@ def compare_listed(
         logits_std=logits_std,
         max_abs_over_std=max_abs / logits_std,
         mean_kl_nats=float(kl_P.mean()),
+        median_kl_nats=float(kl_P.median()),
         top1_agreement=float((best_P == ids_PL[:, 0]).double().mean()),
     )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pat_serve.errors import BrokenPlan, first_line
 from pat_serve.export.reader import Run
@@ -19,8 +20,11 @@ LONGEST_PROMPT_TOKENS = 256
 CONTINUED_PROMPTS = 3
 LONGEST_CONTINUED_TOKENS = 64
 NEW_TOKENS = 32
-# A CPU without 16-bit arithmetic emulates it, up to several hundred times slower than float32.
-FEW_TOKENS = 512
+# A CPU without 16-bit arithmetic emulates it, from ten to several hundred times slower than float32.
+FEW_TOKENS = 128
+FEW_TOKENS_OF_A_PROMPT = 32
+# float64 takes twice the time and memory of float32, and is asked only where float32 was furthest off.
+WORST_TOKENS = 256
 # Every token of a continuation costs a pass over all weights when a model is walked through.
 WALKED_NEW_TOKENS = 4
 
@@ -31,7 +35,7 @@ class Prompts:
 
     Attributes:
         whole: logits are compared at every position of these.
-        continued: these are continued greedily.
+        continued: these are continued greedily; all of one length.
         new_tokens: by so many tokens.
     """
 
@@ -39,24 +43,44 @@ class Prompts:
     continued: list[list[int]]
     new_tokens: int
 
-    def few(self) -> list[int]:
-        """Numbers of some whole prompts, from both ends alternately (the run's own and random ones), ascending."""
+    def few(self) -> Part:
+        """The beginnings of some whole prompts, from both ends alternately: the run's own and random ones."""
         first, last = list(range(len(self.whole))), list(reversed(range(len(self.whole))))
-        chosen: list[int] = []
-        for number in (number for pair in zip(first, last, strict=True) for number in pair):
-            tokens = sum(len(self.whole[at]) for at in {*chosen, number})
-            if number not in chosen and (not chosen or tokens <= FEW_TOKENS):
-                chosen.append(number)
-        return sorted(chosen)
+        order = list(dict.fromkeys(number for pair in zip(first, last, strict=True) for number in pair))
+        return self._part(order, FEW_TOKENS, FEW_TOKENS_OF_A_PROMPT)
 
-    def select(self, numbers: list[int]) -> Prompts:
-        """Some of the whole prompts, with all continued ones."""
-        return replace(self, whole=[self.whole[at] for at in numbers])
+    def worst(self, distance_P: Tensor) -> Part:
+        """The whole prompts with the largest distance at one of their positions."""
+        largest = [float(part.max()) for part in torch.split(distance_P, list(map(len, self.whole)))]
+        order = sorted(range(len(self.whole)), key=lambda number: -largest[number])
+        return self._part(order, WORST_TOKENS, LONGEST_PROMPT_TOKENS)
 
-    def positions_of(self, numbers: list[int]) -> torch.Tensor:
-        """Where the tokens of some whole prompts stand among those of all."""
-        ends = torch.tensor([len(prompt) for prompt in self.whole]).cumsum(0).tolist()
-        return torch.cat([torch.arange(ends[at] - len(self.whole[at]), ends[at]) for at in numbers])
+    def _part(self, order: list[int], tokens: int, tokens_of_a_prompt: int) -> Part:
+        """The first prompt of an order, and every later one that does not exceed the tokens."""
+        chosen: dict[int, int] = {}
+        for number in order:
+            length = min(len(self.whole[number]), tokens_of_a_prompt)
+            if not chosen or sum(chosen.values()) + length <= tokens:
+                chosen[number] = length
+        starts = [0, *torch.tensor([len(prompt) for prompt in self.whole]).cumsum(0).tolist()]
+        numbers = sorted(chosen)
+        return Part(
+            prompts=Prompts(whole=[self.whole[at][: chosen[at]] for at in numbers], continued=[], new_tokens=0),
+            positions=torch.cat([torch.arange(starts[at], starts[at] + chosen[at]) for at in numbers]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Beginnings of some whole prompts: causal attention gives their positions the logits that they have in all.
+
+    Attributes:
+        prompts: without any to continue.
+        positions: where their tokens stand among those of all prompts.
+    """
+
+    prompts: Prompts
+    positions: Tensor
 
 
 def parity_prompts(run: Run, *, new_tokens: int = NEW_TOKENS) -> Prompts:
@@ -73,9 +97,11 @@ def parity_prompts(run: Run, *, new_tokens: int = NEW_TOKENS) -> Prompts:
     generator = torch.Generator().manual_seed(0)
     random: list[list[int]] = torch.randint(vocab, (RANDOM_PROMPTS, RANDOM_TOKENS), generator=generator).tolist()
     continued = [*own[: CONTINUED_PROMPTS - 1], *random[: max(1, CONTINUED_PROMPTS - len(own))]]
+    # All as long as the shortest: a batch without padding.
+    shortest = min(LONGEST_CONTINUED_TOKENS, longest, *map(len, continued))
     return Prompts(
         whole=[prompt[: min(LONGEST_PROMPT_TOKENS, longest)] for prompt in own + random],
-        continued=[prompt[: min(LONGEST_CONTINUED_TOKENS, longest)] for prompt in continued],
+        continued=[prompt[:shortest] for prompt in continued],
         new_tokens=new_tokens,
     )
 

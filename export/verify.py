@@ -14,16 +14,16 @@ import torch
 from pat_serve.architectures import HIDDEN
 from pat_serve.disk import check_room
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, MissingModel, UsageError, first_line
+from pat_serve.export.comparison import Parity
 from pat_serve.export.formats.check import check_eight_bits
 from pat_serve.export.formats.quality import QuantizationQuality, measure_quality, require_compressed_tensors
 from pat_serve.export.formats.schemes import SCHEMES, Scheme, quantization_config
 from pat_serve.export.hashes import hash_files
 from pat_serve.export.model_files import write_model
 from pat_serve.export.narrow import narrow_shapes
-from pat_serve.export.parity import Parity, measure_parity
+from pat_serve.export.parity import measure_parity
 from pat_serve.export.prompts import own_prompts
 from pat_serve.export.reader import Run, open_run
-from pat_serve.export.rounding import check_rounding
 from pat_serve.locate import read_config
 from pat_serve.plan import BaseReference
 from pat_serve.scores import Scorer
@@ -65,7 +65,7 @@ class Verification:
             ParityError: with the figures that are out of tolerance.
         """
         fix = "Export again; if the new export passes, these files were changed."
-        self.parity.require(self.folder, fix)
+        self.parity.require(self.folder, another=fix, rounded=fix)
         if self.quality is not None:
             self.quality.require(self.folder, fix)
 
@@ -125,11 +125,8 @@ def verify_export(
     if scheme:
         parity, quality = _measure_eight_bits(run, folder, scheme, target, walk)
         return Verification(folder=folder, files=files, parity=parity, quality=quality)
-    if target.itemsize < torch.float32.itemsize:
-        check_rounding(run, folder, target, folder, same_machine=False)
-    return Verification(
-        folder=folder, files=files, parity=measure_parity(run, folder, target, walk=walk, scorer=scorer)
-    )
+    parity = measure_parity(run, folder, target, walk=walk, scorer=scorer, same_machine=False)
+    return Verification(folder=folder, files=files, parity=parity)
 
 
 def _check_scheme(folder: Path, scheme: Scheme | None) -> None:

@@ -18,7 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from pat_serve.errors import ParityError
 from pat_serve.export import blocks, exporter
 from pat_serve.export.exporter import export_run
-from pat_serve.export.figures import TOLERANCES, Figures, HeldLogits, compare_greedy, compare_logits
+from pat_serve.export.figures import TOLERANCES, Figures, HeldLogits, compare_logits
+from pat_serve.export.greedy import compare_greedy
 from pat_serve.export.listed import compare_listed
 from pat_serve.export.parity import measure_parity
 from pat_serve.export.reader import open_run
@@ -109,7 +110,7 @@ def test_the_gate_refuses_a_wrong_rewriting(
         return hashes
 
     monkeypatch.setattr(exporter, "_write_model", write_damaged)
-    with pytest.raises(ParityError, match="Nothing was exported"):
+    with pytest.raises(ParityError, match=f"{name} to be the rewritten tensor"):
         export_run(finished_run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -155,7 +156,7 @@ def test_float64_judges_a_model_that_float32_cannot(walk: bool, amplifying_run: 
     assert exact.figures.max_abs_over_std < 1e-10
     own = next(found for found in parity.comparisons if found.model == "trained")
     assert own.figures.max_abs_over_std > TOLERANCES[torch.float32].max_abs_over_std
-    assert "again in float64" in parity.notes[-1]
+    assert "judged in float64" in parity.notes[-1]
 
 
 @pytest.mark.parametrize("mistake", ["eps", "one number"])
