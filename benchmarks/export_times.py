@@ -83,27 +83,28 @@ def instrument(stages: Stages) -> None:
     stages.wrap(exporter, "hash_files", lambda *_, **__: "hashing the files")
     stages.wrap(parity, "logit_distances", lambda *_: "comparing logits")
     for ways in (models.LoadedModels, models.WalkedModels):
-        stages.wrap(ways, "trained", lambda _, dtype, *__: f"trained model, {models.dtype_name(dtype)}")
         stages.wrap(ways, "exported", lambda _, dtype, *__: f"exported files, {models.dtype_name(dtype)}")
         stages.wrap(ways, "check_files", lambda _: "checking the files")
-        _wrap_exact(ways, stages)
+        _wrap_steps(ways, "exact", stages, ("rewriting, checking the files, its pass", "pass rounded at random"))
+        _wrap_steps(ways, "trained", stages, ("trained model", "trained model again, in 16 bits"))
     stages.wrap(models, "meta_model", lambda *_: "models without weights")
 
 
-def _wrap_exact(ways: Any, stages: Stages) -> None:
-    exact = ways.exact
+def _wrap_steps(ways: Any, attribute: str, stages: Stages, names: tuple[str, ...]) -> None:
+    """Time each step of a generator."""
+    function = getattr(ways, attribute)
 
     def timed(self: Any, dtype: Any, *arguments: Any) -> Iterator[Any]:
-        answers = exact(self, dtype, *arguments)
-        for what in ("rewriting and checking the files, its pass", "pass rounded at random"):
-            with stages.stage(f"{what}, {models.dtype_name(dtype)}"):
+        answers = function(self, dtype, *arguments)
+        for name in names:
+            with stages.stage(f"{name}, from {models.dtype_name(dtype)}"):
                 found = next(answers, None)
             if found is None:
                 return
             yield found
             del found
 
-    ways.exact = timed
+    setattr(ways, attribute, timed)
 
 
 def table(dtype: str, stages: Stages) -> list[str]:

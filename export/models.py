@@ -25,10 +25,16 @@ from pat_serve.hardware import available_memory_bytes
 from pat_serve.layerwise import LayerwiseModel, StoredWeights, Weights
 from pat_serve.masked import load_masked_model, open_masked_layerwise, round_normalizer
 from pat_serve.stock_class import meta_model
+from pat_serve.layerwise import LayerwiseModel, StoredWeights, Weights, meta_model
+from pat_serve.masked import convert_parameters, load_masked_model, open_masked_layerwise, round_normalizer
 from pat_serve.progress import track
 
 # What loading takes beside the weights: a tensor in two dtypes, activations, the libraries.
 _LOADING_BYTES = 1 << 30
+
+
+# A dtype and what to ask in it.
+Narrower = tuple[torch.dtype, Prompts]
 
 
 class Models(Protocol):
@@ -37,8 +43,11 @@ class Models(Protocol):
     `texts` are the trained model's continuations; at each of their places a model chooses its own next token.
     """
 
-    def trained(self, dtype: torch.dtype, prompts: Prompts) -> Answers:
-        """The masked wide model, which shares no code with the rewriting; it generates."""
+    def trained(self, dtype: torch.dtype, prompts: Prompts, narrower: Narrower | None = None) -> Iterator[Answers]:
+        """The masked wide model, which shares no code with the rewriting; it generates.
+
+        With `narrower` it is asked a second time, in another dtype and other prompts.
+        """
         ...
 
     def exact(
@@ -120,10 +129,15 @@ class _Asked:
 class LoadedModels(_Asked):
     """Loads each model as stock transformers does."""
 
-    def trained(self, dtype: torch.dtype, prompts: Prompts) -> Answers:
+    def trained(self, dtype: torch.dtype, prompts: Prompts, narrower: Narrower | None = None) -> Iterator[Answers]:
         """Base, adapter and operators; see `pat_serve.masked`."""
         wide = load_masked_model(self.run.base.folder, self.run.folder, self.run.plan, dtype)
-        return answer(self.prepared(wide, dtype), prompts, f"trained model in {dtype_name(dtype)}")
+        yield answer(self.prepared(wide, dtype), prompts, f"trained model in {dtype_name(dtype)}")
+        if narrower is not None:
+            dtype, prompts = narrower
+            # Rounded from what is there: to load, turn and wrap it again would take longer than to ask it.
+            convert_parameters(wide, dtype)
+            yield answer(wide, prompts, f"trained model in {dtype_name(dtype)}")
 
     def exact(
         self, dtype: torch.dtype, prompts: Prompts, texts: Texts, rounding: torch.dtype | None = None
@@ -159,11 +173,12 @@ class LoadedModels(_Asked):
 class WalkedModels(_Asked):
     """Reads one layer at a time."""
 
-    def trained(self, dtype: torch.dtype, prompts: Prompts) -> Answers:
+    def trained(self, dtype: torch.dtype, prompts: Prompts, narrower: Narrower | None = None) -> Iterator[Answers]:
         """Base, adapter and operators; see `pat_serve.masked`."""
-        wide = open_masked_layerwise(self.run.base, self.run.folder, self.run.plan, dtype)
-        self.prepared(wide.model, dtype)
-        return answer_layerwise(wide, prompts, f"trained model in {dtype_name(dtype)}")
+        for compute, asked in [(dtype, prompts), *([narrower] if narrower else [])]:
+            wide = open_masked_layerwise(self.run.base, self.run.folder, self.run.plan, compute)
+            self.prepared(wide.model, compute)
+            yield answer_layerwise(wide, asked, f"trained model in {dtype_name(compute)}")
 
     def exact(
         self, dtype: torch.dtype, prompts: Prompts, texts: Texts, rounding: torch.dtype | None = None

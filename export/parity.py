@@ -92,8 +92,11 @@ class _Gate:
         """Every comparison that the files' dtype calls for."""
         if self._target.itemsize > 2 or self._models.exact_dtype != self._compute or self._walked:
             self._models.check_files()
-        self._trained = self._models.trained(self._compute, self._prompts)
-        headline = self._rounded(scorer) if self._target.itemsize == 2 else self._as_computed(scorer)
+        if self._target.itemsize == 2:
+            headline = self._rounded(scorer)
+        else:
+            self._trained = next(self._models.trained(self._compute, self._prompts))
+            headline = self._as_computed(scorer)
         return Parity(
             dtype=dtype_name(self._target),
             prompts=len(self._prompts.whole),
@@ -117,6 +120,8 @@ class _Gate:
     def _rounded(self, scorer: Scorer | None) -> Figures:
         """Files of 16 bits: first what they were rounded from, then what rounding does."""
         compute, target, prompts = self._compute, self._target, self._prompts
+        part = prompts.few()
+        self._trained, narrower = self._models.trained(compute, prompts, (target, part.prompts))
         exact = self._models.exact(compute, prompts, self._trained.continuations, target)
         figures = self._exactly(EXACT, next(exact))
         if not self._proved:
@@ -126,9 +131,8 @@ class _Gate:
         exported = self._models.exported(compute, prompts, self._trained.continuations)
         files = self._add(EXPORTED, compute, self._trained, exported, proportional(random.figures), random).figures
         del exported
-        part = prompts.few()
         trained = self._trained.at(part.positions)
-        floor = self._add(TRAINED, target, trained, self._models.trained(target, part.prompts))
+        floor = self._add(TRAINED, target, trained, narrower)
         own = self._models.exported(target, part.prompts, [])
         self._add(EXPORTED, target, trained, own, proportional(floor.figures), floor)
         if scorer is not None:
@@ -160,7 +164,7 @@ class _Gate:
             return figures
         part = self._prompts.worst(distances.max_abs_P)
         models, _ = self._ways(part.prompts, torch.float64)
-        trained = models.trained(torch.float64, part.prompts)
+        trained = next(models.trained(torch.float64, part.prompts))
         exact = next(models.exact(torch.float64, part.prompts, []))
         self._add(EXACT, torch.float64, trained, exact, TOLERANCES[torch.float64])
         noise = self._float32 = self._add(TRAINED, torch.float32, trained, self._trained.at(part.positions))

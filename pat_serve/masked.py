@@ -51,12 +51,19 @@ def load_masked_model(base_folder: Path, run: Path, plan: PruningPlan, dtype: to
         model = PeftModel.from_pretrained(model, run / ADAPTER_FOLDER, autocast_adapter_dtype=False)
         modules = dict(model.get_base_model().named_modules())
     apply_plan(modules, plan, dtype)
-    # Not model.to(dtype): buffers, such as the rotary frequencies, keep their precision whatever the weights' dtype is.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    convert_parameters(model, dtype)
     model.eval()
     assert isinstance(model, nn.Module)
     return model
+
+
+def convert_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give a model another dtype, in place.
+
+    Unlike model.to(dtype) it leaves buffers, such as the rotary frequencies, their precision whatever the weights have.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def open_masked_layerwise(base: Checkpoint, run: Path, plan: PruningPlan, dtype: torch.dtype) -> LayerwiseModel:
