@@ -208,7 +208,7 @@ def logit_distances(trained: Logits, other: Logits) -> Distances:
             shrunk_P, shares_PV = p.add(a_PV, start, rows)
             q.add(b_PV, start, rows)
             total, squares = total + float(a_PV.sum()), squares + float(a_PV.square().sum())
-            difference_PV = a_PV.sub_(b_PV)
+            difference_PV = a_PV - b_PV
             weighted_P[rows] = weighted_P[rows] * shrunk_P + shares_PV.mul_(difference_PV).sum(1)
             # torch's maximum passes a NaN on.
             max_abs_P[rows] = torch.maximum(max_abs_P[rows], difference_PV.abs_().amax(1))

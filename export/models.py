@@ -23,11 +23,9 @@ from pat_serve.export.rounding import FileCheck, round_at_random
 from pat_serve.float64_norms import compute_norms_in_float64
 from pat_serve.hardware import available_memory_bytes
 from pat_serve.layerwise import LayerwiseModel, StoredWeights, Weights
-from pat_serve.masked import load_masked_model, open_masked_layerwise, round_normalizer
-from pat_serve.stock_class import meta_model
-from pat_serve.layerwise import LayerwiseModel, StoredWeights, Weights, meta_model
 from pat_serve.masked import convert_parameters, load_masked_model, open_masked_layerwise, round_normalizer
 from pat_serve.progress import track
+from pat_serve.stock_class import meta_model
 
 # What loading takes beside the weights: a tensor in two dtypes, activations, the libraries.
 _LOADING_BYTES = 1 << 30
