@@ -56,7 +56,8 @@ def _speed(result: dict[str, Any], record: dict[str, Any], path: Path) -> str:
         for phase in result.get("extrapolated", ())
     ]
     rows += [
-        f"| {phase['regime']}{cut} | {phase['batch_size']} x {phase['context_tokens']:g} | {phase['ratio']['median']:.3f} | "
+        f"| {phase['regime']}{cut} | {phase['batch_size']} x {phase['context_tokens']:g} "
+        f"| {phase['ratio']['median']:.3f} | "
         f"{phase['ratio']['low']:.3f} to {phase['ratio']['high']:.3f} | {phase['ceiling']:.3f} |"
         for phase in result["regimes"]
     ]
