@@ -6,9 +6,12 @@ Prompts of random tokens. The `vllm` command asks for a distribution of that nam
 from __future__ import annotations
 
 import argparse
+import os
 
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from pat_serve.local_addresses import keep_local_addresses_direct
 
 own = argparse.ArgumentParser(description=__doc__)
 own.add_argument("url")
@@ -18,6 +21,7 @@ own.add_argument("--rate", type=float, default=2.0)
 own.add_argument("--prompt-tokens", type=int, default=64)
 own.add_argument("--output-tokens", type=int, default=64)
 asked = own.parse_args()
+keep_local_addresses_direct(os.environ)
 
 parser = FlexibleArgumentParser()
 add_cli_args(parser)

@@ -16,8 +16,10 @@ def port() -> str:
     return given[-1] if given else os.environ.get("PORT", "8000")
 
 
+# Of a container with http_proxy in its environment, too, the server is no business of the proxy's.
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 try:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port()}/ready", timeout=8):
+    with direct.open(f"http://127.0.0.1:{port()}/ready", timeout=8):
         pass
 except OSError as error:
     sys.exit(f"not ready: {error}")

@@ -41,7 +41,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # Everything of the base that is neither weights nor config: tokenizer, chat template, generation config, licence.
 _CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
-    "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*",
+    "additional_chat_templates/*.jinja", "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*",
 )  # fmt: skip
 
 
@@ -187,4 +187,6 @@ def _carried(run: Run) -> list[Path]:
 
 def _carry_files(run: Run, folder: Path) -> None:
     for path in _carried(run):
-        shutil.copyfile(path, folder / path.name)
+        target = folder / path.relative_to(run.base.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)

@@ -383,7 +383,7 @@ def second_engine(args: Namespace, model: str) -> Engine:
             stat_loggers=[] if args.disable_log_stats else [Silent],
             disable_log_stats=True,
         )
-    return Engine(client, model, chat_settings(args))
+    return Engine(client, model.rstrip("/") or model, chat_settings(args))
 
 
 def offline_llm(model: str, **options: Any) -> Any:

@@ -24,6 +24,7 @@ from pat_serve.server.baseline import check_comparable, check_memory
 from pat_serve.server.draft import check_draft, speculative_config
 from pat_serve.server.http.access_log import LogFormat
 from pat_serve.server.http.keys import KeyRing, collect_keys
+from pat_serve.server.limits import MAX_STOPS
 from pat_serve.server.policy import Feature, Policy
 from pat_serve.server.supervisor import adopt_orphans, end_children, supervise
 from pat_serve.server.trusted_model import check_trusted
@@ -134,6 +135,8 @@ def run(settings: ServeSettings) -> None:
 def with_stock_folders(settings: ServeSettings) -> ServeSettings:
     """The same settings with the folder of a GGUF file in its place, served under the name that the user gave.
 
+    A folder's name is served without the slash that may stand behind it, and with it.
+
     The baseline keeps its name, under which it is shown; its engine looks for the folder itself.
 
     Raises:
@@ -145,6 +148,9 @@ def with_stock_folders(settings: ServeSettings) -> ServeSettings:
     if model != settings.model:
         # First, so that a name of the user's own wins.
         flags = ("--served-model-name", settings.model, *flags)
+    elif Path(model).is_dir() and (name := model.rstrip("/")) and name != model:
+        # As a shell completes a folder's name. The server is known by the name, and knows the other.
+        flags = ("--served-model-name", name, model, *flags)
     return replace(settings, model=model, draft=draft, vllm_flags=flags)
 
 
@@ -268,6 +274,8 @@ def prepare_environment(environment: MutableMapping[str, str]) -> None:
     if "pat_serve" not in plugins:
         plugins.append("pat_serve")
     environment["VLLM_PLUGINS"] = ",".join(plugins)
+    # Four by default, whose refusal speaks of a type.
+    environment.setdefault("VLLM_MAX_STOP_STRINGS", str(MAX_STOPS))
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
     environment.setdefault("DO_NOT_TRACK", "1")
     environment.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(KEEP_ALIVE_S))
@@ -276,7 +284,8 @@ def prepare_environment(environment: MutableMapping[str, str]) -> None:
 def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
     """The command line for vLLM; the user's own flags come last, so that they win."""
     arguments = ["--model", settings.model, "--host", settings.host, "--port", str(settings.port)]
-    arguments += ["--load-format", "safetensors"]
+    # Beside weights in its authors' own format, vLLM would read a Mistral's params.json in place of its config.json.
+    arguments += ["--load-format", "safetensors", "--config-format", "hf"]
     if Feature.CHAT_TEMPLATE in settings.policy.allowed:
         arguments.append("--trust-request-chat-template")
     if Feature.PROMPT_EMBEDS in settings.policy.allowed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ pytest.importorskip("lm_eval")
 
 from pat_serve.errors import UsageError
 from pat_serve.evaluation import lm_eval_tasks
-from pat_serve.evaluation.lm_eval_tasks import Tasks
+from pat_serve.evaluation.lm_eval_tasks import Tasks, quiet
 
 # Read strictly, "lol" is the second item's answer; flexibly, "l", the first one's.
 TASK = """
@@ -55,3 +56,12 @@ def test_a_number_of_examples_that_would_be_ignored_is_refused(tasks: Tasks):
 
     with pytest.raises(UsageError, match="fixed it at 0"):
         tasks.answers(DummyLM(), "pat14_two_ways", limit=None, num_fewshot=5)
+
+
+def test_a_log_handler_made_in_silence_lives_on(capsys: pytest.CaptureFixture[str]):
+    """As vLLM's, which is made when it is imported and logs until the process ends."""
+    with quiet():
+        handler = logging.StreamHandler()
+    capsys.readouterr()
+    handler.emit(logging.LogRecord("vllm", logging.ERROR, "file", 1, "the engine ends", (), None))
+    assert capsys.readouterr().err == ""

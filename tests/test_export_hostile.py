@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, PatServeError, UnsupportedModel, UsageError
 from pat_serve.export.exporter import export_run
@@ -102,6 +103,17 @@ def test_pickles_beside_safetensors_are_neither_read_nor_carried(folder: Path):
     (folder / "base/pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     out = export_run(folder / "run", folder / "out", base=str(folder / "base"), parity=False).out
     assert not list(out.glob("*.bin"))
+
+
+def test_named_chat_templates_are_carried(folder: Path):
+    """As transformers saves a tokenizer that has several: one by default, the others in a folder of their own."""
+    base = folder / "base"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "tools: {{ messages[0].content }}"}
+    tokenizer.save_pretrained(base)
+    assert (base / "additional_chat_templates/tool_use.jinja").is_file()
+    out = export_run(folder / "run", folder / "out", base=str(base), parity=False).out
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
 
 
 @pytest.mark.parametrize("name", [SHARD, "config.json", "tokenizer.json"])

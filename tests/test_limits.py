@@ -70,7 +70,7 @@ def test_environment_adds_the_plugin_and_keeps_what_is_set() -> None:
     environment = {"VLLM_PLUGINS": "mine", "DO_NOT_TRACK": "0"}
     prepare_environment(environment)
     prepare_environment(environment)
-    added = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75"}
+    added = {"VLLM_MAX_STOP_STRINGS": "16", "VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75"}
     assert environment == {"VLLM_PLUGINS": "mine,pat_serve", "DO_NOT_TRACK": "0"} | added
 
 

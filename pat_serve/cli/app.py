@@ -10,8 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from pat_serve.console_text import use_plain_signs
 from pat_serve.disk import full_disk
 from pat_serve.errors import PatServeError
+from pat_serve.local_addresses import keep_local_addresses_direct
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -59,6 +61,8 @@ def _reporting(work: Callable[[], Any]) -> None:
     if not sys.stderr.isatty():
         # transformers and huggingface_hub draw bars of their own; read when they are imported, which is later.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    keep_local_addresses_direct(os.environ)
+    use_plain_signs()
     flags = sys.argv[1:]
     debug = "--debug" in (flags[: flags.index("--")] if "--" in flags else flags)
     try:

@@ -6,8 +6,9 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pat_serve.errors import DataError, UsageError
 from pat_serve.evaluation.hub_data import loading
@@ -42,10 +43,16 @@ def quiet() -> Iterator[None]:
         with ExitStack() as stack:
             if not console.is_terminal:
                 # Its bars have no switch: they are told to show themselves, whatever TQDM_DISABLE says.
-                stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+                stack.enter_context(redirect_stderr(_nowhere()))
             yield
     finally:
         logger.setLevel(level)
+
+
+@cache
+def _nowhere() -> TextIO:
+    """Never closed: who makes a log handler of it meanwhile, as vLLM does, writes to it to the end of the process."""
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 class Tasks:

@@ -15,6 +15,7 @@ from pathlib import Path
 from pat_serve.errors import DataError, first_line
 from pat_serve.evaluation.hub_data import loading
 from pat_serve.perplexity import IGNORED_LABEL
+from pat_serve.text_files import read_utf8
 
 DEFAULT_CONTEXT_TOKENS = 2048
 WIKITEXT2_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
@@ -111,8 +112,11 @@ def _window(ids: Sequence[int], start: int, end: int, scored_from: int) -> dict[
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
+        return read_utf8(path)
+    except (OSError, ValueError) as error:
         raise DataError(
-            path, expected="a text file in UTF-8", found=first_line(error), fix="Check the path and the encoding."
+            path,
+            expected="a text file in UTF-8",
+            found=first_line(error),
+            fix="Check the path and the encoding (iconv -t UTF-8 converts).",
         ) from error

@@ -65,7 +65,8 @@ def run_load(settings: LoadSettings, *, api_key: str | None) -> LoadResult:
     tokenizer = stock_path(settings.tokenizer or served.root)
     date, begun_s = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pat-bench-") as scratch:
-        report = _run_guidellm(settings, url, served.name, tokenizer, api_key, Path(scratch))
+        place = tokenizer_place(tokenizer)
+        report = _run_guidellm(settings, url, served.name, place, api_key, Path(scratch))
     return LoadResult(
         date=date,
         duration_s=time.monotonic() - begun_s,
@@ -76,6 +77,24 @@ def run_load(settings: LoadSettings, *, api_key: str | None) -> LoadResult:
         tokenizer=tokenizer,
         runs=read_guidellm(report, settings.slo),
     )
+
+
+def tokenizer_place(tokenizer: str) -> str:
+    """Where guidellm, which runs in another folder, finds a tokenizer: the absolute path of a folder, or a hub id.
+
+    Raises:
+        UsageError: a path, of which there is no folder here.
+    """
+    if Path(tokenizer).is_dir():
+        return str(Path(tokenizer).resolve())
+    if tokenizer.endswith("/") or tokenizer.startswith((".", "/", "~")):
+        raise UsageError(
+            "--tokenizer",
+            expected="the folder or hub id of the server's tokenizer",
+            found=f"{tokenizer}, and no such folder here",
+            fix="Name one with --tokenizer; a path that the server tells is one of the folder that it was started in.",
+        )
+    return tokenizer
 
 
 def check_load(settings: LoadSettings) -> None:

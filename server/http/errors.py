@@ -129,7 +129,8 @@ def shape_vllm_errors(app: FastAPI, failures: Mapping[type[Exception], Callable[
 
     @app.exception_handler(RequestValidationError)
     async def wrong_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        # Of several, as of a text or a list of texts, a bound says more than a type.
+        first = next((one for one in error.errors() if one["type"] == "too_long"), error.errors()[0])
         if isinstance(first, str):
             return InvalidRequestError("the body must be sent as Content-Type: application/json").response()
         # Further parts of the place name the branches of vLLM's types.

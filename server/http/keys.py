@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pat_serve.errors import UsageError
+from pat_serve.text_files import OtherEncodingError, read_utf8
 
 # Read once and removed, so that no child process inherits them. vLLM's own variable keeps working.
 ENVIRONMENT = ("PAT_SERVE_API_KEYS", "VLLM_API_KEY")
@@ -106,14 +107,15 @@ def _split(text: str) -> tuple[str | None, str]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        found = error.strerror if isinstance(error, OSError) else "a file that is not text"
+        lines = read_utf8(file).splitlines()
+    except (OSError, ValueError) as error:
+        told = str(error) if isinstance(error, OtherEncodingError) else "a file that is not text"
+        found = error.strerror if isinstance(error, OSError) else told
         raise UsageError(
             f"--api-key-file {file}",
-            expected="a readable file, a key a line",
+            expected="a readable file in UTF-8, a key a line",
             found=found or "an error",
-            fix="Check path and permissions.",
+            fix="Check path, permissions and encoding.",
         ) from error
     keys = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:

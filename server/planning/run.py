@@ -20,6 +20,7 @@ from pat_serve.server.planning.search import Found, Outcome, Traffic, find_repli
 from pat_serve.server.planning.simulation import Engine, simulate_closed
 from pat_serve.server.planning.steps import StepTimes
 from pat_serve.server.planning.traffic import Arrival, Mix, crossed
+from pat_serve.text_files import read_utf8
 
 # (stage, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -101,8 +102,8 @@ def read_mix(settings: PlanSettings) -> Mix:
         return crossed(settings.prompt_tokens, settings.output_tokens)
     path, counts = Path(settings.lengths), dict[tuple[int, int], int]()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_utf8(path).splitlines()
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"--lengths {path}", expected="a JSONL file", found=str(error), fix="Name a file that can be read."
         ) from error

@@ -159,7 +159,8 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     flags += ["--receive-timeout", "6", "--send-timeout", "3", "--max-body-mib", "1", "--log-format", "json"]
     # A tokenizer of a base model has no chat template.
     vllm_flags = ["--max-num-seqs", str(MAX_NUM_SEQS), "--chat-template", CHAT_TEMPLATE]
-    with running(tiny_model, tmp_path_factory.mktemp("server") / "log.txt", *flags, "--", *vllm_flags) as server:
+    # With a slash, as a shell completes a folder's name.
+    with running(f"{tiny_model}/", tmp_path_factory.mktemp("server") / "log.txt", *flags, "--", *vllm_flags) as server:
         yield server
 
 

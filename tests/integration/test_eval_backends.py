@@ -39,6 +39,9 @@ def evaluate(*arguments: str) -> dict[str, dict[str, Any]]:
     environment = os.environ | {"OPENAI_API_KEY": KEY}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    # A log handler whose stream has been closed says so with a traceback, at the end of all.
+    assert "Logging error" not in done.stderr
+    assert "Traceback" not in done.stderr
     return {measure["name"]: measure for measure in json.loads(done.stdout)["measures"]}
 
 

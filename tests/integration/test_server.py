@@ -217,7 +217,32 @@ def test_openai_client(server: Server, client: httpx.Client) -> None:
     completion = api.completions.create(model=str(server.model), prompt=PROMPT, max_tokens=12, temperature=0)
     ours = client.post("/generate", json={"prompt": PROMPT, "max_tokens": 12, "temperature": 0}).json()
     assert completion.choices[0].text == ours["text"]
-    assert [model.id for model in api.models.list()] == [str(server.model)]
+    # It was started with a slash behind the folder's name.
+    assert [model.id for model in api.models.list()] == [str(server.model), f"{server.model}/"]
+    named = api.completions.create(model=f"{server.model}/", prompt=PROMPT, max_tokens=12, temperature=0)
+    assert named.choices[0].text == ours["text"]
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "body"),
+    [
+        ("/v1/completions", "stop", {"prompt": PROMPT}),
+        ("/v1/chat/completions", "stop", {"messages": [{"role": "user", "content": PROMPT}]}),
+        ("/v1/messages", "stop_sequences", {"messages": [{"role": "user", "content": PROMPT}]}),
+        ("/generate", "stop", {"prompt": PROMPT}),
+    ],
+)
+def test_sixteen_stops_on_every_route(
+    path: str, field: str, body: dict[str, Any], server: Server, client: httpx.Client
+) -> None:
+    asked = body | {"max_tokens": 4} | ({} if path == "/generate" else {"model": str(server.model)})
+    stops = [f"stop {number}" for number in range(17)]
+    for count in (5, 16):
+        answer = client.post(path, json=asked | {field: stops[:count]})
+        assert answer.status_code == 200, answer.text
+    refused = client.post(path, json=asked | {field: stops})
+    assert refused.status_code == 400
+    assert "16" in refused.json()["error"]["message"]
 
 
 def test_benchmark_latency(server: Server, client: httpx.Client) -> None:

@@ -22,6 +22,7 @@ from pat_serve.cli.bench_commands.options import (
     write_report,
 )
 from pat_serve.errors import UsageError
+from pat_serve.text_files import read_utf8
 
 
 def speculative(
@@ -75,7 +76,7 @@ def speculative(
 
 def _prompts(file: Path) -> list[str]:
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in read_utf8(file).splitlines() if line.strip()]
         texts = [str(json.loads(line)["prompt"]) for line in lines] if file.suffix == ".jsonl" else lines
     except OSError as error:
         raise UsageError(

@@ -1,0 +1,33 @@
+"""Requests to this machine itself never go through a proxy, whatever the environment says of others.
+
+A company's `http_proxy` is meant for the world outside. It cannot reach a server that listens on this machine alone,
+and answers 403 or 502 in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+# Which one a library reads, and which one wins, differs.
+_VARIABLES = ("no_proxy", "NO_PROXY")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+
+
+def keep_local_addresses_direct(environment: MutableMapping[str, str]) -> None:
+    """Except this machine's addresses from every proxy, for this process and those that it starts.
+
+    httpx, requests, aiohttp, urllib and what stands on them read the same variables. Nothing is set without a proxy.
+
+    Args:
+        environment: the process's own.
+    """
+    if not any(environment.get(name) or environment.get(name.upper()) for name in _PROXIES):
+        return
+    given = next((environment[name] for name in _VARIABLES if environment.get(name)), "")
+    hosts = [host.strip() for host in given.split(",") if host.strip()]
+    if "*" in hosts:
+        return
+    direct = ",".join([*hosts, *(host for host in LOCAL if host not in hosts)])
+    for name in _VARIABLES:
+        environment[name] = direct

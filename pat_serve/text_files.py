@@ -1,0 +1,31 @@
+"""Text files that a user has written: UTF-8, with or without the byte-order mark that some editors put before it."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+_OTHERS = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+
+
+class OtherEncodingError(ValueError):
+    """The file says that it is of another encoding than UTF-8."""
+
+
+def read_utf8(path: Path) -> str:
+    """A file's text without its byte-order mark; line ends become line feeds.
+
+    Raises:
+        OSError: it cannot be read.
+        OtherEncodingError: it begins with the mark of UTF-16 or UTF-32.
+        UnicodeDecodeError: it is no UTF-8.
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+    for name, marks in _OTHERS.items():
+        if start.startswith(marks):
+            raise OtherEncodingError(f"a file in {name}, by its byte-order mark")
+    return path.read_text(encoding="utf-8-sig")
