@@ -148,10 +148,14 @@ def with_stock_folders(settings: ServeSettings) -> ServeSettings:
     if model != settings.model:
         # First, so that a name of the user's own wins.
         flags = ("--served-model-name", settings.model, *flags)
-    elif Path(model).is_dir() and (name := model.rstrip("/")) and name != model:
+    elif Path(model).is_dir() and (name := model.rstrip("/")) not in ("", model) and not _is_named(flags):
         # As a shell completes a folder's name. The server is known by the name, and knows the other.
         flags = ("--served-model-name", name, model, *flags)
     return replace(settings, model=model, draft=draft, vllm_flags=flags)
+
+
+def _is_named(flags: tuple[str, ...]) -> bool:
+    return any(flag.replace("_", "-").startswith("--served-model-name") for flag in flags)
 
 
 def check_plugin() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from pat_serve.errors import EngineError, PortInUse, UsageError
 from pat_serve.server import launch
+from pat_serve.server.engine import parse_serve_arguments
 from pat_serve.server.http.keys import collect_keys
 from pat_serve.server.launch import (
     ServeSettings,
@@ -21,6 +22,7 @@ from pat_serve.server.launch import (
     prepare_environment,
     serve_arguments,
     warn_if_open,
+    with_stock_folders,
 )
 from pat_serve.server.limits import DEFAULT_MAX_TOKENS, LimitError, check_benchmark, check_vocabulary, output_budget
 from pat_serve.server.policy import Policy
@@ -167,3 +169,15 @@ def test_without_its_plugin_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(launch, "entry_points", lambda **_: [])
     with pytest.raises(EngineError, match="entry point"):
         check_plugin()
+
+
+def test_a_folder_is_served_by_its_name_without_the_slash(tmp_path: Path) -> None:
+    (tmp_path / "pruned").mkdir()
+    name = str(tmp_path / "pruned")
+    served = with_stock_folders(settings(model=f"{name}/", vllm_flags=("--max-num-seqs", "2")))
+    args = parse_serve_arguments(serve_arguments(served, on_cpu=True))
+    assert (args.served_model_name, args.model, args.max_num_seqs) == ([name, f"{name}/"], f"{name}/", 2)
+    own = ("--served-model-name", "mine")
+    assert with_stock_folders(settings(model=f"{name}/", vllm_flags=own)).vllm_flags == own
+    for plain in (name, "owner/name"):
+        assert with_stock_folders(settings(model=plain)).vllm_flags == ()
