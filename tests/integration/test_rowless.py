@@ -38,7 +38,7 @@ def test_a_text_with_them_is_refused(route: str, client: httpx.Client, server: S
 
 @pytest.mark.usefixtures("serves_afterwards")
 def test_our_own_route_refuses_texts_and_ids(client: httpx.Client):
-    for body in ({"prompt": TEXT}, {"prompt_token_ids": [1, 384]}):
+    for body in ({"prompt": TEXT}, {"messages": CHAT}, {"prompt_token_ids": [1, 384]}):
         answer = client.post("/generate", json=body)
         assert answer.status_code == 400
         assert "token id 384" in answer.json()["error"]["message"]
