@@ -22,8 +22,8 @@ WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def children() -> Iterator[Children]:
-    children = Children()
+def children(run: Path) -> Iterator[Children]:
+    children = Children(warm=run)
     yield children
     children.close()
 
@@ -149,7 +149,7 @@ def test_a_disk_that_is_full(run: Path, complete: Path, tmp_path: Path):
     disk.mkdir()
     size = (complete / WEIGHTS).stat().st_size // 2
     mount = f'mount -t tmpfs -o size={size} tmpfs "{disk}" && exec "$@"'
-    children = Children((*IN_NAMESPACE, "sh", "-c", mount, "sh"))
+    children = Children((*IN_NAMESPACE, "sh", "-c", mount, "sh"), warm=run)
     before = children.run(ckpt=run, out=disk / "out")
     late = children.run(ckpt=run, out=disk / "out", skip_dry_run=True)
     children.close()
