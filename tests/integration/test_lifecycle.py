@@ -294,5 +294,5 @@ def test_missing_model_is_told_before_the_engine_starts(tmp_path: Path, log: Pat
     check_ended(process, 1, log)
     [line] = log.read_text().splitlines()
     assert str(model) in line
-    found = {"missing": "no such folder", "empty": "a folder without one", "file": "a file"}
+    found = {"missing": "no such folder", "empty": "a folder without one", "file": "another file"}
     assert f"found {found[kind]}" in line
