@@ -1,8 +1,8 @@
 """What fits into the demo's ten minutes on this machine: one measured speed, and arithmetic.
 
 Machines differ threefold and more, so the number of training steps follows a probe: a forward and a backward pass of
-the parent over about the tokens of one step. All other costs are told in probes, as they were measured on machine Z
-(`LOG.md`).
+the parent over about the tokens of one step. All other costs are told in probes: estimates, until a whole run on an
+idle machine gives better ones (`LOG.md`, 2026-11-29).
 """
 
 from __future__ import annotations

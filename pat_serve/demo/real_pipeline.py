@@ -14,7 +14,7 @@ from pat_serve.progress import say
 
 # Every so many rows one is held out.
 HELD_OUT_EVERY = 12
-# How they are chosen: LOG.md, 2026-11-29. The rest is pat-train's default.
+# Not yet compared with others on this model (LOG.md, 2026-11-29). The rest is pat-train's default.
 RECIPE = [
     *("--ratio", "0.25"),
     *("--lora-rank", "64"),
