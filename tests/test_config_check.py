@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from tests.test_bad_input import edit_config
 from tests.test_stock_class import OPENERS, accept
 from tests.tiny_models import save_tiny_family, save_tiny_llama
 
-GONE = object()
+
+class Setting(Enum):
+    """A value that is none: its repr is the same in every process, as the tests' names must be."""
+
+    GONE = "gone"
+
+
+GONE = Setting.GONE
 ROPE = {"rope_theta": 10_000.0}
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
