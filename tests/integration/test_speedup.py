@@ -124,6 +124,7 @@ def test_an_engine_that_dies_midway(tmp_path: Path, mark: str, monkeypatch: pyte
         check_speedup(str(dense), str(narrow), settings, progress=kill_one)
     assert stages == [
         ("starting two engines", 0, 5),
+        ("probing the machine", 0, 5),
         ("warming up", 0, 5),
         *[("measuring rounds", done, 5) for done in range(3)],
     ]
