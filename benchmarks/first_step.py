@@ -1,4 +1,4 @@
-"""What `pat-train` does before its first step, stage by stage, beside one forward and backward pass of the base.
+"""Time what `pat-train` does before its first step, stage by stage, beside one forward and backward pass of the base.
 
 Example: python -m benchmarks.first_step --model SmolLM2-135M-Instruct --rows 128 --tokens 256
 
@@ -82,7 +82,7 @@ def write_texts(path: Path, rows: int, tokens: int) -> None:
 
 
 def pass_seconds(prepared: Prepared, clock: Callable[[], float]) -> float:
-    """Of one forward and backward pass of the base over the calibration's batches."""
+    """Seconds of one forward and backward pass of the base over the calibration's batches."""
     base = AutoModelForCausalLM.from_pretrained(
         prepared.checkpoint.folder, dtype=getattr(torch, prepared.inputs.dtype), local_files_only=True
     )

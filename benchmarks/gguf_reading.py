@@ -1,4 +1,4 @@
-"""What reading a GGUF base takes: seconds, and the most memory beside Python's and its libraries' own.
+"""Measure what reading a GGUF base takes: seconds, and the most memory beside Python's and its libraries' own.
 
     python -m benchmarks.gguf_reading [--layers 16] [--hidden 2048]
 

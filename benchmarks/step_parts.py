@@ -1,4 +1,4 @@
-"""What vLLM does in a decode step beside the layers, in the engine of pat-bench: each part's milliseconds.
+"""Time the parts of a decode step that are no layers, in the engine of pat-bench: each part's milliseconds.
 
 Example: python -m benchmarks.step_parts --steps 800
 

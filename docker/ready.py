@@ -16,7 +16,7 @@ def port() -> str:
     return given[-1] if given else os.environ.get("PORT", "8000")
 
 
-# Of a container with http_proxy in its environment, too, the server is no business of the proxy's.
+# A container may have http_proxy in its environment. Its own server is not asked through that proxy.
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 try:
     with direct.open(f"http://127.0.0.1:{port()}/ready", timeout=8):

@@ -1,4 +1,4 @@
-"""What the parity gate found: one comparison, and all of them with a verdict."""
+"""The parity gate's findings: one comparison, and all of them with a verdict."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pat_serve.demo.budget import PROBE_TOKENS
 from pat_serve.demo.charts import axes_chart, losses_chart, speedup_chart
-from pat_serve.demo.report_parts import Html, cards, colored, figure, ms, note, page, plain, table
+from pat_serve.demo.report_parts import Html, cards, colored, figure, measured_ratio, note, page, plain, table
 
 _NAMES = ("parent", "pruned")
 _MORE = (
@@ -116,18 +116,7 @@ def _quality(findings: dict[str, Any]) -> str:
 
 def _speed(findings: dict[str, Any]) -> str:
     speedup = findings["speedup"]
-    rows = [
-        [
-            regime["regime"],
-            ms(regime["baseline"]["median"]),
-            ms(regime["candidate"]["median"]),
-            f"{regime['ratio']['median']:.3f}x [{regime['ratio']['low']:.3f}, {regime['ratio']['high']:.3f}]",
-            f"{regime['ceiling']:.3f}x",
-            Html(colored(regime["verdict"])),
-            regime["reason"],
-        ]
-        for regime in speedup["regimes"]
-    ]
+    rows = [[regime["regime"], *measured_ratio(regime)] for regime in speedup["regimes"]]
     headers = ["regime", "#parent ms", "#pruned ms", "#ratio, 95 % interval", "#ceiling", "verdict", "why"]
     told = (
         f"POST /benchmark/speedup of the server that answered above: {speedup['rounds']} paired rounds, batch 1, 128 "

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from pat_serve.demo.charts import axes_chart, loss_chart, quality_chart, speedup_chart
-from pat_serve.demo.report_parts import Html, cards, colored, figure, ms, note, page, plain, table
+from pat_serve.demo.report_parts import Html, cards, colored, figure, measured_ratio, ms, note, page, plain, table
 
 
 def render(findings: dict[str, Any]) -> str:
@@ -85,12 +85,7 @@ def _speedup(findings: dict[str, Any]) -> str:
         [
             regime["regime"],
             f"{regime['batch_size']} x {regime['context_tokens']:g}",
-            ms(regime["baseline"]["median"]),
-            ms(regime["candidate"]["median"]),
-            f"{regime['ratio']['median']:.3f}x [{regime['ratio']['low']:.3f}, {regime['ratio']['high']:.3f}]",
-            f"{regime['ceiling']:.3f}x",
-            Html(colored(regime["verdict"])),
-            regime["reason"],
+            *measured_ratio(regime),
         ]
         for regime in speedup["regimes"]
     ]

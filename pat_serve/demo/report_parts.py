@@ -83,6 +83,19 @@ def ms(seconds: float) -> str:
     return f"{seconds * 1e3:.2f}"
 
 
+def measured_ratio(regime: dict[str, Any]) -> list[Any]:
+    """Cells of a speed-up check's regime: both medians, the ratio with its interval, ceiling, verdict and reason."""
+    ratio = regime["ratio"]
+    return [
+        ms(regime["baseline"]["median"]),
+        ms(regime["candidate"]["median"]),
+        f"{ratio['median']:.3f}x [{ratio['low']:.3f}, {ratio['high']:.3f}]",
+        f"{regime['ceiling']:.3f}x",
+        Html(colored(regime["verdict"])),
+        regime["reason"],
+    ]
+
+
 def figure(figure: go.Figure, *, first_on_page: bool = False) -> str:
     """A chart; the first brings plotly's script along, so that the page needs no network."""
     html: str = figure.to_html(
