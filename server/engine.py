@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
+from http import HTTPStatus
 from typing import Any, NoReturn
 from uuid import uuid4
 
@@ -204,15 +205,17 @@ def shape_failures(app: FastAPI) -> None:
         return explain(error)
 
     api_router.create_error_response = explain_or_pass
+
+    def is_no_clients_mistake(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        # vLLM answers 400 to a TypeError as well, which is a defect of the code more often than a client's mistake.
+        if not isinstance(error, Exception) or isinstance(error, (TypeError, *failures)):
+            return True
+        return bool(explain(error).error.code >= HTTPStatus.INTERNAL_SERVER_ERROR)
+
     # They log every error with its traceback, a client's too.
-    logging.getLogger(api_router.__name__).addFilter(_is_no_clients_mistake)
+    logging.getLogger(api_router.__name__).addFilter(is_no_clients_mistake)
     shape_vllm_errors(app, failures)
-
-
-def _is_no_clients_mistake(record: logging.LogRecord) -> bool:
-    from vllm.exceptions import VLLMClientError
-
-    return not (record.exc_info and isinstance(record.exc_info[1], VLLMClientError))
 
 
 def _sampling_params(sampling: Sampling) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,3 +93,18 @@ def test_what_else_goes_wrong_with_a_message_is_vllms_to_answer():
     told, ends = asyncio.run(answer("/v1/messages", ValueError("no such thing")))
     assert (told.status_code, ends) == (400, False)
     assert told.json()["error"]["message"] == "no such thing"
+
+
+@pytest.mark.parametrize(("error", "logged"), [(ValueError("no such tool"), False), (TypeError("a defect"), True)])
+def test_only_a_clients_mistake_leaves_no_traceback_in_the_log(error: Exception, logged: bool):
+    from vllm.entrypoints.anthropic import api_router
+
+    records: list[logging.LogRecord] = []
+    listener, logger = logging.Handler(), logging.getLogger(api_router.__name__)
+    listener.emit = records.append
+    logger.addHandler(listener)
+    try:
+        asyncio.run(answer("/v1/messages", error))
+    finally:
+        logger.removeHandler(listener)
+    assert bool(records) == logged

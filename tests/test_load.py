@@ -236,6 +236,7 @@ def test_guidellm_measures_a_server_of_known_latency(tmp_path: Path) -> None:
             slo={"ttft": 0.09, "tpot": 1.0},
         )
         result = run_load(settings, api_key=None)
+        (tmp_path / "none").mkdir()
         with pytest.raises(EngineError, match="a report"):
             run_load(settings.model_copy(update={"tokenizer": str(tmp_path / "none")}), api_key=None)
     finally:

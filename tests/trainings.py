@@ -59,6 +59,8 @@ for line in sys.stdin:
             writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
             file = writer.stdin.fileno()
         os.dup2(file, 2)
+        # The server's own may have been a file, whose writer seeks: here it may be a pipe.
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
         os.environ.update(environment)
         if "ACCELERATE_USE_FSDP" in environment:
             shard_on_cpu()

@@ -77,10 +77,10 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
             found="a shape that ships without weights" if shipped else "a folder without weight files",
             fix="Time it with random weights: add --load-format dummy.",
         )
-    if load_format != "dummy" and on_disk and (shards := runtime_shards(folder)):
-        check_stock_folder(folder, shards)
     if layers is not None:
         config = cut_layers(config, layers, load_format=load_format, name=f"{flag} {name}")
+    if load_format != "dummy" and on_disk and (shards := runtime_shards(folder)):
+        check_stock_folder(folder, shards)
     if shipped or layers is not None:
         path, on_disk = str(scratch), True
         write_json(scratch / "config.json", config)
