@@ -208,8 +208,7 @@ def shape_failures(app: FastAPI) -> None:
 
     def is_no_clients_mistake(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        # vLLM answers 400 to a TypeError as well, which is a defect of the code more often than a client's mistake.
-        if not isinstance(error, Exception) or isinstance(error, (TypeError, *failures)):
+        if not isinstance(error, Exception) or isinstance(error, tuple(failures)):
             return True
         return bool(explain(error).error.code >= HTTPStatus.INTERNAL_SERVER_ERROR)
 
