@@ -49,7 +49,7 @@ class Comparison:
         return asdict(self) | {"passed": self.passed}
 
     def expected(self) -> str:
-        """What it is held to, in words."""
+        """The limits that the comparison is held to, in words."""
         assert self.tolerance is not None
         limit = self.tolerance
         parts = [f"a mean KL up to {limit.mean_kl_nats:.3g} nats"]
@@ -65,7 +65,7 @@ class Comparison:
         return f"{', '.join(parts)} ({self.model}, {self.runtime} in {self.dtype}{of})"
 
     def found(self) -> str:
-        """What it is, in words."""
+        """The figures that were found, in words."""
         if not self.figures.finite:
             return "numbers that are not finite"
         figures, greedy = self.figures, self.greedy
