@@ -43,7 +43,8 @@ def main() -> None:
         # It may lie under the page's edge, where a click of the mouse would meet something else.
         page.js("document.getElementById('check-run').click()")
         page.until(lambda: page.driver.find_elements("id", "verdict-word"), within_s=600)
-        page.js("document.activeElement.blur()")
+        # The page's head stays in view where it is scrolled, and would lie over what is below.
+        page.js("document.activeElement.blur(); window.scrollTo(0, 0)")
         for scheme in ("light", "dark"):
             page.scheme(scheme)
             take(page, folder / f"page-{scheme}.png", width=1100)
