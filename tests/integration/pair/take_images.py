@@ -44,7 +44,7 @@ def main() -> None:
         page.js("document.getElementById('check-run').click()")
         page.until(lambda: page.driver.find_elements("id", "verdict-word"), within_s=600)
         # The page's head stays in view where it is scrolled, and would lie over what is below.
-        page.js("document.activeElement.blur(); window.scrollTo(0, 0)")
+        page.js("document.activeElement.blur(); window.scrollTo({top: 0, behavior: 'instant'})")
         for scheme in ("light", "dark"):
             page.scheme(scheme)
             take(page, folder / f"page-{scheme}.png", width=1100)
