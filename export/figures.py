@@ -87,7 +87,7 @@ class Figures:
 
 
 def proportional(yardstick: Figures) -> Tolerance:
-    """What a rounding may do to a model: so many times what another one, known to be harmless, does to the same model.
+    """Limits of what a rounding may do to a model, as multiples of what a harmless rounding does to that model.
 
     A KL grows with the square of the logits' error. The largest difference and the equal greedy tokens are not judged:
     the one is that of a single position, the other counts near ties among a few hundred.
@@ -154,7 +154,7 @@ class HeldLogits:
 
 @dataclass(frozen=True, kw_only=True)
 class Distances:
-    """What two models differ by at each position.
+    """Differences of two models at each position.
 
     Attributes:
         max_abs_P: largest difference of two logits.
@@ -239,7 +239,7 @@ class RunningSoftmax:
         return self.max_P + self.sum_P.log()
 
     def add(self, logits_PV: Tensor, start: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """What earlier sums of some positions shrink by, and the exponentials of this block."""
+        """Factors by which earlier sums of some positions shrink, and the exponentials of this block."""
         highest_P, at_P = logits_PV.max(1)
         self.best_P[rows] = torch.where(highest_P > self.max_P[rows], at_P + start, self.best_P[rows])
         max_P = torch.maximum(self.max_P[rows], highest_P)

@@ -47,7 +47,7 @@ def _speed(result: dict[str, Any], record: dict[str, Any], path: Path) -> str:
     if measured != width:
         raise _mismatch(path, f"a measurement of a model of hidden_size {width}", f"hidden_size {measured}")
     machine = result["machine"]
-    # Of cut models the check says what their lines lead to for the whole ones.
+    # Where models are cut, the check also says where their lines lead for the whole ones.
     cut = f", {result['candidate']['shape']['num_layers']} layers" if result.get("extrapolated") else ""
     rows = [
         f"| {phase['regime']}, {phase['candidate']['layers']} layers, extrapolated | {phase['batch_size']} x "

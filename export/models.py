@@ -51,7 +51,7 @@ class Models(Protocol):
     def exact(
         self, dtype: torch.dtype, prompts: Prompts, texts: Texts, rounding: torch.dtype | None = None
     ) -> Iterator[Answers]:
-        """What the files would be without rounding, never written: the rewriting itself.
+        """Answers of the rewriting itself, before it is rounded; it is never written.
 
         Loaded, and in `exact_dtype`, the files are checked against it in passing. With `rounding` it is asked a second
         time, with every number moved at random by as much as a rounding to that dtype.
@@ -88,7 +88,7 @@ def must_walk(run: Run, prompts: Prompts, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """What both ways to ask the models know.
+    """Knowledge that both ways to ask the models share.
 
     Attributes:
         run: the run.
