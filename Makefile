@@ -28,7 +28,7 @@ demo: $(READY) ## prune a real chat model, serve it, talk to it, measure: ten mi
 	$(BIN)/pat-demo --out $(OUT) $(if $(filter tiny,$(DEMO)),--tiny)
 
 real-model: $(READY) ## fetch the pretrained chat model that the demo works on (98 MB), into .real-model/
-	$(BIN)/python -m pat_serve.demo.real_model .real-model
+	$(BIN)/python -m pat_serve.demo.real.model .real-model
 
 study: $(READY) ## quality against speed at four ratios, with seeds: hours, goes on where it stopped; TEXTS=folder SIZE=tiny
 	$(BIN)/python -m benchmarks.study --out $(STUDY_OUT) --size $(SIZE) $(if $(TEXTS),--data $(TEXTS)) --sweep hio --sweep identity --sweep masks

@@ -23,9 +23,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pat_serve.hardware import DTYPE_BYTES, describe, serving_dtype
+from pat_serve.machine.hardware import DTYPE_BYTES, describe, serving_dtype
 from pat_serve.server.bench.model_source import resolve
-from pat_serve.server.workers.process import worker_environment
+from pat_serve.server.engine.workers.process import worker_environment
 from pat_serve.sizes import decode_bytes
 
 KINDS = ("products", "attention", "other operators", "between")
@@ -81,7 +81,7 @@ def profile_here(options: argparse.Namespace) -> dict[str, Any]:
     """Times of a step in this process: whole and by kind, in seconds, and the dearest operators."""
     import torch
 
-    from pat_serve.server.workers.offline import OfflineEngine
+    from pat_serve.server.engine.workers.offline import OfflineEngine
 
     with tempfile.TemporaryDirectory() as scratch:
         layers = {"flag": "--baseline", "load_format": "dummy", "layers": options.layers, "scratch": Path(scratch)}

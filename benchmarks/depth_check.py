@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pat_serve.server.bench.speedup_result import SpeedupResult
-from pat_serve.server.report.read import read_result
+from pat_serve.server.bench.report.read import read_result
+from pat_serve.server.bench.speedup.result import SpeedupResult
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,

@@ -38,11 +38,11 @@ def make(folder: Path, options: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     from pat_serve.architectures import LLAMA
-    from pat_serve.checkpoint import open_checkpoint
-    from pat_serve.export.writer import WeightFiles
+    from pat_serve.checkpoints.checkpoint import open_checkpoint
+    from pat_serve.checkpoints.shard_layout import index_document
+    from pat_serve.export.files.writer import WeightFiles
     from pat_serve.hybrid import HybridFold
     from pat_serve.plan import AxisCut, PruningPlan, file_sha256
-    from pat_serve.shard_layout import index_document
 
     base, run = folder / "base", folder / "run"
     base.mkdir(parents=True)

@@ -19,8 +19,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from pat_serve.export import exporter, models, parity
-from pat_serve.hardware import describe
+from pat_serve.export import exporter
+from pat_serve.export.parity import gate as parity
+from pat_serve.export.parity import models
+from pat_serve.machine.hardware import describe
 
 
 @dataclass(kw_only=True)

@@ -29,9 +29,10 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, TrainerCallback  # noqa: E402
 
 from pat_serve.demo.corpus import build_corpus, write_rows  # noqa: E402
-from pat_serve.training import assemble, compensation, insert, narrow  # noqa: E402
+from pat_serve.training import assemble  # noqa: E402
+from pat_serve.training.checks.prepare import Prepared, prepare  # noqa: E402
 from pat_serve.training.config import TrainRecipe  # noqa: E402
-from pat_serve.training.prepare import Prepared, prepare  # noqa: E402
+from pat_serve.training.model import compensation, insert, slicing  # noqa: E402
 from pat_serve.training.ranks import Ranks  # noqa: E402
 
 IMPORT_S = {name: clock() - BEGAN[name] for name, clock in CLOCKS.items()}
@@ -107,7 +108,7 @@ def measure(recipe: TrainRecipe, import_s: float, clock: Callable[[], float]) ->
             (assemble, "calibrate", "calibrate"),
             (insert, "adapt", "rotate and insert"),
             (compensation, "compensate", "compensate"),
-            (narrow, "narrow_model", "narrow"),
+            (slicing, "narrow_model", "narrow"),
         ):
             patched.enter_context(patch.object(place, name, stages.time(stage, getattr(place, name))))
         began, before = clock(), sum(stages.seconds.values())

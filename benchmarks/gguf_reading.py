@@ -18,15 +18,15 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from pat_serve.demo.base_model import train_tokenizer
-from pat_serve.hardware import describe
+from pat_serve.demo.tiny.base_model import train_tokenizer
+from pat_serve.machine.hardware import describe
 
 HEAD_DIM, VOCABULARY, BLOCK = 64, 128256, 32
 READ = """
 import json, sys, time
 import gguf, torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from pat_serve.locate import locate
+from pat_serve.checkpoints.locate import locate
 def peak():
     # getrusage's would begin with the parent's.
     with open("/proc/self/status") as status:

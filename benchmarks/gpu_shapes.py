@@ -27,7 +27,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_runner import STEPS, WARMUPS, Runner, kernels, turn_s
-from pat_serve.hardware import describe
+from pat_serve.machine.hardware import describe
 from pat_serve.server.analysis.roofline import (
     decode_ceiling,
     decode_flops,
@@ -36,7 +36,7 @@ from pat_serve.server.analysis.roofline import (
     prefill_flops,
 )
 from pat_serve.server.analysis.statistics import paired_ratio, percentile
-from pat_serve.server.workers.probe import MachineRates, measure_rates
+from pat_serve.server.engine.workers.probe import MachineRates, measure_rates
 from pat_serve.sizes import ModelShape, decode_bytes, shape_of
 
 SHAPES = {"dense": "llama2-7b", "narrow": "llama2-7b-pat25"}
@@ -46,7 +46,7 @@ LEAST_ROUNDS = 6
 
 def config(name: str, layers: int | None) -> dict[str, Any]:
     """A shipped shape."""
-    text = (files("pat_serve.server") / "shapes" / f"{SHAPES[name]}.json").read_text()
+    text = (files("pat_serve.server.bench") / "shapes" / f"{SHAPES[name]}.json").read_text()
     loaded: dict[str, Any] = json.loads(text)
     return {**loaded, **({"num_hidden_layers": layers} if layers else {})}
 

@@ -15,10 +15,19 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pat_serve.export.comparison import EXACT, EXPORTED, RANDOM, TRAINED, TRANSFORMERS, VLLM, Comparison, Parity
 from pat_serve.export.exporter import export_run
-from pat_serve.hardware import describe
-from pat_serve.server.workers.scoring import score_with_vllm
+from pat_serve.export.parity.comparison import (
+    EXACT,
+    EXPORTED,
+    RANDOM,
+    TRAINED,
+    TRANSFORMERS,
+    VLLM,
+    Comparison,
+    Parity,
+)
+from pat_serve.machine.hardware import describe
+from pat_serve.server.engine.workers.scoring import score_with_vllm
 from tests.random_runs import random_run
 from tests.test_families import BASES
 from tests.tiny_models import save_tiny_family

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving_process import KEY, serving
-from pat_serve.hardware import describe
+from pat_serve.machine.hardware import describe
 from pat_serve.server.analysis.statistics import percentile
-from pat_serve.server.bench.load_result import LoadResult, LoadRun
-from pat_serve.server.planning.records import read_measured
-from pat_serve.server.planning.search import EDGE, capacity_per_s
-from pat_serve.server.planning.simulation import Engine, simulate
-from pat_serve.server.planning.steps import StepTimes
-from pat_serve.server.planning.traffic import Arrival, crossed, poisson
+from pat_serve.server.bench.load.result import LoadResult, LoadRun
+from pat_serve.server.bench.planning.records import read_measured
+from pat_serve.server.bench.planning.search import EDGE, capacity_per_s
+from pat_serve.server.bench.planning.simulation import Engine, simulate
+from pat_serve.server.bench.planning.steps import StepTimes
+from pat_serve.server.bench.planning.traffic import Arrival, crossed, poisson
 from tests.tiny_models import save_tiny_llama
 
 BENCH = "from pat_serve.cli.bench import main; main()"

@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from pat_serve.export.answers import answer
 from pat_serve.export.exporter import export_run
-from pat_serve.export.figures import Figures, compare_logits
-from pat_serve.export.prompts import parity_prompts
-from pat_serve.export.reader import open_run
-from pat_serve.export.rounding import round_at_random
-from pat_serve.hardware import describe
-from pat_serve.masked import load_masked_model
+from pat_serve.export.parity.answers import answer
+from pat_serve.export.parity.figures import Figures, compare_logits
+from pat_serve.export.parity.masked import load_masked_model
+from pat_serve.export.parity.prompts import parity_prompts
+from pat_serve.export.rewrite.rounding import round_at_random
+from pat_serve.export.run.reader import open_run
+from pat_serve.machine.hardware import describe
 from tests.random_runs import random_run
 from tests.tiny_models import save_tiny_llama
 

@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 
 from benchmarks.serving_process import Client, Served, serving
-from pat_serve.hardware import describe
+from pat_serve.machine.hardware import describe
 from pat_serve.server.analysis.statistics import paired_ratio, percentile
 from tests.tiny_models import save_tiny_llama
 

@@ -29,7 +29,7 @@ from scipy.stats import theilslopes
 
 from benchmarks.serving_process import Client, serving
 from benchmarks.soak_load import MODEL_LENGTH, Load
-from pat_serve.hardware import describe
+from pat_serve.machine.hardware import describe
 from tests.tiny_models import save_tiny_llama
 
 # Anything that is kept for each request is at least an object or two.

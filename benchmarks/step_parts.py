@@ -21,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pat_serve.hardware import describe, serving_dtype
+from pat_serve.machine.hardware import describe, serving_dtype
 from pat_serve.server.analysis.statistics import percentile
-from pat_serve.server.workers.process import worker_environment
+from pat_serve.server.engine.workers.process import worker_environment
 
 _CONTEXT, _WARMUP_STEPS = 128, 20
 _SHAPE: dict[str, Any] = {
@@ -62,7 +62,7 @@ def main() -> None:
 
 def parts_here(options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each part of each step, in this process."""
-    from pat_serve.server.workers.offline import OfflineEngine
+    from pat_serve.server.engine.workers.offline import OfflineEngine
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**_SHAPE, "num_hidden_layers": options.layers}))

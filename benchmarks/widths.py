@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from pat_serve.hardware import compute_cores
+from pat_serve.machine.hardware import compute_cores
 from pat_serve.server.analysis.statistics import paired_ratio, percentile
 
 ATTENTION, FFN, DENSE = 4096, 11008, 4096

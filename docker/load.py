@@ -11,7 +11,7 @@ import os
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from pat_serve.local_addresses import keep_local_addresses_direct
+from pat_serve.machine.local_addresses import keep_local_addresses_direct
 
 own = argparse.ArgumentParser(description=__doc__)
 own.add_argument("url")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from pat_serve.demo.base_model import train_tokenizer
+from pat_serve.demo.tiny.base_model import train_tokenizer
 from pat_serve.training import PatCallback, PatConfig, apply_pat, save_run
 from pat_serve.training.data import PadBatch, Row, encode_rows
 

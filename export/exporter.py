@@ -13,28 +13,28 @@ from typing import Any
 
 import torch
 
-from pat_serve.atomic import check_vacant, new_folder
-from pat_serve.disk import check_room, room_on_disk
+from pat_serve.checkpoints.locate import check_inside
 from pat_serve.errors import UsageError
-from pat_serve.export.base_files import BaseFiles
-from pat_serve.export.card import model_card, provenance
-from pat_serve.export.comparison import Parity
-from pat_serve.export.fit import check_fitness
+from pat_serve.export.files.model_files import dtype_name as _name
+from pat_serve.export.files.model_files import write_model as _write_model
 from pat_serve.export.formats.gguf import require_gguf, write_gguf
 from pat_serve.export.formats.quality import QuantizationQuality, require_compressed_tensors
 from pat_serve.export.formats.quantize import quantize_export
 from pat_serve.export.formats.schemes import scheme_named
-from pat_serve.export.hashes import hash_files
-from pat_serve.export.measured import quality_section
-from pat_serve.export.model_files import dtype_name as _name
-from pat_serve.export.model_files import write_model as _write_model
-from pat_serve.export.narrow import dry_run, narrow_config, narrow_shapes
-from pat_serve.export.parity import measure_parity
-from pat_serve.export.parity_report import parity_lines
-from pat_serve.export.reader import Run, open_run
-from pat_serve.locate import check_inside
-from pat_serve.progress import say
+from pat_serve.export.parity.comparison import Parity
+from pat_serve.export.parity.gate import measure_parity
+from pat_serve.export.parity.report import parity_lines
+from pat_serve.export.record.card import model_card, provenance
+from pat_serve.export.record.card_sections import quality_section
+from pat_serve.export.rewrite.shape_check import check_fitness
+from pat_serve.export.rewrite.target import dry_run, narrow_config, narrow_shapes
+from pat_serve.export.run.base_files import BaseFiles
+from pat_serve.export.run.hashes import hash_files
+from pat_serve.export.run.reader import Run, open_run
+from pat_serve.files.atomic import check_vacant, new_folder
+from pat_serve.files.disk import check_room, room_on_disk
 from pat_serve.scores import Scorer
+from pat_serve.terminal.progress import say
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

@@ -12,19 +12,19 @@ import pydantic
 import torch
 
 from pat_serve.architectures import HIDDEN
-from pat_serve.disk import check_room
+from pat_serve.checkpoints.locate import read_config
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, MissingModel, UsageError, first_line
-from pat_serve.export.comparison import Parity
+from pat_serve.export.files.model_files import write_model
 from pat_serve.export.formats.check import check_eight_bits
 from pat_serve.export.formats.quality import QuantizationQuality, measure_quality, require_compressed_tensors
 from pat_serve.export.formats.schemes import SCHEMES, Scheme, quantization_config
-from pat_serve.export.hashes import hash_files
-from pat_serve.export.model_files import write_model
-from pat_serve.export.narrow import narrow_shapes
-from pat_serve.export.parity import measure_parity
-from pat_serve.export.prompts import own_prompts
-from pat_serve.export.reader import Run, open_run
-from pat_serve.locate import read_config
+from pat_serve.export.parity.comparison import Parity
+from pat_serve.export.parity.gate import measure_parity
+from pat_serve.export.parity.prompts import own_prompts
+from pat_serve.export.rewrite.target import narrow_shapes
+from pat_serve.export.run.hashes import hash_files
+from pat_serve.export.run.reader import Run, open_run
+from pat_serve.files.disk import check_room
 from pat_serve.plan import BaseReference
 from pat_serve.scores import Scorer
 

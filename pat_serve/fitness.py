@@ -14,7 +14,7 @@ from pat_serve.architectures import EMBEDDING, HIDDEN
 from pat_serve.geometry import fast_tile, legal_step, name_widths, widths_around
 
 if TYPE_CHECKING:
-    from pat_serve.checkpoint import Checkpoint
+    from pat_serve.checkpoints.checkpoint import Checkpoint
 
 # v1/attention/backends/cpu_attn.py
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pat_serve.progress import track
+from pat_serve.terminal.progress import track
 
 IGNORED_LABEL = -100
 

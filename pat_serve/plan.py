@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pat_serve.atomic import rename_durably, write_text
+from pat_serve.checkpoints.shards import DTYPES, TensorEntry, read_header
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, first_line
+from pat_serve.files.atomic import rename_durably, write_text
+from pat_serve.files.strict_json import parse
 from pat_serve.hybrid import HybridFold
-from pat_serve.shards import DTYPES, TensorEntry, read_header
-from pat_serve.strict_json import parse
 
 PLAN_JSON = "plan.json"
 PLAN_ARRAYS = "plan.safetensors"

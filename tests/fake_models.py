@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from pat_serve.server.bench.speedup import check_speedup
-from pat_serve.server.bench.speedup_result import SpeedupResult
-from pat_serve.server.bench.speedup_settings import SpeedupSettings
-from pat_serve.server.workers import process as worker_process
-from pat_serve.server.workers.cpu_watch import CpuWatch
+from pat_serve.server.bench.speedup.check import check_speedup
+from pat_serve.server.bench.speedup.result import SpeedupResult
+from pat_serve.server.bench.speedup.settings import SpeedupSettings
+from pat_serve.server.engine.workers import process as worker_process
+from pat_serve.server.engine.workers.cpu_watch import CpuWatch
 from tests.tiny_models import tiny_config
 
 Model = Callable[..., str]

@@ -25,8 +25,8 @@ import sys
 from pathlib import Path
 
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace, prompts_digest
-from pat_serve.server.workers.probe import MachineRates
-from pat_serve.server.workers.protocol import (
+from pat_serve.server.engine.workers.probe import MachineRates
+from pat_serve.server.engine.workers.protocol import (
     Command,
     Failed,
     Prefill,

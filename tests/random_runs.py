@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from pat_serve.atomic import write_text
-from pat_serve.checkpoint import open_checkpoint
+from pat_serve.checkpoints.checkpoint import open_checkpoint
+from pat_serve.files.atomic import write_text
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import AxisCut, PruningPlan, file_sha256
 

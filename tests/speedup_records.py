@@ -8,15 +8,15 @@ from typing import Any
 
 from pat_serve.server.analysis.capacity import capacity, memory_for
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
-from pat_serve.server.bench.load_result import LoadRequest, LoadResult, LoadSettings, load_run
-from pat_serve.server.bench.measure_result import LatencyResult, LatencySettings, ThroughputResult, ThroughputSettings
-from pat_serve.server.bench.measure_summary import Floors, latency_cell, throughput_run
-from pat_serve.server.bench.speedup_analysis import conclude
-from pat_serve.server.bench.speedup_depths import conclude_extrapolated, extrapolate_all
-from pat_serve.server.bench.speedup_result import DepthMeasurement, ModelRecord, Round, SpeedupResult, WarmUp
-from pat_serve.server.bench.speedup_series import Pair
-from pat_serve.server.bench.speedup_settings import Regime, SpeedupSettings
-from pat_serve.server.workers.probe import MachineRates
+from pat_serve.server.bench.latency.result import LatencyResult, LatencySettings, ThroughputResult, ThroughputSettings
+from pat_serve.server.bench.latency.summary import Floors, latency_cell, throughput_run
+from pat_serve.server.bench.load.result import LoadRequest, LoadResult, LoadSettings, load_run
+from pat_serve.server.bench.speedup.analysis import conclude
+from pat_serve.server.bench.speedup.depths import conclude_extrapolated, extrapolate_all
+from pat_serve.server.bench.speedup.result import DepthMeasurement, ModelRecord, Round, SpeedupResult, WarmUp
+from pat_serve.server.bench.speedup.series import Pair
+from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.engine.workers.probe import MachineRates
 from pat_serve.sizes import ModelShape
 
 DENSE = ModelShape(

@@ -10,11 +10,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from pat_serve.errors import BrokenCheckpoint, MissingModel, UnsupportedModel
-from pat_serve.server.engine import parse_serve_arguments
+from pat_serve.server.engine.online import parse_serve_arguments
 from pat_serve.server.http.admission import Admission
 from pat_serve.server.http.errors import HttpError
-from pat_serve.server.trusted_model import check_trusted
-from pat_serve.server.whole_model import check_tokenizer, check_weights, check_whole_models
+from pat_serve.server.start.trusted_model import check_trusted
+from pat_serve.server.start.whole_model import check_tokenizer, check_weights, check_whole_models
 
 
 def refused(admission: Admission, key: str, sequences: int) -> HttpError:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pat_serve.checkpoint import open_checkpoint
+from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import (
     BrokenCheckpoint,
     BrokenPlan,
@@ -281,7 +281,7 @@ def test_a_forced_run_that_cannot_begin_keeps_the_old_one(
     def fail(*_: object) -> None:
         raise RuntimeError("late")
 
-    monkeypatch.setattr("pat_serve.training.insert.build_model", fail)
+    monkeypatch.setattr("pat_serve.training.model.insert.build_model", fail)
     with pytest.raises(RuntimeError, match="late"):
         start(tiny_recipe(base, rows), run, force=True)
     assert (run / "plan.json").is_file()

@@ -15,15 +15,15 @@ import psutil
 import pytest
 
 from pat_serve.errors import EngineError, UsageError
-from pat_serve.server import baseline
 from pat_serve.server.analysis.verdict import Verdict
-from pat_serve.server.baseline import available, check_comparable, check_memory
-from pat_serve.server.bench.speedup_result import Round, WarmUp
-from pat_serve.server.bench.speedup_settings import SpeedupSettings
+from pat_serve.server.bench.speedup.result import Round, WarmUp
+from pat_serve.server.bench.speedup.settings import SpeedupSettings
+from pat_serve.server.engine import baseline
+from pat_serve.server.engine.baseline import available, check_comparable, check_memory
+from pat_serve.server.engine.workers.process_group import ProcessGroup
 from pat_serve.server.http.errors import HttpError
-from pat_serve.server.live_speedup import Side, _judge, batch_trace
-from pat_serve.server.speedup_request import SpeedupRequest
-from pat_serve.server.workers.process_group import ProcessGroup
+from pat_serve.server.routes.live_speedup import Side, _judge, batch_trace
+from pat_serve.server.routes.speedup_request import SpeedupRequest
 from pat_serve.sizes import shape_of
 from tests.tiny_models import tiny_config
 

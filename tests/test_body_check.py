@@ -11,7 +11,7 @@ import pytest
 
 from pat_serve.server.http.body_check import ModelBounds, check_body, check_containers, valid_request_id
 from pat_serve.server.http.errors import InvalidRequestError
-from pat_serve.server.policy import Feature, Policy
+from pat_serve.server.http.policy import Feature, Policy
 
 POLICY = Policy(max_sequences=16)
 MODEL = ModelBounds(max_model_len=100, vocab_size=384)

@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from pat_serve.errors import RunError
-from pat_serve.export.card import base_license, model_card
 from pat_serve.export.exporter import export_run
-from pat_serve.export.measured import rewrite_card
+from pat_serve.export.record.card import base_license, model_card
+from pat_serve.export.record.card_sections import rewrite_card
 from tests.test_export_parity import random_run
 from tests.tiny_models import save_tiny_llama
 

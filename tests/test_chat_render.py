@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pat_serve.server.engine import Engine, chat_settings, parse_serve_arguments
+from pat_serve.server.engine.online import Engine, chat_settings, parse_serve_arguments
 from pat_serve.server.http.errors import InvalidRequestError
 from tests.tiny_models import save_tiny_llama
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from pat_serve.architectures import FAMILIES
-from pat_serve.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
-from pat_serve.training.calibration import Calibration, calibrate
-from pat_serve.training.compensation import RIDGE, ROWS_AT_ONCE, _product, branches, compensate, low_rank_update
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.insert import build_model
+from pat_serve.training.model.calibration import Calibration, calibrate
+from pat_serve.training.model.compensation import RIDGE, ROWS_AT_ONCE, _product, branches, compensate, low_rank_update
+from pat_serve.training.model.insert import build_model
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family, save_tiny_llama

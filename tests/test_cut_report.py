@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from pat_serve.checkpoint import open_checkpoint
+from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.export.exporter import export_run
+from pat_serve.training.checks.cut_report import cut_lines
+from pat_serve.training.checks.width import target_width
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.cut_report import cut_lines
 from pat_serve.training.run import resume, start
-from pat_serve.training.width import target_width
 from tests.conftest import tiny_recipe
 from tests.test_recipe_defaults import DEFAULTS
 from tests.test_resume import CrashError

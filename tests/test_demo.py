@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pat_serve.demo.base_model import BaseSettings, pack, train_base, train_tokenizer
 from pat_serve.demo.corpus import build_corpus, is_held_out
-from pat_serve.demo.pipeline import Pipeline
 from pat_serve.demo.stages import Stage
+from pat_serve.demo.tiny.base_model import BaseSettings, pack, train_base, train_tokenizer
+from pat_serve.demo.tiny.pipeline import Pipeline
 from pat_serve.errors import PatServeError
 
 LIBRARY = {

@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pat_serve.server.policy import Policy
+from pat_serve.server.http.policy import Policy
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = list(yaml.safe_load_all((ROOT / "deploy/kubernetes.yaml").read_text()))

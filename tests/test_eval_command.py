@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pat_serve.atomic import write_json
 from pat_serve.cli import eval as eval_command
 from pat_serve.cli import export as export_command
 from pat_serve.evaluation.report import Report
+from pat_serve.files.atomic import write_json
 from tests.random_runs import random_run
 from tests.tiny_models import SENTENCES, save_tiny_llama
 
@@ -125,7 +125,7 @@ def test_usage(arguments: list[str], message: str, models: list[Path], text: Pat
 
 
 def test_without_the_extra(models: list[Path], monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr("pat_serve.extras.find_spec", lambda _: None)
+    monkeypatch.setattr("pat_serve.machine.extras.find_spec", lambda _: None)
     assert run(monkeypatch, eval_command, models[0], "--tasks", "arc_easy") == 1
     assert 'pip install "pat-serve[eval]", or leave --tasks out' in capsys.readouterr().err
 
@@ -189,7 +189,7 @@ def test_quantized_exports_are_measured_too(models: list[Path], rows: Path, tmp_
 
 
 def test_the_demo_reads_the_report(models: list[Path], rows: Path, tmp_path: Path, monkeypatch, capsys):
-    from pat_serve.demo.findings import _perplexities
+    from pat_serve.demo.tiny.findings import _perplexities
 
     assert run(monkeypatch, eval_command, *models, "--data", rows, "--json") == 0
     (tmp_path / "quality.json").write_text(capsys.readouterr().out)

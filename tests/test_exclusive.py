@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from fastapi import Request
 
-from pat_serve.server.exclusive import Exclusive
 from pat_serve.server.http.admission import Admission
 from pat_serve.server.http.errors import HttpError
+from pat_serve.server.routes.exclusive import Exclusive
 
 
 async def _never() -> Any:

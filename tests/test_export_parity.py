@@ -16,17 +16,18 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pat_serve.errors import ParityError
-from pat_serve.export import blocks, exporter
+from pat_serve.export import exporter
 from pat_serve.export.exporter import export_run
-from pat_serve.export.figures import TOLERANCES, Figures, HeldLogits, compare_logits
-from pat_serve.export.greedy import compare_greedy
-from pat_serve.export.listed import compare_listed
-from pat_serve.export.parity import measure_parity
-from pat_serve.export.reader import open_run
-from pat_serve.export.rewrite import fuse
+from pat_serve.export.parity.figures import TOLERANCES, Figures, HeldLogits, compare_logits
+from pat_serve.export.parity.gate import measure_parity
+from pat_serve.export.parity.greedy import compare_greedy
+from pat_serve.export.parity.layerwise import LayerwiseModel
+from pat_serve.export.parity.masked import load_masked_model
+from pat_serve.export.parity.vllm_scores import compare_listed
+from pat_serve.export.rewrite import blocks
+from pat_serve.export.rewrite.rewrite import fuse
+from pat_serve.export.run.reader import open_run
 from pat_serve.hybrid import HybridFold
-from pat_serve.layerwise import LayerwiseModel
-from pat_serve.masked import load_masked_model
 from pat_serve.plan import PruningPlan
 from pat_serve.scores import ListedScores
 from tests.random_runs import PROMPT, random_run
@@ -124,7 +125,7 @@ def test_the_gate_refuses_the_published_mistakes(
     base = save_tiny_llama(tmp_path / "base", rms_norm_eps=1e-3)
     run = random_run(tmp_path / "run", base, scale_spread=0.01)
     if mistake == "eps":
-        monkeypatch.setattr("pat_serve.export.narrow.narrow_eps", lambda eps, cut: eps)
+        monkeypatch.setattr("pat_serve.export.rewrite.target.narrow_eps", lambda eps, cut: eps)
     else:
         monkeypatch.setattr(blocks, "fuse", lambda spec, *parts: replace(fuse(spec, *parts), scale_K=None))
     with pytest.raises(ParityError, match="found"):
@@ -166,7 +167,7 @@ def test_a_mistake_does_not_hide_in_a_model_that_amplifies(
     mistake: str, amplifying_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     if mistake == "eps":
-        monkeypatch.setattr("pat_serve.export.narrow.narrow_eps", lambda eps, cut: eps)
+        monkeypatch.setattr("pat_serve.export.rewrite.target.narrow_eps", lambda eps, cut: eps)
     else:
         write = exporter._write_model
 
@@ -339,7 +340,7 @@ def test_a_model_that_does_not_fit_is_walked_through(tmp_path: Path, monkeypatch
         held.append(sum(m.weight.device.type != "meta" for m in own))
 
     monkeypatch.setattr(LayerwiseModel, "_fetch", watch)
-    monkeypatch.setattr("pat_serve.export.models.available_memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("pat_serve.export.parity.models.available_memory_bytes", lambda: 1 << 20)
     done = export_run(run, tmp_path / "out")
     assert done.parity is not None
     assert done.parity.layerwise
@@ -350,7 +351,7 @@ def test_a_model_that_does_not_fit_is_walked_through(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("walk", [False, True])
 def test_a_wrong_rewriting_is_refused_layer_by_layer_too(walk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pat_serve.export.narrow.narrow_eps", lambda eps, cut: eps)
+    monkeypatch.setattr("pat_serve.export.rewrite.target.narrow_eps", lambda eps, cut: eps)
     run = random_run(tmp_path / "run", save_tiny_llama(tmp_path / "base", rms_norm_eps=1e-3))
     with pytest.raises(ParityError, match="Nothing was exported"):
         export_run(run, tmp_path / "out", walk=walk)

@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pat_serve.errors import ParityError
-from pat_serve.export import blocks
-from pat_serve.export.comparison import EXACT, EXPORTED, RANDOM, TRAINED, Parity
 from pat_serve.export.exporter import export_run
-from pat_serve.export.figures import TOLERANCES, TYPICAL_PROPORTION, Figures, proportional
-from pat_serve.export.models import LoadedModels
-from pat_serve.export.parity import measure_parity
-from pat_serve.export.reader import open_run
-from pat_serve.export.rewrite import fuse
-from pat_serve.export.rounding import FileCheck, is_nearest, round_at_random
+from pat_serve.export.parity.comparison import EXACT, EXPORTED, RANDOM, TRAINED, Parity
+from pat_serve.export.parity.figures import TOLERANCES, TYPICAL_PROPORTION, Figures, proportional
+from pat_serve.export.parity.gate import measure_parity
+from pat_serve.export.parity.models import LoadedModels
+from pat_serve.export.rewrite import blocks
+from pat_serve.export.rewrite.rewrite import fuse
+from pat_serve.export.rewrite.rounding import FileCheck, is_nearest, round_at_random
+from pat_serve.export.run.reader import open_run
 from tests.random_runs import random_run
 from tests.tiny_models import save_tiny_family, save_tiny_llama
 
@@ -58,7 +58,7 @@ def drop(**parts: None) -> Callable[..., object]:
 
 def make(mistake: str, patch: pytest.MonkeyPatch) -> None:
     if mistake == "eps":
-        patch.setattr("pat_serve.export.narrow.narrow_eps", lambda eps, cut: eps)
+        patch.setattr("pat_serve.export.rewrite.target.narrow_eps", lambda eps, cut: eps)
     elif mistake == "scale":
         patch.setattr(blocks, "fuse", drop(scale_K=None))
     else:

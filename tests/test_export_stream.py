@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pat_serve.checkpoint import open_checkpoint
+from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, DiskFull
-from pat_serve.export import blocks, exporter
-from pat_serve.export.adapter import LoraUpdate
+from pat_serve.export import exporter
 from pat_serve.export.exporter import export_run
-from pat_serve.export.hashes import hash_files
-from pat_serve.export.narrow import dry_run, narrow_shapes, narrow_tensors, rewriting_of
-from pat_serve.export.reader import open_run
+from pat_serve.export.rewrite import blocks
+from pat_serve.export.rewrite.target import dry_run, narrow_shapes, narrow_tensors, rewriting_of
+from pat_serve.export.run.adapter import LoraUpdate
+from pat_serve.export.run.hashes import hash_files
+from pat_serve.export.run.reader import open_run
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import PruningPlan, file_sha256
 from tests.test_export_parity import random_run
@@ -121,7 +122,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_first_byte(run: Path, tmp_p
 def test_a_fault_in_one_thread_ends_both(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(
-        "pat_serve.export.blocks.rewrite_tensor", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no more"))
+        "pat_serve.export.rewrite.blocks.rewrite_tensor", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no more"))
     )
     monkeypatch.setattr(exporter, "dry_run", lambda *_: None)
     with pytest.raises(MemoryError, match="no more"):

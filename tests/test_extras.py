@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pat_serve.errors import MissingExtra
-from pat_serve.extras import require
+from pat_serve.machine.extras import require
 
 
 def test_a_package_that_is_there_is_no_obstacle():
@@ -34,8 +34,8 @@ class Absent:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Absent())
-import pat_serve.extras
-pat_serve.extras.find_spec = lambda module: None
+import pat_serve.machine.extras
+pat_serve.machine.extras.find_spec = lambda module: None
 command, *sys.argv[1:] = sys.argv[1:]
 __import__(f"pat_serve.cli.{command}", fromlist=["main"]).main()
 """

@@ -11,12 +11,12 @@ import pytest
 from pat_serve.errors import EngineError
 from pat_serve.server.analysis.roofline import decode_ceiling
 from pat_serve.server.analysis.verdict import Verdict
-from pat_serve.server.bench import speedup_checks
 from pat_serve.server.bench.model_source import resolve
-from pat_serve.server.bench.speedup_result import SpeedupResult
-from pat_serve.server.bench.speedup_settings import Regime, SpeedupSettings
-from pat_serve.server.bench.speedup_table import depth_lines
-from pat_serve.server.report.rows import rows_of
+from pat_serve.server.bench.report.rows import rows_of
+from pat_serve.server.bench.speedup import checks as speedup_checks
+from pat_serve.server.bench.speedup.result import SpeedupResult
+from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.bench.speedup.table import depth_lines
 from tests.fake_models import Model, check, fake_models
 
 # They measure real time, which a busy machine stretches.

@@ -10,19 +10,20 @@ import pytest
 
 from pat_serve.errors import EngineError
 from pat_serve.server.analysis.verdict import Verdict
-from pat_serve.server.bench import model_source, speculative
-from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings
-from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
-from pat_serve.server.bench.measure_table import beaten_lines
+from pat_serve.server.bench import model_source
+from pat_serve.server.bench.latency.result import LatencySettings, ThroughputSettings
+from pat_serve.server.bench.latency.run import measure_latency, measure_throughput
+from pat_serve.server.bench.latency.table import beaten_lines
 from pat_serve.server.bench.model_source import ModelSource
-from pat_serve.server.bench.speculative import measure_speculative
-from pat_serve.server.bench.speculative_result import SpeculativeSettings
-from pat_serve.server.bench.speedup_settings import Regime
-from pat_serve.server.bench.speedup_table import around_line, floor_lines, memory_lines
-from pat_serve.server.report.rows import rows_of
-from pat_serve.server.workers import process as worker_process
-from pat_serve.server.workers.cpu_watch import CpuWatch
-from pat_serve.server.workers.probe import MachineRates
+from pat_serve.server.bench.report.rows import rows_of
+from pat_serve.server.bench.speculative import run as speculative
+from pat_serve.server.bench.speculative.result import SpeculativeSettings
+from pat_serve.server.bench.speculative.run import measure_speculative
+from pat_serve.server.bench.speedup.settings import Regime
+from pat_serve.server.bench.speedup.table import around_line, floor_lines, memory_lines
+from pat_serve.server.engine.workers import process as worker_process
+from pat_serve.server.engine.workers.cpu_watch import CpuWatch
+from pat_serve.server.engine.workers.probe import MachineRates
 from tests.fake_models import Model, check, fake_models, quiet
 
 # They measure real time, which a busy machine stretches.

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pat_serve.architectures import EMBEDDING, FAMILIES, HEAD, HIDDEN
-from pat_serve.checkpoint import open_checkpoint
+from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import BrokenPlan, PatServeError, UsageError
 from pat_serve.export.exporter import export_run
-from pat_serve.export.reader import open_run
+from pat_serve.export.run.reader import open_run
 from pat_serve.hybrid import LEAST_SCALE, HybridFold
 from pat_serve.plan import PruningPlan
 from pat_serve.rotation import rotate_model

@@ -20,7 +20,7 @@ from pat_serve.server.http.body_check import ModelBounds
 from pat_serve.server.http.deadline import within_deadline
 from pat_serve.server.http.errors import HttpError, shape_routing_errors, shape_vllm_errors
 from pat_serve.server.http.front import Front, Gate
-from pat_serve.server.policy import Policy
+from pat_serve.server.http.policy import Policy
 from tests.virtual_clock import run
 
 POLICY = Policy(max_body_bytes=1000, receive_timeout_s=0.2, request_timeout_s=0.3)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from pat_serve.disk import full_disk
 from pat_serve.errors import DiskFull
-from pat_serve.training import room
+from pat_serve.files.disk import full_disk
+from pat_serve.training.checks import room
+from pat_serve.training.checks.prepare import prepare
+from pat_serve.training.checks.room import run_bytes
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.prepare import prepare
 from pat_serve.training.ranks import Ranks
-from pat_serve.training.room import run_bytes
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.test_export_interruption import IN_NAMESPACE, can_mount

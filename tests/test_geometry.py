@@ -9,10 +9,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pat_serve.checkpoint import open_checkpoint
+from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import IllegalRatio, IllegalWidth, UsageError
 from pat_serve.export.exporter import export_run
-from pat_serve.export.fit import parse_degrees
+from pat_serve.export.rewrite.shape_check import parse_degrees
 from pat_serve.fitness import (
     CPU_HEAD_DIMS,
     Shape,

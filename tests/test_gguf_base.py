@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pat_serve.checkpoint import open_checkpoint
+from pat_serve.checkpoints.checkpoint import open_checkpoint
+from pat_serve.checkpoints.locate import locate, stock_path
 from pat_serve.errors import BrokenCheckpoint, MissingExtra, MissingModel, UnsupportedModel, UsageError
 from pat_serve.gguf import folder as gguf_folder
-from pat_serve.locate import locate, stock_path
 from pat_serve.plan import file_sha256
 from tests.gguf_files import add, write_gguf
 from tests.tiny_models import SENTENCES, save_tiny_family, save_tiny_llama
@@ -271,7 +271,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, cache: Path):
 
 def test_without_the_gguf_package_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = write_gguf(save_tiny_llama(tmp_path / "base"), tmp_path / "model.gguf", "F32")
-    monkeypatch.setattr("pat_serve.extras.find_spec", lambda module: None)
+    monkeypatch.setattr("pat_serve.machine.extras.find_spec", lambda module: None)
     with pytest.raises(MissingExtra, match=r'pip install "pat-serve\[gguf\]"'):
         locate(str(file))
 

@@ -9,10 +9,10 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
+from pat_serve.checkpoints.locate import locate
 from pat_serve.errors import UnsupportedModel
 from pat_serve.gguf.header import read_header
 from pat_serve.gguf.tokenizer import tokenizer_of
-from pat_serve.locate import locate
 from tests.gguf_files import write_gguf
 from tests.tiny_models import SENTENCES, save_tiny_llama, tiny_tokenizer
 

@@ -46,9 +46,9 @@ def test_a_run_on_a_gpu_is_exported(recipe: str, dtype: str, tiny_base: Path, ro
 def test_calibrating_leaves_no_gradient_on_the_gpu(tiny_base: Path, rows: Path):
     from transformers import AutoModelForCausalLM
 
-    from pat_serve.checkpoint import open_checkpoint
-    from pat_serve.training.calibration import calibrate
+    from pat_serve.checkpoints.checkpoint import open_checkpoint
     from pat_serve.training.data import PadBatch
+    from pat_serve.training.model.calibration import calibrate
 
     checkpoint = open_checkpoint(str(tiny_base), None)
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).cuda()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pat_serve.hybrid import apply_hybrid
-from pat_serve.training.hsm import HybridModule, SharedMask
-from pat_serve.training.schedule import GateSchedule
+from pat_serve.training.methods.pat.hsm import HybridModule, SharedMask
+from pat_serve.training.methods.pat.schedule import GateSchedule
 
 D, K, R = 16, 12, 4
 

@@ -16,8 +16,8 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from pat_serve.server.http.errors import HttpError
+from pat_serve.server.http.policy import Policy
 from pat_serve.server.http.protocol import CONNECTIONS_END_S, bounded_protocol
-from pat_serve.server.policy import Policy
 
 # Whatever is not about a timeout must not meet one.
 POLICY = Policy(receive_timeout_s=300, send_timeout_s=300, max_connections=3)

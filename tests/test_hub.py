@@ -171,7 +171,7 @@ def test_a_hub_that_refuses_is_quoted(hub: tuple[Hub, str], tmp_path: Path):
     out.mkdir()
     (out / "config.json").write_text("{}")
     script = (
-        "import sys; from pathlib import Path; from pat_serve.export.hub import push_to_hub\n"
+        "import sys; from pathlib import Path; from pat_serve.export.record.hub import push_to_hub\n"
         "push_to_hub(Path(sys.argv[1]), 'me/pruned', private=False)"
     )
     done = subprocess.run(

@@ -12,7 +12,7 @@ from pat_serve.errors import UsageError
 from pat_serve.server.http.errors import HttpError
 from pat_serve.server.http.front import authorize
 from pat_serve.server.http.keys import KeyRing, collect_keys
-from pat_serve.server.policy import Policy
+from pat_serve.server.http.policy import Policy
 
 
 def test_keys_come_from_flags_environment_and_file(tmp_path: Path) -> None:

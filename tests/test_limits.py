@@ -10,10 +10,18 @@ from typing import Any
 import pytest
 
 from pat_serve.errors import EngineError, PortInUse, UsageError
-from pat_serve.server import launch
-from pat_serve.server.engine import parse_serve_arguments
+from pat_serve.server.engine.online import parse_serve_arguments
 from pat_serve.server.http.keys import collect_keys
-from pat_serve.server.launch import (
+from pat_serve.server.http.limits import (
+    DEFAULT_MAX_TOKENS,
+    LimitError,
+    check_benchmark,
+    check_vocabulary,
+    output_budget,
+)
+from pat_serve.server.http.policy import Policy
+from pat_serve.server.start import launch
+from pat_serve.server.start.launch import (
     ServeSettings,
     check_address,
     check_certificate,
@@ -24,8 +32,6 @@ from pat_serve.server.launch import (
     warn_if_open,
     with_stock_folders,
 )
-from pat_serve.server.limits import DEFAULT_MAX_TOKENS, LimitError, check_benchmark, check_vocabulary, output_budget
-from pat_serve.server.policy import Policy
 
 
 @pytest.mark.parametrize(

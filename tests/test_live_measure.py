@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pat_serve.server.measure import Prompts, Shape, measure_latency, measure_throughput
+from pat_serve.server.routes.measure import Prompts, Shape, measure_latency, measure_throughput
 
 SHAPE = Shape(prompt_tokens=8, output_tokens=1, vocab_size=100)
 

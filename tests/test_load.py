@@ -20,9 +20,9 @@ import httpx
 import pytest
 
 from pat_serve.errors import EngineError, UsageError
-from pat_serve.server.bench.load import check_load, guidellm_environment, look_up, run_load, scenario
-from pat_serve.server.bench.load_result import LoadRequest, LoadSettings, load_run, read_guidellm
-from pat_serve.server.workers.load_client import set_the_clock_first
+from pat_serve.server.bench.load.client import set_the_clock_first
+from pat_serve.server.bench.load.result import LoadRequest, LoadSettings, load_run, read_guidellm
+from pat_serve.server.bench.load.run import check_load, guidellm_environment, look_up, run_load, scenario
 from tests.integration.conftest import free_port
 from tests.tiny_models import save_tiny_llama
 

@@ -18,8 +18,8 @@ import pytest
 import requests
 
 from pat_serve.errors import UsageError
-from pat_serve.local_addresses import keep_local_addresses_direct
-from pat_serve.server.bench.load import tokenizer_place
+from pat_serve.machine.local_addresses import keep_local_addresses_direct
+from pat_serve.server.bench.load.run import tokenizer_place
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pat_serve.training.losses import count_loss, identity_loss, kept_channels, push_loss
+from pat_serve.training.methods.pat.losses import count_loss, identity_loss, kept_channels, push_loss
 
 
 def logits(*values: float) -> torch.Tensor:

@@ -12,11 +12,11 @@ import torch
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.server.analysis.roofline import decode_flops, prefill_bytes, prefill_flops
 from pat_serve.server.analysis.trace import RequestTrace
-from pat_serve.server.bench.measure_result import LatencySettings, Roof, ThroughputSettings, distribution
-from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
-from pat_serve.server.bench.measure_summary import Floors, latency_cell, throughput_run, why_beaten
-from pat_serve.server.workers import probe
-from pat_serve.server.workers.probe import (
+from pat_serve.server.bench.latency.result import LatencySettings, Roof, ThroughputSettings, distribution
+from pat_serve.server.bench.latency.run import measure_latency, measure_throughput
+from pat_serve.server.bench.latency.summary import Floors, latency_cell, throughput_run, why_beaten
+from pat_serve.server.engine.workers import probe
+from pat_serve.server.engine.workers.probe import (
     SIZES,
     MachineRates,
     Product,

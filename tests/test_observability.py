@@ -13,13 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers.integrations import TensorBoardCallback
 
 from pat_serve.errors import Diverged, EmptyMask, MissingExtra, UsageError
-from pat_serve.training import reporting
-from pat_serve.training.callbacks import progress_line
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.hsm import SharedMask
-from pat_serve.training.methods.pat import Pat
+from pat_serve.training.loop import reporting
+from pat_serve.training.loop.callbacks import progress_line
+from pat_serve.training.methods.pat.hsm import SharedMask
+from pat_serve.training.methods.pat.method import Pat
+from pat_serve.training.methods.pat.schedule import GateSchedule
 from pat_serve.training.run import resume, start
-from pat_serve.training.schedule import GateSchedule
 from tests.conftest import tiny_recipe
 from tests.test_resume import interrupt
 

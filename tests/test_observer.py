@@ -25,7 +25,7 @@ from pat_serve.server.http.errors import HttpError, shape_vllm_errors
 from pat_serve.server.http.metrics import ServerMetrics
 from pat_serve.server.http.observer import Observation, Observer, error_type
 from pat_serve.server.http.route_names import RouteNames
-from pat_serve.server.provenance import model_labels
+from pat_serve.server.routes.provenance import model_labels
 from pat_serve.version import __version__
 
 

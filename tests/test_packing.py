@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.training.data import PadBatch, pack_examples
 from pat_serve.training.data.packing import join, pack_stream
-from pat_serve.training.insert import adapt
+from pat_serve.training.model.insert import adapt
 from tests.tiny_models import tiny_llama
 
 LENGTH = 32
@@ -56,7 +56,7 @@ def test_packed_rows_compute_what_the_examples_compute_alone(attention: str):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_changed_sample_leaves_its_neighbours_alone(checkpointing: bool, tiny_base, rows):
     """Through everything that a run trains with: LoRA, HSMs, and recomputation."""
-    from pat_serve.checkpoint import open_checkpoint
+    from pat_serve.checkpoints.checkpoint import open_checkpoint
     from tests.conftest import tiny_recipe
 
     recipe = tiny_recipe(tiny_base, rows, lora_dropout=0.0, gradient_checkpointing=checkpointing)

@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 
 from pat_serve.cli.bench import app
 from pat_serve.errors import PatServeError, UsageError
-from pat_serve.server.bench.measure_result import LatencyResult
-from pat_serve.server.planning.result import PlanResult
-from pat_serve.server.planning.search import Outcome, Traffic, capacity_per_s, find_replicas, idle_timing, trial
-from pat_serve.server.planning.simulation import Dispatch, Engine, Timing, simulate, simulate_closed
-from pat_serve.server.planning.steps import MeasuredCell, StepTimes
-from pat_serve.server.planning.traffic import Arrival, Mix, crossed, poisson
-from pat_serve.server.report.read import read_result
-from pat_serve.server.report.rows import rows_of
+from pat_serve.server.bench.latency.result import LatencyResult
+from pat_serve.server.bench.planning.result import PlanResult
+from pat_serve.server.bench.planning.search import Outcome, Traffic, capacity_per_s, find_replicas, idle_timing, trial
+from pat_serve.server.bench.planning.simulation import Dispatch, Engine, Timing, simulate, simulate_closed
+from pat_serve.server.bench.planning.steps import MeasuredCell, StepTimes
+from pat_serve.server.bench.planning.traffic import Arrival, Mix, crossed, poisson
+from pat_serve.server.bench.report.read import read_result
+from pat_serve.server.bench.report.rows import rows_of
 from tests.speedup_records import latency_result, load_result, speedup_result, throughput_result
 
 FIXED = 0.02

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pat_serve.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import TooLarge
-from pat_serve.training import preflight
-from pat_serve.training.calibration import Calibration
+from pat_serve.training.checks import preflight
+from pat_serve.training.checks.memory import BatchSize
+from pat_serve.training.checks.preflight import estimate_training
 from pat_serve.training.config import PAPER, TrainRecipe
-from pat_serve.training.insert import adapt
-from pat_serve.training.memory import BatchSize
-from pat_serve.training.narrow import narrow_model
-from pat_serve.training.norms import train_norms
-from pat_serve.training.preflight import estimate_training
+from pat_serve.training.model.calibration import Calibration
+from pat_serve.training.model.insert import adapt
+from pat_serve.training.model.norms import train_norms
+from pat_serve.training.model.slicing import narrow_model
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_llama

@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from pat_serve.checkpoint import Checkpoint, open_checkpoint
-from pat_serve.hardware import DTYPE_BYTES
-from pat_serve.training import compensation
-from pat_serve.training.calibration import Calibration, calibrate, calibration_batches
+from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.machine.hardware import DTYPE_BYTES
+from pat_serve.training.checks.memory import BatchSize, weights_bytes
+from pat_serve.training.checks.preflight import estimate_training
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.insert import adapt, build_model
-from pat_serve.training.memory import BatchSize, weights_bytes
-from pat_serve.training.preflight import estimate_training
+from pat_serve.training.model import compensation
+from pat_serve.training.model.calibration import Calibration, calibrate, calibration_batches
+from pat_serve.training.model.insert import adapt, build_model
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family, save_tiny_llama
 

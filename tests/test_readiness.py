@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pat_serve.server import readiness
+from pat_serve.server.engine import readiness
+from pat_serve.server.engine.readiness import Readiness
 from pat_serve.server.http.errors import HttpError
-from pat_serve.server.readiness import Readiness
 
 
 class FakeEngine:

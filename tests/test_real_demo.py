@@ -12,26 +12,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pat_serve.demo.budget import (
-    AFTER_PROBES,
-    LEAST_STEPS,
-    MOST_STEPS,
-    START_PROBES,
-    STEP_PROBES,
-    TOTAL_S,
-    plan,
-)
-from pat_serve.demo.chat_prompts import chat_prompts
+from pat_serve.checkpoints.locate import locate
 from pat_serve.demo.corpus import write_rows
-from pat_serve.demo.pipeline import Pipeline
-from pat_serve.demo.questions import CONVERSATIONS, FACTS, Fact
-from pat_serve.demo.real_model import fetch
-from pat_serve.demo.real_pipeline import RealPipeline
-from pat_serve.demo.real_report import render
-from pat_serve.demo.self_answers import kept_answers, loops, whole_sentences
+from pat_serve.demo.real.budget import AFTER_PROBES, LEAST_STEPS, MOST_STEPS, START_PROBES, STEP_PROBES, TOTAL_S, plan
+from pat_serve.demo.real.chat_prompts import chat_prompts
+from pat_serve.demo.real.model import fetch
+from pat_serve.demo.real.pipeline import RealPipeline
+from pat_serve.demo.real.questions import CONVERSATIONS, FACTS, Fact
+from pat_serve.demo.real.report import render
+from pat_serve.demo.real.self_answers import kept_answers, loops, whole_sentences
 from pat_serve.demo.stages import Stage
+from pat_serve.demo.tiny.pipeline import Pipeline
 from pat_serve.errors import UsageError
-from pat_serve.locate import locate
 
 
 @pytest.mark.parametrize("probe_s", [2.0, 3.0, 4.5])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pat_serve.checkpoint import open_checkpoint
-from pat_serve.demo import real_model
+from pat_serve.checkpoints.checkpoint import open_checkpoint
+from pat_serve.demo.real import model as real_model
 from pat_serve.errors import HubError
 
 ROOT = Path(__file__).parents[1]

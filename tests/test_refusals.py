@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pat_serve.architectures import FAMILIES
-from pat_serve.checkpoint import open_checkpoint
+from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import UnknownTensor, UnsupportedModel
 from tests.tiny_models import save_tiny_family
 

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from pat_serve.cli.bench import app
 from pat_serve.errors import OutputExists, PatServeError, UsageError
-from pat_serve.server.bench.compare_table import compared
-from pat_serve.server.bench.speedup_table import print_result
-from pat_serve.server.report.read import read_quality, read_result
-from pat_serve.server.report.rows import csv_text, rows_of
+from pat_serve.server.bench.report.compare_table import compared
+from pat_serve.server.bench.report.read import read_quality, read_result
+from pat_serve.server.bench.report.rows import csv_text, rows_of
+from pat_serve.server.bench.speedup.table import print_result
 from tests.speedup_records import depths_result, latency_result, load_result, speedup_result, throughput_result
 
 RESULTS = {

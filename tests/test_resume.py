@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from pat_serve.errors import ChangedInput, Diverged, RunError, UnfinishedRun
-from pat_serve.export.reader import open_run
+from pat_serve.export.run.reader import open_run
 from pat_serve.plan import PruningPlan
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.methods.pat import Pat
+from pat_serve.training.methods.pat.method import Pat
 from pat_serve.training.run import resume, start
 from tests.conftest import tiny_recipe, write_rows
 from tests.tiny_models import save_tiny_llama

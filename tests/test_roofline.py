@@ -12,7 +12,7 @@ from tests.tiny_models import tiny_config
 
 
 def shipped(name: str) -> ModelShape:
-    text = (files("pat_serve.server") / "shapes" / f"{name}.json").read_text()
+    text = (files("pat_serve.server.bench") / "shapes" / f"{name}.json").read_text()
     return shape_of(json.loads(text), name)
 
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pat_serve.architectures import FAMILIES, LLAMA
-from pat_serve.checkpoint import open_checkpoint
+from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.export.exporter import export_run
 from pat_serve.plan import PruningPlan
 from pat_serve.rotation import effective_gain, principal_axes, rotate_model
-from pat_serve.training.calibration import Calibration, calibrate, stream_covariance
+from pat_serve.training.model.calibration import Calibration, calibrate, stream_covariance
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family, save_tiny_llama, tiny_llama
@@ -142,8 +142,8 @@ def test_run_on_principal_axes_exports_to_a_plain_llama(
 
 
 def test_energy_start_keeps_the_strongest_channels_before_a_step_is_taken() -> None:
-    from pat_serve.training.hsm import SharedMask
-    from pat_serve.training.schedule import GateSchedule
+    from pat_serve.training.methods.pat.hsm import SharedMask
+    from pat_serve.training.methods.pat.schedule import GateSchedule
 
     mask = SharedMask(8, 5, GateSchedule(milestone=10))
     mask.start_from(torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6]))

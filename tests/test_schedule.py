@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pat_serve.training.schedule import GateSchedule
+from pat_serve.training.methods.pat.schedule import GateSchedule
 
 
 def test_milestone_is_a_third_of_the_run():

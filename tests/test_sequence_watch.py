@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pat_serve.server import sequence_watch
+from pat_serve.server.engine import sequence_watch
+from pat_serve.server.engine.sequence_watch import SequenceWatch
 from pat_serve.server.http.exchange import Exchange, current
-from pat_serve.server.sequence_watch import SequenceWatch
 
 
 class Engine:

@@ -15,7 +15,7 @@ from pat_serve.cli.app import new_app
 from pat_serve.cli.serve import serve
 from pat_serve.errors import UsageError
 from pat_serve.server.http.served_routes import keep_served
-from pat_serve.server.plugin import OUR_PATHS, PatServePlugin
+from pat_serve.server.routes.plugin import OUR_PATHS, PatServePlugin
 
 
 def pat_serve(*arguments: str) -> subprocess.CompletedProcess[str]:

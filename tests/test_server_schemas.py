@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pat_serve.server.generate import sse_event
-from pat_serve.server.generation import EngineTimes, RequestTimes
+from pat_serve.server.engine.generation import EngineTimes, RequestTimes
 from pat_serve.server.http.errors import explain
-from pat_serve.server.limits import MAX_MESSAGES, MAX_SEED, MAX_STOPS
-from pat_serve.server.measure import Run
-from pat_serve.server.schemas import GenerateRequest, LatencyRequest, StreamDelta, ThroughputRequest
+from pat_serve.server.http.limits import MAX_MESSAGES, MAX_SEED, MAX_STOPS
+from pat_serve.server.routes.generate import sse_event
+from pat_serve.server.routes.measure import Run
+from pat_serve.server.routes.schemas import GenerateRequest, LatencyRequest, StreamDelta, ThroughputRequest
 
 
 def refusal(model: type[Any], body: dict[str, Any]) -> Any:

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pat_serve.server import shared_memory
-from pat_serve.server.shared_memory import ROOMY_BYTES, SMALL_CHUNK_BYTES, fit_shared_memory
+from pat_serve.server.engine import shared_memory
+from pat_serve.server.engine.shared_memory import ROOMY_BYTES, SMALL_CHUNK_BYTES, fit_shared_memory
 
 pytestmark = pytest.mark.vllm
 

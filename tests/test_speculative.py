@@ -9,15 +9,15 @@ import pytest
 
 from pat_serve.errors import MissingModel, UnsupportedModel, UsageError
 from pat_serve.server.analysis.trace import RequestTrace
-from pat_serve.server.bench.speculative import measure_speculative
-from pat_serve.server.bench.speculative_result import (
+from pat_serve.server.bench.speculative.result import (
     SpeculativeRound,
     SpeculativeSettings,
     seconds_per_token,
     summarize_rounds,
 )
-from pat_serve.server.draft import check_draft
-from pat_serve.server.launch import ServeSettings, serve_arguments
+from pat_serve.server.bench.speculative.run import measure_speculative
+from pat_serve.server.engine.draft import check_draft
+from pat_serve.server.start.launch import ServeSettings, serve_arguments
 from tests.tiny_models import save_tiny_llama, tiny_config
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from pat_serve import hardware
 from pat_serve.errors import BrokenCheckpoint, EngineError, MissingModel, PatServeError, UsageError
-from pat_serve.server.bench import speedup_checks
+from pat_serve.machine import hardware
 from pat_serve.server.bench.model_source import ModelSource, resolve, shipped_shapes
-from pat_serve.server.bench.speedup_checks import (
+from pat_serve.server.bench.speedup import checks as speedup_checks
+from pat_serve.server.bench.speedup.checks import (
     MAX_STEP_TOKENS,
     check_memory,
     check_pair,
@@ -17,8 +17,8 @@ from pat_serve.server.bench.speedup_checks import (
     engine_memory_bytes,
     least_output_tokens,
 )
-from pat_serve.server.bench.speedup_rounds import round_prompts
-from pat_serve.server.bench.speedup_settings import SpeedupSettings
+from pat_serve.server.bench.speedup.rounds import round_prompts
+from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from tests.tiny_models import tiny_config
 
 

@@ -14,13 +14,13 @@ from pat_serve.server.analysis.noise import noise_report
 from pat_serve.server.analysis.precision import relative_width, rounds_for_verdict, rounds_for_width
 from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio
 from pat_serve.server.analysis.verdict import Claim, Verdict
-from pat_serve.server.bench import speedup_series
-from pat_serve.server.bench.measure_summary import Floors
-from pat_serve.server.bench.speedup_analysis import conclude, conclude_average, surroundings_of
-from pat_serve.server.bench.speedup_result import WarmUp
-from pat_serve.server.bench.speedup_series import measure_rounds
-from pat_serve.server.bench.speedup_settings import Regime
-from pat_serve.server.workers.probe import MachineRates
+from pat_serve.server.bench.latency.summary import Floors
+from pat_serve.server.bench.speedup import series as speedup_series
+from pat_serve.server.bench.speedup.analysis import conclude, conclude_average, surroundings_of
+from pat_serve.server.bench.speedup.result import WarmUp
+from pat_serve.server.bench.speedup.series import measure_rounds
+from pat_serve.server.bench.speedup.settings import Regime
+from pat_serve.server.engine.workers.probe import MachineRates
 from tests.speedup_records import DENSE, NARROW, pair, rounds, trace
 
 PASS, FAIL, INCONCLUSIVE = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE

@@ -14,15 +14,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pat_serve.checkpoint import open_checkpoint
+from pat_serve.checkpoints.checkpoint import open_checkpoint
+from pat_serve.checkpoints.locate import locate
 from pat_serve.errors import BrokenCheckpoint, PatServeError, UnsupportedModel
 from pat_serve.evaluation.backends import BackendSettings
 from pat_serve.evaluation.subject import Subject
 from pat_serve.export.exporter import export_run
-from pat_serve.locate import locate
 from pat_serve.server.bench.model_source import resolve
-from pat_serve.server.engine import parse_serve_arguments
-from pat_serve.server.whole_model import check_whole_models
+from pat_serve.server.engine.online import parse_serve_arguments
+from pat_serve.server.start.whole_model import check_whole_models
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.test_bad_input import edit_config, edit_weights

@@ -11,7 +11,7 @@ import pytest
 
 SERVER = """
     import signal, sys, time
-    from pat_serve.server.supervisor import supervise
+    from pat_serve.server.start.supervisor import supervise
 
     # Whatever the tests' own process was started with.
     signal.signal(signal.SIGHUP, signal.SIG_IGN if {ignored} else signal.SIG_DFL)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pat_serve.cli.bench_commands.speculative import _prompts
+from pat_serve.cli.bench.speculative import _prompts
 from pat_serve.errors import DataError, UsageError
 from pat_serve.evaluation.text import text_from_file, wikitext2_from_file
 from pat_serve.server.http.keys import collect_keys, first_key

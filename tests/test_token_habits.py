@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from pat_serve.errors import BrokenCheckpoint
 from pat_serve.evaluation.backends import alias_distribution
 from pat_serve.perplexity import IGNORED_LABEL
-from pat_serve.token_habits import token_habit
+from pat_serve.tokens.habits import token_habit
 from pat_serve.training.data import Row, encode_row, encode_rows, parse_row
 from pat_serve.training.data.encoding import PadBatch, split_ids
 from tests.tiny_models import tiny_tokenizer

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from pat_serve.architectures import FAMILIES
 from pat_serve.errors import BrokenPlan, ChangedInput, UsageError
 from pat_serve.export.exporter import export_run
-from pat_serve.export.reader import open_run
-from pat_serve.masked import load_masked_model
+from pat_serve.export.parity.masked import load_masked_model
+from pat_serve.export.run.reader import open_run
 from pat_serve.plan import PruningPlan
 from pat_serve.training import PatConfig, save_run
 from pat_serve.training.config import PAPER, TrainRecipe

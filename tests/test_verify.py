@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, MissingModel, ParityError, UsageError
 from pat_serve.export.exporter import export_run
-from pat_serve.export.hashes import hash_files
+from pat_serve.export.run.hashes import hash_files
 from pat_serve.export.verify import verify_export
 from tests.random_runs import random_run
 from tests.tiny_models import save_tiny_llama
@@ -214,7 +214,7 @@ def test_the_command(run: Path, copy: Path):
 
 
 def test_half_a_step_is_what_rounding_may_move():
-    from pat_serve.export.rounding import is_nearest
+    from pat_serve.export.rewrite.rounding import is_nearest
 
     exact = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.bfloat16, torch.float16):

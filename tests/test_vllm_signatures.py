@@ -1,4 +1,4 @@
-"""vLLM's interfaces that server/engine.py relies on: an upgrade that changes one fails here, by name."""
+"""vLLM's interfaces that server/engine/online.py relies on: an upgrade that changes one fails here, by name."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from pat_serve.errors import EngineError, UsageError
-from pat_serve.server.engine import _sampling_params, is_cpu_backend, parse_serve_arguments, vllm_failures
-from pat_serve.server.generation import Sampling
+from pat_serve.server.engine.generation import Sampling
+from pat_serve.server.engine.online import _sampling_params, is_cpu_backend, parse_serve_arguments, vllm_failures
+from pat_serve.server.http.policy import Feature, Policy
 from pat_serve.server.http.served_routes import VLLMS, keep_served
-from pat_serve.server.launch import ServeSettings, check_flags, serve_arguments, uvicorn_options
-from pat_serve.server.plugin import PatServePlugin
-from pat_serve.server.policy import Feature, Policy
+from pat_serve.server.routes.plugin import PatServePlugin
+from pat_serve.server.start.launch import ServeSettings, check_flags, serve_arguments, uvicorn_options
 
 pytestmark = pytest.mark.vllm
 

@@ -15,11 +15,11 @@ from pat_serve.errors import DataError
 from pat_serve.evaluation.backends import BackendSettings
 from pat_serve.evaluation.subject import Subject
 from pat_serve.export.exporter import export_run
+from pat_serve.tokens.vocabulary import Vocabulary, vocabulary_of
+from pat_serve.tokens.vocabulary_guard import drop_rowless
 from pat_serve.training.api import PatConfig, apply_pat
 from pat_serve.training.data import load_tokenizer
 from pat_serve.training.run import start
-from pat_serve.vocabulary import Vocabulary, vocabulary_of
-from pat_serve.vocabulary_guard import drop_rowless
 from tests.conftest import tiny_recipe, write_rows
 
 NAMED = r"<\|im_start\|> \(384\), <\|im_end\|> \(385\)"

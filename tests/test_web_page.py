@@ -15,8 +15,8 @@ from pat_serve.server.http.body_check import ModelBounds
 from pat_serve.server.http.errors import HttpError
 from pat_serve.server.http.front import Front, Gate, authorize
 from pat_serve.server.http.keys import collect_keys
-from pat_serve.server.policy import Policy
-from pat_serve.server.web_page import PAGE_PATHS, page_router, read_card
+from pat_serve.server.http.policy import Policy
+from pat_serve.server.http.web_page import PAGE_PATHS, page_router, read_card
 
 WEB = Path(__file__).parent.parent / "server" / "web"
 

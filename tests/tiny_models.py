@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pat_serve.demo.base_model import train_tokenizer
+from pat_serve.demo.tiny.base_model import train_tokenizer
 
 SENTENCES = [str(value.__doc__) for value in (dict, str, list, int, float, set, bytes, argparse, Path)]
 

@@ -15,7 +15,8 @@ from pathlib import Path
 FORK_SERVER = """
 import json, os, re, resource, signal, subprocess, sys
 import accelerate.state, datasets, peft, torch, torch.utils.tensorboard, transformers
-import pat_serve.training.run, pat_serve.training.callbacks, pat_serve.training.insert, pat_serve.training.trainer
+import pat_serve.training.run, pat_serve.training.model.insert
+import pat_serve.training.loop.callbacks, pat_serve.training.loop.trainer
 from pat_serve.cli.train import main
 
 def shard_on_cpu():

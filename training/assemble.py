@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pat_serve.progress import say, track
 from pat_serve.run_folder import list_checkpoints
-from pat_serve.training.calibration import Calibration, calibrate
+from pat_serve.terminal.progress import say, track
+from pat_serve.training.checks.prepare import Prepared
 from pat_serve.training.config import TENSORBOARD
 from pat_serve.training.data import PadBatch
 from pat_serve.training.data.rowless import CheckedBatch
 from pat_serve.training.methods import Method
-from pat_serve.training.prepare import Prepared
+from pat_serve.training.model.calibration import Calibration, calibrate
 from pat_serve.training.ranks import Ranks, sharded_by_fsdp, use_one_device
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from pat_serve.training.callbacks import Display
-    from pat_serve.training.trainer import PruningTrainer
+    from pat_serve.training.loop.callbacks import Display
+    from pat_serve.training.loop.trainer import PruningTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ def assemble(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> J
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from pat_serve.training.callbacks import Display, MethodClock, MetricsFile
-    from pat_serve.training.trainer import PruningTrainer
+    from pat_serve.training.loop.callbacks import Display, MethodClock, MetricsFile
+    from pat_serve.training.loop.trainer import PruningTrainer
 
     recipe = prepared.recipe
     set_seed(recipe.seed)
@@ -74,10 +74,10 @@ def assemble(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> J
 
 
 def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> tuple[nn.Module, Method]:
-    from pat_serve.training.compensation import compensate
-    from pat_serve.training.insert import build_model
-    from pat_serve.training.narrow import narrow_model
-    from pat_serve.training.norms import train_norms
+    from pat_serve.training.model.compensation import compensate
+    from pat_serve.training.model.insert import build_model
+    from pat_serve.training.model.norms import train_norms
+    from pat_serve.training.model.slicing import narrow_model
 
     recipe, inputs, checkpoint = prepared.recipe, prepared.inputs, prepared.checkpoint
     batches = prepared.calibration

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
-from pat_serve.atomic import write_text
+from pat_serve.checkpoints.locate import absolute
 from pat_serve.errors import UsageError, first_line
-from pat_serve.locate import absolute
+from pat_serve.files.atomic import write_text
 from pat_serve.run_folder import RECIPE_FILE
 from pat_serve.training.groups import check_groups, parse_scales, untrained_group
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pat_serve.atomic import new_folder, write_text
 from pat_serve.errors import Diverged
+from pat_serve.files.atomic import new_folder, write_text
 from pat_serve.plan import PruningPlan, file_sha256
 from pat_serve.run_folder import ADAPTER_FOLDER, PARITY_PROMPTS_FILE
 

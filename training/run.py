@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pat_serve.atomic import check_vacant, new_folder
-from pat_serve.disk import room_on_disk
+from pat_serve.files.atomic import check_vacant, new_folder
+from pat_serve.files.disk import room_on_disk
 from pat_serve.run_folder import TENSORBOARD_FOLDER, checkpoint_step, list_checkpoints
 from pat_serve.training.assemble import Job, assemble
-from pat_serve.training.config import TENSORBOARD, TrainRecipe
-from pat_serve.training.continuation import (
+from pat_serve.training.checks.continuation import (
     RunState,
     clear_leftovers,
     require_same_recipe,
@@ -18,12 +17,13 @@ from pat_serve.training.continuation import (
     saved_recipe,
     state_of,
 )
-from pat_serve.training.narrow import wide_adapter
-from pat_serve.training.norms import trained_gains
-from pat_serve.training.prepare import Prepared, prepare
+from pat_serve.training.checks.prepare import Prepared, prepare
+from pat_serve.training.checks.room import check_disk, way_on
+from pat_serve.training.config import TENSORBOARD, TrainRecipe
+from pat_serve.training.model.norms import trained_gains
+from pat_serve.training.model.slicing import wide_adapter
 from pat_serve.training.ranks import Ranks, snapshot
 from pat_serve.training.result import write_result
-from pat_serve.training.room import check_disk, way_on
 
 PARITY_ROWS = 8
 
@@ -111,8 +111,8 @@ def _lay_out(prepared: Prepared, job: Job, run: Path) -> None:
 
 
 def _train(prepared: Prepared, job: Job, run: Path, ranks: Ranks, resume_from: Path | None) -> Finished:
-    from pat_serve.training.callbacks import LossesSoFar
-    from pat_serve.training.reporting import tensorboard_callbacks
+    from pat_serve.training.loop.callbacks import LossesSoFar
+    from pat_serve.training.loop.reporting import tensorboard_callbacks
 
     trainer, inputs = job.trainer, prepared.inputs
     if TENSORBOARD in prepared.recipe.report_to:

@@ -16,8 +16,8 @@ from benchmarks.ablation.corpus import build_corpus
 from benchmarks.ablation.variants import SHARED, TIED_VARIANTS, VARIANTS
 from benchmarks.exported import train_and_export
 from benchmarks.parts import parse
-from pat_serve.demo.base_model import BaseSettings, train_base
-from pat_serve.hardware import describe
+from pat_serve.demo.tiny.base_model import BaseSettings, train_base
+from pat_serve.machine.hardware import describe
 
 BASE = "the base, untuned"
 

@@ -21,10 +21,10 @@ from benchmarks.study import families, measuring, report, runs
 from benchmarks.study.corpus import build
 from benchmarks.study.domains import DOMAINS, build_domain
 from benchmarks.study.methods import BASE, DENSE, SWEEPS, Job, jobs
-from pat_serve.atomic import write_text
-from pat_serve.demo.base_model import BaseSettings, train_base
+from pat_serve.checkpoints.locate import read_config
+from pat_serve.demo.tiny.base_model import BaseSettings, train_base
 from pat_serve.errors import UsageError
-from pat_serve.locate import read_config
+from pat_serve.files.atomic import write_text
 
 # Widths and layers; the first is what an hour on two cores holds.
 SIZES = {

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.hsm import HybridModule, SharedMask
-from pat_serve.training.methods.pat import Pat
+from pat_serve.training.methods.pat.hsm import HybridModule, SharedMask
+from pat_serve.training.methods.pat.method import Pat
 
 
 class DenseModule(HybridModule):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.study import report
 from benchmarks.study.methods import DENSE, DENSE_METHOD, METHODS, Job
-from pat_serve.demo.base_model import BaseSettings, train_base
+from pat_serve.demo.tiny.base_model import BaseSettings, train_base
 
 SWEEP = "families"
 RATIO = 0.25

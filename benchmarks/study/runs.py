@@ -9,7 +9,7 @@ from benchmarks.exported import export, train_and_export
 from benchmarks.study import measuring
 from benchmarks.study.methods import ALIGNED, DENSE, Job, settings
 from pat_serve.errors import Diverged
-from pat_serve.hardware import describe
+from pat_serve.machine.hardware import describe
 
 Line = dict[str, Any]
 
@@ -82,9 +82,9 @@ def scores_of(recipe: dict[str, Any], name: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from benchmarks.study.separate_masks import writer_scores
-    from pat_serve.training.calibration import calibrate, calibration_batches, rows_at_once
+    from pat_serve.training.checks.prepare import prepare
     from pat_serve.training.config import TrainRecipe
-    from pat_serve.training.prepare import prepare
+    from pat_serve.training.model.calibration import calibrate, calibration_batches, rows_at_once
     from pat_serve.training.ranks import Ranks
 
     prepared = prepare(TrainRecipe.build(recipe, name), Ranks.join())

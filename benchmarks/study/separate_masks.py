@@ -19,10 +19,10 @@ from pat_serve.architectures import HIDDEN, Family
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import AxisCut, PruningPlan
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.hsm import HybridModule, SharedMask
-from pat_serve.training.losses import count_loss, push_loss
 from pat_serve.training.methods.base import Method
-from pat_serve.training.methods.pat import Pat
+from pat_serve.training.methods.pat.hsm import HybridModule, SharedMask
+from pat_serve.training.methods.pat.losses import count_loss, push_loss
+from pat_serve.training.methods.pat.method import Pat
 
 # A writer that keeps nothing would be another experiment.
 LEAST_WIDTH = 8

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pat_serve.checkpoints.shards import read_tensors
 from pat_serve.errors import ParityError
 from pat_serve.export.formats.quantize import HEADER_DTYPES, is_quantized
 from pat_serve.export.formats.schemes import INT8, SCALE_SUFFIX, Scheme, dequantize_channels, quantize_channels
-from pat_serve.export.narrow import narrow_shapes, narrow_tensors
-from pat_serve.export.reader import Run
-from pat_serve.export.rounding import REORDERING, is_nearest
-from pat_serve.progress import track
-from pat_serve.shards import read_tensors
+from pat_serve.export.rewrite.rounding import REORDERING, is_nearest
+from pat_serve.export.rewrite.target import narrow_shapes, narrow_tensors
+from pat_serve.export.run.reader import Run
+from pat_serve.terminal.progress import track
 
 
 def check_eight_bits(run: Run, folder: Path, scheme: Scheme, floats: torch.dtype) -> None:

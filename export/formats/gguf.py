@@ -20,9 +20,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pat_serve.checkpoint import read_tensor, tensor_names
+from pat_serve.checkpoints.checkpoint import read_tensor, tensor_names
 from pat_serve.errors import BrokenCheckpoint, MissingExtra, UnsupportedModel, UsageError, first_line
-from pat_serve.progress import track
+from pat_serve.terminal.progress import track
 
 GGUF_FILE = "model.gguf"
 # Split patterns of tokenizer.json and what llama.cpp calls them.

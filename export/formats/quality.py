@@ -22,7 +22,7 @@ from torch import Tensor
 from pat_serve.errors import MissingExtra, ParityError
 from pat_serve.export.formats.schemes import Scheme
 from pat_serve.perplexity import Perplexity, summarize_nll
-from pat_serve.progress import track
+from pat_serve.terminal.progress import track
 
 # exp(0.02) = 1.02: a model as far from the float one as the perplexity's limit allows on average. The mean KL of few
 # tokens is far less noisy than a ratio of perplexities, and it cannot cancel out.

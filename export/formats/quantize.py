@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from pat_serve.architectures import EMBEDDING, HEAD
+from pat_serve.checkpoints.shard_layout import shard_names
+from pat_serve.checkpoints.shards import TensorEntry, read_header
 from pat_serve.export.formats.overflow import round_floats
 from pat_serve.export.formats.quality import QuantizationQuality, measure_quality
 from pat_serve.export.formats.schemes import SCALE_SUFFIX, Scheme, quantization_config, quantize_channels
-from pat_serve.export.prompts import own_prompts
-from pat_serve.export.reader import Run
-from pat_serve.progress import track
-from pat_serve.shard_layout import shard_names
-from pat_serve.shards import TensorEntry, read_header
+from pat_serve.export.parity.prompts import own_prompts
+from pat_serve.export.run.reader import Run
+from pat_serve.terminal.progress import track
 
 _INDEX = "model.safetensors.index.json"
 HEADER_DTYPES = {

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from pat_serve.console_text import use_plain_signs
-from pat_serve.disk import full_disk
 from pat_serve.errors import PatServeError
-from pat_serve.local_addresses import keep_local_addresses_direct
+from pat_serve.files.disk import full_disk
+from pat_serve.machine.local_addresses import keep_local_addresses_direct
+from pat_serve.terminal.console_text import use_plain_signs
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -22,8 +22,8 @@ def card(
 
     Example: `pat-export card pruned/ --speedup speedup.json --quality quality.json`
     """
-    from pat_serve.export.measured import rewrite_card
-    from pat_serve.progress import say
+    from pat_serve.export.record.card_sections import rewrite_card
+    from pat_serve.terminal.progress import say
 
     rewrite_card(pruned, speedup=speedup, quality=quality)
     say(f"{pruned / 'README.md'}: written")

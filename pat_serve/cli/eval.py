@@ -63,12 +63,12 @@ def evaluate(
 
     Exit code 0 done, 1 a bound of the gate is missed, 3 the items are too few to tell.
     """
-    from pat_serve.atomic import write_text
     from pat_serve.evaluation.gate import exit_code, judge, read_gate
     from pat_serve.evaluation.measuring import measure_models
     from pat_serve.evaluation.page import render, require_plotly
     from pat_serve.evaluation.reporting import new_report
     from pat_serve.evaluation.table import print_report
+    from pat_serve.files.atomic import write_text
 
     bounds = read_gate(gate) if gate is not None else []
     if html is not None:
@@ -117,7 +117,7 @@ def _plan(
     from pat_serve.evaluation.backends import BACKENDS, BackendSettings
     from pat_serve.evaluation.lm_eval_tasks import require_lm_eval
     from pat_serve.evaluation.measuring import Plan
-    from pat_serve.hardware import serving_dtype
+    from pat_serve.machine.hardware import serving_dtype
     from pat_serve.training.data import load_tokenizer
 
     names = tuple(name for name in (part.strip() for part in (tasks or "").split(",")) if name)

@@ -65,7 +65,7 @@ def export(
     measured since to the model card.
     """
     from pat_serve.errors import UsageError
-    from pat_serve.export.hub import check_hub, push_to_hub
+    from pat_serve.export.record.hub import check_hub, push_to_hub
 
     if push:
         check_hub(push)  # before torch is imported, let alone a model exported
@@ -73,11 +73,11 @@ def export(
         raise UsageError("--parity-vllm", expected="a parity check", found="--no-parity", fix="Leave one of them out.")
     from pat_serve.cli.quality_gate import quality_gate
     from pat_serve.export.exporter import export_run
-    from pat_serve.export.fit import parse_degrees
     from pat_serve.export.formats.sizes import parse_size
-    from pat_serve.export.parity_report import parity_lines
-    from pat_serve.progress import say
-    from pat_serve.server.workers.scoring import score_with_vllm
+    from pat_serve.export.parity.report import parity_lines
+    from pat_serve.export.rewrite.shape_check import parse_degrees
+    from pat_serve.server.engine.workers.scoring import score_with_vllm
+    from pat_serve.terminal.progress import say
 
     accept = quality_gate(require_quality or [], quality_data, out=out)
     done = export_run(

@@ -11,8 +11,8 @@ from pat_serve.evaluation.backends import BackendSettings
 from pat_serve.evaluation.gate import Bound, describe, exit_code, judge, parse_bound
 from pat_serve.evaluation.measuring import Plan, measure_models
 from pat_serve.evaluation.reporting import new_report
-from pat_serve.hardware import serving_dtype
-from pat_serve.progress import say
+from pat_serve.machine.hardware import serving_dtype
+from pat_serve.terminal.progress import say
 
 _FLAG = "--require-quality"
 _MAX_LENGTH_TOKENS = 256

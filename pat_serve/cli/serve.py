@@ -12,8 +12,8 @@ import typer
 
 from pat_serve.cli.app import Debug, run_command
 from pat_serve.errors import UsageError, want
-from pat_serve.extras import require
-from pat_serve.hardware import DTYPE_ALIASES, DTYPE_BYTES
+from pat_serve.machine.extras import require
+from pat_serve.machine.hardware import DTYPE_ALIASES, DTYPE_BYTES
 
 Flag = typer.Option
 MAX_TIMEOUT_S = 86_400
@@ -129,7 +129,7 @@ def serve(
         want(flag, size is None or isfinite(size), "a size", size, "Give a number.")
     # Before anything of the server's: it imports what the extra brings.
     require("vllm", "cpu", "cuda", wanted_by="pat-serve")
-    from pat_serve.server.policy import MIB, Feature, Policy
+    from pat_serve.server.http.policy import MIB, Feature, Policy
 
     unknown = [name for name in allow or () if name not in list(Feature)]
     if unknown:
@@ -140,7 +140,7 @@ def serve(
             fix="Choose one of them, or repeat the flag for several.",
         )
     from pat_serve.server.http.access_log import LogFormat
-    from pat_serve.server.launch import ServeSettings, run
+    from pat_serve.server.start.launch import ServeSettings, run
 
     if log_format not in list(LogFormat):
         raise UsageError("--log-format", expected=", ".join(LogFormat), found=log_format, fix="Choose one of them.")

@@ -195,7 +195,7 @@ def train(
             found=", ".join(f"--{name.replace('_', '-')}" for name in [*unheard, *(["force"] if force else [])]),
             fix="Leave them out, or start a new run.",
         )
-    from pat_serve.progress import say
+    from pat_serve.terminal.progress import say
     from pat_serve.training.config import TrainRecipe, preset
     from pat_serve.training.run import Finished, start, start_or_resume
     from pat_serve.training.run import resume as resume_run

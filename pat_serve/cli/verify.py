@@ -34,10 +34,10 @@ def verify(
 
     Exit code 0 when all is well, 1 when a file or a figure is not, 2 for wrong usage.
     """
-    from pat_serve.export.parity_report import parity_lines
+    from pat_serve.export.parity.report import parity_lines
     from pat_serve.export.verify import verify_export
-    from pat_serve.progress import say
-    from pat_serve.server.workers.scoring import score_with_vllm
+    from pat_serve.server.engine.workers.scoring import score_with_vllm
+    from pat_serve.terminal.progress import say
 
     found = verify_export(pruned, ckpt, base=base, walk=walk, scorer=score_with_vllm if vllm else None)
     say(

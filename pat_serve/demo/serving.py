@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 from pat_serve.errors import EngineError
-from pat_serve.progress import say
+from pat_serve.terminal.progress import say
 
 START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 60.0

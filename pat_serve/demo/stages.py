@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pat_serve.atomic import write_json
 from pat_serve.errors import PatServeError, UsageError
-from pat_serve.progress import say
+from pat_serve.files.atomic import write_json
+from pat_serve.terminal.progress import say
 
 
 @dataclass(frozen=True, kw_only=True)

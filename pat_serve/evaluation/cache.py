@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pat_serve.atomic import write_json
+from pat_serve.checkpoints.locate import HUB_PATTERNS
 from pat_serve.evaluation.outcomes import OUTCOME, Answers, Likelihoods
-from pat_serve.locate import HUB_PATTERNS
+from pat_serve.files.atomic import write_json
 from pat_serve.plan import file_sha256
 
 CACHE_FOLDER = "outcomes"

@@ -12,7 +12,7 @@ from typing import Any, overload
 
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-from pat_serve.token_habits import TokenHabit, text_ids, token_habit
+from pat_serve.tokens.habits import TokenHabit, text_ids, token_habit
 
 
 class Completions(LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval is not followed by mypy

@@ -14,8 +14,8 @@ from pat_serve.errors import DataError, UsageError
 from pat_serve.evaluation.hub_data import loading
 from pat_serve.evaluation.outcomes import Answers
 from pat_serve.evaluation.paper14 import PREFIX
-from pat_serve.extras import require
-from pat_serve.progress import console
+from pat_serve.machine.extras import require
+from pat_serve.terminal.progress import console
 
 TASK_FOLDER = Path(__file__).parent / "paper14" / "tasks"
 # lm-eval's own.

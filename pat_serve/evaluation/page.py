@@ -8,7 +8,7 @@ from typing import Any
 from pat_serve.evaluation.gate import describe
 from pat_serve.evaluation.report import Measure, Report
 from pat_serve.evaluation.table import cells, short_names
-from pat_serve.extras import require
+from pat_serve.machine.extras import require
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1f2937; max-width: 1040px; margin: 2.5rem auto;

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from pat_serve.evaluation.report import BoundResult, Measure, Model, Report
-from pat_serve.hardware import describe
+from pat_serve.machine.hardware import describe
 from pat_serve.version import __version__
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pat_serve.errors import DataError
-from pat_serve.vocabulary import Vocabulary
-from pat_serve.vocabulary_guard import guard
+from pat_serve.tokens.vocabulary import Vocabulary
+from pat_serve.tokens.vocabulary_guard import guard
 
 
 def refuse_rowless(lm: Any, vocabulary: Vocabulary, name: str) -> None:

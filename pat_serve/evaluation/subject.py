@@ -8,15 +8,15 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
-from pat_serve.checkpoint import open_checkpoint
+from pat_serve.checkpoints.checkpoint import open_checkpoint
+from pat_serve.checkpoints.locate import check_plain_folder, locate, read_config
+from pat_serve.checkpoints.stock_class import check_stock_folder
 from pat_serve.errors import BrokenCheckpoint, UsageError
 from pat_serve.evaluation.backends import BackendSettings, is_url, open_backend, token_nll
 from pat_serve.evaluation.cache import checkpoint_sha256
 from pat_serve.evaluation.report import Model
 from pat_serve.evaluation.rowless import refuse_rowless
-from pat_serve.locate import check_plain_folder, locate, read_config
-from pat_serve.stock_class import check_stock_folder
-from pat_serve.vocabulary import Vocabulary
+from pat_serve.tokens.vocabulary import Vocabulary
 
 Examples = list[dict[str, list[int]]]
 

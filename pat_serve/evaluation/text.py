@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pat_serve.errors import DataError, first_line
 from pat_serve.evaluation.hub_data import loading
+from pat_serve.files.text_files import read_utf8
 from pat_serve.perplexity import IGNORED_LABEL
-from pat_serve.text_files import read_utf8
 
 DEFAULT_CONTEXT_TOKENS = 2048
 WIKITEXT2_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")

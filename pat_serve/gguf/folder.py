@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
-from pat_serve.atomic import new_folder, write_json
 from pat_serve.errors import DiskFull, UsageError
-from pat_serve.extras import require
-from pat_serve.progress import byte_progress, say
+from pat_serve.files.atomic import new_folder, write_json
+from pat_serve.machine.extras import require
+from pat_serve.terminal.progress import byte_progress, say
 
 # What is in such a folder beside the model: the file that it was read from.
 PROVENANCE = "pat_gguf.json"
@@ -76,10 +76,10 @@ class _Parts:
     """A file's config, tokenizer and list of tensors: everything but the weights."""
 
     def __init__(self, header: Any) -> None:
+        from pat_serve.checkpoints.recognize import family_of
         from pat_serve.gguf.config import ROPE_FREQUENCIES, config_of, family_of_header, generation_config_of
         from pat_serve.gguf.tokenizer import tokenizer_of
         from pat_serve.gguf.weights import read_rows, stock_tensors
-        from pat_serve.recognize import family_of
 
         self.header = header
         self.family = family_of_header(header)
@@ -92,7 +92,7 @@ class _Parts:
 
 
 def _write(parts: _Parts, target: Path, sha256: str) -> None:
-    from pat_serve.checkpoint import open_checkpoint
+    from pat_serve.checkpoints.checkpoint import open_checkpoint
     from pat_serve.gguf.tokenizer import require_loadable
     from pat_serve.gguf.weights import stored_dtype, write_weights
 

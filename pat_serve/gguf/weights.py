@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from pat_serve.architectures import HEAD, Family
-from pat_serve.atomic import write_json
+from pat_serve.checkpoints.shard_layout import encode_header, index_document, plan_shards, shard_names
+from pat_serve.checkpoints.shards import INDEX
 from pat_serve.errors import UnsupportedModel
+from pat_serve.files.atomic import write_json
 from pat_serve.gguf.config import ROPE_FREQUENCIES
 from pat_serve.gguf.header import GgufHeader, GgufTensor, broken
-from pat_serve.shard_layout import encode_header, index_document, plan_shards, shard_names
-from pat_serve.shards import INDEX
 
 _SHARD_BYTES = 5 * 10**9
 _ROWS_BYTES = 2**24

@@ -17,8 +17,8 @@ from pat_serve.server.analysis.verdict import (
     Verdict,
     drifted,
 )
-from pat_serve.server.bench.depth_result import Extrapolated
-from pat_serve.server.bench.speedup_result import RegimeResult
+from pat_serve.server.bench.speedup.depth_result import Extrapolated
+from pat_serve.server.bench.speedup.result import RegimeResult
 
 
 def advise(

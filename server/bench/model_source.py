@@ -9,14 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pat_serve.atomic import write_json
+from pat_serve.checkpoints.locate import locate, read_config
+from pat_serve.checkpoints.shards import runtime_shards
+from pat_serve.checkpoints.stock_class import check_stock_folder
 from pat_serve.errors import MissingModel, UsageError
-from pat_serve.locate import locate, read_config
-from pat_serve.shards import runtime_shards
+from pat_serve.files.atomic import write_json
 from pat_serve.sizes import ModelShape, shape_of
-from pat_serve.stock_class import check_stock_folder
 
-_SHAPES = files("pat_serve.server") / "shapes"
+_SHAPES = files("pat_serve.server.bench") / "shapes"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 

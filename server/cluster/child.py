@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-from pat_serve.server.supervisor import end_with_parent
+from pat_serve.server.start.supervisor import end_with_parent
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from pat_serve.errors import UsageError
 from pat_serve.server.cluster.events import error_event, is_event_stream
 from pat_serve.server.cluster.repeat import may_repeat, of_serve, replica_lost, says_gone
 from pat_serve.server.http.errors import HttpError
+from pat_serve.server.http.policy import MIB, Policy
 from pat_serve.server.http.request_bounds import BodyBudget, check_headers, check_length, header, read_body, replay
-from pat_serve.server.policy import MIB, Policy
 
 # Ray Serve logs to files by this name.
 logger = logging.getLogger("ray.serve")

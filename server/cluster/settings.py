@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pat_serve.checkpoints.locate import absolute, locate
 from pat_serve.errors import UsageError
-from pat_serve.locate import absolute, locate
-from pat_serve.server.trusted_model import check_trusted
+from pat_serve.server.start.trusted_model import check_trusted
 
 # The application's own.
 _TAKEN = ("--model", "--host", "--port")

@@ -17,8 +17,8 @@ from pydantic_core import from_json
 
 from pat_serve.server.http.errors import InvalidRequestError
 from pat_serve.server.http.feature_check import check_features
-from pat_serve.server.limits import MAX_MESSAGES, MAX_STOP_CHARS, MAX_STOPS
-from pat_serve.server.policy import MAX_REQUEST_ID_CHARS, Policy
+from pat_serve.server.http.limits import MAX_MESSAGES, MAX_STOP_CHARS, MAX_STOPS
+from pat_serve.server.http.policy import MAX_REQUEST_ID_CHARS, Policy
 
 MAX_LOGPROBS = 20
 MAX_NAME_CHARS = 256

@@ -21,7 +21,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from pat_serve.server.schemas import ErrorBody, ErrorDetail
+from pat_serve.server.routes.schemas import ErrorBody, ErrorDetail
 
 logger = logging.getLogger(__name__)
 

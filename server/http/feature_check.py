@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pat_serve.server.http.errors import InvalidRequestError
-from pat_serve.server.policy import Feature
+from pat_serve.server.http.policy import Feature
 
 _GRAMMARS = (
     "structured_outputs", "structural_tag", "guided_json", "guided_regex", "guided_choice", "guided_grammar",

@@ -12,8 +12,8 @@ from pat_serve.server.http.body_check import ModelBounds, check_body, check_cont
 from pat_serve.server.http.deadline import within_deadline
 from pat_serve.server.http.errors import HttpError
 from pat_serve.server.http.exchange import NO_KEY, current
+from pat_serve.server.http.policy import Policy
 from pat_serve.server.http.request_bounds import BodyBudget, check_headers, check_length, header, read_body, replay
-from pat_serve.server.policy import Policy
 
 # A benchmark has bounds of its own and takes longer than a request may.
 _BENCHMARKS = "/benchmark/"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pat_serve.errors import UsageError
-from pat_serve.text_files import OtherEncodingError, read_utf8
+from pat_serve.files.text_files import OtherEncodingError, read_utf8
 
 # Read once and removed, so that no child process inherits them. vLLM's own variable keeps working.
 ENVIRONMENT = ("PAT_SERVE_API_KEYS", "VLLM_API_KEY")

@@ -16,7 +16,7 @@ from uuid import uuid4
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pat_serve.server.http.errors import HttpError
-from pat_serve.server.policy import MAX_HEADER_BYTES, MAX_HEADERS, Policy
+from pat_serve.server.http.policy import MAX_HEADER_BYTES, MAX_HEADERS, Policy
 
 # A refused client may be sending still; closed at once, it would see a reset in place of the answer.
 _LINGER_S = 2.0

@@ -15,7 +15,7 @@ from pat_serve.errors import UsageError
 from pat_serve.server.cluster.events import WholeEvents
 from pat_serve.server.cluster.proxy import RepeatLost, middlewares, proxy_policy
 from pat_serve.server.cluster.repeat import may_repeat, says_gone
-from pat_serve.server.policy import Policy
+from pat_serve.server.http.policy import Policy
 from tests.cluster.answers import EVENTS, GONE, JSON, TEXT, read
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from pat_serve.errors import MissingExtra, MissingModel, UnsupportedModel, UsageError
 from pat_serve.server.cluster.settings import read_settings, server_command
-from pat_serve.server.policy import Policy
+from pat_serve.server.http.policy import Policy
 
 ROOT = Path(__file__).parents[2]
 CONFIG = yaml.safe_load((ROOT / "deploy/serve_config.yaml").read_text())

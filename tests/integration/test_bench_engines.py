@@ -16,18 +16,18 @@ import httpx
 import pytest
 
 from pat_serve.server.analysis.verdict import Verdict, obstacles
-from pat_serve.server.bench import speedup_series
-from pat_serve.server.bench.load import run_load
-from pat_serve.server.bench.load_result import LoadSettings
-from pat_serve.server.bench.measure_result import LatencySettings, ThroughputSettings
-from pat_serve.server.bench.measure_run import measure_latency, measure_throughput
-from pat_serve.server.bench.speculative import measure_speculative
-from pat_serve.server.bench.speculative_result import SpeculativeSettings
-from pat_serve.server.bench.speedup import check_speedup
-from pat_serve.server.bench.speedup_analysis import surroundings_of
-from pat_serve.server.bench.speedup_result import RegimeResult, SpeedupResult
-from pat_serve.server.bench.speedup_rounds import run_round
-from pat_serve.server.bench.speedup_settings import SpeedupSettings
+from pat_serve.server.bench.latency.result import LatencySettings, ThroughputSettings
+from pat_serve.server.bench.latency.run import measure_latency, measure_throughput
+from pat_serve.server.bench.load.result import LoadSettings
+from pat_serve.server.bench.load.run import run_load
+from pat_serve.server.bench.speculative.result import SpeculativeSettings
+from pat_serve.server.bench.speculative.run import measure_speculative
+from pat_serve.server.bench.speedup import series as speedup_series
+from pat_serve.server.bench.speedup.analysis import surroundings_of
+from pat_serve.server.bench.speedup.check import check_speedup
+from pat_serve.server.bench.speedup.result import RegimeResult, SpeedupResult
+from pat_serve.server.bench.speedup.rounds import run_round
+from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from tests.integration.conftest import HANG_S, KEY, Server, running
 from tests.tiny_models import save_tiny_llama, tiny_config
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pat_serve.export.comparison import VLLM
 from pat_serve.export.exporter import export_run
-from pat_serve.server.workers.scoring import score_with_vllm
+from pat_serve.export.parity.comparison import VLLM
+from pat_serve.server.engine.workers.scoring import score_with_vllm
 from tests.random_runs import random_run
 from tests.test_families import BASES
 from tests.tiny_models import save_tiny_family

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pat_serve.atomic import write_json
-from pat_serve.demo.real_pipeline import RealPipeline
+from pat_serve.demo.real.pipeline import RealPipeline
+from pat_serve.files.atomic import write_json
 from tests.integration.pair.conftest import TEMPLATE
 from tests.tiny_models import save_tiny_llama
 

@@ -10,7 +10,7 @@ import typer
 from benchmarks.study import corpus, families, report
 from benchmarks.study.__main__ import SIZES, main
 from benchmarks.study.methods import DENSE, settings
-from pat_serve.demo.base_model import BaseSettings
+from pat_serve.demo.tiny.base_model import BaseSettings
 from tests.study.conftest import base_of_width
 
 

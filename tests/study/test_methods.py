@@ -16,8 +16,8 @@ from benchmarks.study.methods import ALIGNED, SWEEPS, Job
 from benchmarks.study.separate_masks import SeparateMasks, align, common_channels, uneven_widths, writer_scores
 from pat_serve.hybrid import apply_hybrid
 from pat_serve.plan import PruningPlan
-from pat_serve.training.hsm import SharedMask
-from pat_serve.training.schedule import GateSchedule
+from pat_serve.training.methods.pat.hsm import SharedMask
+from pat_serve.training.methods.pat.schedule import GateSchedule
 from tests.conftest import tiny_recipe
 
 D = 16
@@ -61,7 +61,7 @@ def test_a_score_is_the_change_of_the_loss_to_first_order(tiny_base: Path) -> No
     """Of a channel that is scaled by 1 + h, and of an axis of the turned stream."""
     from transformers import AutoModelForCausalLM
 
-    from pat_serve.checkpoint import open_checkpoint
+    from pat_serve.checkpoints.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(str(tiny_base))
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float64)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pat_serve.checkpoint import Checkpoint
+from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.methods.pat import Pat
+from pat_serve.training.methods.pat.method import Pat
 
 
 @dataclass(kw_only=True)

@@ -6,23 +6,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pat_serve.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.checkpoints.locate import absolute
 from pat_serve.errors import UsageError
-from pat_serve.locate import absolute
+from pat_serve.tokens.vocabulary import Vocabulary
 from pat_serve.training.api.applied import AppliedPat, frozen_hashes
 from pat_serve.training.api.callback import add_losses
-from pat_serve.training.base_weights import require_same_weights
-from pat_serve.training.calibration import Calibration, calibrate, calibration_batches
-from pat_serve.training.compensation import compensate
+from pat_serve.training.checks.base_weights import require_same_weights
+from pat_serve.training.checks.cut_report import report_cut
+from pat_serve.training.checks.width import check_ties, target_width
 from pat_serve.training.config import TrainRecipe, preset
-from pat_serve.training.cut_report import report_cut
-from pat_serve.training.insert import adapt
-from pat_serve.training.methods.pat import Pat
-from pat_serve.training.narrow import narrow_model
-from pat_serve.training.norms import hidden_norms, train_norms
-from pat_serve.training.schedule import LEAST_STEPS
-from pat_serve.training.width import check_ties, target_width
-from pat_serve.vocabulary import Vocabulary
+from pat_serve.training.methods.pat.method import Pat
+from pat_serve.training.methods.pat.schedule import LEAST_STEPS
+from pat_serve.training.model.calibration import Calibration, calibrate, calibration_batches
+from pat_serve.training.model.compensation import compensate
+from pat_serve.training.model.insert import adapt
+from pat_serve.training.model.norms import hidden_norms, train_norms
+from pat_serve.training.model.slicing import narrow_model
 
 CALIBRATION_BATCH = 8
 

@@ -14,8 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pat_serve.errors import Diverged, RunError, UsageError
 from pat_serve.training.api.applied import AppliedPat, applied
 from pat_serve.training.groups import rate_factor
-from pat_serve.training.methods.pat import Pat
-from pat_serve.training.schedule import least_steps
+from pat_serve.training.methods.pat.method import Pat
+from pat_serve.training.methods.pat.schedule import least_steps
 
 KEPT_SAMPLES = 8
 

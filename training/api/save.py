@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pat_serve.atomic import check_vacant, new_folder
-from pat_serve.disk import room_on_disk
 from pat_serve.errors import ChangedInput, UnfinishedRun, UsageError
+from pat_serve.files.atomic import check_vacant, new_folder
+from pat_serve.files.disk import room_on_disk
 from pat_serve.training.api.applied import AppliedPat, applied, frozen_hashes
 from pat_serve.training.data import load_tokenizer
-from pat_serve.training.narrow import wide_adapter
-from pat_serve.training.norms import trained_gains
+from pat_serve.training.model.norms import trained_gains
+from pat_serve.training.model.slicing import wide_adapter
 from pat_serve.training.result import write_result
 
 

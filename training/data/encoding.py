@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pat_serve.errors import DataError, MissingModel, UsageError, first_line
 from pat_serve.perplexity import IGNORED_LABEL
-from pat_serve.progress import track
-from pat_serve.token_habits import token_habit
+from pat_serve.terminal.progress import track
+from pat_serve.tokens.habits import token_habit
 from pat_serve.training.data.remarks import Remarks
 from pat_serve.training.data.row import Row, Tokenizer
 

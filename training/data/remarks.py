@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pat_serve.progress import say
+from pat_serve.terminal.progress import say
 
 
 class Remarks:

@@ -7,10 +7,10 @@ from itertools import chain
 
 from torch import Tensor
 
-from pat_serve.progress import say
+from pat_serve.terminal.progress import say
+from pat_serve.tokens.vocabulary import Vocabulary
 from pat_serve.training.data.encoding import Example, PadBatch
 from pat_serve.training.data.training_data import TrainingData
-from pat_serve.vocabulary import Vocabulary
 
 
 def check_vocabulary(data: TrainingData, vocabulary: Vocabulary) -> None:

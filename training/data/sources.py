@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pat_serve.errors import DataError, first_line
-from pat_serve.progress import say
+from pat_serve.terminal.progress import say
 from pat_serve.training.data.remarks import Remarks
 from pat_serve.training.data.row import Row, Tokenizer
 from pat_serve.training.data.rows import parse_row

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from pat_serve.errors import DataError, UsageError
-from pat_serve.progress import say
+from pat_serve.terminal.progress import say
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data.encoding import Example, encode_rows
 from pat_serve.training.data.packing import pack_examples

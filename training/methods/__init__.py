@@ -2,7 +2,7 @@
 
 from pat_serve.training.methods.base import Method
 from pat_serve.training.methods.lora import LoraOnly
-from pat_serve.training.methods.pat import Pat
+from pat_serve.training.methods.pat.method import Pat
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Pat, LoraOnly)}
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pat_serve.architectures import Family
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import AxisCut, BaseReference, PruningPlan
-from pat_serve.training.calibration import Calibration
 from pat_serve.training.config import TrainRecipe
+from pat_serve.training.model.calibration import Calibration
 
 
 class Method(ABC):

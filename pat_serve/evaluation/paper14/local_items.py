@@ -12,7 +12,7 @@ from typing import Any
 
 from pat_serve.errors import DataError, first_line
 from pat_serve.evaluation.paper14.questions import LETTERS, Question
-from pat_serve.strict_json import parse
+from pat_serve.files.strict_json import parse
 
 # The names that such a folder has for our tasks; MMLU has one file a subject.
 FILES = {

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from pat_serve.server.speedup_request import LiveSpeedupResult
+from pat_serve.server.routes.speedup_request import LiveSpeedupResult
 from tests.integration.asking import check_error
 from tests.integration.conftest import KEY, Server, wait_for
 from tests.integration.pair.browser import CONTRAST, NAMELESS, Page, chromium

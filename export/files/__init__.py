@@ -1,0 +1,1 @@
+"""The exported files, written and hashed."""

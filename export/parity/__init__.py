@@ -1,0 +1,1 @@
+"""The parity gate: the exported model computes what the trained one computes."""

@@ -1,0 +1,1 @@
+"""What an export says of itself: provenance, model card, hub."""

@@ -1,0 +1,71 @@
+"""Check a run's narrow shape before a byte is written: will its config class, its kernels and its servers take it?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pat_serve.architectures import HIDDEN
+from pat_serve.errors import IllegalWidth, UsageError
+from pat_serve.export.formats.schemes import Scheme
+from pat_serve.export.rewrite.target import unties_head
+from pat_serve.export.run.reader import Run
+from pat_serve.fitness import cautions, group_sizes, shape_of, tensor_parallel_degrees, tensor_parallel_obstacles
+from pat_serve.geometry import legal_step, name_widths, nearest_widths
+from pat_serve.terminal.progress import say
+from pat_serve.tokens.vocabulary import vocabulary_of
+
+
+def parse_degrees(text: str) -> tuple[int, ...]:
+    """Tensor-parallel degrees of "2,4".
+
+    Raises:
+        UsageError: not a list of positive integers.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError("--tp", expected="degrees such as 2,4", found=text, fix="Try --tp 2.")
+    return tuple(int(part) for part in parts)
+
+
+def check_fitness(run: Run, degrees: tuple[int, ...], scheme: Scheme | None) -> dict[str, Any]:
+    """Check the shape, warn of what is slow.
+
+    Args:
+        run: the run.
+        degrees: tensor-parallel degrees that the model has to serve at.
+        scheme: of quantisation.
+
+    Returns:
+        for pat_export.json: the degrees and group sizes that fit, and the warnings.
+
+    Raises:
+        IllegalWidth: a width that the config class or the kernels refuse.
+        UsageError: a degree that the model cannot be split by.
+    """
+    cut = run.plan.axes[HIDDEN]
+    shape, width = shape_of(run.base, unties_head=unties_head(run)), len(cut.kept)
+    step = legal_step(shape.num_attention_heads, hidden_multiple_of_heads=shape.hidden_multiple_of_heads)
+    if not cut.is_identity and width % step:
+        near = name_widths(nearest_widths(width, step, shape.hidden_size), shape.parameters)
+        raise IllegalWidth(
+            run.folder,
+            expected=f"a kept width that is a multiple of {step}",
+            found=name_widths([width], shape.parameters),
+            fix=f"Train again with a legal --hidden-size: {near}.",
+        )
+    possible = tensor_parallel_degrees(shape)
+    for degree in degrees:
+        if obstacles := tensor_parallel_obstacles(shape, degree):
+            raise UsageError(
+                f"--tp {degree}",
+                expected=f"a degree that the base can be split by: {', '.join(map(str, possible))}",
+                found="; ".join(obstacles),
+                fix="The width is not the obstacle: no --hidden-size changes heads, key-value heads or vocabulary.",
+            )
+    warnings = [] if cut.is_identity and not scheme else cautions(shape, width, degrees, eight_bit=scheme is not None)
+    vocabulary = vocabulary_of(run.base.folder, shape.vocab)
+    if vocabulary is not None and vocabulary.warning:
+        warnings.append(vocabulary.warning)
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return {"tensor_parallel": possible, "group_sizes": group_sizes(shape, width), "warnings": warnings}

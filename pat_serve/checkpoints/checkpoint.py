@@ -1,0 +1,185 @@
+"""A Hugging Face checkpoint on disk: found, checked against its family's table, and read one tensor at a time.
+
+Everything is checked from the safetensors headers before a weight is read: a truncated shard, a tensor that is missing,
+unknown or of the wrong shape is an error of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pat_serve.architectures import EMBEDDING, FAMILIES, Family
+from pat_serve.checkpoints.config_check import check_config
+from pat_serve.checkpoints.locate import absolute, check_plain_folder, commit_of, locate, read_config
+from pat_serve.checkpoints.recognize import family_of
+from pat_serve.checkpoints.shards import DTYPES, TensorEntry, broken, read_tensors
+from pat_serve.checkpoints.stock_class import check_stock_tensors, stock_shapes
+from pat_serve.errors import ModelError
+from pat_serve.gguf.folder import sha256_of_folder
+from pat_serve.plan import BaseReference, file_sha256
+
+__all__ = ["DTYPES", "Checkpoint", "TensorEntry", "open_checkpoint", "read_tensor", "tensor_names"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    Attributes:
+        source: what the user called it: a folder, a GGUF file or a hub id.
+        revision: the hub's commit, or what was asked for where the folder does not tell it; None for a local folder.
+        folder: where it lies on disk.
+        config: its config.json.
+        family: its line in the architecture table.
+        tensors: every weight by name, in the shards' order.
+    """
+
+    source: str
+    revision: str | None
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    tensors: dict[str, TensorEntry]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the residual stream."""
+        return int(self.config["hidden_size"])
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Number of query heads."""
+        return int(self.config["num_attention_heads"])
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head, explicit or by the config class's rule."""
+        return int(self._setting("head_dim") or self.hidden_size // self.num_attention_heads)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Number of key-value heads."""
+        return int(self._setting("num_key_value_heads") or self.num_attention_heads)
+
+    @property
+    def tied(self) -> bool:
+        """The output head is the embedding table."""
+        return bool(self._setting("tie_word_embeddings"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its weights (the embedding's, when they differ)."""
+        return self.tensors[f"{EMBEDDING}.weight"].dtype
+
+    def _setting(self, name: str) -> Any:
+        """A setting of config.json, or what the stock class fills in when the file leaves it out."""
+        return self.config.get(name, self.family.defaults.get(name))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as it is stored."""
+        return self.tensors[name].read()
+
+    def shards(self) -> list[Path]:
+        """Its weight files, in order."""
+        return sorted({entry.shard for entry in self.tensors.values()})
+
+    def reference(self) -> BaseReference:
+        """Identity of this checkpoint, with the SHA-256 of every file that decides what it computes."""
+        files = [self.folder / "config.json", *self.shards()]
+        return BaseReference(
+            source=absolute(self.source),
+            revision=self.revision,
+            architecture=self.family.architecture,
+            sha256={path.name: file_sha256(path) for path in files},
+            gguf_sha256=sha256_of_folder(self.folder),
+        )
+
+
+def tensor_names(shard: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
+    with safe_open(shard, framework="pt") as file:
+        return list(file.keys())
+
+
+def read_tensor(shard: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, as it is stored."""
+    with safe_open(shard, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint and check all that its headers tell.
+
+    Raises:
+        MissingModel: it is not there.
+        UnsupportedModel: its family is not in the table.
+        BrokenCheckpoint: a shard is missing, truncated or damaged, or a tensor is missing or of another shape.
+        UnknownTensor: it holds a tensor that its family does not have.
+    """
+    if not Path(source).exists():
+        # A model that is refused by its config alone need not be downloaded.
+        family_of(read_config(locate(source, revision, weights=False)), source)
+    folder = locate(source, revision)
+    check_plain_folder(folder)
+    config = read_config(folder)
+    family = family_of(config, source, [] if str(config.get("model_type")) in FAMILIES else _names(folder, source))
+    check_config(config, family, folder)
+    tensors = read_tensors(folder, source, family.ignores)
+    checkpoint = Checkpoint(
+        source=source,
+        revision=commit_of(folder) or revision,
+        folder=folder,
+        config=config,
+        family=family,
+        tensors=tensors,
+    )
+    wanted = stock_shapes(config, tensors, folder)
+    _check_tensors(checkpoint)
+    check_stock_tensors(wanted, config, family, tensors, folder)
+    return checkpoint
+
+
+def _names(folder: Path, source: str) -> list[str]:
+    """Names of all tensors, or of none when the weights cannot be read."""
+    try:
+        return list(read_tensors(folder, source, lambda _: False))
+    except ModelError:
+        return []
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Every tensor is known and of the shape that the config gives it, and none is missing."""
+    heads, kv_heads = checkpoint.num_attention_heads, checkpoint.num_key_value_heads
+    ffn = int(checkpoint.config["intermediate_size"])
+    widths = {
+        "hidden": checkpoint.hidden_size,
+        "vocab": int(checkpoint.config["vocab_size"]),
+        "head": checkpoint.head_dim,
+        "heads": heads * checkpoint.head_dim,
+        "kv_heads": kv_heads * checkpoint.head_dim,
+        "qkv": (heads + 2 * kv_heads) * checkpoint.head_dim,
+        "ffn": ffn,
+        "gate_up": 2 * ffn,
+    }
+    for name, entry in checkpoint.tensors.items():
+        spec, layer, kind = checkpoint.family.match(name)
+        if layer is not None and layer >= checkpoint.num_layers:
+            raise broken(entry.shard, f"{checkpoint.num_layers} layers, as config.json says", f"the tensor {name}")
+        if name != f"{spec.module.format(i=layer)}.{kind}":
+            raise broken(entry.shard, f"{spec.module.format(i=layer)}.{kind}", f"the tensor {name}")
+        axes = spec.axes if kind == "weight" else spec.axes[:1]
+        shape = tuple(widths[axis.partition(".")[0]] for axis in axes)
+        if entry.shape != shape:
+            raise broken(entry.shard, f"{name} of shape {shape}, by config.json", str(entry.shape))

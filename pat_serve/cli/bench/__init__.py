@@ -1,0 +1,30 @@
+"""pat-bench: measure what pruning gained. One file a command."""
+
+from __future__ import annotations
+
+from pat_serve.cli.app import new_app, run_app
+from pat_serve.cli.bench.compare import compare
+from pat_serve.cli.bench.load import load
+from pat_serve.cli.bench.measure import latency, throughput
+from pat_serve.cli.bench.plan import plan
+from pat_serve.cli.bench.speculative import speculative
+from pat_serve.cli.bench.speedup import speedup
+
+app = new_app()
+
+
+@app.callback()
+def bench() -> None:
+    """Measure checkpoints and servers, compare them, and check claims about them.
+
+    Example: `pat-bench speedup --baseline dense/ --candidate pruned/ --claim 1.33`
+    """
+
+
+for command in (speedup, latency, throughput, load, speculative, compare, plan):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run_app(app)

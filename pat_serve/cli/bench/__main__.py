@@ -1,0 +1,5 @@
+"""`python -m pat_serve.cli.bench`."""
+
+from pat_serve.cli.bench import main
+
+main()

@@ -1,0 +1,97 @@
+"""pat-bench speculative: the pruned model as the draft of its dense parent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pat_serve.cli.app import Debug
+from pat_serve.cli.bench.options import (
+    Force,
+    Json,
+    LayersOfBoth,
+    Out,
+    OutputTokens,
+    RoundPairs,
+    check_outputs,
+    engine_settings,
+    progress_line,
+    write_report,
+)
+from pat_serve.errors import UsageError
+from pat_serve.files.text_files import read_utf8
+
+
+def speculative(
+    model: Annotated[str, typer.Option(help="Dense model: folder, .gguf, hub id, or a shipped shape.")],
+    draft: Annotated[str, typer.Option(help="Pruned model that proposes tokens; likewise.")],
+    draft_tokens: Annotated[int, typer.Option(help="Tokens that it proposes a step.")] = 3,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A prompt a line, as text or JSONL with a field prompt. [default: random tokens]"),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, at most.")] = 64,
+    output_tokens: OutputTokens = 48,
+    rounds: RoundPairs = 12,
+    layers: LayersOfBoth = None,
+    load_format: Annotated[str, typer.Option(help="auto: real weights; dummy: random.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="In 16 bits the outputs may differ by rounding.")] = "float32",
+    enforce_eager: Annotated[bool, typer.Option(help="Run without torch.compile.")] = True,
+    seed: Annotated[int, typer.Option(help="Of random prompts and bootstrap.")] = 0,
+    as_json: Json = False,
+    out: Out = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Speed-up, acceptance and identity of a dense model that a pruned one drafts for (speculative decoding).
+
+    The dense model checks every token, so its greedy output stays what it was. Exit code 1 if it did not in float32.
+
+        pat-bench speculative --model dense/ --draft pruned/ --prompts prompts.txt
+    """
+    from pat_serve.server.bench.speculative.result import SpeculativeSettings
+    from pat_serve.server.bench.speculative.run import measure_speculative
+    from pat_serve.server.bench.speculative.table import print_speculative
+
+    settings = SpeculativeSettings.model_validate(
+        {
+            "draft_tokens": draft_tokens,
+            "prompt_tokens": prompt_tokens,
+            "output_tokens": output_tokens,
+            "rounds": rounds,
+        }
+        | engine_settings(layers=layers, load_format=load_format, dtype=dtype, enforce_eager=enforce_eager, seed=seed)
+    )
+    texts = [] if prompts is None else _prompts(prompts)
+    check_outputs(out, force=force)
+    with progress_line() as progress:
+        result = measure_speculative(model, draft, settings, texts, progress=progress)
+    write_report(result, out=out, html=None, as_json=as_json, show=lambda: print_speculative(result))
+    if dtype == "float32" and result.identical < len(result.rounds):
+        raise typer.Exit(1)
+
+
+def _prompts(file: Path) -> list[str]:
+    try:
+        lines = [line for line in read_utf8(file).splitlines() if line.strip()]
+        texts = [str(json.loads(line)["prompt"]) for line in lines] if file.suffix == ".jsonl" else lines
+    except OSError as error:
+        raise UsageError(
+            f"--prompts {file}",
+            expected="a file of prompts",
+            found=error.strerror or str(error),
+            fix="Check the path, or leave the flag out for random tokens.",
+        ) from error
+    except (ValueError, KeyError, TypeError):
+        texts = []
+    if not texts:
+        raise UsageError(
+            f"--prompts {file}",
+            expected='an object with a "prompt" a line' if file.suffix == ".jsonl" else "a prompt a line, in UTF-8",
+            found="nothing or something else",
+            fix="Mend the file, or leave the flag out for random tokens.",
+        )
+    return texts

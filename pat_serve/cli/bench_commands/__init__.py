@@ -1,1 +1,0 @@
-"""The commands of pat-bench, one file each."""

@@ -1,0 +1,1 @@
+"""The demo on a real pretrained chat model."""

@@ -1,0 +1,92 @@
+"""Everything that the demo on the real model measured, read back from its files into one document: report.json."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pat_serve.demo.tiny.findings import axis_importances, metrics_of, without_rounds
+from pat_serve.machine.hardware import describe
+
+# In the order in which the demo asks pat-eval.
+MEASURED_ON = ("held-out answers", "Python's reference")
+
+
+def collect(out: Path) -> dict[str, Any]:
+    """report.json from a finished demo's folder. Nothing is computed here but sums and ratios of what was measured."""
+    record = _json(out / "pruned" / "pat_export.json")
+    talk = _json(out / "talk.json")
+    return {
+        "version": 1,
+        "demo": "real",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe(),
+        "plan": _json(out / "plan.json"),
+        "models": {
+            "parent": {
+                "parameters": record["parameters"]["base"],
+                "hidden_size": record["hidden_size"]["base"],
+            },
+            "pruned": {
+                "parameters": record["parameters"]["exported"],
+                "hidden_size": record["hidden_size"]["exported"],
+                "weights_bytes": sum(path.stat().st_size for path in (out / "pruned").glob("*.safetensors")),
+            },
+        },
+        "parity": record["parity"],
+        "quality": {
+            of: _results(measure)
+            for of, measure in zip(MEASURED_ON, _json(out / "quality.json")["measures"], strict=True)
+        },
+        "facts": {name: sum(fact["answers"][name]["right"] for fact in talk["facts"]) for name in ("parent", "pruned")}
+        | {"asked": len(talk["facts"])},
+        "talk": talk["conversations"],
+        "fact_answers": talk["facts"],
+        "speedup": without_rounds(talk["speedup"]),
+        "training": metrics_of(out / "run" / "metrics.jsonl"),
+        "axes": axis_importances(out / "run"),
+        "stage_s": _json(out / "timings.json"),
+    }
+
+
+def summary_lines(out: Path) -> list[str]:
+    """The outcome in a few lines for the terminal."""
+    findings = _json(out / "report.json")
+    models, facts, plan = findings["models"], findings["facts"], findings["plan"]
+    lines = [
+        "",
+        f"trained:     {plan['steps']} steps of {plan['rows_per_step']} conversations, of {plan['rows']}",
+        f"width:       {models['parent']['hidden_size']} -> {models['pruned']['hidden_size']}, "
+        f"parameters {models['parent']['parameters']:,} -> {models['pruned']['parameters']:,} "
+        f"({models['pruned']['parameters'] / models['parent']['parameters'] - 1:+.1%})",
+        f"facts:       of {facts['asked']}, the parent knows {facts['parent']} and the pruned model {facts['pruned']}",
+    ]
+    for name, results in findings["quality"].items():
+        parent, pruned = results["parent"]["perplexity"], results["pruned"]["perplexity"]
+        lines.append(f"perplexity:  parent {parent:.2f}, pruned {pruned:.2f} ({pruned / parent - 1:+.0%}): {name}")
+    for regime in findings["speedup"]["regimes"]:
+        ratio = regime["ratio"]
+        lines.append(f"{regime['regime'] + ':':12} {ratio['median']:.3f}x [{ratio['low']:.3f}, {ratio['high']:.3f}]")
+    lines += [
+        f"report:      {out / 'report.html'}",
+        f"talk to it:  pat-serve --model {out / 'pruned'} --baseline {out / 'parent'}",
+    ]
+    return lines
+
+
+def _results(measure: dict[str, Any]) -> dict[str, Any]:
+    """Of the parent and of the pruned model, in the order in which pat-eval was given them."""
+    return {
+        name: {
+            "perplexity": result["value"],
+            "items": result["items"],
+            **{key: result[key] for key in ("tokens", "nll_nats", "nll_standard_error_nats")},
+        }
+        for name, result in zip(("parent", "pruned"), measure["results"], strict=True)
+    }
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,87 @@
+"""The text that the demo tunes on: what the parent itself answers to many prompts, kept in `answers.jsonl`.
+
+A chat model that is tuned on other text than it would write becomes that text's model; tuned on its own answers it
+stays what it was, as far as its smaller self can. They are kept, since to write them takes as long as the demo has:
+
+    python -m pat_serve.demo.real.self_answers MODEL pat_serve/demo/real/answers.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pat_serve.demo.real.chat_prompts import chat_prompts
+
+_FILE = files("pat_serve.demo.real") / "answers.jsonl"
+MOST_NEW_TOKENS = 128
+# So many words in a row, so many times, are a loop that the model fell into.
+LOOP_WORDS, LOOP_TIMES = 4, 3
+# The end of a sentence, of a line, of a block of code.
+_END = re.compile(r"[.!?:)\"'`]\s")
+
+
+def kept_answers() -> list[dict[str, Any]]:
+    """Rows of two messages each, in the order of the prompts."""
+    return [json.loads(line) for line in _FILE.read_text(encoding="utf-8").splitlines()]
+
+
+def answer_prompts(model: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Let a chat model answer, greedily, in vLLM.
+
+    An answer that is longer than `MOST_NEW_TOKENS` ends with its last whole sentence.
+
+    Args:
+        model: a folder.
+        prompts: one message each.
+
+    Returns:
+        rows of two messages, in the order of the prompts; without those that got no answer, or one that goes round.
+    """
+    from pat_serve.server.engine.online import offline_llm
+
+    llm = offline_llm(str(model), dtype="bfloat16", max_model_len=512)
+    sampling = llm.get_default_sampling_params()
+    sampling.temperature, sampling.max_tokens = 0.0, MOST_NEW_TOKENS
+    rows = []
+    for prompt, told in zip(prompts, llm.chat([[_turn("user", prompt)] for prompt in prompts], sampling), strict=True):
+        [answer] = told.outputs
+        said = answer.text.strip()
+        said = said if answer.finish_reason == "stop" else whole_sentences(said)
+        if said and not loops(said):
+            rows.append({"messages": [_turn("user", prompt), _turn("assistant", said)]})
+    return rows
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def whole_sentences(text: str) -> str:
+    """A text that was cut off, without the sentence in which it was; empty if it has no other."""
+    ends = [found.start() + 1 for found in _END.finditer(text)]
+    return text[: ends[-1]] if ends else ""
+
+
+def loops(text: str) -> bool:
+    """Whether the text says the same words again and again."""
+    words = text.split()
+    runs = Counter(tuple(words[at : at + LOOP_WORDS]) for at in range(len(words) - LOOP_WORDS + 1))
+    return any(times >= LOOP_TIMES for times in runs.values())
+
+
+def main() -> None:
+    """Write the file anew."""
+    model, target = map(Path, sys.argv[1:])
+    rows = answer_prompts(model, chat_prompts())
+    target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The demo that trains its own small model and fetches nothing."""

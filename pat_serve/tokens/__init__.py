@@ -1,0 +1,1 @@
+"""Tokenizers beside the models that they feed."""

@@ -1,0 +1,1 @@
+"""`pat-bench load`: any server under the requests of guidellm."""

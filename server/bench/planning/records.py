@@ -1,0 +1,166 @@
+"""What recorded measurements say about one model's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pat_serve.errors import UsageError
+from pat_serve.server.analysis.trace import BatchTrace
+from pat_serve.server.bench.latency.result import LatencyResult, ThroughputResult
+from pat_serve.server.bench.planning.steps import MeasuredCell
+from pat_serve.server.bench.report.read import read_result
+from pat_serve.server.bench.speedup.result import SpeedupResult
+from pat_serve.sizes import ModelShape
+
+Role = Literal["baseline", "candidate"]
+_MACHINE_KEYS = ("accelerator", "cpu_model", "cpu_cores")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One model.
+
+    Attributes:
+        role: in the plan.
+        name: in its records.
+        config_sha256: of its config.json.
+        dtype: it was measured in.
+        shape: its sizes.
+        machine: that measured it.
+        sources: the files.
+        cells: the grid.
+        throughputs: records to check the step times against.
+    """
+
+    role: Role
+    name: str
+    config_sha256: str
+    dtype: str
+    shape: ModelShape
+    machine: dict[str, str | int | list[str]]
+    sources: tuple[str, ...]
+    cells: tuple[MeasuredCell, ...]
+    throughputs: tuple[ThroughputResult, ...]
+
+
+def read_measured(paths: Sequence[Path], *, role: Role) -> Measured:
+    """One model's records, put together.
+
+    Args:
+        paths: of latency, throughput or speedup results; of a speed-up check the side that `role` names is taken.
+        role: in the plan.
+
+    Raises:
+        UsageError: no result, one of another kind, records of different models or machines, or no grid among them.
+    """
+    flag, parts = f"--{role}", []
+    for path in paths:
+        result = read_result(path)
+        if isinstance(result, SpeedupResult):
+            parts.append(_of_speedup(path, result, role))
+        elif isinstance(result, LatencyResult | ThroughputResult):
+            parts.append(_of_measure(path, result, role))
+        else:
+            raise UsageError(
+                f"{flag} {path}",
+                expected="a result of pat-bench latency, throughput or speedup",
+                found=f"one of pat-bench {result.kind}",
+                fix="Measure the model with pat-bench latency --out FILE.json.",
+            )
+    first = parts[0]
+    for other in parts[1:]:
+        if (other.config_sha256, other.dtype) != (first.config_sha256, first.dtype):
+            raise UsageError(
+                f"{flag} {other.sources[0]}",
+                expected=f"another measurement of {first.name} in {first.dtype}, as {first.sources[0]} is",
+                found=f"{other.name} in {other.dtype}, with another config.json or dtype",
+                fix="Name one model's files.",
+            )
+        check_same_machine(first, other)
+    cells = tuple(cell for part in parts for cell in part.cells)
+    if not cells:
+        raise UsageError(
+            flag,
+            expected="a grid of prefill and decode times",
+            found="throughput alone, in which they are mixed",
+            fix="Add pat-bench latency's record of the same model.",
+        )
+    return replace(
+        first,
+        sources=tuple(source for part in parts for source in part.sources),
+        cells=cells,
+        throughputs=tuple(one for part in parts for one in part.throughputs),
+    )
+
+
+def check_same_machine(first: Measured, other: Measured) -> None:
+    """Engines of two kinds of machine are not to be counted together.
+
+    Raises:
+        UsageError: accelerator, CPU or cores differ.
+    """
+    for key in _MACHINE_KEYS:
+        if first.machine.get(key) != other.machine.get(key):
+            raise UsageError(
+                other.sources[0],
+                expected=f"{key} {first.machine.get(key)}, as in {first.sources[0]}",
+                found=str(other.machine.get(key)),
+                fix="Measure both on the same kind of machine.",
+            )
+
+
+def _of_measure(path: Path, result: LatencyResult | ThroughputResult, role: Role) -> Measured:
+    cells: tuple[MeasuredCell, ...] = ()
+    if isinstance(result, LatencyResult):
+        cells = tuple(
+            _cell(cell.traces, cell.batch_size, cell.prompt_tokens, cell.output_tokens) for cell in result.cells
+        )
+    return Measured(
+        role=role,
+        name=result.model,
+        config_sha256=result.config_sha256,
+        dtype=result.dtype,
+        shape=result.shape,
+        machine=result.machine,
+        sources=(str(path),),
+        cells=cells,
+        throughputs=(result,) if isinstance(result, ThroughputResult) else (),
+    )
+
+
+def _of_speedup(path: Path, result: SpeedupResult, role: Role) -> Measured:
+    record = result.baseline if role == "baseline" else result.candidate
+    traces: dict[int, list[BatchTrace]] = {}
+    for one in result.rounds:
+        trace = one.baseline if role == "baseline" else one.candidate
+        traces.setdefault(trace.batch_size, []).append(trace)
+    settings = result.settings
+    return Measured(
+        role=role,
+        name=record.name,
+        config_sha256=record.config_sha256,
+        dtype=result.dtype,
+        shape=record.shape,
+        machine=result.machine,
+        sources=(str(path),),
+        cells=tuple(
+            _cell(made, batch, settings.prompt_tokens, settings.generated_tokens)
+            for batch, made in sorted(traces.items())
+        ),
+        throughputs=(),
+    )
+
+
+def _cell(traces: Sequence[BatchTrace], batch_size: int, prompt_tokens: int, output_tokens: int) -> MeasuredCell:
+    # Means, since an engine's throughput is one over the mean of its steps, disturbed ones included.
+    steps_s = [step_s for trace in traces for step_s in trace.decode_steps_s]
+    return MeasuredCell(
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        prefill_s=sum(trace.ttft_s for trace in traces) / len(traces),
+        step_s=sum(steps_s) / len(steps_s) if steps_s else None,
+    )

@@ -1,0 +1,1 @@
+"""`pat-bench speculative`: the pruned model as the draft of its dense parent."""

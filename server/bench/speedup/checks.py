@@ -1,0 +1,233 @@
+"""What a speed-up check refuses before it starts an engine, and what an engine is expected to take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from pat_serve.errors import EngineError, UsageError, want
+from pat_serve.machine.hardware import DTYPE_BYTES, available_memory_bytes, free_gpu_bytes
+from pat_serve.server.analysis.capacity import Capacity, capacity, memory_for
+from pat_serve.server.analysis.verdict import MARGIN_BOUND, MIN_ROUNDS
+from pat_serve.server.bench.model_source import ModelSource
+from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.engine.workers.probe import SIZES
+
+MAX_STEP_TOKENS = 16384
+# Where whole models do not fit, these many layers of each give their lines. Four layers apart, a layer's time stands
+# well above the noise; a deeper cut would take longer than it adds.
+SHALLOW, DEEP = 2, 6
+
+# Of an engine beside weights and KV cache: Python, torch and vLLM themselves.
+PROCESS_BYTES = 1 << 30
+# While a CPU's kernels repack a matrix, it exists twice; freed pieces are not all given back.
+WEIGHT_COPIES = 1.4
+# Rows of 32, 128 and 256 are the block sizes of vLLM's KV cache; one block more than the tokens need is never too few.
+_KV_BLOCK_TOKENS = 256
+
+
+def check_settings(settings: SpeedupSettings) -> None:
+    """Refuse numbers that cannot be measured.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    claim_fine = math.isfinite(settings.claim) and settings.claim > 0
+    want("--claim", claim_fine, "a ratio above 0", settings.claim, "Try --claim 1.33.")
+    expected = f"a share from 0 to below {MARGIN_BOUND:g}"
+    want("--margin", 0 <= settings.margin < MARGIN_BOUND, expected, settings.margin, "Try --margin 0.02 for 2 %.")
+    for size in settings.batches:
+        want("--batch-size", 1 <= size < MAX_STEP_TOKENS, f"1 to {MAX_STEP_TOKENS - 1}", size, "Try --batch-size 1.")
+    one_size = len(settings.batches) == 1 or not settings.fixed_memory
+    want("--fixed-memory", one_size, "one batch size", "several", "Give --batch-size one number, the baseline's.")
+    if settings.precision is not None:
+        fine = math.isfinite(settings.precision) and 0 < settings.precision < 1
+        want("--precision", fine, "a share between 0 and 1", settings.precision, "Try --precision 0.02.")
+        enough = settings.max_rounds >= settings.rounds
+        want("--max-rounds", enough, f"at least --rounds, {settings.rounds}", settings.max_rounds, "Raise it.")
+        want("--max-minutes", settings.max_seconds > 0, "above 0", settings.max_seconds / 60, "Try --max-minutes 15.")
+    if settings.depths:
+        want("--layers", not settings.fixed_memory, "one depth beside --fixed-memory", "several", "Give one number.")
+        want("--layers", not settings.judge_average, "one depth beside --paper", "several", "Give one number.")
+    want("--seed", 0 <= settings.seed < 2**32, "0 to 4294967295", settings.seed, "Try --seed 0.")
+    want("--prompt-tokens", settings.prompt_tokens >= 1, "at least 1", settings.prompt_tokens, "Try 128.")
+    want("--rounds", settings.rounds >= MIN_ROUNDS, f"at least {MIN_ROUNDS}", settings.rounds, "Try --rounds 12.")
+    want("--regime", bool(settings.regimes), "prefill, decode or both", "none", "Leave --regime out for both.")
+    if Regime.DECODE in settings.regimes:
+        least = least_output_tokens(settings.largest_batch, settings.prompt_tokens)
+        want(
+            "--output-tokens",
+            settings.output_tokens >= least,
+            f"at least {least} to time decode at this batch and prompt",
+            settings.output_tokens,
+            "Ask for more output tokens, or for --regime prefill alone.",
+        )
+
+
+def least_output_tokens(batch_size: int, prompt_tokens: int) -> int:
+    """The fewest output tokens with which the whole batch decodes together for a step at least.
+
+    A batch beyond one step's tokens is prefilled in pieces. The requests that already decode take a token each of a
+    step's budget, so a piece brings at least MAX_STEP_TOKENS - batch_size tokens; the first request has a token more
+    after each.
+    """
+    tokens = batch_size * prompt_tokens
+    pieces = 1 if tokens <= MAX_STEP_TOKENS else math.ceil(tokens / (MAX_STEP_TOKENS - batch_size))
+    return pieces + 1
+
+
+def check_pair(baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings) -> None:
+    """Refuse two models that cannot be given the same work.
+
+    Raises:
+        UsageError: different vocabularies, or a context beyond what one of them was made for.
+    """
+    if baseline.shape.vocab_size != candidate.shape.vocab_size:
+        raise UsageError(
+            f"--candidate {candidate.name}",
+            expected=f"the baseline's vocabulary of {baseline.shape.vocab_size}, so that the same token ids fit both",
+            found=f"a vocab_size of {candidate.shape.vocab_size}",
+            fix="Compare a model with one that was pruned from it.",
+        )
+    for source in (baseline, candidate):
+        check_context(source, settings.tokens_per_request)
+
+
+def check_context(source: ModelSource, tokens: int) -> None:
+    """Refuse requests that are longer than a model's context.
+
+    Raises:
+        UsageError: they are.
+    """
+    limit = source.config.get("max_position_embeddings")
+    if isinstance(limit, int) and tokens > limit:
+        raise UsageError(
+            "--prompt-tokens and --output-tokens",
+            expected=f"at most {limit} together, the context of {source.name}",
+            found=str(tokens),
+            fix="Ask for fewer tokens.",
+        )
+
+
+def candidate_settings(
+    baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings, dtype: str
+) -> SpeedupSettings:
+    """What the candidate gets: the baseline's batch, or with fixed memory as many requests as fit.
+
+    Raises:
+        UsageError: with fixed memory, a batch beyond a step's tokens, or a candidate whose weights do not fit.
+    """
+    if not settings.fixed_memory:
+        return settings
+    fits = fitting_requests(baseline, candidate, settings, dtype).requests
+    if not 1 <= fits < MAX_STEP_TOKENS:
+        raise UsageError(
+            "--fixed-memory",
+            expected=f"1 to {MAX_STEP_TOKENS - 1} requests of {candidate.name} in the memory of {baseline.name}",
+            found=str(fits),
+            fix="Change --batch-size, which gives the memory, or leave --fixed-memory out.",
+        )
+    return settings.with_batch(fits)
+
+
+def fitting_requests(baseline: ModelSource, source: ModelSource, settings: SpeedupSettings, dtype: str) -> Capacity:
+    """What fits of a model into the memory that the baseline's weights and its largest batch take."""
+    value_bytes, tokens = DTYPE_BYTES[dtype], settings.tokens_per_request
+    budget = memory_for(baseline.shape, requests=settings.largest_batch, tokens=tokens, dtype_bytes=value_bytes)
+    return capacity(source.shape, memory_bytes=budget, tokens=tokens, dtype_bytes=value_bytes)
+
+
+def check_memory(baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings, dtype: str) -> None:
+    """Refuse to start two engines that the machine cannot hold; a machine that swaps measures its disk.
+
+    Raises:
+        EngineError: with both amounts.
+    """
+    needed = _pair_memory_bytes(baseline, candidate, settings, dtype)
+    way_out = (
+        "Cut both models with --layers 2,6 --load-format dummy (the verdict is on the whole ones), or free memory."
+    )
+    require_memory("two engines side by side", needed, dtype=dtype, fix=way_out)
+
+
+def depths_that_fit(
+    baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings, dtype: str
+) -> tuple[int, ...]:
+    """Two depths at which both models fit beside each other, the deeper one as deep as is worth its time.
+
+    Args:
+        baseline: the whole model.
+        candidate: likewise.
+        settings: give batch and lengths.
+        dtype: of the weights.
+
+    Returns:
+        none where the whole models fit, or where no deeper cut than the shallow one does.
+    """
+    free_bytes = _free_bytes()[0]
+
+    def fit(layers: int | None) -> bool:
+        pair = [one if layers is None else cut_source(one, layers) for one in (baseline, candidate)]
+        return _pair_memory_bytes(pair[0], pair[1], settings, dtype) <= free_bytes
+
+    deepest = min(baseline.shape.num_layers, candidate.shape.num_layers) - 1
+    if fit(None):
+        return ()
+    return next(((SHALLOW, deep) for deep in range(min(DEEP, deepest), SHALLOW, -1) if fit(deep)), ())
+
+
+def cut_source(source: ModelSource, layers: int) -> ModelSource:
+    """A model as it would be with so many layers; nothing is written."""
+    return replace(source, shape=replace(source.shape, num_layers=layers))
+
+
+def _pair_memory_bytes(baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings, dtype: str) -> int:
+    probe_bytes = SIZES["cpu" if free_gpu_bytes() is None else "cuda"].weight_bytes if settings.roofline else 0
+    return (
+        engine_memory_bytes(baseline, settings, dtype)
+        + engine_memory_bytes(candidate, candidate_settings(baseline, candidate, settings, dtype), dtype)
+        + probe_bytes
+    )
+
+
+def _free_bytes() -> tuple[int, str]:
+    gpu_bytes = free_gpu_bytes()
+    return (available_memory_bytes(), "memory") if gpu_bytes is None else (gpu_bytes, "GPU memory")
+
+
+def require_memory(subject: str, needed_bytes: int, *, dtype: str, fix: str) -> None:
+    """Refuse what does not fit into the memory that is free: the GPU's if there is one, else the host's.
+
+    Raises:
+        EngineError: with both amounts.
+    """
+    available_bytes, kind = _free_bytes()
+    if needed_bytes > available_bytes:
+        raise EngineError(
+            subject,
+            expected=f"about {needed_bytes / 2**30:.1f} GiB of {kind} in {dtype}",
+            found=f"{available_bytes / 2**30:.1f} GiB available",
+            fix=fix,
+        )
+
+
+def engine_memory_bytes(source: ModelSource, settings: SpeedupSettings, dtype: str) -> int:
+    """Memory that an engine is expected to take: weights, KV cache, activations of the widest step, the process."""
+    value_bytes = DTYPE_BYTES[dtype]
+    shape = source.shape
+    widest = max(3 * shape.ffn_size, 3 * shape.num_heads * shape.head_dim) + 4 * shape.hidden_size
+    activations = step_tokens(settings) * widest * value_bytes
+    copies = WEIGHT_COPIES if free_gpu_bytes() is None else 1.0
+    weights = int(copies * shape.parameters * value_bytes)
+    return weights + kv_cache_bytes(source, settings, dtype) + activations + PROCESS_BYTES
+
+
+def step_tokens(settings: SpeedupSettings) -> int:
+    """Tokens of the widest step: the whole batch's prompts at once, as far as that is sensible."""
+    return min(settings.largest_batch * settings.prompt_tokens, MAX_STEP_TOKENS)
+
+
+def kv_cache_bytes(source: ModelSource, settings: SpeedupSettings, dtype: str) -> int:
+    """Size of the KV cache that holds the batch to its last token."""
+    blocks = settings.largest_batch * math.ceil(settings.tokens_per_request / _KV_BLOCK_TOKENS) + 1
+    return blocks * _KV_BLOCK_TOKENS * source.shape.kv_values_per_token * DTYPE_BYTES[dtype]

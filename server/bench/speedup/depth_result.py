@@ -1,0 +1,60 @@
+"""The record of what several measured depths say about the whole models. Part of a speed-up check's."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from pat_serve.server.analysis.depth import DepthFit
+from pat_serve.server.analysis.noise import NoiseReport
+from pat_serve.server.analysis.statistics import RatioInterval
+from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench.speedup.settings import Regime
+
+
+class Extrapolated(BaseModel):
+    """One phase at one batch size, for the models' own depths. Nothing of it was measured.
+
+    Attributes:
+        regime: the phase.
+        batch_size: requests at once.
+        context_tokens: as of the measured phase.
+        layers_measured: the depths that the lines go through.
+        baseline: its line, in seconds of the measured phase.
+        candidate: the same.
+        ratio: of the totals.
+        ceiling: the largest ratio that counting FLOPs or bytes allows, for the whole models.
+        of_ceiling: median ratio / ceiling.
+        noise: the worst of the depths.
+        rounds_needed: rounds of each depth that would probably give a verdict; None where no sensible number would.
+        verdict: on the claim with its margin.
+        strict_verdict: on the claim without it.
+        reason: of the verdict.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    regime: Regime
+    batch_size: int
+    context_tokens: float
+    layers_measured: tuple[int, ...]
+    baseline: DepthFit
+    candidate: DepthFit
+    ratio: RatioInterval
+    ceiling: float
+    of_ceiling: float
+    noise: NoiseReport
+    rounds_needed: int | None
+    verdict: Verdict
+    strict_verdict: Verdict
+    reason: str
+
+    @property
+    def layers(self) -> str:
+        """Of the whole models: one number, or both where they differ."""
+        dense, pruned = self.baseline.layers, self.candidate.layers
+        return str(dense) if dense == pruned else f"{dense}/{pruned}"
+
+    @property
+    def name(self) -> str:
+        """What tells it from the check's other results."""
+        return f"{self.regime.value}, batch {self.batch_size}, {self.layers} layers (extrapolated)"

@@ -1,0 +1,121 @@
+"""From checks at several depths to the whole models: lines, ratios and verdicts, marked as extrapolated. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from pat_serve.server.analysis.depth import extrapolate
+from pat_serve.server.analysis.noise import NoiseReport
+from pat_serve.server.analysis.precision import rounds_for_verdict
+from pat_serve.server.analysis.verdict import Judgement, Surroundings, Verdict, judge
+from pat_serve.server.bench.speedup.analysis import conclude, counted_ceiling, latency_s, surroundings_of
+from pat_serve.server.bench.speedup.depth_result import Extrapolated
+from pat_serve.server.bench.speedup.result import DepthMeasurement, RegimeResult, Round
+from pat_serve.server.bench.speedup.settings import SpeedupSettings
+from pat_serve.sizes import ModelShape
+
+
+def worst_surroundings(depths: Sequence[DepthMeasurement]) -> Surroundings:
+    """Of all depths: the largest share of others, and whether every warm-up settled."""
+    found = [surroundings_of(one.rounds, (one.baseline.warm_up, one.candidate.warm_up)) for one in depths]
+    return Surroundings(
+        other_cpu_share=max(one.other_cpu_share for one in found), settled=all(one.settled for one in found)
+    )
+
+
+def extrapolate_all(
+    depths: Sequence[DepthMeasurement],
+    settings: SpeedupSettings,
+    *,
+    whole: tuple[ModelShape, ModelShape],
+    dtype_bytes: int,
+) -> tuple[Extrapolated, ...]:
+    """Every phase at every batch size, for the models' own depths; without those whose noise allows no line.
+
+    Args:
+        depths: as measured, two at least.
+        settings: of the check.
+        whole: the shapes of baseline and candidate, uncut.
+        dtype_bytes: bytes of a weight.
+    """
+    surroundings, found = worst_surroundings(depths), []
+    for results in zip(*(one.regimes for one in depths), strict=True):
+        made = _extrapolate(results, depths, settings, whole=whole, dtype_bytes=dtype_bytes, surroundings=surroundings)
+        if made is not None:
+            found.append(made)
+    return tuple(found)
+
+
+def conclude_extrapolated(
+    found: Sequence[Extrapolated], depths: Sequence[DepthMeasurement], settings: SpeedupSettings
+) -> Judgement:
+    """One verdict over all phases; none where one has no line."""
+    wanted = {(one.regime, one.batch_size): one.name for one in depths[0].regimes}
+    missing = [name for key, name in wanted.items() if key not in {(one.regime, one.batch_size) for one in found}]
+    if missing:
+        told = f"{' and '.join(missing)}: the rounds are so noisy that no line leads to the whole model"
+        return Judgement(verdict=Verdict.INCONCLUSIVE, strict=Verdict.INCONCLUSIVE, reason=told)
+    return conclude(found, _all_rounds(depths), settings.claimed)
+
+
+def _all_rounds(depths: Sequence[DepthMeasurement]) -> list[Round]:
+    return [pair for one in depths for pair in one.rounds]
+
+
+def _extrapolate(
+    results: Sequence[RegimeResult],
+    depths: Sequence[DepthMeasurement],
+    settings: SpeedupSettings,
+    *,
+    whole: tuple[ModelShape, ModelShape],
+    dtype_bytes: int,
+    surroundings: Surroundings,
+) -> Extrapolated | None:
+    regime, batch_size = results[0].regime, results[0].batch_size
+    rounds = [[pair for pair in one.rounds if pair.baseline.batch_size == batch_size] for one in depths]
+    lines = extrapolate(
+        [one.layers for one in depths],
+        [[latency_s(pair.baseline, regime) for pair in pairs] for pairs in rounds],
+        [[latency_s(pair.candidate, regime) for pair in pairs] for pairs in rounds],
+        layers=(whole[0].num_layers, whole[1].num_layers),
+        seed=settings.seed,
+    )
+    if lines is None:
+        return None
+    noise, ratio = _worst([one.noise for one in results]), lines.ratio
+    judgement = judge(
+        claim=settings.claimed,
+        low=ratio.low,
+        high=ratio.high,
+        rounds=ratio.rounds,
+        spread=noise.spread,
+        drift=noise.drift,
+        surroundings=surroundings,
+    )
+    ceiling = counted_ceiling(regime, settings.with_batch(batch_size), whole, (batch_size, batch_size), dtype_bytes)
+    return Extrapolated(
+        regime=regime,
+        batch_size=batch_size,
+        context_tokens=results[0].context_tokens,
+        layers_measured=tuple(one.layers for one in depths),
+        baseline=lines.baseline,
+        candidate=lines.candidate,
+        ratio=ratio,
+        ceiling=ceiling,
+        of_ceiling=ratio.median / ceiling,
+        noise=noise,
+        rounds_needed=rounds_for_verdict(ratio, settings.claimed.threshold),
+        verdict=judgement.verdict,
+        strict_verdict=judgement.strict,
+        reason=judgement.reason,
+    )
+
+
+def _worst(reports: Sequence[NoiseReport]) -> NoiseReport:
+    """The noisiest depth's report, with the largest drift of all."""
+    noisiest = max(reports, key=lambda one: one.spread)
+    return dataclasses.replace(
+        noisiest, drift=max((one.drift for one in reports), key=lambda one: abs(math.log1p(one)))
+    )

@@ -1,0 +1,218 @@
+"""The record of a speed-up check: what was run, every timestamp, and what follows from them. Written as JSON."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from pat_serve.server.analysis.capacity import Capacity
+from pat_serve.server.analysis.noise import NoiseReport
+from pat_serve.server.analysis.statistics import PairedRatio, Summary
+from pat_serve.server.analysis.trace import BatchTrace
+from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench.latency.result import Roof
+from pat_serve.server.bench.speedup.depth_result import Extrapolated
+from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.engine.workers.probe import MachineRates
+from pat_serve.sizes import ModelShape
+
+# 2: several batch sizes, fixed memory, noise, capacity, what would make an inconclusive result conclusive.
+# 3: a margin beside the claim, and the strict reading beside every verdict. Fields that came later have defaults.
+SCHEMA_VERSION = 3
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Round(_Record):
+    """One pair: the same prompts for both models, which take turns.
+
+    Attributes:
+        first: which of them began; the order alternates, so that a drift of the machine favours neither.
+        prompts_sha256: digest of the token ids that were sent to the baseline; with fixed memory the candidate gets
+            these and more.
+        baseline: its raw timestamps.
+        candidate: its raw timestamps.
+        other_cpu_share: share of the machine's CPU time that went to neither engine meanwhile.
+        waiting_engine_cpu_share: share of one core that the engine used whose turn it was not.
+    """
+
+    first: Literal["baseline", "candidate"]
+    prompts_sha256: str
+    baseline: BatchTrace
+    candidate: BatchTrace
+    other_cpu_share: float
+    waiting_engine_cpu_share: float
+
+
+class WarmUp(_Record):
+    """Runs before the first round, which no verdict uses.
+
+    Attributes:
+        traces: their raw timestamps.
+        stationary: the last two of them agreed.
+    """
+
+    traces: tuple[BatchTrace, ...]
+    stationary: bool
+
+
+class ModelRecord(_Record):
+    """One of the two models and its engine.
+
+    Attributes:
+        name: as the user gave it.
+        config_sha256: of its config.json, keys sorted, cut as measured.
+        shape: its sizes, cut as measured.
+        parameters: number of parameters, cut as measured.
+        start_s: from starting the engine to its being ready.
+        peak_memory_bytes: of the engine's process on the host, over its whole life; a GPU's memory is not in it.
+        gpu_memory_bytes: the most that the engine held on the GPU until it was ready; None without a GPU.
+        warm_up: its runs before the first round.
+        batch_size: requests at once, the most that it was given.
+        capacity: requests that would fit into the memory that the baseline takes; None where nobody counted.
+    """
+
+    name: str
+    config_sha256: str
+    shape: ModelShape
+    parameters: int
+    start_s: float
+    peak_memory_bytes: int
+    warm_up: WarmUp
+    batch_size: int = 1
+    capacity: Capacity | None = None
+    gpu_memory_bytes: int | None = None
+
+
+class RegimeResult(_Record):
+    """What the rounds say about one phase.
+
+    Attributes:
+        regime: the phase.
+        batch_size: requests at once.
+        candidate_batch_size: the candidate's; another one with fixed memory.
+        context_tokens: prompt length for prefill; mean tokens in a request's KV cache for decode.
+        baseline: seconds: time to the batch's first tokens (prefill), time per output token (decode), over rounds; with
+            fixed memory these over the batch size.
+        candidate: the same.
+        ratio: paired ratios, baseline / candidate.
+        ceiling: the largest ratio that counting FLOPs (prefill) or bytes (decode) allows.
+        of_ceiling: median ratio / ceiling.
+        baseline_noise: relative median absolute deviation over rounds.
+        candidate_noise: the same.
+        noise: what disturbed the rounds.
+        rounds_needed: rounds in all that would probably give a verdict; None where no sensible number would.
+        verdict: on the claim with its margin.
+        strict_verdict: on the claim without it.
+        reason: of the verdict.
+        baseline_roof: the least seconds that its bytes and FLOPs take on the probed machine; None without a probe.
+        candidate_roof: the same.
+    """
+
+    regime: Regime
+    batch_size: int
+    candidate_batch_size: int
+    context_tokens: float
+    baseline: Summary
+    candidate: Summary
+    ratio: PairedRatio
+    ceiling: float
+    of_ceiling: float
+    baseline_noise: float
+    candidate_noise: float
+    noise: NoiseReport
+    rounds_needed: int | None
+    verdict: Verdict
+    strict_verdict: Verdict
+    reason: str
+    baseline_roof: Roof | None = None
+    candidate_roof: Roof | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells it from the check's other results: the phase, and the batch or both batches."""
+        return f"{self.regime.value}, batch {self.batches}"
+
+    @property
+    def batches(self) -> str:
+        """The batch size, or with fixed memory both."""
+        same = self.candidate_batch_size == self.batch_size
+        return str(self.batch_size) if same else f"{self.batch_size}/{self.candidate_batch_size}"
+
+
+class DepthMeasurement(_Record):
+    """What was measured with both models cut to so many layers."""
+
+    layers: int
+    baseline: ModelRecord
+    candidate: ModelRecord
+    regimes: tuple[RegimeResult, ...]
+    rounds: tuple[Round, ...]
+    stopped: str
+
+
+class SpeedupResult(_Record):
+    """A complete check. `verdict` and `reason` sum up the regimes, or judge the average where that is the claim.
+
+    Attributes:
+        strict_verdict: the same without the claim's margin.
+        average: geometric mean over the batch sizes of each round's prefill ratios, with the interval of its median;
+            None for a single batch size.
+        stopped: why no more rounds were made.
+        advice: what would make an inconclusive result conclusive; empty otherwise.
+        rates: the best of the probes; None without one.
+        probes: of the machine, by each engine before and after its rounds, in that order; shallower depths first.
+        extrapolated: for the models' own depths, where several depths were measured; the verdict is then on these.
+        shallower: the other measured depths; `baseline`, `candidate`, `regimes` and `rounds` are of the deepest.
+    """
+
+    kind: Literal["speedup"] = "speedup"
+    schema_version: int = SCHEMA_VERSION
+    date: str
+    duration_s: float
+    machine: dict[str, str | int | list[str]]
+    dtype: str
+    settings: SpeedupSettings
+    baseline: ModelRecord
+    candidate: ModelRecord
+    regimes: tuple[RegimeResult, ...]
+    average: PairedRatio | None
+    stopped: str
+    verdict: Verdict
+    strict_verdict: Verdict
+    reason: str
+    advice: tuple[str, ...]
+    rounds: tuple[Round, ...]
+    rates: MachineRates | None = None
+    probes: tuple[MachineRates, ...] = ()
+    extrapolated: tuple[Extrapolated, ...] = ()
+    shallower: tuple[DepthMeasurement, ...] = ()
+
+    @property
+    def depths(self) -> tuple[DepthMeasurement, ...]:
+        """All measured depths, the shallowest first."""
+        deepest = DepthMeasurement(
+            layers=self.baseline.shape.num_layers,
+            baseline=self.baseline,
+            candidate=self.candidate,
+            regimes=self.regimes,
+            rounds=self.rounds,
+            stopped=self.stopped,
+        )
+        return (*self.shallower, deepest)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_version_2(cls, value: Any) -> Any:
+        """A record of version 2 was judged strictly: its margin is 0 and its verdicts are the strict ones."""
+        if not (isinstance(value, dict) and value.get("schema_version") == 2):
+            return value
+        try:
+            regimes = [{**one, "strict_verdict": one["verdict"]} for one in value["regimes"]]
+            margin = {"settings": {**value["settings"], "margin": 0.0}}
+            return {**value, **margin, "regimes": regimes, "strict_verdict": value["verdict"]}
+        except (KeyError, TypeError):
+            return value  # a broken one, which the fields' own checks name

@@ -1,0 +1,136 @@
+"""`--baseline`: the dense parent as a second engine beside the served one, to be asked and to be compared with."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from argparse import Namespace
+
+from pat_serve.checkpoints.locate import locate, read_config
+from pat_serve.errors import EngineError, UsageError
+from pat_serve.machine.hardware import DTYPE_ALIASES, DTYPE_BYTES, available_memory_bytes
+from pat_serve.server.bench.speedup.checks import PROCESS_BYTES, WEIGHT_COPIES
+from pat_serve.server.engine.online import Engine, second_engine
+from pat_serve.server.engine.readiness import Readiness
+from pat_serve.server.engine.workers.process_group import ProcessGroup, children
+from pat_serve.server.http.errors import HttpError
+from pat_serve.sizes import ModelShape, shape_of
+
+logger = logging.getLogger(__name__)
+
+# An engine is a process for its scheduler and one for its model.
+_PROCESSES = 2
+_WATCH_S = 0.5
+
+
+class Baseline:
+    """The running baseline.
+
+    Its death is no reason to end the server: what needs it answers 503 from then on.
+
+    Args:
+        engine: its engine.
+        processes: those of its engine.
+        start_s: what its start took.
+    """
+
+    def __init__(self, engine: Engine, processes: ProcessGroup, start_s: float) -> None:
+        self.engine = engine
+        self.readiness = Readiness(engine)
+        self.processes = processes
+        self.start_s = start_s
+        self._loop = asyncio.get_running_loop()
+        self._stopping = False
+        self._watcher = asyncio.create_task(self._watch())
+
+    def stop(self) -> None:
+        """End it, from another thread than the loop's."""
+        self._stopping = True
+        self.engine.stop(self._loop)
+
+    async def _watch(self) -> None:
+        while not self._stopping:
+            if self.engine.dead:
+                logger.error("the baseline's engine has died; the server goes on without it")
+                # Its worker may be left, with the model in memory.
+                await asyncio.to_thread(self.processes.end)
+                return
+            await asyncio.sleep(_WATCH_S)
+
+
+def start_baseline(args: Namespace, model: str) -> Baseline:
+    """Start the baseline's engine with the flags of the served one; blocks the event loop, before anything listens.
+
+    Raises:
+        EngineError: it does not start.
+    """
+    before = {process.pid for process in children()}
+    engine = second_engine(args, model)
+    engine.death = baseline_dead
+    processes = ProcessGroup(process for process in children() if process.pid not in before)
+    return Baseline(engine, processes, start_s=processes.age_s())
+
+
+def baseline_dead() -> HttpError:
+    """503: the baseline's engine died, and does not come back by itself."""
+    return HttpError(503, "baseline_dead", "the baseline's engine has stopped; restart the server to have it again")
+
+
+def available(baseline: Baseline | None) -> Baseline:
+    """The baseline, if it can be asked.
+
+    Raises:
+        HttpError: 409 there is none, 503 it is dead.
+    """
+    if baseline is None:
+        told = "this needs the dense parent beside the served model; start the server with --baseline DENSE_MODEL"
+        raise HttpError(409, "no_baseline", told)
+    if baseline.engine.dead:
+        raise baseline.engine.death()
+    return baseline
+
+
+def check_comparable(model: str, baseline: str) -> None:
+    """Refuse a baseline that cannot be given the same token ids.
+
+    Raises:
+        UsageError: different vocabularies.
+        ModelError: one is not there or not readable.
+    """
+    vocabularies = [_shape(name).vocab_size for name in (model, baseline)]
+    if vocabularies[0] != vocabularies[1]:
+        raise UsageError(
+            f"--baseline {baseline}",
+            expected=f"a vocabulary of {vocabularies[0]}, as {model} has it",
+            found=f"one of {vocabularies[1]}",
+            fix="Give the model that the served one was pruned from.",
+        )
+
+
+def check_memory(model: str, baseline: str, *, dtype: str, kv_cache_bytes: int) -> None:
+    """Refuse to start two engines that this machine's memory does not hold.
+
+    Args:
+        model: the served one.
+        baseline: its dense parent.
+        dtype: of both.
+        kv_cache_bytes: of each.
+
+    Raises:
+        EngineError: with both amounts.
+    """
+    parameter_bytes = DTYPE_BYTES.get(DTYPE_ALIASES.get(dtype, dtype), 4)
+    weights = sum(_shape(name).parameters for name in (model, baseline)) * parameter_bytes
+    needed = int(WEIGHT_COPIES * weights) + 2 * (kv_cache_bytes + _PROCESSES * PROCESS_BYTES)
+    free = available_memory_bytes()
+    if needed > free:
+        raise EngineError(
+            f"--baseline {baseline}",
+            expected=f"about {needed / 2**30:.1f} GiB of memory for both engines in {dtype}",
+            found=f"{free / 2**30:.1f} GiB available",
+            fix="Lower --kv-cache-gib, free memory, or leave --baseline out.",
+        )
+
+
+def _shape(name: str) -> ModelShape:
+    return shape_of(read_config(locate(name, weights=False)), name)

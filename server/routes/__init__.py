@@ -1,0 +1,1 @@
+"""The routes of ours: what each takes, gives and does."""

@@ -1,0 +1,148 @@
+"""`POST /generate`: from a checked body to a text, or to a stream of events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from uuid import uuid4
+
+from fastapi import Request, Response
+from pydantic import BaseModel
+
+from pat_serve.server.engine.generation import Piece, RequestTimes, Sampling
+from pat_serve.server.engine.online import Engine
+from pat_serve.server.engine.readiness import Readiness
+from pat_serve.server.http.connection import EventStream, while_connected
+from pat_serve.server.http.errors import HttpError, InvalidRequestError
+from pat_serve.server.http.limits import LimitError, check_vocabulary, output_budget
+from pat_serve.server.routes.schemas import GenerateRequest, GenerateResponse, StreamDelta, StreamEnd, Timings, Usage
+
+
+class Answer:
+    """One generation under way, and what is known of it so far."""
+
+    def __init__(self, engine: Engine, readiness: Readiness, prompt: list[int], sampling: Sampling, arrival_s: float):
+        self.id = f"gen-{uuid4().hex}"
+        self._engine = engine
+        self._readiness = readiness
+        self._prompt = prompt
+        self._sampling = sampling
+        self._arrival_s = arrival_s
+        self._first_token_s: float | None = None
+        self._last: Piece | None = None
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+
+    async def pieces(self) -> AsyncGenerator[Piece]:
+        """The generation's pieces, recorded as they pass."""
+        async with aclosing(self._engine.generate(self._prompt, self._sampling)) as pieces:
+            async for piece in pieces:
+                if piece.token_ids:
+                    self._readiness.note_token()
+                    self._first_token_s = self._first_token_s or time.monotonic()
+                self.texts.append(piece.text)
+                self.token_ids += piece.token_ids
+                self._last = piece
+                yield piece
+
+    def end(self) -> StreamEnd:
+        """Finish reason, usage and timings, once the pieces are through."""
+        assert self._last is not None
+        times = RequestTimes(
+            arrival_s=self._arrival_s,
+            first_token_s=self._first_token_s,
+            end_s=time.monotonic(),
+            output_tokens=len(self.token_ids),
+            engine=self._last.engine_times,
+        )
+        usage = Usage(
+            prompt_tokens=len(self._prompt),
+            completion_tokens=len(self.token_ids),
+            total_tokens=len(self._prompt) + len(self.token_ids),
+        )
+        # An engine that is shut down under a request ends it without a reason.
+        reason = self._last.finish_reason or "abort"
+        return StreamEnd(id=self.id, finish_reason=reason, usage=usage, timings=timings(times))
+
+
+def timings(times: RequestTimes) -> Timings:
+    """The latencies of a request, as they go over HTTP."""
+    return Timings(queue_s=times.queue_s, ttft_s=times.ttft_s, tpot_s=times.tpot_s, e2e_s=times.e2e_s)
+
+
+async def generate(engine: Engine, readiness: Readiness, body: GenerateRequest, http: Request) -> Response:
+    """Answer one request.
+
+    Raises:
+        HttpError: the request is refused or the engine fails before the first token.
+        ClientGoneError: the client left; the engine has stopped working on its request.
+    """
+    arrival_s = time.monotonic()
+    prompt, sampling = await _plan(engine, body)
+    answer = Answer(engine, readiness, prompt, sampling, arrival_s)
+    if not body.stream:
+        return await while_connected(http, _whole(answer, engine.model_name))
+    pieces = answer.pieces()
+    # The status line promises success, so it waits for the first token: a full queue is still a 503.
+    first = await while_connected(http, anext(pieces))
+    return EventStream(_events(answer, first, pieces))
+
+
+async def _plan(engine: Engine, body: GenerateRequest) -> tuple[list[int], Sampling]:
+    try:
+        if body.prompt is not None:
+            prompt, param = await engine.tokenize(body.prompt), "prompt"
+        elif body.messages is not None:
+            prompt, param = await engine.render([message.model_dump() for message in body.messages]), "messages"
+        else:
+            assert body.prompt_token_ids is not None
+            prompt, param = body.prompt_token_ids, "prompt_token_ids"
+        max_tokens = output_budget(len(prompt), body.max_tokens, max_model_len=engine.max_model_len, param=param)
+        check_vocabulary(prompt, vocab_size=engine.vocab_size, param=param)
+    except LimitError as error:
+        raise InvalidRequestError(str(error), error.param) from error
+    sampling = Sampling(
+        max_tokens=max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        stop=tuple(body.stop),
+        seed=body.seed,
+        ignore_eos=body.ignore_eos,
+    )
+    return prompt, sampling
+
+
+async def _whole(answer: Answer, model_name: str) -> Response:
+    async for _ in answer.pieces():
+        pass
+    end = answer.end()
+    whole = GenerateResponse(
+        id=answer.id,
+        model=model_name,
+        text="".join(answer.texts),
+        token_ids=answer.token_ids,
+        finish_reason=end.finish_reason,
+        usage=end.usage,
+        timings=end.timings,
+    )
+    return Response(whole.model_dump_json(), media_type="application/json")
+
+
+async def _events(answer: Answer, first: Piece, rest: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
+    async with aclosing(rest):
+        try:
+            yield sse_event(StreamDelta(id=answer.id, text=first.text, token_ids=list(first.token_ids)))
+            async for piece in rest:
+                yield sse_event(StreamDelta(id=answer.id, text=piece.text, token_ids=list(piece.token_ids)))
+            yield sse_event(answer.end())
+        except HttpError as error:
+            # The status line is out already; the event has the shape of an error's body.
+            yield sse_event(error.body())
+    yield "data: [DONE]\n\n"
+
+
+def sse_event(body: BaseModel) -> str:
+    """A server-sent event, in ASCII: httpx's iter_lines takes U+0085, U+2028 and U+2029 for ends of lines too."""
+    return f"data: {body.model_dump_json(ensure_ascii=True)}\n\n"

@@ -1,0 +1,276 @@
+"""`/benchmark/speedup`: the claim checked on a live server, its engine against the baseline's, in turns.
+
+Judged as `pat-bench speedup` judges it, by the same analysis. What differs is the seat of the clock: both engines are
+asked through this server's own front end, and a turn is a whole batch (docs/design.md says why).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from datetime import UTC, datetime
+
+import psutil
+from fastapi import Request
+
+from pat_serve.machine.hardware import DTYPE_BYTES, describe
+from pat_serve.server.analysis.advice import advise
+from pat_serve.server.analysis.trace import BatchTrace, prompts_digest
+from pat_serve.server.analysis.verdict import Judgement, Verdict
+from pat_serve.server.bench.speedup.analysis import analyse, conclude, surroundings_of
+from pat_serve.server.bench.speedup.check import config_sha256
+from pat_serve.server.bench.speedup.result import ModelRecord, Round, WarmUp
+from pat_serve.server.bench.speedup.rounds import MAX_WARMUP_RUNS, is_stationary, round_prompts
+from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.engine.baseline import Baseline, available
+from pat_serve.server.engine.generation import Sampling
+from pat_serve.server.engine.online import Engine
+from pat_serve.server.engine.readiness import Readiness
+from pat_serve.server.engine.workers.cpu_watch import CpuWatch
+from pat_serve.server.engine.workers.process_group import ProcessGroup
+from pat_serve.server.http.errors import HttpError, InvalidRequestError
+from pat_serve.server.routes.benchmark_roofline import countable_shape
+from pat_serve.server.routes.exclusive import Exclusive
+from pat_serve.server.routes.measure import together
+from pat_serve.server.routes.speedup_request import LiveSpeedupResult, SpeedupRequest
+from pat_serve.sizes import ModelShape
+
+# vLLM's worker spins for a second after its last step; the other engine's turn would begin with a core less.
+_SETTLE_S, _SETTLE_POLL_S, _QUIET_SHARE = 2.0, 0.05, 0.2
+
+
+class Side:
+    """One of the two engines, with what a check needs of it beside its tokens."""
+
+    def __init__(self, engine: Engine, processes: ProcessGroup, readiness: Readiness, start_s: float) -> None:
+        self.engine = engine
+        self.processes = processes
+        self.readiness = readiness
+        self.start_s = start_s
+
+    async def batch(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> BatchTrace:
+        """Run a batch to its end."""
+        submitted_s = time.monotonic()
+        times_s = await together([self._token_times(prompt, output_tokens) for prompt in prompts])
+        return batch_trace(submitted_s, times_s, prompts_sha256=prompts_digest(prompts))
+
+    async def settle(self) -> None:
+        """Wait until its processes rest, for a short while at most."""
+        deadline_s = time.monotonic() + _SETTLE_S
+        used_s, at_s = self.processes.cpu_s(), time.monotonic()
+        while time.monotonic() < deadline_s:
+            await asyncio.sleep(_SETTLE_POLL_S)
+            now_used_s, now_s = self.processes.cpu_s(), time.monotonic()
+            if now_used_s - used_s < _QUIET_SHARE * (now_s - at_s):
+                return
+            used_s, at_s = now_used_s, now_s
+
+    async def _token_times(self, prompt: Sequence[int], output_tokens: int) -> list[float]:
+        """When each token came. Those that came together are spread evenly over the time since the last."""
+        sampling = Sampling(
+            max_tokens=output_tokens, temperature=0.0, ignore_eos=True, read_prefix_cache=False, detokenize=False
+        )
+        times_s: list[float] = []
+        async with aclosing(self.engine.generate(prompt, sampling)) as pieces:
+            async for piece in pieces:
+                self.readiness.note_token()
+                now_s, count = time.monotonic(), len(piece.token_ids)
+                last_s = times_s[-1] if times_s else now_s
+                times_s += [last_s + (now_s - last_s) * (i + 1) / count for i in range(count)]
+        if len(times_s) != output_tokens:
+            # An engine that is stopped ends its requests without an error.
+            raise HttpError(503, "stopping", "the server is stopping; the check has ended without a result")
+        return times_s
+
+
+def batch_trace(submitted_s: float, requests: Sequence[Sequence[float]], *, prompts_sha256: str) -> BatchTrace:
+    """A batch as its slowest request saw it: a step ends when each request has one token more.
+
+    Args:
+        submitted_s: before the first request was sent.
+        requests: for each, when its tokens came; equally many.
+        prompts_sha256: of the prompts.
+    """
+    ended_s = tuple(max(column) for column in zip(*requests, strict=True))
+    return BatchTrace(
+        batch_size=len(requests),
+        submitted_s=submitted_s,
+        steps_started_s=(submitted_s, *ended_s[:-1]),
+        steps_ended_s=ended_s,
+        steps_tokens=(len(requests),) * len(ended_s),
+        first_token_step=0,
+        prompts_sha256=prompts_sha256,
+    )
+
+
+async def check_live_speedup(
+    candidate: Side, baseline: Baseline | None, exclusive: Exclusive, body: SpeedupRequest, http: Request
+) -> LiveSpeedupResult:
+    """Run the check.
+
+    Raises:
+        HttpError: 400 the requests do not fit, 409 no baseline, another benchmark runs or users are being served, 503
+            the baseline is dead or it took too long.
+        ClientGoneError: the client left; nothing of the check runs on.
+    """
+    running = available(baseline)
+    dense = Side(running.engine, running.processes, running.readiness, running.start_s)
+    shapes = _shapes(dense, candidate)
+    settings = _settings(body, candidate.engine)
+    _check_fit(settings, (dense, candidate))
+    begun_s, date = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    work = _measure(dense, candidate, settings)
+    (warm_ups, rounds), others = await exclusive.run(http, work, sequences=body.batch_size, force=body.force)
+    # The bootstrap takes a moment, in which the loop has others to serve.
+    return await asyncio.to_thread(
+        _judge, dense, candidate, shapes, settings, warm_ups, rounds, others, begun_s=begun_s, date=date
+    )
+
+
+async def _measure(dense: Side, pruned: Side, settings: SpeedupSettings) -> tuple[list[WarmUp], list[Round]]:
+    vocab_size = pruned.engine.vocab_size
+    warm_ups = []
+    for side in (dense, pruned):
+        traces: list[BatchTrace] = []
+        while len(traces) < MAX_WARMUP_RUNS and not is_stationary(traces, settings):
+            prompts = round_prompts(settings, vocab_size, -1 - len(traces))
+            traces.append(await side.batch(prompts, settings.generated_tokens))
+        warm_ups.append(WarmUp(traces=tuple(traces), stationary=is_stationary(traces, settings)))
+    await pruned.settle()
+    front = ProcessGroup([psutil.Process()])
+    rounds = []
+    for index in range(settings.rounds):
+        prompts = round_prompts(settings, vocab_size, index)
+        watch = CpuWatch(front)
+        traced: dict[Side, BatchTrace] = {}
+        # A drift of the machine favours neither: who begins alternates.
+        order = (dense, pruned) if index % 2 == 0 else (pruned, dense)
+        for side, waiting in (order, order[::-1]):
+            with watch.turn(side.processes, waiting.processes):
+                traced[side] = await side.batch(prompts, settings.generated_tokens)
+            await side.settle()
+        rounds.append(
+            Round(
+                first="baseline" if order[0] is dense else "candidate",
+                prompts_sha256=prompts_digest(prompts),
+                baseline=traced[dense],
+                candidate=traced[pruned],
+                other_cpu_share=watch.other_share,
+                waiting_engine_cpu_share=watch.waiting_share,
+            )
+        )
+    return warm_ups, rounds
+
+
+def _judge(
+    dense: Side,
+    pruned: Side,
+    shapes: tuple[ModelShape, ModelShape],
+    settings: SpeedupSettings,
+    warm_ups: list[WarmUp],
+    rounds: list[Round],
+    others: int,
+    *,
+    begun_s: float,
+    date: str,
+) -> LiveSpeedupResult:
+    dtype, surroundings = pruned.engine.dtype, surroundings_of(rounds, warm_ups)
+    regimes = tuple(
+        analyse(
+            regime,
+            rounds,
+            settings,
+            baseline=shapes[0],
+            candidate=shapes[1],
+            dtype_bytes=DTYPE_BYTES[dtype],
+            surroundings=surroundings,
+        )
+        for regime in settings.regimes
+    )
+    judgement = conclude(regimes, rounds, settings.claimed)
+    advice = advise(
+        regimes,
+        None,
+        claim=settings.claimed,
+        seconds_per_round=(time.monotonic() - begun_s) / len(rounds),
+        surroundings=surroundings,
+    )
+    if others:
+        # Users' work runs on the served engine alone, beside the baseline's turns and in the batches of its own: what
+        # is compared is no longer alike, however quiet the rounds look.
+        told = f"{others} requests of users ran meanwhile, which the two engines do not share alike"
+        judgement = Judgement(
+            verdict=Verdict.INCONCLUSIVE, strict=Verdict.INCONCLUSIVE, reason=f"{told}; {judgement.reason}"
+        )
+        advice = ("without `force`, while no users are being served", *advice)
+    return LiveSpeedupResult(
+        date=date,
+        duration_s=time.monotonic() - begun_s,
+        machine=describe(),
+        dtype=dtype,
+        settings=settings,
+        baseline=_record(dense, shapes[0], warm_ups[0]),
+        candidate=_record(pruned, shapes[1], warm_ups[1]),
+        regimes=regimes,
+        average=None,
+        stopped=f"{len(rounds)} rounds were asked for",
+        verdict=judgement.verdict,
+        strict_verdict=judgement.strict,
+        reason=judgement.reason,
+        advice=advice if judgement.verdict is Verdict.INCONCLUSIVE else (),
+        rounds=tuple(rounds),
+        other_requests=others,
+    )
+
+
+def _record(side: Side, shape: ModelShape, warmed: WarmUp) -> ModelRecord:
+    return ModelRecord(
+        name=side.engine.model_name,
+        config_sha256=config_sha256(side.engine.config),
+        shape=shape,
+        parameters=shape.parameters,
+        start_s=side.start_s,
+        peak_memory_bytes=side.processes.peak_memory_bytes(),
+        warm_up=warmed,
+    )
+
+
+def _shapes(dense: Side, pruned: Side) -> tuple[ModelShape, ModelShape]:
+    shapes = countable_shape(dense.engine), countable_shape(pruned.engine)
+    if shapes[0] is None or shapes[1] is None:
+        told = "the ceiling of a quantized or unusual model cannot be counted from its config, so no claim is judged"
+        raise HttpError(409, "not_comparable", told)
+    return shapes[0], shapes[1]
+
+
+def _settings(body: SpeedupRequest, engine: Engine) -> SpeedupSettings:
+    return SpeedupSettings(
+        claim=body.claim,
+        margin=body.margin,
+        batch_size=body.batch_size,
+        prompt_tokens=body.prompt_tokens,
+        output_tokens=body.output_tokens,
+        rounds=body.rounds,
+        regimes=tuple(regime for regime in Regime if regime.value in body.regimes),
+        dtype=engine.dtype,
+        enforce_eager=engine.eager,
+        # A probe takes the machine from the users for seconds; `pat-bench` makes one.
+        roofline=False,
+        seed=body.seed,
+    )
+
+
+def _check_fit(settings: SpeedupSettings, sides: Sequence[Side]) -> None:
+    length = min(side.engine.max_model_len for side in sides)
+    if settings.prompt_tokens + settings.generated_tokens > length:
+        told = f"prompt_tokens and output_tokens may be {length} together for both models; lower either"
+        raise InvalidRequestError(f"prompt_tokens: {told}", "prompt_tokens")
+    step = min(side.engine.max_step_tokens for side in sides)
+    if settings.batch_size * settings.prompt_tokens > step:
+        told = f"the engines prefill {step} tokens at once, and a batch in pieces has no prefill to compare"
+        raise InvalidRequestError(f"batch_size: {told}; lower batch_size or prompt_tokens", "batch_size")
+    sequences = min(side.engine.max_num_seqs for side in sides)
+    if settings.batch_size > sequences:
+        raise InvalidRequestError(f"batch_size: the engines run at most {sequences} requests at once", "batch_size")

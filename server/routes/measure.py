@@ -1,0 +1,184 @@
+"""The benchmarks over a running engine: rounds of one batch (latency), and a steady number of clients (throughput).
+
+Prompts are random token ids from a seeded generator and generation ignores the end of sequence, so every request costs
+the same and a run can be repeated. Keys and values of equal earlier prompts are not reused: prefill is measured too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from pat_serve.server.engine.generation import RequestTimes, Sampling, TokenEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What every request of a benchmark looks like."""
+
+    prompt_tokens: int
+    output_tokens: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a benchmark saw: its timed requests in the order of their arrival, and its start and end.
+
+    Times are on the server's monotonic clock, in seconds.
+    """
+
+    start_s: float
+    end_s: float
+    requests: tuple[RequestTimes, ...]
+
+    @property
+    def duration_s(self) -> float:
+        """From the first request's arrival until the last token."""
+        return self.end_s - self.start_s
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that all requests together generated."""
+        return sum(times.output_tokens for times in self.requests)
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        """Output tokens over the whole duration."""
+        return self.output_tokens / self.duration_s
+
+    @property
+    def requests_per_s(self) -> float:
+        """Finished requests over the whole duration."""
+        return len(self.requests) / self.duration_s
+
+
+class Prompts:
+    """Random prompts of one shape; the same seed gives the same ones in the order in which they are asked for.
+
+    Args:
+        seed: of the generator.
+        shape: of every request.
+    """
+
+    def __init__(self, seed: int, shape: Shape) -> None:
+        self._generator = random.Random(seed)
+        self._shape = shape
+        self._turn = asyncio.Lock()
+
+    async def draw(self, count: int) -> list[list[int]]:
+        """So many prompts, made off the event loop: a large batch takes seconds, in which it has others to serve."""
+        async with self._turn:
+            return await asyncio.to_thread(lambda: [self._one() for _ in range(count)])
+
+    def _one(self) -> list[int]:
+        return [self._generator.randrange(self._shape.vocab_size) for _ in range(self._shape.prompt_tokens)]
+
+
+async def measure_request(
+    engine: TokenEngine, prompt: Sequence[int], output_tokens: int, on_token: Callable[[], None]
+) -> RequestTimes:
+    """Run one request to its end and keep its timestamps; `on_token` is called as tokens come in."""
+    sampling = Sampling(
+        max_tokens=output_tokens, temperature=0.0, ignore_eos=True, read_prefix_cache=False, detokenize=False
+    )
+    arrival_s = time.monotonic()
+    first_token_s, generated, engine_times = None, 0, None
+    async with aclosing(engine.generate(prompt, sampling)) as pieces:
+        async for piece in pieces:
+            if piece.token_ids:
+                on_token()
+                first_token_s = first_token_s or time.monotonic()
+            generated += len(piece.token_ids)
+            engine_times = piece.engine_times
+    return RequestTimes(
+        arrival_s=arrival_s,
+        first_token_s=first_token_s,
+        end_s=time.monotonic(),
+        output_tokens=generated,
+        engine=engine_times,
+    )
+
+
+async def measure_latency(
+    engine: TokenEngine,
+    shape: Shape,
+    *,
+    batch_size: int,
+    rounds: int,
+    warmup: int,
+    seed: int,
+    on_token: Callable[[], None],
+) -> list[Run]:
+    """Send a batch, wait until all its requests have finished, send the next.
+
+    Returns:
+        one `Run` for each timed round; `warmup` rounds before them are left out.
+    """
+    source = Prompts(seed, shape)
+    runs = []
+    for _ in range(warmup + rounds):
+        prompts = await source.draw(batch_size)
+        requests = [measure_request(engine, prompt, shape.output_tokens, on_token) for prompt in prompts]
+        runs.append(_run(await together(requests)))
+    return runs[warmup:]
+
+
+async def measure_throughput(
+    engine: TokenEngine,
+    shape: Shape,
+    *,
+    concurrency: int,
+    num_requests: int | None,
+    duration_s: float | None,
+    warmup: int,
+    seed: int,
+    on_token: Callable[[], None],
+) -> Run:
+    """Keep `concurrency` requests under way until enough have been sent or the time is over; wait for the last ones.
+
+    Args:
+        num_requests: timed requests in all; exactly one of this and `duration_s` is given.
+        duration_s: seconds after which no request is started but the first.
+        warmup: untimed rounds of `concurrency` requests before.
+    """
+    source = Prompts(seed, shape)
+    for _ in range(warmup):
+        prompts = await source.draw(concurrency)
+        await together([measure_request(engine, prompt, shape.output_tokens, on_token) for prompt in prompts])
+
+    finished: list[RequestTimes] = []
+    started = 0
+    deadline_s = None if duration_s is None else time.monotonic() + duration_s
+
+    async def client() -> None:
+        nonlocal started
+        while (num_requests is None or started < num_requests) and (
+            deadline_s is None or not started or time.monotonic() < deadline_s
+        ):
+            started += 1
+            [prompt] = await source.draw(1)
+            finished.append(await measure_request(engine, prompt, shape.output_tokens, on_token))
+
+    await together([client() for _ in range(concurrency)])
+    return _run(finished)
+
+
+def _run(requests: Sequence[RequestTimes]) -> Run:
+    ordered = sorted(requests, key=lambda times: times.arrival_s)
+    return Run(start_s=ordered[0].arrival_s, end_s=max(times.end_s for times in ordered), requests=tuple(ordered))
+
+
+async def together(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """All results; the first failure cancels the rest and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
+    return [task.result() for task in tasks]

@@ -1,0 +1,48 @@
+"""The HTTP contract of `/benchmark/speedup` and of the baseline."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pat_serve.server.analysis.verdict import DEFAULT_MARGIN, MARGIN_BOUND, MIN_ROUNDS
+from pat_serve.server.bench.speedup.result import SpeedupResult
+from pat_serve.server.http.limits import MAX_BATCH_SIZE, MAX_ROUNDS
+from pat_serve.server.routes.schemas import Body, TokenCount
+
+# Strict types take no plain string for a Regime.
+RegimeName = Literal["prefill", "decode"]
+
+
+class SpeedupRequest(Body):
+    """`POST /benchmark/speedup`: the claim, and what to measure; as `pat-bench speedup` has it."""
+
+    claim: Annotated[float, Field(gt=0, le=100)] = 1.33
+    margin: Annotated[
+        float,
+        Field(ge=0, lt=MARGIN_BOUND, description="Share of the claim by which an interval may miss it; 0 is strict."),
+    ] = DEFAULT_MARGIN
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] = 1
+    prompt_tokens: TokenCount = 128
+    output_tokens: Annotated[TokenCount, Field(description="At least 2 where decode is judged.")] = 17
+    rounds: Annotated[int, Field(ge=MIN_ROUNDS, le=MAX_ROUNDS, description="Pairs of runs.")] = 12
+    regimes: Annotated[
+        list[RegimeName], Field(min_length=1, max_length=2, default_factory=lambda: ["prefill", "decode"])
+    ]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    force: Annotated[
+        bool, Field(description="Also while users are being served; the verdict is then inconclusive.")
+    ] = False
+
+    @model_validator(mode="after")
+    def _decode_has_a_step(self) -> Self:
+        if "decode" in self.regimes and self.output_tokens < 2:
+            raise ValueError("output_tokens must be at least 2 to time decode")
+        return self
+
+
+class LiveSpeedupResult(SpeedupResult):
+    """The answer: the result of `pat-bench speedup`, and how many requests of users ran meanwhile."""
+
+    other_requests: int

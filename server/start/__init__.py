@@ -1,0 +1,1 @@
+"""From the command line to a running server: model, address and processes are checked, watched and ended."""

@@ -1,0 +1,333 @@
+"""The server's life: check model and address, choose settings for this machine, run vLLM, leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import ssl
+import sys
+from argparse import Namespace
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pat_serve.checkpoints.locate import locate, stock_path
+from pat_serve.errors import EngineError, PortInUse, UsageError
+from pat_serve.machine.hardware import available_memory_bytes, serving_dtype
+from pat_serve.server.engine import online as engine
+from pat_serve.server.engine.baseline import check_comparable, check_memory
+from pat_serve.server.engine.draft import check_draft, speculative_config
+from pat_serve.server.http.access_log import LogFormat
+from pat_serve.server.http.keys import KeyRing, collect_keys
+from pat_serve.server.http.limits import MAX_STOPS
+from pat_serve.server.http.policy import Feature, Policy
+from pat_serve.server.start.supervisor import adopt_orphans, end_children, supervise
+from pat_serve.server.start.trusted_model import check_trusted
+from pat_serve.server.start.whole_model import check_whole_models
+
+GIB = 2**30
+DEFAULT_KV_CACHE_GIB = 4.0
+# vLLM's own 5 s are those after which httpx, and so the openai client, gives an idle connection up: a client that uses
+# it in that instant loses the race. Load balancers keep theirs for a minute.
+KEEP_ALIVE_S = 75
+# Formats that open pickles if they find nothing else.
+_UNSAFE_LOAD_FORMATS = ("auto", "hf", "pt", "npcache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """What the command line says.
+
+    Attributes:
+        model: a folder, a GGUF file or a hub id.
+        dtype: auto, or a dtype that vLLM knows.
+        max_model_len: tokens of prompt and output together; None takes it from the model.
+        kv_cache_gib: memory for keys and values; None chooses by the machine's memory (CPU) or leaves it to vLLM.
+        compiled: let torch compile the model at the start (CPU only; vLLM decides elsewhere).
+        draft: folder or hub id of a smaller model that proposes tokens for this one to check; None without.
+        draft_tokens: that it proposes a step.
+        vllm_flags: handed to vLLM's own parser.
+        policy: bounds of the HTTP side; its keys are added by `run`.
+        api_keys: KEY or NAME=KEY each; never shown.
+        api_key_file: file with one key a line.
+        log_format: of the access log.
+        baseline: dense parent that runs beside the model; folder or hub id.
+    """
+
+    model: str
+    host: str
+    port: int
+    dtype: str
+    max_model_len: int | None
+    kv_cache_gib: float | None
+    compiled: bool
+    draft: str | None = None
+    draft_tokens: int = 3
+    vllm_flags: tuple[str, ...] = ()
+    policy: Policy = field(default_factory=Policy)
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_key_file: Path | None = None
+    log_format: LogFormat = LogFormat.TEXT
+    baseline: str | None = None
+
+
+def run(settings: ServeSettings) -> None:
+    """Serve until a signal comes. No child process is left, however it ends.
+
+    The calling process becomes the server's supervisor and ends with its exit code.
+
+    Raises:
+        MissingModel: no such folder, no such model on the hub, or one without weights or a tokenizer.
+        BrokenCheckpoint: its weights or its tokenizer are damaged.
+        UnsupportedModel: it brings pickles or code.
+        PortInUse: the address is taken or not ours.
+        UsageError: a flag, a key or a certificate is wrong.
+        EngineError: the engine did not start, or died.
+        SystemExit: in the calling process always; in the server 0, a signal came while it was starting.
+    """
+    supervise(grace_s=settings.policy.shutdown_timeout_s)
+    # Until the server listens; vLLM's own handlers take over then.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    adopt_orphans()
+    try:
+        keys = collect_keys(settings.api_keys, environment=os.environ, file=settings.api_key_file)
+        settings = with_stock_folders(settings)
+        # Before vLLM spends half a minute on a model that is not there.
+        for model in filter(None, (settings.model, settings.baseline)):
+            check_trusted(model, locate(model, weights=False))
+        if settings.baseline is not None:
+            check_comparable(settings.model, settings.baseline)
+        if settings.draft is not None:
+            check_draft(settings.model, settings.draft)
+        check_address(settings.host, settings.port)
+        prepare_environment(os.environ)
+        check_plugin()
+        args = engine.parse_serve_arguments(serve_arguments(settings, on_cpu=engine.is_cpu_backend()))
+        check_flags(args, settings)
+        check_whole_models(args, settings.model, baseline=settings.baseline, draft=settings.draft)
+        args.pat_serve_baseline = settings.baseline
+        if settings.baseline is not None and engine.is_cpu_backend():
+            # Elsewhere vLLM itself refuses an engine for which the accelerator has no room.
+            kv_cache_bytes = args.kv_cache_memory_bytes or int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0) * GIB
+            check_memory(settings.model, settings.baseline, dtype=args.dtype, kv_cache_bytes=kv_cache_bytes)
+        check_certificate(args.ssl_certfile, args.ssl_keyfile)
+        # vLLM would guard some routes only, and keep the keys as they are.
+        more = collect_keys([f"vllm-{index}={key}" for index, key in enumerate(args.api_key or [], 1)], environment={})
+        args.api_key = None
+        policy = replace(settings.policy, keys=KeyRing(keys=keys.keys + more.keys))
+        warn_if_open(settings.host, policy)
+        if args.shutdown_timeout:
+            policy = replace(policy, shutdown_timeout_s=float(args.shutdown_timeout))
+            args.shutdown_timeout = 0
+        args.pat_serve_policy = policy
+        args.pat_serve_log_format = settings.log_format
+        engine.serve(args, uvicorn_options(policy, args))
+    finally:
+        end_children()
+
+
+def with_stock_folders(settings: ServeSettings) -> ServeSettings:
+    """The same settings with the folder of a GGUF file in its place, served under the name that the user gave.
+
+    A folder's name is served without the slash that may stand behind it, and with it.
+
+    The baseline keeps its name, under which it is shown; its engine looks for the folder itself.
+
+    Raises:
+        ModelError: the file is damaged or not covered.
+    """
+    model = stock_path(settings.model)
+    draft = None if settings.draft is None else stock_path(settings.draft)
+    flags = settings.vllm_flags
+    if model != settings.model:
+        # First, so that a name of the user's own wins.
+        flags = ("--served-model-name", settings.model, *flags)
+    elif Path(model).is_dir() and (name := model.rstrip("/")) not in ("", model) and not _is_named(flags):
+        # As a shell completes a folder's name. The server is known by the name, and knows the other.
+        flags = ("--served-model-name", name, model, *flags)
+    return replace(settings, model=model, draft=draft, vllm_flags=flags)
+
+
+def _is_named(flags: tuple[str, ...]) -> bool:
+    return any(flag.replace("_", "-").startswith("--served-model-name") for flag in flags)
+
+
+def check_plugin() -> None:
+    """Refuse to start where vLLM would not find or not load our part, and serve without it.
+
+    Raises:
+        EngineError: the package is not installed as it should be.
+    """
+    found = entry_points(group="vllm.endpoint_plugins", name="pat_serve")
+    for entry in found:
+        entry.load()
+    if not found:
+        raise EngineError(
+            "pat-serve",
+            expected="its entry point vllm.endpoint_plugins",
+            found="none",
+            fix="Install the package (pip install pat-serve); its source folder alone is not enough.",
+        )
+
+
+def uvicorn_options(policy: Policy, args: Namespace) -> dict[str, Any]:
+    """What uvicorn is told beside what vLLM tells it."""
+    from pat_serve.server.http.protocol import CONNECTIONS_END_S, bounded_protocol
+
+    protocol = bounded_protocol(
+        policy,
+        guarded=lambda: getattr(args, "pat_serve_guarded", False),
+        refused=lambda error: args.pat_serve_observation.refused(error),
+    )
+    return {
+        "http": protocol,
+        # No route of ours is one.
+        "ws": "none",
+        "server_header": False,
+        # The protocol has ended all connections by then; uvicorn would do so with a traceback.
+        "timeout_graceful_shutdown": CONNECTIONS_END_S + 1,
+    }
+
+
+def check_flags(args: Namespace, settings: ServeSettings) -> None:
+    """Refuse flags for vLLM that would be ignored here, or would undo what this server promises.
+
+    Raises:
+        UsageError: there is one.
+    """
+    wrong = {
+        "--model, --host or --port": (args.model, args.host, args.port)
+        != (settings.model, settings.host, settings.port),
+        "--headless": args.headless,
+        "--api-server-count": args.api_server_count not in (None, 1),
+        "--uds": args.uds,
+        "--grpc-port": args.grpc_port,
+        "--trust-remote-code": args.trust_remote_code,
+        "draft_load_config": "draft_load_config" in (args.speculative_config or {}),
+        f"--load-format {args.load_format}": args.load_format in _UNSAFE_LOAD_FORMATS,
+    }
+    for flag, given in wrong.items():
+        if given:
+            raise UsageError(
+                "flags after --",
+                expected=f"no {flag} there",
+                found="it",
+                fix="Give --model, --host and --port to pat-serve itself, before the --; leave the others out.",
+            )
+
+
+def check_certificate(certificate: str | None, key: str | None) -> None:
+    """Refuse a TLS certificate or key that cannot be used before the engine starts.
+
+    Raises:
+        UsageError: a file is missing or unreadable, or they do not belong together.
+    """
+    if certificate is None and key is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate or "", key)
+    except (OSError, ssl.SSLError, ValueError) as error:
+        raise UsageError(
+            f"--ssl-certfile {certificate} and --ssl-keyfile {key}",
+            expected="a certificate and its private key, as PEM files",
+            found=str(error) or type(error).__name__,
+            fix="Check both paths, and that the key is the certificate's.",
+        ) from error
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be bound before the engine starts; vLLM binds it for good.
+
+    Raises:
+        PortInUse: somebody listens there, or the host is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As vLLM's own socket: a port in TIME_WAIT is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise PortInUse(
+            f"{host}:{port}",
+            expected="an address to listen on",
+            found=error.strerror or str(error),
+            fix="Choose another --port, or stop what listens there.",
+        ) from error
+
+
+def warn_if_open(host: str, policy: Policy) -> None:
+    """Say so when other machines may use the server without a key. In an image nothing else can be the default."""
+    addresses = {str(address[0]).split("%")[0] for *_, address in socket.getaddrinfo(host, None)}
+    if not policy.keys.keys and not all(ip_address(address).is_loopback for address in addresses):
+        sys.stderr.write(
+            f"pat-serve: warning: --host {host} without API keys: whoever reaches this port may use the server. "
+            "Give keys with --api-key-file FILE or PAT_SERVE_API_KEYS.\n"
+        )
+
+
+def prepare_environment(environment: MutableMapping[str, str]) -> None:
+    """Set what vLLM reads from the environment; what the user has set stays."""
+    plugins = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name]
+    if "pat_serve" not in plugins:
+        plugins.append("pat_serve")
+    environment["VLLM_PLUGINS"] = ",".join(plugins)
+    # Four by default, whose refusal speaks of a type.
+    environment.setdefault("VLLM_MAX_STOP_STRINGS", str(MAX_STOPS))
+    environment.setdefault("VLLM_NO_USAGE_STATS", "1")
+    environment.setdefault("DO_NOT_TRACK", "1")
+    environment.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(KEEP_ALIVE_S))
+
+
+def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
+    """The command line for vLLM; the user's own flags come last, so that they win."""
+    arguments = ["--model", settings.model, "--host", settings.host, "--port", str(settings.port)]
+    # Beside weights in its authors' own format, vLLM would read a Mistral's params.json in place of its config.json.
+    arguments += ["--load-format", "safetensors", "--config-format", "hf"]
+    if Feature.CHAT_TEMPLATE in settings.policy.allowed:
+        arguments.append("--trust-request-chat-template")
+    if Feature.PROMPT_EMBEDS in settings.policy.allowed:
+        arguments.append("--enable-prompt-embeds")
+    arguments += ["--dtype", serving_dtype() if on_cpu and settings.dtype == "auto" else settings.dtype]
+    if settings.draft is not None:
+        arguments += [
+            "--speculative-config",
+            json.dumps(speculative_config(settings.draft, settings.draft_tokens)),
+        ]
+    if settings.max_model_len is not None:
+        arguments += ["--max-model-len", str(settings.max_model_len)]
+    if settings.kv_cache_gib is not None:
+        # The variable counts whole GiB and would win over the flag.
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        arguments += ["--kv-cache-memory-bytes", str(int(settings.kv_cache_gib * GIB))]
+    elif on_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        available_gib = available_memory_bytes() / GIB / (1 if settings.baseline is None else 2)
+        arguments += ["--kv-cache-memory-bytes", str(int(default_kv_cache_gib(available_gib) * GIB))]
+    if settings.baseline is not None and not on_cpu:
+        # Of all its memory, for each of the two engines.
+        arguments += ["--gpu-memory-utilization", "0.45"]
+    if on_cpu and not settings.compiled:
+        # Measured on 2 busy cores, float32: a first start takes 160 s compiled and 48 s eager (a second one 88 s and
+        # 41 s: vLLM compiles again when its cached graph does not load), and needs a C++ compiler. Decoding a model of
+        # 120 M parameters takes 51 ms a token compiled and 58 ms eager (LOG.md).
+        arguments.append("--enforce-eager")
+    return arguments + list(settings.vllm_flags)
+
+
+def default_kv_cache_gib(available_gib: float) -> float:
+    """Memory for keys and values where the user names none: 4 GiB, but at most a quarter of what is free.
+
+    vLLM by default takes nine tenths of the machine on a CPU, which a laptop or a shared server does not have.
+    """
+    return min(DEFAULT_KV_CACHE_GIB, available_gib / 4)
+
+
+def _stop(*_: object) -> NoReturn:
+    # To be asked to stop is no failure. Not KeyboardInterrupt, which vLLM swallows in places.
+    sys.exit(0)

@@ -1,0 +1,1 @@
+"""Everything about a training that is checked before a weight is loaded."""

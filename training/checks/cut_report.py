@@ -1,0 +1,94 @@
+"""What a cut takes away, told before a weight is read: of the parameters, of a decode step's bytes, of the KV cache.
+
+A share of the channels is not that share of the model: a tied base whose head gets a matrix of its own keeps most of
+its parameters, and no width changes the KV cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pat_serve.checkpoints.checkpoint import Checkpoint
+from pat_serve.fitness import Shape, shape_of
+from pat_serve.geometry import count_parameters, legal_step, legal_widths
+from pat_serve.sizes import ModelShape, decode_bytes
+from pat_serve.sizes import shape_of as sizes_of
+from pat_serve.terminal.progress import say
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.methods import METHODS
+
+# Batch and context: one answer alone, and a server at work.
+LOADS = ((1, 128), (8, 1024))
+# Of all parameters: what a cut may miss of the share that was asked for before it is worth a word.
+TOLERANCE = 0.02
+
+
+def report_cut(recipe: TrainRecipe, checkpoint: Checkpoint, width: int) -> None:
+    """Tell the user what goes, and what would reach the share that was asked for.
+
+    Args:
+        recipe: resolved.
+        checkpoint: the base; its headers alone are read.
+        width: K.
+    """
+    if METHODS[recipe.method].prunes:
+        for line in cut_lines(recipe, checkpoint, width):
+            say(line)
+
+
+def cut_lines(recipe: TrainRecipe, checkpoint: Checkpoint, width: int) -> list[str]:
+    """The report's lines, for a method that prunes. The arguments are those of `report_cut`."""
+    unties = gets_own_head(recipe, checkpoint)
+    before, after = shape_of(checkpoint), shape_of(checkpoint, unties_head=unties)
+    base, kept = before.parameters(checkpoint.hidden_size), after.parameters(width)
+    dense = sizes_of(checkpoint.config, checkpoint.source)
+    cut = replace(dense, hidden_size=width, head_dim=checkpoint.head_dim, tied_head=checkpoint.tied and not unties)
+    item_bytes = checkpoint.dtype.itemsize
+    read = ", ".join(
+        f"{_less(_step_bytes(dense, load, item_bytes), _step_bytes(cut, load, item_bytes))} at {load[0]}x{load[1]}"
+        for load in LOADS
+    )
+    lines = [
+        f"cut: hidden_size {checkpoint.hidden_size} to {width}; parameters {count_parameters(base)} to "
+        f"{count_parameters(kept)}, {_less(base, kept)}; bytes read for a decoded token {read} (batch x context); "
+        f"KV cache {_less(dense.kv_values_per_token, cut.kv_values_per_token)}"
+    ]
+    asked = 0.25 if recipe.ratio is None else recipe.ratio
+    if unties and recipe.hidden_size is None and 1 - kept / base < asked - TOLERANCE:
+        lines.append(_way_out(checkpoint, before, after, asked, width))
+    return lines
+
+
+def gets_own_head(recipe: TrainRecipe, checkpoint: Checkpoint) -> bool:
+    """A tied base is exported with a head of its own: after a rotation, or behind a full operator on the embedding."""
+    operator = recipe.tied_embeddings == "untie" and recipe.resolved_hio_rank(checkpoint.hidden_size) > 0
+    return checkpoint.tied and (recipe.rotate != "none" or operator)
+
+
+def _way_out(checkpoint: Checkpoint, before: Shape, after: Shape, asked: float, width: int) -> str:
+    """What takes the share of all parameters that was asked for of the channels."""
+    base = before.parameters(checkpoint.hidden_size)
+    step = legal_step(before.num_attention_heads, hidden_multiple_of_heads=before.hidden_multiple_of_heads)
+    nearest = min(legal_widths(step, checkpoint.hidden_size), key=lambda k: abs(1 - after.parameters(k) / base - asked))
+
+    def leaves(parameters: int) -> str:
+        return f"{count_parameters(parameters)}, {_less(base, parameters)}"
+
+    narrower = f"--hidden-size {nearest} ({leaves(after.parameters(nearest))}), or " if nearest < width else ""
+    return (
+        f"cut: {asked:g} is a share of the channels; the head, tied to the embedding in the base, gets a matrix of its "
+        f"own. Nearer to that share of the parameters: {narrower}--tied-embeddings keep without --rotate, at "
+        f"hidden_size {width} ({leaves(before.parameters(width))})"
+    )
+
+
+def _step_bytes(shape: ModelShape, load: tuple[int, int], item_bytes: int) -> float:
+    batch_size, context_tokens = load
+    return decode_bytes(shape, batch_size=batch_size, context_tokens=context_tokens, dtype_bytes=item_bytes)
+
+
+def _less(before: float, after: float) -> str:
+    share = 1 - after / before
+    if abs(share) < 5e-4:
+        return "unchanged"
+    return f"{abs(share):.1%} {'less' if share > 0 else 'more'}"

@@ -1,0 +1,191 @@
+"""What a training holds, counted from a checkpoint's headers: parameters, activations, and what comes before training.
+
+The activations are what autograd keeps of LlamaDecoderLayer, peft's LoRA and the HSMs, for each token;
+tests/test_preflight.py compares the counts with what is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN
+from pat_serve.checkpoints.checkpoint import Checkpoint
+from pat_serve.perplexity import IGNORED_LABEL
+from pat_serve.rotation import ROWS_AT_ONCE
+from pat_serve.training.config import TrainRecipe
+
+# A weight in NF4, with its share of the scales, which are quantized too: 4.127 bits (arXiv 2305.14314).
+NF4_BYTES = 4.127 / 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSize:
+    """Of one padded batch: its rows, the positions of each, and how many positions of all of them are in the loss."""
+
+    rows: int
+    length_tokens: int
+    labelled_tokens: int
+
+    @staticmethod
+    def of(batch: dict[str, Tensor]) -> BatchSize:
+        """Count a batch's input_ids and labels."""
+        rows, length = batch["input_ids"].shape
+        return BatchSize(
+            rows=rows, length_tokens=length, labelled_tokens=int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+        )
+
+    @property
+    def tokens(self) -> int:
+        """All positions, padding included."""
+        return self.rows * self.length_tokens
+
+
+def base_parameters(checkpoint: Checkpoint, recipe: TrainRecipe, hidden: int) -> int:
+    """The base's own, at a width."""
+    shapes = {name: list(entry.shape) for name, entry in checkpoint.tensors.items()}
+    if checkpoint.tied:
+        shapes.pop(f"{HEAD}.weight", None)
+    if unties(checkpoint, recipe):
+        shapes[f"{HEAD}.weight"] = shapes[f"{EMBEDDING}.weight"]
+    count = 0
+    for name, shape in shapes.items():
+        axes = checkpoint.family.match(name)[0].axes
+        count += math.prod(hidden if axis == HIDDEN else size for axis, size in zip(axes, shape, strict=False))
+    return count
+
+
+def weights_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, hidden: int) -> int:
+    """The base's own, at a width, `width` bytes a number in its dtype, or quantized."""
+    weights = base_parameters(checkpoint, recipe, hidden) * width
+    if recipe.quantize_base:
+        weights -= round(_quantized_parameters(checkpoint) * (width - NF4_BYTES))
+    return weights
+
+
+def unties(checkpoint: Checkpoint, recipe: TrainRecipe) -> bool:
+    """The run gives a tied base a head of its own."""
+    return checkpoint.tied and recipe.method != "lora" and recipe.rotate != "none"
+
+
+def _quantized_parameters(checkpoint: Checkpoint) -> int:
+    """Of the linears inside the layers; bitsandbytes leaves embedding, norms and head as they are."""
+    shapes = [entry.shape for name, entry in checkpoint.tensors.items() if ".layers." in name]
+    return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+
+
+def dense_bytes_per_token(checkpoint: Checkpoint, width: int, hidden: int) -> int:
+    """What autograd keeps of one frozen decoder layer for each token, in bytes; `width` bytes a number in its dtype.
+
+    Frozen linears keep nothing of a token. Attention keeps no scores: sdpa's kernels recompute them.
+    """
+    norms = 2 * 4 * hidden  # their inputs, in float32
+    return norms + sum(_branches_bytes_per_token(checkpoint, width))
+
+
+def _branches_bytes_per_token(checkpoint: Checkpoint, width: int) -> tuple[int, int]:
+    """Of an attention and of an MLP, without their norms."""
+    attention = 4 * checkpoint.num_attention_heads * checkpoint.head_dim * width  # q, k, v (repeated), the output
+    mlp = 3 * int(checkpoint.config["intermediate_size"]) * width  # gate before and after the activation, up
+    return attention, mlp
+
+
+def tuning_bytes_per_token(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, device: str, hidden: int) -> int:
+    """What LoRA and the method add to that."""
+    ffn, heads = int(checkpoint.config["intermediate_size"]), checkpoint.num_attention_heads * checkpoint.head_dim
+    inputs = 5 * hidden + heads + ffn  # of the seven linears that LoRA adapts
+    # What LoRA's A gets, and what dropout remembers: bits as bytes on a GPU, float32 factors on a CPU.
+    dropout = (1 if device == "cuda" else 4) if recipe.lora_dropout else 0
+    lora = inputs * (width + dropout) + 7 * recipe.lora_rank * width
+    hybrid = 0
+    if recipe.method != "lora":
+        # The operator's input, and L0's output.
+        hybrid = 2 * width * (hidden + recipe.resolved_hio_rank(checkpoint.hidden_size))
+    # The normalized stream, which the gains' gradients are made of.
+    norms = 2 * hidden * width if recipe.train_norms else 0
+    return lora + hybrid + norms
+
+
+def preparing_bytes(
+    checkpoint: Checkpoint,
+    recipe: TrainRecipe,
+    width: int,
+    kept: int,
+    calibration: Sequence[BatchSize],
+    adapter_parameters: int,
+) -> int:
+    """The wide base and the most of what is done with it before an optimizer is there, one after the other.
+
+    Args:
+        checkpoint: the base.
+        recipe: the run's settings.
+        width: bytes of a number in the base's dtype.
+        kept: K.
+        calibration: each padded batch of the calibration's samples.
+        adapter_parameters: trained ones at the base's width.
+    """
+    hidden = checkpoint.hidden_size
+    held = [max(_measuring_bytes(checkpoint, recipe, width, size) for size in calibration)]
+    if recipe.rotate != "none":
+        # Q, and in float32 a piece of the largest weight with the gain in it and its product; a 16-bit one's copy too.
+        copies = 2 if width == 4 else 3
+        held.append(4 * hidden * (hidden + copies * min(ROWS_AT_ONCE, _most_outputs(checkpoint))))
+    if recipe.compensate:
+        held.append(4 * adapter_parameters + _compensating_bytes(checkpoint, recipe, width, kept, calibration))
+    return weights_bytes(checkpoint, recipe, width, hidden) + max(held)
+
+
+def _measuring_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, size: BatchSize) -> int:
+    """Of calibration, on one batch."""
+    tokens, hidden, layers = size.tokens, checkpoint.hidden_size, checkpoint.num_layers
+    layer = dense_bytes_per_token(checkpoint, width, hidden)
+    # A second moment in float32 and float64, and its sum before and after; of the gradient, the energy's sum too.
+    moments = (36 if recipe.rotate == "loss" else 28) * hidden * hidden
+    # The log-probabilities and two gradients in float32.
+    logits = 12 * int(checkpoint.config["vocab_size"]) * size.labelled_tokens
+    if recipe.rotate == "loss":
+        return tokens * layers * layer + logits + moments
+    if recipe.mask_start == "gradient":
+        # Weights that get one keep their inputs, and norms' the normalized stream.
+        layer += width * (4 * hidden + int(checkpoint.config["intermediate_size"]))
+        # The largest one's gradient, its product with the weight, and that one's size.
+        largest = 12 * hidden * _most_outputs(checkpoint)
+        return tokens * (layers * layer + 2 * width * hidden) + max(logits, largest)
+    return tokens * layer + moments
+
+
+def _compensating_bytes(
+    checkpoint: Checkpoint, recipe: TrainRecipe, width: int, kept: int, calibration: Sequence[BatchSize]
+) -> int:
+    hidden, config = checkpoint.hidden_size, checkpoint.config
+    # Of families that have one and may leave it unused.
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    # Dense and cut states of all rows, from layer to layer, and the masks of what is padded or out of a window.
+    states = sum(
+        size.tokens * (2 * hidden * width + (size.length_tokens if _masked(size, window) else 0))
+        for size in calibration
+    )
+    outputs = int(config["vocab_size"]) if recipe.lora_head else int(config["intermediate_size"])
+    # What the largest reader lacks, in float32; a piece of its 16-bit rows in float32, or its random projection.
+    piece = 4 * min(ROWS_AT_ONCE, outputs) * hidden if width < 4 else 0
+    change = 4 * outputs * kept + max(piece, 8 * outputs * recipe.lora_rank)
+    # In float64: the moments' factor, and the guess with what it is made of.
+    moments = 8 * kept * (kept + 2 * hidden)
+    # A branch at work, and its norm in float32, twice.
+    branch = (8 * hidden + max(_branches_bytes_per_token(checkpoint, width))) * max(size.tokens for size in calibration)
+    # The axes that the base was turned to, which the run keeps, and the moments of the batches before.
+    kept_on = (4 * hidden * hidden if recipe.rotate != "none" else 0) + 8 * kept * (kept + hidden)
+    return states + kept_on + max(branch, change + moments)
+
+
+def _masked(size: BatchSize, window: int | None) -> bool:
+    """Attention gets a mask of the batch: one that may hold padding, or is longer than the window."""
+    return size.rows > 1 or size.length_tokens >= (window or math.inf)
+
+
+def _most_outputs(checkpoint: Checkpoint) -> int:
+    """Of the weights that read or write the residual stream."""
+    return max(int(checkpoint.config["vocab_size"]), int(checkpoint.config["intermediate_size"]))

@@ -1,0 +1,114 @@
+"""Everything of a run that can be checked before its model is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.errors import UsageError
+from pat_serve.machine.hardware import serving_dtype
+from pat_serve.tokens.vocabulary import Vocabulary
+from pat_serve.training.checks.cut_report import report_cut
+from pat_serve.training.checks.inputs import RunInputs
+from pat_serve.training.checks.memory import BatchSize
+from pat_serve.training.checks.preflight import Preflight, check_memory
+from pat_serve.training.checks.width import check_ties, target_width
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.data import TrainingData, load_tokenizer, read_training_data
+from pat_serve.training.data.rowless import check_vocabulary
+from pat_serve.training.loop.reporting import check_reporters
+from pat_serve.training.methods import METHODS
+from pat_serve.training.methods.pat.schedule import least_steps
+from pat_serve.training.model.calibration import calibration_batches, rows_at_once
+from pat_serve.training.ranks import Ranks, refuse_zero3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run will work on.
+
+    Attributes:
+        asked: the recipe as it was given, which the run's folder keeps.
+        recipe: the same with every `auto` decided.
+        vocabulary: the tokenizer's tokens beside the base's rows.
+        calibration: padded batches of what the base is measured on; none for a method that does not measure it.
+        preflight: the training's size.
+    """
+
+    asked: TrainRecipe
+    recipe: TrainRecipe
+    checkpoint: Checkpoint
+    tokenizer: Any
+    data: TrainingData
+    vocabulary: Vocabulary
+    calibration: list[dict[str, Tensor]]
+    preflight: Preflight
+    inputs: RunInputs
+
+
+def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
+    """Open the base, read the data, check the settings against both.
+
+    Raises:
+        PatServeError: one of them is unusable.
+    """
+    if recipe.method not in METHODS:
+        raise UsageError("--method", expected=" or ".join(METHODS), found=recipe.method, fix="Choose one of them.")
+    check_reporters(recipe.report_to)
+    refuse_zero3()
+    checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    asked, recipe = recipe, recipe.resolved(tied=checkpoint.tied, prunes=METHODS[recipe.method].prunes)
+    check_ties(recipe, checkpoint)
+    width = target_width(recipe, checkpoint)
+    report_cut(recipe, checkpoint, width)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    data = read_training_data(recipe, tokenizer)
+    vocabulary = Vocabulary.of(tokenizer, int(checkpoint.config["vocab_size"]))
+    check_vocabulary(data, vocabulary)
+    batch = recipe.batch_size * recipe.gradient_accumulation_steps * ranks.count
+    rows = data.rows()
+    # An epoch's last step may be a smaller one, as the Trainer takes it.
+    micro_batches = math.ceil((rows or 0) / (recipe.batch_size * ranks.count))
+    steps_per_epoch = math.ceil(micro_batches / recipe.gradient_accumulation_steps)
+    total_steps = recipe.max_steps or max(1, round(recipe.epochs * steps_per_epoch))
+    least = least_steps(recipe.gate)
+    if METHODS[recipe.method].prunes and total_steps < least:
+        raise UsageError(
+            "--max-steps" if recipe.max_steps else "--epochs",
+            expected=f"at least {least} optimizer steps, in which --gate {recipe.gate} closes",
+            found=str(total_steps) if recipe.max_steps else f"{total_steps} ({rows} rows in batches of {batch})",
+            fix="Raise it." if recipe.max_steps else "Raise it, or lower --gradient-accumulation-steps.",
+        )
+    dtype = serving_dtype(recipe.dtype)
+    # An older GPU serves in float16, which cannot be trained in without scaling the loss.
+    dtype = "float32" if dtype == "float16" else dtype
+    calibrates = METHODS[recipe.method].wants_calibration(recipe)
+    calibration = calibration_batches(data.samples, rows_at_once(recipe)) if calibrates else []
+    sizes = [BatchSize.of(batch) for batch in calibration]
+    # Before the base is hashed, which reads all of it.
+    preflight = check_memory(checkpoint, recipe, dtype, width, total_steps, data.longest_tokens, sizes)
+    inputs = RunInputs(
+        base=checkpoint.reference(),
+        examples_sha256=data.train_sha256,
+        held_out_sha256=data.held_out_sha256,
+        total_steps=total_steps,
+        target_width=width,
+        processes=ranks.count,
+        dtype=dtype,
+        narrow=METHODS[recipe.method].stays_wide(recipe) is None,
+    )
+    return Prepared(
+        asked=asked,
+        recipe=recipe,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        data=data,
+        vocabulary=vocabulary,
+        calibration=calibration,
+        preflight=preflight,
+        inputs=inputs,
+    )

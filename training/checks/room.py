@@ -1,0 +1,67 @@
+"""The room that a run takes on its disk, counted before its model is loaded, and the way out where there is none.
+
+tests/test_full_disk.py compares the count with what runs leave.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from pat_serve.files.disk import check_room
+from pat_serve.run_folder import checkpoint_step, list_checkpoints
+from pat_serve.training.checks.prepare import Prepared
+from pat_serve.training.methods import METHODS
+
+# A trained float32 number and Adam's two moments of it, with what the files say about each tensor.
+_CHECKPOINT_BYTES = 12.25
+# Random states, schedulers and the Trainer's own, in each checkpoint; recipe, prompts and plan.json, once.
+_SMALL_FILES_BYTES = 80_000
+# Of metrics.jsonl, of the copy in a checkpoint's state, and of TensorBoard, which also keeps distributions.
+_LINE_BYTES = 25_000
+
+
+def run_bytes(prepared: Prepared) -> tuple[int, int, int]:
+    """What a run takes at its largest.
+
+    Returns:
+        checkpoints at once, one's bytes, and the bytes of all else.
+    """
+    recipe, size, inputs = prepared.recipe, prepared.preflight, prepared.inputs
+    written = math.ceil(inputs.total_steps / recipe.save_steps)
+    # A checkpoint is complete before the oldest goes.
+    at_once = min(written, recipe.keep_checkpoints + 1)
+    checkpoint = round((size.lora_parameters + size.method_parameters) * _CHECKPOINT_BYTES) + _SMALL_FILES_BYTES
+    # The rotation is there twice: measured, and in the plan.
+    rotations = 2 if METHODS[recipe.method].prunes and recipe.rotate != "none" else 0
+    result = size.wide_parameters * 4 + rotations * prepared.checkpoint.hidden_size**2 * 4 + _SMALL_FILES_BYTES
+    lines = math.ceil(inputs.total_steps / recipe.logging_steps) + 2
+    tokenizer = sum(path.stat().st_size for path in prepared.checkpoint.folder.glob("tokenizer*") if path.is_file())
+    return at_once, checkpoint, result + lines * _LINE_BYTES + tokenizer
+
+
+def check_disk(prepared: Prepared, run: Path) -> None:
+    """The disk has room for the run, but for what of it is there already; skipped with the rest of the preflight.
+
+    Raises:
+        DiskFull: it has not.
+    """
+    if prepared.recipe.skip_preflight:
+        return
+    at_once, checkpoint, rest = run_bytes(prepared)
+    there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    check_room(
+        run,
+        max(0, at_once * checkpoint + rest - there),
+        "Free some space, choose another --out, or write fewer and keep fewer: --save-steps, --keep-checkpoints.",
+        what=f"{at_once} checkpoints of {checkpoint / 1e6:.1f} MB and what the run leaves",
+    )
+
+
+def way_on(run: Path) -> str:
+    """What to do when the disk was full under a run."""
+    if not run.is_dir():
+        return "Free some space, or choose another --out; nothing was left behind."
+    checkpoints = list_checkpoints(run)
+    reached = f"from step {checkpoint_step(checkpoints[-1])}" if checkpoints else "from its start"
+    return f"Free some space and go on with pat-train --resume {run}, {reached}."

@@ -1,0 +1,87 @@
+"""The width that a run ends with."""
+
+from __future__ import annotations
+
+from pat_serve.checkpoints.checkpoint import Checkpoint
+from pat_serve.errors import UsageError
+from pat_serve.fitness import shape_of, slow_width
+from pat_serve.geometry import check_width, fast_tile, snap_ratio
+from pat_serve.terminal.progress import say
+from pat_serve.training.checks.cut_report import gets_own_head
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.methods import METHODS
+
+
+def target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
+    """K, from the recipe's hidden_size or ratio; the base's own width for a method that does not prune.
+
+    Raises:
+        UsageError: a width for such a method, or an illegal one.
+    """
+    if not METHODS[recipe.method].prunes:
+        if recipe.ratio is not None or recipe.hidden_size is not None:
+            raise UsageError(
+                "--ratio" if recipe.ratio is not None else "--hidden-size",
+                expected=f"none, since --method {recipe.method} keeps the base's width",
+                found=str(recipe.ratio or recipe.hidden_size),
+                fix="Leave it out, or choose a method that prunes.",
+            )
+        return checkpoint.hidden_size
+    shape = (checkpoint.hidden_size, checkpoint.num_attention_heads)
+    rule = checkpoint.family.hidden_multiple_of_heads
+    if recipe.hidden_size is not None:
+        counts = shape_of(checkpoint, unties_head=gets_own_head(recipe, checkpoint))
+        width = check_width(recipe.hidden_size, *shape, hidden_multiple_of_heads=rule, parameters=counts.parameters)
+        if slow := slow_width(counts, width):
+            say(slow)
+        return width
+    ratio = 0.25 if recipe.ratio is None else recipe.ratio
+    width, snapped = snap_ratio(ratio, *shape, hidden_multiple_of_heads=rule)
+    if snapped:
+        exact = (1 - ratio) * checkpoint.hidden_size
+        cut = 1 - width / checkpoint.hidden_size
+        say(
+            f"--ratio {ratio} asks for a hidden_size of {exact:g}; {width} is the nearest "
+            f"{'legal and fast' if fast_tile(*shape, hidden_multiple_of_heads=rule) else 'legal'} one, "
+            f"a cut of {cut:.1%} (--hidden-size takes any legal one)"
+        )
+    return width
+
+
+def check_ties(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
+    """Check what the recipe says of a tied base's embedding and head.
+
+    Raises:
+        UsageError: it says something that the base or another setting does not allow.
+    """
+    prunes = METHODS[recipe.method].prunes
+    rotates = prunes and recipe.rotate != "none"
+    parts = prunes and gets_own_head(recipe, checkpoint)
+    if recipe.lora_head and checkpoint.tied and not parts:
+        raise UsageError(
+            "--lora-head",
+            expected="a head of its own",
+            found="one that stays tied to the embedding",
+            fix="Leave it out, or choose --rotate loss"
+            + (", or --tied-embeddings untie with --hio-rank 8." if prunes else " and a method that prunes."),
+        )
+    if not checkpoint.tied:
+        why = "the base's head is its own tensor"
+    elif not prunes:
+        why = f"--method {recipe.method} puts no operator there"
+    elif rotates and recipe.tied_embeddings == "keep":
+        why = "--rotate unties the head, which takes the last norm's gain"
+    elif recipe.tied_embeddings == "untie" and not parts:
+        raise UsageError(
+            "--tied-embeddings",
+            expected="an operator on the embedding, or a rotation, that unties it",
+            found="untie, with --hio-rank 0 and --rotate none",
+            fix="Add --hio-rank 8, or leave it out.",
+        )
+    else:
+        return
+    if recipe.tied_embeddings == "auto":
+        return
+    raise UsageError(
+        "--tied-embeddings", expected=f"auto, since {why}", found=recipe.tied_embeddings, fix="Leave it out."
+    )

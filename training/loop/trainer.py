@@ -1,0 +1,313 @@
+"""The training loop: transformers' Trainer with the method's losses, learning rates and complete checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
+
+from pat_serve.errors import Diverged
+from pat_serve.files.atomic import rename_durably, retire, sync_tree, write_json
+from pat_serve.run_folder import CHECKPOINTS_FOLDER, list_checkpoints
+from pat_serve.training.groups import OWN_RATE, parameter_groups
+from pat_serve.training.loop.callbacks import StepTimer
+from pat_serve.training.loop.evaluation import response_nll, response_perplexity
+from pat_serve.training.methods import Method
+from pat_serve.training.methods.pat.losses import distillation_loss
+from pat_serve.training.ranks import overwrite, snapshot
+
+TRAINED_FILE = "trained.safetensors"
+LOSSES_FILE = "losses.json"
+
+
+class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed by mypy
+    """A Trainer that knows a pruning method.
+
+    Args:
+        method: adds losses and parameters; its modules are saved with every checkpoint.
+        run: the run's folder; checkpoints go to run/checkpoints/step-N, complete or absent.
+        keep_checkpoints: how many of them to keep.
+        settings: everything else that `Trainer` takes.
+    """
+
+    def __init__(self, *, method: Method, run: Path, keep_checkpoints: int, **settings: Any) -> None:
+        if settings.get("eval_dataset") is not None:
+            settings |= {
+                "compute_metrics": response_perplexity,
+                "preprocess_logits_for_metrics": response_nll,
+            }
+        super().__init__(**settings)
+        self.method = method
+        self.run = run
+        self.checkpoints = run / CHECKPOINTS_FOLDER
+        self.keep_checkpoints = keep_checkpoints
+        self.optimizer: torch.optim.Optimizer | None
+        self._sums: dict[str, Tensor] = {}
+        self._micro_batches = 0
+        self._tokens: Tensor | int = 0
+        # Sum of the cross-entropy and number of micro-batches at the last step that was seen to be finite.
+        self._seen = (0.0, 0)
+        self._last_finite = "none before it"
+        self._timer = StepTimer()
+        self.add_callback(self._timer)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy, plus the method's losses while training (never in evaluation).
+
+        Raises:
+            Diverged: a term of the training loss is not finite.
+        """
+        cross_entropy, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        loss = cross_entropy
+        if model.training:
+            micro_batches = self.current_gradient_accumulation_steps
+            # Where the model takes the count of tokens, transformers gives this micro-batch's share of the mean over
+            # all micro-batches and ranks. Otherwise it gives the micro-batch's own mean and divides it afterwards.
+            summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            self._record("cross_entropy", cross_entropy, micro_batches if summed else 1)
+            weight = self.method.recipe.distillation_weight
+            if weight:
+                kl = self._distillation(model, inputs, outputs, num_items_in_batch if summed else None)
+                if summed:
+                    # Of the tokens of all ranks, which average their gradients: as transformers does above.
+                    kl = kl * self.accelerator.num_processes
+                self._record("distillation", kl, micro_batches if summed else 1)
+                loss = (1 - weight) * cross_entropy + weight * kl.to(loss.device)
+            if self.accelerator.sync_gradients:
+                # The regularisers depend on parameters alone, which are the same in all micro-batches of a step and on
+                # all ranks: once a step, in full, is the same as a share in each. Ranks average, so no factor for them.
+                for name, term in self.method.losses().items():
+                    self._record(name, term, micro_batches)
+                    loss = loss + (term if summed else term * micro_batches).to(loss.device)
+            self._micro_batches += 1
+            # A packed row's padding counts as tokens: little, and no mask tells it.
+            self._tokens = self._tokens + inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+            if self.accelerator.sync_gradients:
+                self._require_finite()
+        return (loss, outputs) if return_outputs else loss
+
+    def _distillation(
+        self, model: nn.Module, inputs: dict[str, Any], outputs: Any, num_tokens: Tensor | int | None
+    ) -> Tensor:
+        """Distance to the dense base: the same model with adapter and method switched off, so no second copy of it."""
+        base = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), base.disable_adapter(), self.method.disabled():
+            teacher = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        return distillation_loss(outputs.logits, teacher.logits, inputs["labels"], num_tokens)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each loss term's mean since the last line, over all ranks, and the method's figures."""
+        if self._micro_batches and "eval_loss" not in logs:
+            logs |= {name: mean / self._micro_batches for name, mean in self._mean_sums().items()}
+            logs |= self.method.metrics()
+            seconds = self._timer.take_s()
+            if seconds > 0:
+                # Of all processes, which see the same number each.
+                logs["tokens_per_second"] = int(self._tokens) * self.args.world_size / seconds
+            self._sums, self._micro_batches, self._tokens, self._seen = {}, 0, 0, (0.0, 0)
+        if "train_loss" in logs:
+            logs["train_loss"] = self.mean_loss
+        super().log(logs, start_time)
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean of the loss over all steps, those before a resume too (transformers' own forgets them)."""
+        steps: int = self.state.global_step
+        return float(self._total_loss_scalar) / max(1, steps)
+
+    def _run_epoch(self, **settings: Any) -> None:
+        # transformers starts the epoch that a checkpoint lies in, and notices the end only after one step too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**settings)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with `eval_loss` weighted by tokens: its own is a mean of the batches' means."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if "eval_nll" in output.metrics:
+            output.metrics["eval_loss"] = output.metrics.pop("eval_nll")
+        return output
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One parameter group for each learning rate."""
+        if self.optimizer is None:
+            rates = self.method.learning_rates()
+            own = {
+                id(parameter): rates[name]
+                for name, module in self.method.modules().items()
+                if name in rates
+                for parameter in module.parameters()
+            }
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+            settings["weight_decay"] = self.args.weight_decay
+            groups = parameter_groups(
+                (model or self.model).named_parameters(),
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                scales=self.method.recipe.lr_scale,
+                own=own,
+            )
+            self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The recipe's schedule; a rate of the method's own stays constant.
+
+        The mask moves in the first quarter of a run alone, which a warm-up of a tenth would halve; of the paper's run
+        the warm-up is a third of a per cent.
+        """
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if isinstance(scheduler, LambdaLR):
+            for index, group in enumerate(scheduler.optimizer.param_groups):
+                if group.get(OWN_RATE):
+                    scheduler.lr_lambdas[index] = _constant
+                    group["lr"] = group["initial_lr"]
+        return scheduler
+
+    def _record(self, name: str, value: Tensor, factor: float) -> None:
+        # Kept on the device: reading a number there makes the host wait for it.
+        value = value.detach().double() * factor
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _require_finite(self) -> None:
+        """Check the losses so far, once an optimizer step: a sum that has met a NaN stays one.
+
+        Raises:
+            Diverged: naming the step and what is not finite.
+        """
+        totals = torch.stack(list(self._sums.values())).tolist()
+        step = self.state.global_step + 1
+        for name, total in zip(self._sums, totals, strict=True):
+            if not math.isfinite(total):
+                raise Diverged(
+                    f"{self.run}, step {step}",
+                    expected="a finite loss",
+                    found=f"{name} {total}; the last finite loss was {self._last_finite}",
+                    fix=f"Train again with a lower --learning-rate{self._saved()}.",
+                )
+            if name == "cross_entropy":
+                before, batches = self._seen
+                self._last_finite = f"{(total - before) / (self._micro_batches - batches):.4g} in step {step}"
+                self._seen = (total, self._micro_batches)
+
+    def _saved(self) -> str:
+        """Where the run could be gone on from, as the end of a sentence."""
+        checkpoints = list_checkpoints(self.checkpoints.parent)
+        return f"; {checkpoints[-1].name} in its checkpoints folder is the last whole one" if checkpoints else ""
+
+    # Checkpoints. The Trainer writes the optimizer, the scheduler, the random state and its own; what is trained goes
+    # into one safetensors file instead of its pickle and PEFT's adapter (which does not know the HSMs).
+
+    def _staging(self) -> Path:
+        return self.checkpoints / ".partial"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging())
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            shutil.rmtree(self._staging(), ignore_errors=True)
+        # Other ranks write their random state into the folder: not before it was emptied, nor after it was renamed.
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        losses = self._losses_so_far()
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            step = self.state.global_step
+            written, target = self._staging() / f"checkpoint-{step}", self.checkpoints / f"step-{step}"
+            write_json(written / LOSSES_FILE, losses)
+            sync_tree(written)
+            if target.exists():
+                shutil.rmtree(retire(target))
+            rename_durably(written, target)
+            shutil.rmtree(self._staging())
+            for old in list_checkpoints(self.checkpoints.parent)[: -self.keep_checkpoints]:
+                # Renamed first: a crash half-way through must not leave half a checkpoint under a complete one's name.
+                os.replace(old, self._staging())
+                shutil.rmtree(self._staging())
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained; all ranks take part, since each may hold a shard."""
+        assert output_dir is not None
+        tensors = {name: snapshot(parameter) for name, parameter in self.trained()}
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+                # Written, it would take the place of one that a run can go on from.
+                raise Diverged(
+                    f"{self.run}, step {self.state.global_step}",
+                    expected="finite weights in a checkpoint",
+                    found=f"NaN or infinity; the last finite loss was {self._last_finite}",
+                    fix=f"Train again with a lower --learning-rate{self._saved()}.",
+                )
+            save_file(tensors, Path(output_dir) / TRAINED_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
+        trained = dict(self.trained())
+        assert saved.keys() == trained.keys(), "the checkpoint belongs to another recipe"
+        for name, parameter in trained.items():
+            overwrite(parameter, saved[name])
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters that the run trains, by name, the frozen mask's among them."""
+        own = {id(p) for module in self.method.modules().values() for p in module.parameters()}
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            if parameter.requires_grad or id(parameter) in own:
+                yield name, parameter
+
+    # The means that are being taken when a checkpoint is written between two lines of metrics.jsonl.
+
+    def _losses_so_far(self) -> dict[str, Any]:
+        """Of all ranks, which restore the same: rank 0 writes the file, but its micro-batches are a share of them."""
+        return {
+            "since_last_line": float(self.accelerator.reduce(self._tr_loss.clone(), reduction="mean")),
+            "before_last_line": float(self._total_loss_scalar),
+            "last_line_step": self._globalstep_last_logged,
+            "micro_batches": self._micro_batches,
+            "sums": self._mean_sums(),
+        }
+
+    def _mean_sums(self) -> dict[str, float]:
+        """Each term's sum since the last line, as a mean over ranks; empty right after a line."""
+        if not self._sums:
+            return {}
+        sums = torch.stack(list(self._sums.values())).to(self.args.device)
+        means = self.accelerator.reduce(sums, reduction="mean")
+        return dict(zip(self._sums, means.tolist(), strict=True))
+
+    def restore_losses(self, checkpoint: Path) -> None:
+        """Go on with the means where the checkpoint left them; after the Trainer has reset its own."""
+        saved = json.loads((checkpoint / LOSSES_FILE).read_text(encoding="utf-8"))
+        self._tr_loss.fill_(saved["since_last_line"])
+        self._total_loss_scalar = saved["before_last_line"]
+        self._globalstep_last_logged = saved["last_line_step"]
+        self._micro_batches = saved["micro_batches"]
+        self._sums = {
+            name: torch.tensor(value, dtype=torch.float64, device=self.args.device)
+            for name, value in saved["sums"].items()
+        }
+        self._seen = (saved["sums"].get("cross_entropy", 0.0), self._micro_batches)
+
+
+def _constant(_step: int) -> float:
+    return 1.0

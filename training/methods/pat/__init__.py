@@ -1,0 +1,1 @@
+"""PAT: its modules, its schedule, its losses."""

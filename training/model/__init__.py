@@ -1,0 +1,1 @@
+"""From a base to the model that is trained: loaded, adapted, calibrated, compensated and cut."""

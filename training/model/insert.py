@@ -1,0 +1,131 @@
+"""From a base checkpoint to a model in training: load it, adapt its linears with LoRA, attach the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from pat_serve.architectures import HEAD, Family
+from pat_serve.checkpoints.checkpoint import Checkpoint
+from pat_serve.errors import MissingExtra
+from pat_serve.rotation import rotate_model
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.methods import METHODS, Method
+from pat_serve.training.model.calibration import Calibration
+from pat_serve.training.ranks import sharded_by_fsdp
+
+
+def build_model(
+    checkpoint: Checkpoint,
+    recipe: TrainRecipe,
+    dtype: torch.dtype,
+    target_width: int,
+    total_steps: int,
+    measure: Callable[[nn.Module], Calibration],
+) -> tuple[nn.Module, Method]:
+    """Load the base, frozen, turned to its principal axes if the recipe says so, with LoRA and the method's modules.
+
+    Args:
+        checkpoint: the base.
+        recipe: the run's settings; its seed must have been set before.
+        dtype: of the frozen base weights; what is trained is float32.
+        target_width: K.
+        total_steps: optimizer steps of the whole run.
+        measure: gives the calibration of the loaded base; called when the method wants one.
+
+    Returns:
+        the PEFT model and its method.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quantized = {"quantization_config": _nf4(dtype)} if recipe.quantize_base else {}
+    base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, local_files_only=True, **quantized)
+    _move_to_accelerator(base)
+    calibration = measure(base) if METHODS[recipe.method].wants_calibration(recipe) else None
+    return adapt(base, checkpoint.family, recipe, target_width, total_steps, calibration)
+
+
+def _move_to_accelerator(base: Any) -> None:
+    """Calibrating and rotating billions of weights on a CPU takes many minutes; the Trainer moves the model anyway."""
+    if not torch.cuda.is_available() or sharded_by_fsdp() or base.device.type == "cuda":
+        return
+    device = PartialState().device
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    if base.get_memory_footprint() * 1.2 < free_bytes:
+        base.to(device)
+
+
+def adapt(
+    base: Any,
+    family: Family,
+    recipe: TrainRecipe,
+    target_width: int,
+    total_steps: int,
+    calibration: Calibration | None = None,
+) -> tuple[nn.Module, Method]:
+    """Put LoRA and the method's modules into a base model and freeze the rest.
+
+    Args:
+        base: a causal language model of transformers.
+        family: its architecture.
+        recipe: the run's settings.
+        target_width: K.
+        total_steps: optimizer steps of the whole run.
+        calibration: of the base, for a method that wants one; its rotation is applied here.
+
+    Returns:
+        the PEFT model and its method.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    base.config.use_cache = False
+    if calibration is not None and calibration.rotation_DD is not None:
+        rotate_model(base, family, base.config.num_hidden_layers, calibration.rotation_DD)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=family.lora_targets() + ([HEAD] if recipe.lora_head else []),
+    )
+    model = get_peft_model(base, lora)
+    method = METHODS[recipe.method](recipe, family, base.config.hidden_size, target_width, total_steps)
+    method.calibration = calibration
+    method.attach(model.get_base_model(), base.config.num_hidden_layers)
+    # The base is on its device already, and the Trainer would move what is new only after it has been called, or, with
+    # a quantized base, never.
+    for module in method.modules().values():
+        module.to(base.device)
+    if recipe.gradient_checkpointing and not method.modules():
+        # The embedding's output needs a gradient for the recomputation to reach the adapters; an HSM gives it one.
+        model.enable_input_require_grads()
+    assert isinstance(model, nn.Module)
+    return model, method
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    """QLoRA's settings (arXiv 2305.14314): 4-bit NormalFloat, scales quantized too.
+
+    Stored as `dtype`, which lets FSDP shard the packed weights.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise MissingExtra(
+            "--quantize-base nf4",
+            expected="bitsandbytes",
+            found="no such package",
+            fix="pip install bitsandbytes, or leave the flag out.",
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
