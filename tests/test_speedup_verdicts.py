@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from pat_serve.server.analysis.advice import advise
 from pat_serve.server.analysis.capacity import capacity, memory_for
 from pat_serve.server.analysis.noise import noise_report
 from pat_serve.server.analysis.precision import relative_width, rounds_for_verdict, rounds_for_width
@@ -16,6 +15,7 @@ from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio
 from pat_serve.server.analysis.verdict import Claim, Verdict
 from pat_serve.server.bench.latency.summary import Floors
 from pat_serve.server.bench.speedup import series as speedup_series
+from pat_serve.server.bench.speedup.advice import advise
 from pat_serve.server.bench.speedup.analysis import conclude, conclude_average, surroundings_of
 from pat_serve.server.bench.speedup.result import WarmUp
 from pat_serve.server.bench.speedup.series import measure_rounds

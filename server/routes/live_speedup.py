@@ -16,9 +16,9 @@ import psutil
 from fastapi import Request
 
 from pat_serve.machine.hardware import DTYPE_BYTES, describe
-from pat_serve.server.analysis.advice import advise
 from pat_serve.server.analysis.trace import BatchTrace, prompts_digest
 from pat_serve.server.analysis.verdict import Judgement, Verdict
+from pat_serve.server.bench.speedup.advice import advise
 from pat_serve.server.bench.speedup.analysis import analyse, conclude, surroundings_of
 from pat_serve.server.bench.speedup.check import config_sha256
 from pat_serve.server.bench.speedup.result import ModelRecord, Round, WarmUp

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from pat_serve.machine.extras import require
 from pat_serve.machine.hardware import DTYPE_BYTES, describe, serving_dtype
-from pat_serve.server.analysis.advice import advise
 from pat_serve.server.analysis.statistics import PairedRatio
 from pat_serve.server.analysis.verdict import Judgement, Verdict
 from pat_serve.server.bench.model_source import ModelSource, resolve
 from pat_serve.server.bench.scratch import scratch_folder
+from pat_serve.server.bench.speedup.advice import advise
 from pat_serve.server.bench.speedup.analysis import conclude, conclude_average
 from pat_serve.server.bench.speedup.checks import (
     candidate_settings,
