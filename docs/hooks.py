@@ -1,6 +1,6 @@
-"""mkdocs hooks: pages that are made from what is elsewhere in the tree, and links for file names.
+"""mkdocs hooks: they make pages from files elsewhere in the tree, and turn the names of pages into links.
 
-The start page is README.md, the commands' page is what `--help` knows, by typer's own generator.
+The start page is README.md. typer's own generator writes the page of commands from what `--help` shows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMMANDS = (
     ("pat-eval", "pat_serve.cli.eval", "evaluate"),
     ("pat-demo", "pat_serve.cli.demo", "demo"),
 )
-# typer's own, which the commands do not have.
+# typer adds these flags, and the commands do not have them.
 _COMPLETION = re.compile(r"^\* `--(install|show)-completion`.*\n", re.M)
 _PAGE = re.compile(r"`docs/([\w-]+)\.md`")
 # A list that follows a paragraph's line is one on GitHub, and needs a blank line before it in a page.
@@ -34,10 +34,11 @@ _LIST = re.compile(r"^(?![-*] |\d+\. |\s|\||#|$)(.*)\n(?=[-*] )", re.M)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made."""
+    """Add the pages that are made from other files."""
     pages = {
         "index.md": (ROOT / "README.md").read_text(encoding="utf-8"),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
         "commands.md": "# Commands\n\n" + "\n".join(_help(*command) for command in COMMANDS),
         "recipes.md": _recipes(),
     }

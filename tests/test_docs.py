@@ -1,4 +1,4 @@
-"""What the documentation says can be typed: every flag of every command line in it exists, and the site builds."""
+"""What the documentation names exists: flags of commands, files, folders of the tree; and the site builds."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 COMMANDS = runpy.run_path(str(ROOT / "docs/hooks.py"))["COMMANDS"]
 _WORDS = r"[^`\n|>\\]*"
+# A name in backticks that begins with a folder of the repository is a path of it.
+_PATH = re.compile(
+    r"`((?:pat_serve|training|export|server|tests|benchmarks|configs|deploy|docker|docs|examples|monitoring|recipes|"
+    r"requirements)/[\w./-]*)(?:::\w+)?`"
+)
+README_LINES = 120
 _LINE = re.compile(rf"(?:^ *|`|\$ |&& )(pat-(?:train|export|serve|bench|eval|demo)\b{_WORDS}(?:\\\n{_WORDS})*)", re.M)
 
 
@@ -65,6 +71,61 @@ def test_a_page_stands_once_in_the_navigation() -> None:
     pages = re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
     assert len(pages) > 15
     assert sorted(pages) == sorted(set(pages))
+
+
+def tree_of(text: str) -> set[str]:
+    """Folders of the annotated tree, which is the first block of text: two spaces of indentation a level."""
+    block = re.search(r"^```text\n(.*?)^```", text, re.M | re.S)
+    assert block, "no tree"
+    folders: set[str] = set()
+    above: list[str] = []
+    for line in block[1].splitlines():
+        entry = re.fullmatch(r"((?:  )*)([\w.]+)/ +\S.*", line)
+        assert entry, f"not a folder with its meaning: {line!r}"
+        level = len(entry[1]) // 2
+        assert level <= len(above), f"indented too far: {line!r}"
+        above[level:] = [entry[2]]
+        assert "/".join(above) not in folders, f"twice: {line!r}"
+        folders.add("/".join(above))
+    return folders
+
+
+def package_folders() -> set[str]:
+    """Every folder of the repository that holds Python, and all of its folders at the top but hidden and made ones."""
+    tops = {"pat_serve", "training", "export", "server", "tests", "benchmarks"}
+    found = set(tops)
+    for top in tops:
+        for path in (ROOT / top).rglob("*.py"):
+            inside = path.parent.relative_to(ROOT)
+            links = (parent for parent in inside.parents if (ROOT / parent).is_symlink())
+            if not (ROOT / inside).is_symlink() and not any(links):
+                found |= {str(folder) for folder in (inside, *inside.parents) if folder != Path()}
+    return found
+
+
+def test_every_package_folder_has_its_line_in_the_tree() -> None:
+    lines = tree_of((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(package_folders()) > 40
+    assert not package_folders() - lines, "folders without a line"
+    assert not {line for line in lines if not (ROOT / line).is_dir()}, "lines without a folder"
+
+
+def test_a_tree_is_read_with_its_levels() -> None:
+    text = "```text\na/      one\n  b/    two\n    c/  three\nd/      four\n```\n"
+    assert tree_of(text) == {"a", "a/b", "a/b/c", "d"}
+    for wrong in ("a/  one\n    c/  too far\n", "a/\n", "a/  one\na/  again\n"):
+        with pytest.raises(AssertionError):
+            tree_of(f"```text\n{wrong}```\n")
+
+
+def test_every_path_in_the_documentation_exists() -> None:
+    paths = [(page.name, path) for page in PAGES for path in _PATH.findall(page.read_text(encoding="utf-8"))]
+    assert len(paths) > 100
+    assert not [f"{page}: {path}" for page, path in paths if not (ROOT / path).exists()]
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < README_LINES
 
 
 @pytest.mark.slow
