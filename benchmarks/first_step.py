@@ -32,7 +32,7 @@ from pat_serve.demo.corpus import build_corpus, write_rows  # noqa: E402
 from pat_serve.training import assemble  # noqa: E402
 from pat_serve.training.checks.prepare import Prepared, prepare  # noqa: E402
 from pat_serve.training.config import TrainRecipe  # noqa: E402
-from pat_serve.training.model import compensation, insert, slicing  # noqa: E402
+from pat_serve.training.model import ready  # noqa: E402
 from pat_serve.training.ranks import Ranks  # noqa: E402
 
 IMPORT_S = {name: clock() - BEGAN[name] for name, clock in CLOCKS.items()}
@@ -106,9 +106,9 @@ def measure(recipe: TrainRecipe, import_s: float, clock: Callable[[], float]) ->
         for place, name, stage in (
             (AutoModelForCausalLM, "from_pretrained", "load"),
             (assemble, "calibrate", "calibrate"),
-            (insert, "adapt", "rotate and insert"),
-            (compensation, "compensate", "compensate"),
-            (slicing, "narrow_model", "narrow"),
+            (ready, "adapt", "rotate and insert"),
+            (ready, "compensate", "compensate"),
+            (ready, "narrow_model", "narrow"),
         ):
             patched.enter_context(patch.object(place, name, stages.time(stage, getattr(place, name))))
         began, before = clock(), sum(stages.seconds.values())

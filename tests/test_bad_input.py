@@ -278,10 +278,10 @@ def test_force_replaces_nothing_but_our_own_outputs(run: Path, rows: Path, base:
 def test_a_forced_run_that_cannot_begin_keeps_the_old_one(
     run: Path, rows: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **_settings: object) -> None:
         raise RuntimeError("late")
 
-    monkeypatch.setattr("pat_serve.training.model.insert.build_model", fail)
+    monkeypatch.setattr("pat_serve.training.model.ready.make_ready", fail)
     with pytest.raises(RuntimeError, match="late"):
         start(tiny_recipe(base, rows), run, force=True)
     assert (run / "plan.json").is_file()

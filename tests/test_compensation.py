@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.training.config import TrainRecipe
+from pat_serve.training.methods import Method
 from pat_serve.training.model.calibration import Calibration, calibrate
 from pat_serve.training.model.compensation import RIDGE, ROWS_AT_ONCE, _product, branches, compensate, low_rank_update
-from pat_serve.training.model.insert import build_model
+from pat_serve.training.model.insert import adapt, load_base
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family, save_tiny_llama
@@ -56,7 +56,7 @@ def test_a_weight_of_zeros_keeps_its_adapter(tiny_base: Path, rows: Path) -> Non
     checkpoint = open_checkpoint(str(tiny_base))
     measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=None)
     recipe = tiny_recipe(tiny_base, rows, **CUT | {"rotate": "none"})
-    model, method = build_model(checkpoint, recipe, torch.float32, 48, 24, lambda _: measured)
+    model, method = adapt(load_base(checkpoint, recipe, torch.float32), checkpoint.family, recipe, 48, 24, measured)
     method.on_step(0)
     reader = model.get_base_model().get_submodule("model.layers.0.mlp.up_proj")
     reader.base_layer.weight.zero_()
@@ -66,9 +66,11 @@ def test_a_weight_of_zeros_keeps_its_adapter(tiny_base: Path, rows: Path) -> Non
     assert not reader.lora_B["default"].weight.any()
 
 
-def calibrate_first(checkpoint: Checkpoint) -> Callable[[Any], Calibration]:
-    """Measure the base on the batches of this file."""
-    return lambda base: calibrate(base, checkpoint.family, 2, batches(), rotate="energy")
+def adapted(checkpoint: Checkpoint, recipe: TrainRecipe) -> tuple[Any, Method]:
+    """The PEFT model of a base that is measured on the batches of this file, and its method."""
+    base = load_base(checkpoint, recipe, torch.float32)
+    measured = calibrate(base, checkpoint.family, 2, batches(), rotate="energy")
+    return adapt(base, checkpoint.family, recipe, 48, 24, measured)
 
 
 def normed(model: Any, norms: list[str], batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -102,8 +104,7 @@ def test_every_reader_gets_the_least_squares_of_the_models_own_passes(
     checkpoint = open_checkpoint(str(save_tiny_family(tmp_path / "base", model_type, head_dim=32, **used)))
     # Of full rank: nothing is left to an approximation.
     recipe = tiny_recipe(checkpoint.folder, rows, lora_head=True, lora_rank=48, **CUT)
-    measured = calibrate_first(checkpoint)
-    model, method = build_model(checkpoint, recipe, torch.float32, 48, 24, measured)
+    model, method = adapted(checkpoint, recipe)
     method.on_step(0)
     compensate(model, method, checkpoint.family, 2, batches())
     model.eval()
@@ -134,14 +135,7 @@ def test_cut_model_is_nearer_to_the_dense_one(tiny_base: Path, rows: Path, head:
     checkpoint = open_checkpoint(str(tiny_base))
     recipe = tiny_recipe(tiny_base, rows, lora_head=head, **CUT)
     torch.manual_seed(0)
-    model, method = build_model(
-        checkpoint,
-        recipe,
-        torch.float32,
-        48,
-        24,
-        calibrate_first(checkpoint),
-    )
+    model, method = adapted(checkpoint, recipe)
     method.on_step(0)
     model.eval()
 

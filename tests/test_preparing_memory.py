@@ -19,7 +19,7 @@ from pat_serve.training.checks.preflight import estimate_training
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.model import compensation
 from pat_serve.training.model.calibration import Calibration, calibrate, calibration_batches
-from pat_serve.training.model.insert import adapt, build_model
+from pat_serve.training.model.insert import adapt, load_base
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family, save_tiny_llama
 
@@ -122,7 +122,7 @@ def test_states_and_masks_of_all_rows(
     _enter = compensation._enter
     monkeypatch.setattr(compensation, "_enter", enter)
     measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=None)
-    model, method = build_model(opened, recipe, torch.float32, 48, 24, lambda _: measured)
+    model, method = adapt(load_base(opened, recipe, torch.float32), opened.family, recipe, 48, 24, measured)
     method.on_step(0)
     batches = calibration_batches(samples(512, 9, 300, 40, 512, 512, 7, 1, 90), recipe.batch_size)
     compensation.compensate(model, method, opened.family, 2, batches)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from pat_serve.run_folder import list_checkpoints
 from pat_serve.terminal.progress import say, track
@@ -15,7 +15,7 @@ from pat_serve.training.checks.prepare import Prepared
 from pat_serve.training.config import TENSORBOARD
 from pat_serve.training.data import PadBatch
 from pat_serve.training.data.rowless import CheckedBatch
-from pat_serve.training.methods import Method
+from pat_serve.training.methods import Method, method_of
 from pat_serve.training.model.calibration import Calibration, calibrate
 from pat_serve.training.ranks import Ranks, sharded_by_fsdp, use_one_device
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pat_serve.training.loop.callbacks import Display
     from pat_serve.training.loop.trainer import PruningTrainer
+    from pat_serve.training.model.ready import Ready
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ def assemble(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> J
 
     recipe = prepared.recipe
     set_seed(recipe.seed)
-    model, method = _build(prepared, run, ranks, resumes=resumes)
+    ready = _build(prepared, run, ranks, resumes=resumes)
+    method = ready.method
     arguments = _arguments(prepared, run, method)
     if unused := use_one_device(arguments):
         say(f"{unused + 1} GPUs are visible and one is used; `accelerate launch` uses all (docs/scaling.md)")
@@ -61,7 +63,7 @@ def assemble(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> J
         method=method,
         run=run,
         keep_checkpoints=recipe.keep_checkpoints,
-        model=model,
+        model=ready.model,
         args=arguments,
         train_dataset=prepared.data.train,
         eval_dataset=prepared.data.held_out,
@@ -73,47 +75,47 @@ def assemble(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> J
     return Job(trainer=trainer, method=method, display=display)
 
 
-def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> tuple[nn.Module, Method]:
-    from pat_serve.training.model.compensation import compensate
-    from pat_serve.training.model.insert import build_model
-    from pat_serve.training.model.norms import train_norms
-    from pat_serve.training.model.slicing import narrow_model
+def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> Ready:
+    from pat_serve.training.model.insert import load_base
+    from pat_serve.training.model.ready import make_ready
 
     recipe, inputs, checkpoint = prepared.recipe, prepared.inputs, prepared.checkpoint
     batches = prepared.calibration
     found, wanted = len(prepared.data.samples), recipe.calibration_rows
     if batches and found < wanted and not resumes:
         say(f"calibration: the data have {found} rows, of {wanted} wanted")
+    base = load_base(checkpoint, recipe, getattr(torch, inputs.dtype))
+    calibration = None
+    if method_of(recipe).wants_calibration(recipe):
+        # One process measures: all others, and a resumed run, must turn the model by the same matrix, to the bit.
+        calibration = ranks.agree(
+            lambda: (Calibration.load(run) if resumes else None) or _measure(base, prepared, batches)
+        )
+    # A checkpoint holds the adapter as it has become since.
+    compensated = resumes and bool(list_checkpoints(run))
+    return make_ready(
+        base,
+        checkpoint.family,
+        recipe,
+        inputs.target_width,
+        inputs.total_steps,
+        calibration=calibration,
+        compensate_on=() if compensated else batches,
+    )
+
+
+def _measure(base: Any, prepared: Prepared, batches: list[dict[str, Tensor]]) -> Calibration:
+    recipe, checkpoint = prepared.recipe, prepared.checkpoint
     rotate = recipe.rotate
     assert rotate != "auto", "the recipe was not resolved"
-
-    def measure(base: nn.Module) -> Calibration:
-        # One process measures: all others, and a resumed run, must turn the model by the same matrix, to the bit.
-        return ranks.agree(
-            lambda: (
-                (Calibration.load(run) if resumes else None)
-                or calibrate(
-                    base,
-                    checkpoint.family,
-                    checkpoint.num_layers,
-                    track(batches, "calibrate", len(batches)),
-                    rotate=rotate,
-                    by_gradient=recipe.mask_start == "gradient",
-                )
-            )
-        )
-
-    dtype = getattr(torch, inputs.dtype)
-    model, method = build_model(checkpoint, recipe, dtype, inputs.target_width, inputs.total_steps, measure)
-    if method.prunes and recipe.compensate and not (resumes and list_checkpoints(run)):
-        # A checkpoint holds the adapter as it has become since.
-        method.on_step(0)
-        compensate(model, method, checkpoint.family, checkpoint.num_layers, batches)
-    if inputs.narrow:
-        narrow_model(model, method, checkpoint.num_layers, method.kept_channels())
-    if recipe.train_norms:
-        train_norms(model, method, checkpoint.num_layers)
-    return model, method
+    return calibrate(
+        base,
+        checkpoint.family,
+        checkpoint.num_layers,
+        track(batches, "calibrate", len(batches)),
+        rotate=rotate,
+        by_gradient=recipe.mask_start == "gradient",
+    )
 
 
 def _arguments(prepared: Prepared, run: Path, method: Method) -> TrainingArguments:

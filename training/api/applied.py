@@ -12,7 +12,7 @@ from torch import nn
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.methods.pat.method import Pat
+from pat_serve.training.methods import Method
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,7 @@ class AppliedPat:
         first_micro_batch: the next one is the first of its optimizer step.
     """
 
-    method: Pat
+    method: Method
     recipe: TrainRecipe
     checkpoint: Checkpoint
     frozen_sha256: dict[str, str]

@@ -16,15 +16,14 @@ from pat_serve.training.checks.base_weights import require_same_weights
 from pat_serve.training.checks.cut_report import report_cut
 from pat_serve.training.checks.width import check_ties, target_width
 from pat_serve.training.config import TrainRecipe, preset
-from pat_serve.training.methods.pat.method import Pat
-from pat_serve.training.methods.pat.schedule import LEAST_STEPS
+from pat_serve.training.methods import method_of
 from pat_serve.training.model.calibration import Calibration, calibrate, calibration_batches
-from pat_serve.training.model.compensation import compensate
-from pat_serve.training.model.insert import adapt
-from pat_serve.training.model.norms import hidden_norms, train_norms
-from pat_serve.training.model.slicing import narrow_model
+from pat_serve.training.model.norms import hidden_norms
+from pat_serve.training.model.ready import make_ready
 
 CALIBRATION_BATCH = 8
+# Any number that every schedule can be made for: they are stretched once the Trainer knows its steps.
+SOME_STEPS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,19 +113,12 @@ def apply_pat(
     vocabulary = Vocabulary(rows=int(checkpoint.config["vocab_size"]), rowless={})
     vocabulary.require((token_id for example in examples for token_id in example["input_ids"]), "calibration")
     batches = calibration_batches(examples, CALIBRATION_BATCH)
-    measured = _measure(model, checkpoint, recipe, batches) if Pat.wants_calibration(recipe) else None
-    # The schedule is stretched once the Trainer knows its steps.
-    adapted: Any
-    adapted, method = adapt(model, checkpoint.family, recipe, width, LEAST_STEPS, measured)
-    assert isinstance(method, Pat)
-    if recipe.compensate:
-        method.on_step(0)
-        compensate(adapted, method, checkpoint.family, checkpoint.num_layers, batches)
-    if Pat.stays_wide(recipe) is None:
-        narrow_model(adapted, method, checkpoint.num_layers, method.kept_channels())
+    measured = _measure(model, checkpoint, recipe, batches) if method_of(recipe).wants_calibration(recipe) else None
+    ready = make_ready(model, checkpoint.family, recipe, width, SOME_STEPS, calibration=measured, compensate_on=batches)
+    adapted: Any = ready.model
+    method = ready.method
     gains: frozenset[str] = frozenset()
     if recipe.train_norms:
-        train_norms(adapted, method, checkpoint.num_layers)
         gains = frozenset(f"{name}.weight" for name, _ in hidden_norms(adapted, method, checkpoint.num_layers))
     adapted.pat = AppliedPat(
         method=method,

@@ -1,4 +1,4 @@
-"""The Trainer's side of PAT: the gate's clock, the mask's learning rate, and the losses in the forward pass."""
+"""The Trainer's side of a method: its clock, its own learning rates, and its losses in the forward pass."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pat_serve.errors import Diverged, RunError, UsageError
 from pat_serve.training.api.applied import AppliedPat, applied
 from pat_serve.training.groups import rate_factor
-from pat_serve.training.methods.pat.method import Pat
-from pat_serve.training.methods.pat.schedule import least_steps
+from pat_serve.training.methods import Method
 
 KEPT_SAMPLES = 8
 
@@ -43,7 +42,7 @@ class PatCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
                 found="a resumption" if state.global_step > 0 else "load_best_model_at_end",
                 fix="Leave it out: its checkpoints hold no HSMs. pat-train's do, and resume.",
             )
-        least = least_steps(handle.recipe.gate)
+        least = handle.method.least_steps(handle.recipe)
         if state.max_steps < least:
             raise UsageError(
                 "the Trainer",
@@ -56,7 +55,7 @@ class PatCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         averaged = distributed and args.average_tokens_across_devices
         handle.loss_multiplier = torch.distributed.get_world_size() if averaged else 1
-        _give_mask_its_rate(handle.method, kwargs["optimizer"], kwargs["lr_scheduler"])
+        _give_own_rates(handle.method, kwargs["optimizer"], kwargs["lr_scheduler"])
         _scale_rates(kwargs["model"], handle.recipe.lr_scale, kwargs["optimizer"], kwargs["lr_scheduler"])
 
     def on_step_begin(
@@ -139,19 +138,19 @@ def _keep_samples(handle: AppliedPat, inputs: dict[str, Any]) -> None:
             handle.samples.append(kept.tolist())
 
 
-def _give_mask_its_rate(method: Pat, optimizer: Any, scheduler: Any) -> None:
-    """Move the mask's logits into a parameter group of their own, with a constant rate, if they are trained at all."""
-    if not method.mask.schedule.trains_mask:
-        return
-    scheduler = _multiplying(scheduler)
-    (logits,) = method.mask.parameters()
-    (rate,) = method.learning_rates().values()
-    group = next(group for group in optimizer.param_groups if any(entry is logits for entry in group["params"]))
-    group["params"] = [entry for entry in group["params"] if entry is not logits]
-    own = {name: value for name, value in group.items() if name != "params"}
-    optimizer.add_param_group(own | {"params": [logits], "lr": rate, "initial_lr": rate})
-    scheduler.base_lrs.append(rate)
-    scheduler.lr_lambdas.append(lambda _step: 1.0)
+def _give_own_rates(method: Method, optimizer: Any, scheduler: Any) -> None:
+    """Move what has a rate of the method's own, as the mask's logits, into parameter groups with that constant rate."""
+    for module, rate in method.learning_rates().items():
+        for own in method.modules()[module].parameters():
+            if not own.requires_grad:
+                continue
+            multiplying = _multiplying(scheduler)
+            group = next(group for group in optimizer.param_groups if any(entry is own for entry in group["params"]))
+            group["params"] = [entry for entry in group["params"] if entry is not own]
+            settings = {name: value for name, value in group.items() if name != "params"}
+            optimizer.add_param_group(settings | {"params": [own], "lr": rate, "initial_lr": rate})
+            multiplying.base_lrs.append(rate)
+            multiplying.lr_lambdas.append(lambda _step: 1.0)
 
 
 def _scale_rates(model: Any, scales: Mapping[str, float], optimizer: Any, scheduler: Any) -> None:
@@ -159,11 +158,12 @@ def _scale_rates(model: Any, scales: Mapping[str, float], optimizer: Any, schedu
     if not scales:
         return
     scheduler = _multiplying(scheduler)
-    mask = {id(parameter) for parameter in applied(model).method.mask.parameters()}
+    method = applied(model).method
+    own = {id(p) for module in method.learning_rates() for p in method.modules()[module].parameters()}
     factors = {
         id(parameter): rate_factor(name, scales)
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in mask
+        if parameter.requires_grad and id(parameter) not in own
     }
     for index, group in enumerate(list(optimizer.param_groups)):
         moved: dict[float, list[Any]] = {}

@@ -41,10 +41,11 @@ def save_run(
         DiskFull: it does not fit on its disk.
     """
     handle, folder = applied(model), Path(folder)
-    if not (handle.trained and handle.method.mask.frozen):
+    still_to_come = handle.method.unfinished()
+    if not handle.trained or still_to_come:
         raise UnfinishedRun(
             "the model",
-            expected=f"a training beyond the mask's freeze at step {handle.method.mask.schedule.freeze_step}"
+            expected=f"a training beyond {still_to_come}"
             if handle.trained
             else "one that a Trainer has brought to its end",
             found=f"one that ended at step {handle.method.step}" if handle.trained else "one that none has",

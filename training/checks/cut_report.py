@@ -15,7 +15,7 @@ from pat_serve.sizes import ModelShape, decode_bytes
 from pat_serve.sizes import shape_of as sizes_of
 from pat_serve.terminal.progress import say
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.methods import METHODS
+from pat_serve.training.methods import method_of
 
 # Batch and context: one answer alone, and a server at work.
 LOADS = ((1, 128), (8, 1024))
@@ -31,7 +31,7 @@ def report_cut(recipe: TrainRecipe, checkpoint: Checkpoint, width: int) -> None:
         checkpoint: the base; its headers alone are read.
         width: K.
     """
-    if METHODS[recipe.method].prunes:
+    if method_of(recipe).prunes:
         for line in cut_lines(recipe, checkpoint, width):
             say(line)
 

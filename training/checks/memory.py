@@ -17,6 +17,7 @@ from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.rotation import ROWS_AT_ONCE
 from pat_serve.training.config import TrainRecipe
+from pat_serve.training.methods import method_of
 
 # A weight in NF4, with its share of the scales, which are quantized too: 4.127 bits (arXiv 2305.14314).
 NF4_BYTES = 4.127 / 8
@@ -68,7 +69,7 @@ def weights_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, hidde
 
 def unties(checkpoint: Checkpoint, recipe: TrainRecipe) -> bool:
     """The run gives a tied base a head of its own."""
-    return checkpoint.tied and recipe.method != "lora" and recipe.rotate != "none"
+    return checkpoint.tied and method_of(recipe).prunes and recipe.rotate != "none"
 
 
 def _quantized_parameters(checkpoint: Checkpoint) -> int:
@@ -101,7 +102,7 @@ def tuning_bytes_per_token(checkpoint: Checkpoint, recipe: TrainRecipe, width: i
     dropout = (1 if device == "cuda" else 4) if recipe.lora_dropout else 0
     lora = inputs * (width + dropout) + 7 * recipe.lora_rank * width
     hybrid = 0
-    if recipe.method != "lora":
+    if method_of(recipe).follows_writers:
         # The operator's input, and L0's output.
         hybrid = 2 * width * (hidden + recipe.resolved_hio_rank(checkpoint.hidden_size))
     # The normalized stream, which the gains' gradients are made of.

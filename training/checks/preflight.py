@@ -26,10 +26,8 @@ from pat_serve.training.checks.memory import (
     weights_bytes,
 )
 from pat_serve.training.config import LEAST_CALIBRATION_ROWS, TrainRecipe
-from pat_serve.training.methods import METHODS
-from pat_serve.training.model.insert import adapt
-from pat_serve.training.model.norms import train_norms
-from pat_serve.training.model.slicing import narrow_model
+from pat_serve.training.methods import method_of
+from pat_serve.training.model.ready import make_ready
 from pat_serve.training.ranks import sharded_by_fsdp
 
 # A float32 weight, its gradient and Adam's two moments.
@@ -125,8 +123,8 @@ def check_memory(
         available = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
     else:
         available = available_memory_bytes()
-    wide = METHODS[recipe.method].stays_wide(recipe)
-    if METHODS[recipe.method].prunes:
+    wide = method_of(recipe).stays_wide(recipe)
+    if method_of(recipe).prunes:
         channels = f"{target_width} of {checkpoint.hidden_size}" if wide is None else f"all {checkpoint.hidden_size}"
         say(f"preflight: trains {channels} channels" + (f", since {wide}" if wide else ""))
     estimate.report(available, device)
@@ -181,7 +179,7 @@ def estimate_training(
         device: "cpu" or "cuda", whose dropout keep different things.
         calibration: each padded batch that the base is measured on, if it is.
     """
-    narrow = METHODS[recipe.method].stays_wide(recipe) is None
+    narrow = method_of(recipe).stays_wide(recipe) is None
     hidden = target_width if narrow else checkpoint.hidden_size
     lora, own, adapter = _trained_parameters(checkpoint, recipe, target_width, total_steps)
     base = base_parameters(checkpoint, recipe, hidden)
@@ -197,7 +195,7 @@ def estimate_training(
     else:
         activations = checkpoint.num_layers * layer
     # The embedding's HSM and the final norm.
-    activations += tokens * hidden * (4 + (2 * width if recipe.method != "lora" else 0))
+    activations += tokens * hidden * (4 + (2 * width if method_of(recipe).follows_writers else 0))
     on_heap = device == "cpu" and tokens * hidden * width < HEAP_BLOCK_BYTES
     # The log-probabilities and two gradients in float32; of a 16-bit head its own gradient as well.
     # To distil: both models' log-probabilities, the teacher's logits, and what the divergence keeps of each.
@@ -240,15 +238,12 @@ def _trained_parameters(
         base = AutoModelForCausalLM.from_config(config)
         if unties(checkpoint, recipe):
             untie_head(base)
-        model, method = adapt(base, checkpoint.family, uncalibrated, target_width, total_steps)
-        wide = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        if METHODS[recipe.method].stays_wide(recipe) is None:
-            narrow_model(model, method, checkpoint.num_layers, torch.arange(target_width))
-        if recipe.train_norms:
-            train_norms(model, method, checkpoint.num_layers)
-    trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+        # No mask says which channels stay, and all are alike to count.
+        kept_K = torch.arange(target_width, device="cpu")
+        ready = make_ready(base, checkpoint.family, uncalibrated, target_width, total_steps, kept_K=kept_K)
+    trained = {name: parameter.numel() for name, parameter in ready.model.named_parameters() if parameter.requires_grad}
     lora = sum(count for name, count in trained.items() if ".lora_" in name)
-    return lora, sum(trained.values()) - lora, wide
+    return lora, sum(trained.values()) - lora, ready.wide_parameters
 
 
 def _gb(count: int) -> str:

@@ -21,8 +21,7 @@ from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import TrainingData, load_tokenizer, read_training_data
 from pat_serve.training.data.rowless import check_vocabulary
 from pat_serve.training.loop.reporting import check_reporters
-from pat_serve.training.methods import METHODS
-from pat_serve.training.methods.pat.schedule import least_steps
+from pat_serve.training.methods import method_of
 from pat_serve.training.model.calibration import calibration_batches, rows_at_once
 from pat_serve.training.ranks import Ranks, refuse_zero3
 
@@ -56,12 +55,11 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
     Raises:
         PatServeError: one of them is unusable.
     """
-    if recipe.method not in METHODS:
-        raise UsageError("--method", expected=" or ".join(METHODS), found=recipe.method, fix="Choose one of them.")
+    method = method_of(recipe)
     check_reporters(recipe.report_to)
     refuse_zero3()
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
-    asked, recipe = recipe, recipe.resolved(tied=checkpoint.tied, prunes=METHODS[recipe.method].prunes)
+    asked, recipe = recipe, recipe.resolved(tied=checkpoint.tied, prunes=method.prunes)
     check_ties(recipe, checkpoint)
     width = target_width(recipe, checkpoint)
     report_cut(recipe, checkpoint, width)
@@ -75,8 +73,8 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
     micro_batches = math.ceil((rows or 0) / (recipe.batch_size * ranks.count))
     steps_per_epoch = math.ceil(micro_batches / recipe.gradient_accumulation_steps)
     total_steps = recipe.max_steps or max(1, round(recipe.epochs * steps_per_epoch))
-    least = least_steps(recipe.gate)
-    if METHODS[recipe.method].prunes and total_steps < least:
+    least = method.least_steps(recipe)
+    if method.prunes and total_steps < least:
         raise UsageError(
             "--max-steps" if recipe.max_steps else "--epochs",
             expected=f"at least {least} optimizer steps, in which --gate {recipe.gate} closes",
@@ -86,7 +84,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
     dtype = serving_dtype(recipe.dtype)
     # An older GPU serves in float16, which cannot be trained in without scaling the loss.
     dtype = "float32" if dtype == "float16" else dtype
-    calibrates = METHODS[recipe.method].wants_calibration(recipe)
+    calibrates = method.wants_calibration(recipe)
     calibration = calibration_batches(data.samples, rows_at_once(recipe)) if calibrates else []
     sizes = [BatchSize.of(batch) for batch in calibration]
     # Before the base is hashed, which reads all of it.
@@ -99,7 +97,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
         target_width=width,
         processes=ranks.count,
         dtype=dtype,
-        narrow=METHODS[recipe.method].stays_wide(recipe) is None,
+        narrow=method.stays_wide(recipe) is None,
     )
     return Prepared(
         asked=asked,

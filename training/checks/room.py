@@ -11,7 +11,7 @@ from pathlib import Path
 from pat_serve.files.disk import check_room
 from pat_serve.run_folder import checkpoint_step, list_checkpoints
 from pat_serve.training.checks.prepare import Prepared
-from pat_serve.training.methods import METHODS
+from pat_serve.training.methods import method_of
 
 # A trained float32 number and Adam's two moments of it, with what the files say about each tensor.
 _CHECKPOINT_BYTES = 12.25
@@ -33,7 +33,7 @@ def run_bytes(prepared: Prepared) -> tuple[int, int, int]:
     at_once = min(written, recipe.keep_checkpoints + 1)
     checkpoint = round((size.lora_parameters + size.method_parameters) * _CHECKPOINT_BYTES) + _SMALL_FILES_BYTES
     # The rotation is there twice: measured, and in the plan.
-    rotations = 2 if METHODS[recipe.method].prunes and recipe.rotate != "none" else 0
+    rotations = 2 if method_of(recipe).prunes and recipe.rotate != "none" else 0
     result = size.wide_parameters * 4 + rotations * prepared.checkpoint.hidden_size**2 * 4 + _SMALL_FILES_BYTES
     lines = math.ceil(inputs.total_steps / recipe.logging_steps) + 2
     tokenizer = sum(path.stat().st_size for path in prepared.checkpoint.folder.glob("tokenizer*") if path.is_file())

@@ -9,7 +9,7 @@ from pat_serve.geometry import check_width, fast_tile, snap_ratio
 from pat_serve.terminal.progress import say
 from pat_serve.training.checks.cut_report import gets_own_head
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.methods import METHODS
+from pat_serve.training.methods import method_of
 
 
 def target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
@@ -18,7 +18,7 @@ def target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
     Raises:
         UsageError: a width for such a method, or an illegal one.
     """
-    if not METHODS[recipe.method].prunes:
+    if not method_of(recipe).prunes:
         if recipe.ratio is not None or recipe.hidden_size is not None:
             raise UsageError(
                 "--ratio" if recipe.ratio is not None else "--hidden-size",
@@ -54,7 +54,7 @@ def check_ties(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
     Raises:
         UsageError: it says something that the base or another setting does not allow.
     """
-    prunes = METHODS[recipe.method].prunes
+    prunes = method_of(recipe).prunes
     rotates = prunes and recipe.rotate != "none"
     parts = prunes and gets_own_head(recipe, checkpoint)
     if recipe.lora_head and checkpoint.tied and not parts:

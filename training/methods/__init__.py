@@ -1,9 +1,23 @@
 """Pruning methods by name. A NEW METHOD is one file beside this one and one line in METHODS."""
 
+from pat_serve.errors import UsageError
+from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods.base import Method
 from pat_serve.training.methods.lora import LoraOnly
 from pat_serve.training.methods.pat.method import Pat
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Pat, LoraOnly)}
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["METHODS", "Method", "method_of"]
+
+
+def method_of(recipe: TrainRecipe) -> type[Method]:
+    """The method that a recipe names.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    found = METHODS.get(recipe.method)
+    if found is None:
+        raise UsageError("--method", expected=" or ".join(METHODS), found=recipe.method, fix="Choose one of them.")
+    return found

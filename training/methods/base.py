@@ -30,6 +30,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     prunes: ClassVar[bool] = True
+    # An operator follows every module that writes to the residual stream, and keeps its input for the backward pass.
+    follows_writers: ClassVar[bool] = False
 
     def __init__(
         self, recipe: TrainRecipe, family: Family, hidden_size: int, target_width: int, total_steps: int
@@ -58,6 +60,15 @@ class Method(ABC):
             recipe: the run's settings, resolved.
         """
         return "nothing is cut"
+
+    @classmethod
+    def least_steps(cls, recipe: TrainRecipe) -> int:
+        """Optimizer steps that a run has at least, for the method to come to its end."""
+        return 1
+
+    def unfinished(self) -> str | None:
+        """What the steps so far have not reached, after which there is a plan; None if there is one."""
+        return None
 
     @abstractmethod
     def attach(self, model: nn.Module, num_layers: int) -> None:

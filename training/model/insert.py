@@ -1,8 +1,7 @@
-"""From a base checkpoint to a model in training: load it, adapt its linears with LoRA, attach the method."""
+"""Load a base; adapt its linears with LoRA and attach the method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,39 +13,25 @@ from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.errors import MissingExtra
 from pat_serve.rotation import rotate_model
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.methods import METHODS, Method
+from pat_serve.training.methods import Method, method_of
 from pat_serve.training.model.calibration import Calibration
 from pat_serve.training.ranks import sharded_by_fsdp
 
 
-def build_model(
-    checkpoint: Checkpoint,
-    recipe: TrainRecipe,
-    dtype: torch.dtype,
-    target_width: int,
-    total_steps: int,
-    measure: Callable[[nn.Module], Calibration],
-) -> tuple[nn.Module, Method]:
-    """Load the base, frozen, turned to its principal axes if the recipe says so, with LoRA and the method's modules.
+def load_base(checkpoint: Checkpoint, recipe: TrainRecipe, dtype: torch.dtype) -> Any:
+    """Load the base, on the accelerator if it fits there.
 
     Args:
         checkpoint: the base.
         recipe: the run's settings; its seed must have been set before.
         dtype: of the frozen base weights; what is trained is float32.
-        target_width: K.
-        total_steps: optimizer steps of the whole run.
-        measure: gives the calibration of the loaded base; called when the method wants one.
-
-    Returns:
-        the PEFT model and its method.
     """
     from transformers import AutoModelForCausalLM
 
     quantized = {"quantization_config": _nf4(dtype)} if recipe.quantize_base else {}
     base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, local_files_only=True, **quantized)
     _move_to_accelerator(base)
-    calibration = measure(base) if METHODS[recipe.method].wants_calibration(recipe) else None
-    return adapt(base, checkpoint.family, recipe, target_width, total_steps, calibration)
+    return base
 
 
 def _move_to_accelerator(base: Any) -> None:
@@ -93,7 +78,7 @@ def adapt(
         target_modules=family.lora_targets() + ([HEAD] if recipe.lora_head else []),
     )
     model = get_peft_model(base, lora)
-    method = METHODS[recipe.method](recipe, family, base.config.hidden_size, target_width, total_steps)
+    method = method_of(recipe)(recipe, family, base.config.hidden_size, target_width, total_steps)
     method.calibration = calibration
     method.attach(model.get_base_model(), base.config.num_hidden_layers)
     # The base is on its device already, and the Trainer would move what is new only after it has been called, or, with

@@ -20,7 +20,7 @@ from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods.base import Method
 from pat_serve.training.methods.pat.hsm import HybridModule, SharedMask
 from pat_serve.training.methods.pat.losses import count_loss, identity_loss, push_loss
-from pat_serve.training.methods.pat.schedule import GateSchedule
+from pat_serve.training.methods.pat.schedule import GateSchedule, least_steps
 from pat_serve.training.model.slicing import scatter
 from pat_serve.training.ranks import snapshot, whole
 
@@ -33,6 +33,7 @@ class Pat(Method):
     """Pruning-aware tuning of the hidden dimension."""
 
     name: ClassVar[str] = "pat"
+    follows_writers: ClassVar[bool] = True
 
     @classmethod
     def wants_calibration(cls, recipe: TrainRecipe) -> bool:
@@ -50,6 +51,15 @@ class Pat(Method):
             "--narrow off": recipe.narrow == "off",
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
+
+    @classmethod
+    def least_steps(cls, recipe: TrainRecipe) -> int:
+        """Those in which the gate closes."""
+        return least_steps(recipe.gate)
+
+    def unfinished(self) -> str | None:
+        """The mask's freeze."""
+        return None if self.mask.frozen else f"the mask's freeze at step {self.mask.schedule.freeze_step}"
 
     def attach(self, model: nn.Module, num_layers: int) -> None:
         """Put an HSM behind every residual writer."""
