@@ -13,6 +13,7 @@ from pat_serve.errors import UsageError, first_line
 from pat_serve.files.atomic import write_text
 from pat_serve.run_folder import RECIPE_FILE
 from pat_serve.training.groups import check_groups, parse_scales, untrained_group
+from pat_serve.training.methods.pat.settings import PatSettings
 
 TENSORBOARD: Literal["tensorboard"] = "tensorboard"
 
@@ -63,20 +64,7 @@ def preset(name: str) -> dict[str, Any]:
     return presets[name]
 
 
-def auto_hio_rank(gate: str, hidden_size: int) -> int:
-    """The rule of thumb for the operator's rank R (docs/study.md, docs/ablation.md).
-
-    Where channels are cut from the start, none: LoRA on the same linears does what the operator would. Where the mask
-    is trained, the paper's share of the width (200 of 4096), in multiples of 8.
-
-    Args:
-        gate: of the resolved recipe.
-        hidden_size: D, of the base.
-    """
-    return 0 if gate == "cut" else max(8, hidden_size * 200 // 4096 // 8 * 8)
-
-
-class TrainRecipe(pydantic.BaseModel):
+class TrainRecipe(PatSettings):
     """Settings of a run; the defaults are what measured best (docs/ablation.md, docs/study.md), or else the paper's.
 
     `run/recipe.yaml` holds every value, so `pat-train --config run/recipe.yaml --out again/` repeats a run.
@@ -105,7 +93,6 @@ class TrainRecipe(pydantic.BaseModel):
     gradient_accumulation_steps: int = pydantic.Field(default=16, ge=1)
     max_length_tokens: int = pydantic.Field(default=256, ge=8)
     learning_rate: float = pydantic.Field(default=2e-4, gt=0)
-    mask_learning_rate: float | None = pydantic.Field(default=None, gt=0)
     # Factors by group of parameters (groups.py).
     lr_scale: dict[str, Annotated[float, pydantic.Field(gt=0)]] = pydantic.Field(default_factory=dict)
     lr_scheduler: str = "cosine"
@@ -122,20 +109,12 @@ class TrainRecipe(pydantic.BaseModel):
     # The rank, where nothing else is said.
     lora_alpha: float = pydantic.Field(default=20.0, gt=0)
     lora_dropout: float = pydantic.Field(default=0.05, ge=0, lt=1)
-    hio_rank: int | None = pydantic.Field(default=None, ge=0)
-    tied_embeddings: Literal["auto", "keep", "untie"] = "auto"
-    milestone_share: float = pydantic.Field(default=1 / 3, gt=0, le=1)
 
-    rotate: Literal["auto", "none", "energy", "loss"] = "auto"
-    mask_start: Literal["auto", "zero", "energy", "gradient"] = "auto"
-    gate: Literal["auto", "anneal", "gradual", "cut"] = "auto"
     compensate: bool | None = None
     # Rows that the stream is measured on, before the first step; the export's parity prompts are the first 8.
     calibration_rows: int = pydantic.Field(default=128, ge=LEAST_CALIBRATION_ROWS)
     lora_head: bool | None = None
     distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
-    # The paper's 1; 0 leaves the identity loss out (docs/study.md).
-    identity_weight: float = pydantic.Field(default=1.0, ge=0)
     # The gains of the norms over the residual stream too (norms.py).
     train_norms: bool = False
     # Train on the kept channels alone where the cut stands before the first step (narrow.py).
@@ -154,10 +133,6 @@ class TrainRecipe(pydantic.BaseModel):
 
     @pydantic.model_validator(mode="after")
     def _options_agree(self) -> TrainRecipe:
-        if self.gate in ("gradual", "cut") and self.mask_start == "zero":
-            raise ValueError(f"gate {self.gate} needs mask_start energy or gradient, which says what to cut")
-        if self.mask_start == "gradient" and self.rotate in ("energy", "loss"):
-            raise ValueError("mask_start gradient ranks the base's own channels: rotate none")
         if self.quantize_base and self.rotate in ("energy", "loss"):
             raise ValueError("a quantized base cannot be rotated: rotate none")
         if self.quantize_base and self.mask_start == "gradient":
@@ -207,12 +182,6 @@ class TrainRecipe(pydantic.BaseModel):
     def _known_groups(cls, scales: dict[str, float]) -> dict[str, float]:
         check_groups(scales)
         return scales
-
-    @pydantic.field_validator("hio_rank", mode="before")
-    @classmethod
-    def _auto_rank(cls, rank: object) -> object:
-        """`auto`, in words or as nothing, is decided when the gate and the width are known."""
-        return None if rank == "auto" else rank
 
     @pydantic.field_validator("lr_scheduler")
     @classmethod
@@ -277,8 +246,9 @@ class TrainRecipe(pydantic.BaseModel):
             raise UsageError("--lr-scale", expected="groups that are trained", found=found[0], fix=found[1])
 
     def _refuse_pruning_settings(self) -> None:
-        others = ("calibration_rows", "hio_rank", "mask_learning_rate", "milestone_share", "identity_weight", "narrow")
-        for name in (*UNPRUNED, *others):
+        ties = {"tied_embeddings"}  # checked with the base
+        others = ("compensate", "calibration_rows", "narrow")
+        for name in (*(name for name in PatSettings.model_fields if name not in ties), *others):
             value, default = getattr(self, name), TrainRecipe.model_fields[name].default
             # A preset's value says nothing of what the user wants.
             if value not in (default, PAPER.get(name, default)):
@@ -289,17 +259,16 @@ class TrainRecipe(pydantic.BaseModel):
                     fix="Leave it out, or choose a method that prunes.",
                 )
 
-    def resolved_hio_rank(self, hidden_size: int) -> int:
-        """The HIO's rank R: as given, or by the rule of thumb (`auto_hio_rank`)."""
-        return auto_hio_rank(self.gate, hidden_size) if self.hio_rank is None else self.hio_rank
-
     def resolved_warmup_steps(self, total_steps: int) -> int:
         """The paper's 100 steps, or a tenth of a run that is shorter than 1,000."""
         return self.warmup_steps if self.warmup_steps is not None else min(100, total_steps // 10)
 
     def save(self, run: Path) -> None:
         """Write recipe.yaml, atomically."""
-        write_text(run / RECIPE_FILE, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        settings = self.model_dump(mode="json")
+        # The run's own first, then the method's.
+        ordered = {name: settings[name] for name in sorted(settings, key=PatSettings.model_fields.__contains__)}
+        write_text(run / RECIPE_FILE, yaml.safe_dump(ordered, sort_keys=False))
 
     @staticmethod
     def build(settings: dict[str, Any], source: str) -> TrainRecipe:

@@ -8,15 +8,18 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from pat_serve.errors import DataError, UsageError
 from pat_serve.terminal.progress import say
-from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data.encoding import Example, encode_rows
 from pat_serve.training.data.packing import pack_examples
 from pat_serve.training.data.row import Tokenizer
 from pat_serve.training.data.sources import SkippedRows, load_rows
 from pat_serve.training.data.streaming import ExampleStream
+
+if TYPE_CHECKING:
+    from pat_serve.training.config import TrainRecipe
 
 # Of a stream, so many rows are checked and hashed before the training starts.
 STREAM_HEAD = 1000

@@ -1,10 +1,16 @@
 """Pruning methods by name. A NEW METHOD is one file beside this one and one line in METHODS."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from pat_serve.errors import UsageError
-from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods.base import Method
 from pat_serve.training.methods.lora import LoraOnly
 from pat_serve.training.methods.pat.method import Pat
+
+if TYPE_CHECKING:
+    from pat_serve.training.config import TrainRecipe
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Pat, LoraOnly)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from pat_serve.architectures import Family
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import AxisCut, BaseReference, PruningPlan
-from pat_serve.training.config import TrainRecipe
 from pat_serve.training.model.calibration import Calibration
+
+if TYPE_CHECKING:
+    from pat_serve.training.config import TrainRecipe
 
 
 class Method(ABC):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,10 @@ from torch.utils.hooks import RemovableHandle
 from pat_serve.architectures import HIDDEN, Family
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.rotation import effective_gain, principal_axes
-from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import PadBatch
+
+if TYPE_CHECKING:
+    from pat_serve.training.config import TrainRecipe
 
 CALIBRATION_FILE = "calibration.safetensors"
 

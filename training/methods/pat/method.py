@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -16,13 +16,15 @@ from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import AxisCut
 from pat_serve.terminal.progress import say
-from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods.base import Method
 from pat_serve.training.methods.pat.hsm import HybridModule, SharedMask
 from pat_serve.training.methods.pat.losses import count_loss, identity_loss, push_loss
 from pat_serve.training.methods.pat.schedule import GateSchedule, least_steps
 from pat_serve.training.model.slicing import scatter
 from pat_serve.training.ranks import snapshot, whole
+
+if TYPE_CHECKING:
+    from pat_serve.training.config import TrainRecipe
 
 MASK = "mask"
 # Above this the projection at the freeze changes what the model computes noticeably.
