@@ -81,13 +81,13 @@ def profile_here(options: argparse.Namespace) -> dict[str, Any]:
     """Times of a step in this process: whole and by kind, in seconds, and the dearest operators."""
     import torch
 
-    from pat_serve.server.engine.workers.offline import OfflineEngine
+    from pat_serve.server.engine.workers.stepped import SteppedEngine
 
     with tempfile.TemporaryDirectory() as scratch:
         layers = {"flag": "--baseline", "load_format": "dummy", "layers": options.layers, "scratch": Path(scratch)}
         source = resolve(options.baseline, **layers)
         tokens = options.prompt_tokens + 2 * options.steps + _WARMUP_STEPS + 1
-        engine = OfflineEngine(
+        engine = SteppedEngine(
             model=source.path,
             dtype=serving_dtype(),
             load_format="dummy",

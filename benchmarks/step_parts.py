@@ -62,12 +62,12 @@ def main() -> None:
 
 def parts_here(options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each part of each step, in this process."""
-    from pat_serve.server.engine.workers.offline import OfflineEngine
+    from pat_serve.server.engine.workers.stepped import SteppedEngine
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**_SHAPE, "num_hidden_layers": options.layers}))
         tokens = _CONTEXT + _WARMUP_STEPS + options.steps + 1
-        engine = OfflineEngine(
+        engine = SteppedEngine(
             model=folder, dtype=serving_dtype(), load_format="dummy", batch_size=1, max_model_tokens=tokens,
             max_step_tokens=tokens, kv_cache_bytes=2**26, enforce_eager=True, seed=0,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from pat_serve.errors import BrokenCheckpoint, MissingModel, UnsupportedModel
-from pat_serve.server.engine.online import parse_serve_arguments
+from pat_serve.server.engine.serve import parse_serve_arguments
 from pat_serve.server.http.admission import Admission
 from pat_serve.server.http.errors import HttpError
 from pat_serve.server.start.trusted_model import check_trusted

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pat_serve.server.engine.online import Engine, chat_settings, parse_serve_arguments
+from pat_serve.server.engine.online import Engine, chat_settings
+from pat_serve.server.engine.serve import parse_serve_arguments
 from pat_serve.server.http.errors import InvalidRequestError
 from tests.tiny_models import save_tiny_llama
 

@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from pat_serve.server.cluster.repeat import may_repeat, says_gone
-from pat_serve.server.engine.online import shape_failures
+from pat_serve.server.engine.patches import shape_failures
 
 pytestmark = pytest.mark.vllm
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pat_serve.errors import EngineError, PortInUse, UsageError
-from pat_serve.server.engine.online import parse_serve_arguments
+from pat_serve.server.engine.serve import parse_serve_arguments
 from pat_serve.server.http.keys import collect_keys
 from pat_serve.server.http.limits import (
     DEFAULT_MAX_TOKENS,

@@ -21,7 +21,7 @@ from pat_serve.evaluation.backends import BackendSettings
 from pat_serve.evaluation.subject import Subject
 from pat_serve.export.exporter import export_run
 from pat_serve.server.bench.model_source import resolve
-from pat_serve.server.engine.online import parse_serve_arguments
+from pat_serve.server.engine.serve import parse_serve_arguments
 from pat_serve.server.start.whole_model import check_whole_models
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe

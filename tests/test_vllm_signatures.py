@@ -1,4 +1,4 @@
-"""vLLM's interfaces that server/engine/online.py relies on: an upgrade that changes one fails here, by name."""
+"""vLLM's interfaces that server/engine/ relies on: an upgrade that changes one fails here, by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import pytest
 
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.server.engine.generation import Sampling
-from pat_serve.server.engine.online import _sampling_params, is_cpu_backend, parse_serve_arguments, vllm_failures
+from pat_serve.server.engine.online import _sampling_params
+from pat_serve.server.engine.patches import vllm_failures
+from pat_serve.server.engine.serve import is_cpu_backend, parse_serve_arguments
 from pat_serve.server.http.policy import Feature, Policy
 from pat_serve.server.http.served_routes import VLLMS, keep_served
 from pat_serve.server.routes.plugin import PatServePlugin

@@ -10,8 +10,9 @@ from pat_serve.checkpoints.locate import locate, read_config
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.machine.hardware import DTYPE_ALIASES, DTYPE_BYTES, available_memory_bytes
 from pat_serve.server.bench.speedup.checks import PROCESS_BYTES, WEIGHT_COPIES
-from pat_serve.server.engine.online import Engine, second_engine
+from pat_serve.server.engine.online import Engine
 from pat_serve.server.engine.readiness import Readiness
+from pat_serve.server.engine.serve import second_engine
 from pat_serve.server.engine.workers.process_group import ProcessGroup, children
 from pat_serve.server.http.errors import HttpError
 from pat_serve.sizes import ModelShape, shape_of

@@ -19,6 +19,6 @@ SMALL_CHUNK_BYTES = 1 << 20
 def fit_shared_memory() -> None:
     """Entry point of `vllm.general_plugins`: vLLM calls it in each of its processes, before there are queues."""
     if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < ROOMY_BYTES:
-        from pat_serve.server.engine.online import bound_message_queues
+        from pat_serve.server.engine.patches import bound_message_queues
 
         bound_message_queues(SMALL_CHUNK_BYTES)

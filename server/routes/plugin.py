@@ -17,7 +17,8 @@ from starlette.routing import Route
 
 from pat_serve.server.engine.baseline import Baseline, available, start_baseline
 from pat_serve.server.engine.life_watch import attach
-from pat_serve.server.engine.online import Engine, shape_failures
+from pat_serve.server.engine.online import Engine
+from pat_serve.server.engine.patches import shape_failures
 from pat_serve.server.engine.readiness import Readiness
 from pat_serve.server.engine.workers.process_group import ProcessGroup, children
 from pat_serve.server.http.access_log import AccessLog, LogFormat, start_log

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 from pat_serve.checkpoints.locate import locate, stock_path
 from pat_serve.errors import EngineError, PortInUse, UsageError
 from pat_serve.machine.hardware import available_memory_bytes, serving_dtype
-from pat_serve.server.engine import online as engine
 from pat_serve.server.engine.baseline import check_comparable, check_memory
 from pat_serve.server.engine.draft import check_draft, speculative_config
+from pat_serve.server.engine.serve import is_cpu_backend, parse_serve_arguments, serve
 from pat_serve.server.http.access_log import LogFormat
 from pat_serve.server.http.keys import KeyRing, collect_keys
 from pat_serve.server.http.limits import MAX_STOPS
@@ -108,11 +108,11 @@ def run(settings: ServeSettings) -> None:
         check_address(settings.host, settings.port)
         prepare_environment(os.environ)
         check_plugin()
-        args = engine.parse_serve_arguments(serve_arguments(settings, on_cpu=engine.is_cpu_backend()))
+        args = parse_serve_arguments(serve_arguments(settings, on_cpu=is_cpu_backend()))
         check_flags(args, settings)
         check_whole_models(args, settings.model, baseline=settings.baseline, draft=settings.draft)
         args.pat_serve_baseline = settings.baseline
-        if settings.baseline is not None and engine.is_cpu_backend():
+        if settings.baseline is not None and is_cpu_backend():
             # Elsewhere vLLM itself refuses an engine for which the accelerator has no room.
             kv_cache_bytes = args.kv_cache_memory_bytes or int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0) * GIB
             check_memory(settings.model, settings.baseline, dtype=args.dtype, kv_cache_bytes=kv_cache_bytes)
@@ -127,7 +127,7 @@ def run(settings: ServeSettings) -> None:
             args.shutdown_timeout = 0
         args.pat_serve_policy = policy
         args.pat_serve_log_format = settings.log_format
-        engine.serve(args, uvicorn_options(policy, args))
+        serve(args, uvicorn_options(policy, args))
     finally:
         end_children()
 

@@ -44,7 +44,7 @@ def answer_prompts(model: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
     Returns:
         rows of two messages, in the order of the prompts; without those that got no answer, or one that goes round.
     """
-    from pat_serve.server.engine.online import offline_llm
+    from pat_serve.server.engine.offline import offline_llm
 
     llm = offline_llm(str(model), dtype="bfloat16", max_model_len=512)
     sampling = llm.get_default_sampling_params()

@@ -13,7 +13,6 @@ import threading
 import time
 import traceback
 
-from pat_serve.server.engine.workers.offline import OfflineEngine
 from pat_serve.server.engine.workers.protocol import (
     Command,
     Decode,
@@ -29,6 +28,7 @@ from pat_serve.server.engine.workers.protocol import (
     Start,
     Stepped,
 )
+from pat_serve.server.engine.workers.stepped import SteppedEngine
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def _read(command_fd: int, commands: queue.SimpleQueue[str]) -> None:
 
 class _Worker:
     def __init__(self) -> None:
-        self._engine: OfflineEngine | None = None
+        self._engine: SteppedEngine | None = None
 
     def obey(
         self, command: Start | Prefill | Decode | Probe | Score | Serve
@@ -82,7 +82,7 @@ class _Worker:
 
     def _start(self, command: Start) -> Ready:
         begun_s = time.monotonic()
-        self._engine = OfflineEngine(**command.model_dump(exclude={"kind"}))
+        self._engine = SteppedEngine(**command.model_dump(exclude={"kind"}))
         # Linux counts the peak in KiB.
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return Ready(

@@ -9,11 +9,11 @@ from typing import Any
 from pat_serve.scores import LISTED_TOKENS, ListedScores, ScoreRequest, Scores
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace, prompts_digest
 from pat_serve.server.engine.draft import speculative_config
-from pat_serve.server.engine.online import offline_llm, own_products, submit
+from pat_serve.server.engine.offline import offline_llm, own_products, submit
 from pat_serve.server.engine.workers.probe import MachineRates, Product, measure_rates
 
 
-class OfflineEngine:
+class SteppedEngine:
     """An engine for one batch at a time: token ids in, token ids out, nothing remembered between batches.
 
     The process needs VLLM_ENABLE_V1_MULTIPROCESSING=0 in its environment, so that a step runs in the process itself.
