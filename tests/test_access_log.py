@@ -19,8 +19,9 @@ PRINTABLE = re.compile(r"[ -~]+")
 def exchange(path: str = "/generate", route: str = "/generate") -> Exchange:
     made = Exchange(method="POST", path=path, route=route, request_id="r-1", key="alice", arrival_s=10.0)
     made.status, made.duration_s, made.request_bytes, made.response_bytes = 200, 0.5, 20, 300
-    made.prompt_tokens, made.output_tokens = 4, 3
-    made.first_token_s, made.queue_s, made.decode_s, made.decoded_tokens = 10.1234567, 0.01, 0.2, 2
+    made.work.prompt_tokens, made.work.output_tokens = 4, 3
+    made.work.first_token_s, made.work.queue_s = 10.1234567, 0.01
+    made.work.decode_s, made.work.decoded_tokens = 0.2, 2
     return made
 
 

@@ -12,7 +12,8 @@ import pytest
 from fastapi import FastAPI
 
 from pat_serve.server.cluster.repeat import may_repeat, says_gone
-from pat_serve.server.engine.patches import shape_failures
+from pat_serve.server.engine.patches import engine_faults, let_engine_errors_through
+from pat_serve.server.http.errors import shape_vllm_errors
 
 pytestmark = pytest.mark.vllm
 
@@ -63,7 +64,8 @@ async def answer(path: str, error: Exception) -> tuple[httpx.Response, bool]:
     app.state.enable_server_load_tracking = False
     for name in ("anthropic_serving_messages", "openai_serving_completion", "openai_serving_chat"):
         setattr(app.state, name, Failing(error))
-    shape_failures(app)
+    let_engine_errors_through()
+    shape_vllm_errors(app, engine_faults())
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
         return await client.post(path, json=BODIES[path]), app.state.server.should_exit

@@ -13,10 +13,10 @@ from pat_serve.server.analysis.roofline import decode_ceiling
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.bench.model_source import resolve
 from pat_serve.server.bench.report.rows import rows_of
-from pat_serve.server.bench.speedup import checks as speedup_checks
 from pat_serve.server.bench.speedup.result import SpeedupResult
 from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
 from pat_serve.server.bench.speedup.table import depth_lines
+from pat_serve.server.engine import memory
 from tests.fake_models import Model, check, fake_models
 
 # They measure real time, which a busy machine stretches.
@@ -99,11 +99,12 @@ def test_random_weights_that_do_not_fit_are_cut_to_two_depths_by_themselves(
         pair = [resolve(name, flag="--x", load_format="dummy", layers=layers, scratch=Path(dense).parent)
                 for name in (dense, narrow)]  # fmt: skip
         return sum(
-            speedup_checks.engine_memory_bytes(one, SpeedupSettings(prompt_tokens=16), "float32") for one in pair
+            memory.engine_memory_bytes(one.shape, SpeedupSettings(prompt_tokens=16).full_batch, "float32")
+            for one in pair
         )
 
     free = room(4)
-    monkeypatch.setattr(speedup_checks, "available_memory_bytes", lambda: free)
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: free)
     result = check(dense, narrow, rounds=5, dtype="float32")
     assert result.settings.depths == (2, 4)
     assert [one.layers_measured for one in result.extrapolated] == [(2, 4), (2, 4)]

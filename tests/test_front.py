@@ -14,11 +14,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from pat_serve.server.engine.errors import EngineDead
 from pat_serve.server.http import front
 from pat_serve.server.http.admission import Admission
 from pat_serve.server.http.body_check import ModelBounds
 from pat_serve.server.http.deadline import within_deadline
-from pat_serve.server.http.errors import HttpError, shape_routing_errors, shape_vllm_errors
+from pat_serve.server.http.errors import shape_routing_errors, shape_vllm_errors
 from pat_serve.server.http.front import Front, Gate
 from pat_serve.server.http.policy import Policy
 from tests.virtual_clock import run
@@ -54,7 +55,7 @@ class App:
         self.app.get("/health")(self.health)
         shape_routing_errors(self.app)
         self.app.exception_handler(EngineError)(self.stop)
-        shape_vllm_errors(self.app, {DeadError: lambda: HttpError(503, "engine_dead", "gone")})
+        shape_vllm_errors(self.app, {DeadError: EngineDead})
 
     async def echo(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"sequences": self.admission.sequences, "fields": len(body)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -76,6 +76,55 @@ def test_it_is_imported_in_one_room(package: str, room: str):
     }
     assert importers
     assert [path for path in importers if not path.startswith(room)] == []
+
+
+def importers_of(files: Iterable[Path], names: tuple[str, ...]) -> list[str]:
+    """Files that import one of these modules or a part of one, each with what it imports."""
+    return [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        for name in imports(path)
+        if any(name == one or name.startswith(f"{one}.") for one in names)
+    ]
+
+
+def test_the_engine_knows_no_http():
+    """Nor anything else of the server but pure mathematics, so that every command can start one."""
+    files = list((ROOT / "server/engine").rglob("*.py"))
+    assert importers_of(files, ("vllm",)) != []
+    rooms = tuple(f"pat_serve.server.{room}" for room in ("http", "routes", "start", "cluster", "bench"))
+    assert importers_of(files, (*rooms, "fastapi", "starlette", "uvicorn", "http.client")) == []
+
+
+def test_what_serves_users_imports_nothing_of_the_benchmarks():
+    """Two files of the routes answer with a benchmark's result, and import what makes one."""
+    rooms = ("start", "http", "engine", "cluster", "routes")
+    files = [path for room in rooms for path in (ROOT / "server" / room).rglob("*.py")]
+    answers = [path for path in files if path.name in ("live_speedup.py", "speedup_request.py")]
+    assert len(answers) == 2
+    bench = ("pat_serve.server.bench",)
+    assert importers_of(answers, bench) != []
+    assert importers_of((path for path in files if path not in answers), bench) == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_stage_imports_the_evaluation(stage: str):
+    """Scores of tasks are made by `pat-eval`; a stage that wants some is given them by its command."""
+    files = list((ROOT / stage).rglob("*.py"))
+    assert len(files) > 10
+    assert importers_of(files, ("pat_serve.evaluation",)) == []
+
+
+def test_a_worker_process_loads_no_web_framework():
+    """A subprocess, since this one has it already. vLLM itself loads what it likes, once an engine starts."""
+    script = (
+        "import sys\n"
+        "import pat_serve.server.engine.workers.worker\n"
+        "loaded = {'fastapi', 'starlette', 'uvicorn'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -28,7 +28,7 @@ class Engine:
 
 def latency(seed: int) -> list[list[int]]:
     engine = Engine()
-    work = measure_latency(engine, SHAPE, batch_size=3, rounds=2, warmup=1, seed=seed, on_token=lambda: None)
+    work = measure_latency(engine, SHAPE, batch_size=3, rounds=2, warmup=1, seed=seed)
     runs = asyncio.run(work)
     assert [len(run.requests) for run in runs] == [3, 3]
     return engine.prompts
@@ -41,9 +41,7 @@ def test_prompts_are_repeated_by_their_seed() -> None:
 
 def test_throughput_sends_as_many_as_it_is_told() -> None:
     engine = Engine()
-    work = measure_throughput(
-        engine, SHAPE, concurrency=2, num_requests=5, duration_s=None, warmup=1, seed=0, on_token=lambda: None
-    )
+    work = measure_throughput(engine, SHAPE, concurrency=2, num_requests=5, duration_s=None, warmup=1, seed=0)
     run = asyncio.run(work)
     assert len(run.requests) == 5
     assert len({tuple(prompt) for prompt in engine.prompts}) == 7

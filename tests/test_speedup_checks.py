@@ -8,17 +8,16 @@ import pytest
 from pat_serve.errors import BrokenCheckpoint, EngineError, MissingModel, PatServeError, UsageError
 from pat_serve.machine import hardware
 from pat_serve.server.bench.model_source import ModelSource, resolve, shipped_shapes
-from pat_serve.server.bench.speedup import checks as speedup_checks
 from pat_serve.server.bench.speedup.checks import (
-    MAX_STEP_TOKENS,
     check_memory,
     check_pair,
     check_settings,
-    engine_memory_bytes,
     least_output_tokens,
 )
 from pat_serve.server.bench.speedup.rounds import round_prompts
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
+from pat_serve.server.engine import memory
+from pat_serve.server.engine.memory import MAX_STEP_TOKENS, engine_memory_bytes
 from tests.tiny_models import tiny_config
 
 
@@ -148,20 +147,20 @@ def test_two_engines_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="--layers 2,6"):
         check_memory(huge, source, SpeedupSettings(), "float32")
     # Weights alone are 27 GB in float32, and half of that in bfloat16.
-    assert engine_memory_bytes(source, SpeedupSettings(), "float32") > 4 * source.shape.parameters
-    assert engine_memory_bytes(source, SpeedupSettings(), "bfloat16") > 2 * source.shape.parameters
+    assert engine_memory_bytes(source.shape, SpeedupSettings().full_batch, "float32") > 4 * source.shape.parameters
+    assert engine_memory_bytes(source.shape, SpeedupSettings().full_batch, "bfloat16") > 2 * source.shape.parameters
 
 
 def test_on_a_gpu_its_own_memory_is_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, settings = find("llama2-7b", tmp_path), SpeedupSettings()
-    on_cpu = engine_memory_bytes(source, settings, "bfloat16")
-    monkeypatch.setattr(speedup_checks, "available_memory_bytes", lambda: 1 << 20)
-    monkeypatch.setattr(speedup_checks, "free_gpu_bytes", lambda: 80 << 30)
+    on_cpu = engine_memory_bytes(source.shape, settings.full_batch, "bfloat16")
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "free_gpu_bytes", lambda: 80 << 30)
     # Nothing repacks its weights there.
-    saved = on_cpu - engine_memory_bytes(source, settings, "bfloat16")
+    saved = on_cpu - engine_memory_bytes(source.shape, settings.full_batch, "bfloat16")
     assert saved == pytest.approx(0.4 * 2 * source.shape.parameters)
     check_memory(source, source, settings, "bfloat16")
-    monkeypatch.setattr(speedup_checks, "free_gpu_bytes", lambda: 24 << 30)
+    monkeypatch.setattr(memory, "free_gpu_bytes", lambda: 24 << 30)
     with pytest.raises(EngineError, match=r"GiB of GPU memory in bfloat16, found 24\.0 GiB available"):
         check_memory(source, source, settings, "bfloat16")
 

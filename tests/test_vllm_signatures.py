@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,11 +14,12 @@ import pytest
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.server.engine.generation import Sampling
 from pat_serve.server.engine.online import _sampling_params
-from pat_serve.server.engine.patches import vllm_failures
+from pat_serve.server.engine.patches import engine_faults
 from pat_serve.server.engine.serve import is_cpu_backend, parse_serve_arguments
 from pat_serve.server.http.policy import Feature, Policy
 from pat_serve.server.http.served_routes import VLLMS, keep_served
 from pat_serve.server.routes.plugin import PatServePlugin
+from pat_serve.server.start.handover import Handover
 from pat_serve.server.start.launch import ServeSettings, check_flags, serve_arguments, uvicorn_options
 
 pytestmark = pytest.mark.vllm
@@ -86,7 +86,7 @@ def test_uvicorn_is_told_by_us() -> None:
     import uvicorn
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker
 
-    told = uvicorn_options(Policy(), Namespace())
+    told = uvicorn_options(Handover(policy=Policy()))
     assert inspect.signature(run_server_worker).parameters["uvicorn_kwargs"].kind is inspect.Parameter.VAR_KEYWORD
     assert told.keys() <= inspect.signature(uvicorn.Config).parameters.keys()
     for method in ("on_message_begin", "on_headers_complete", "timeout_keep_alive_handler", "pause_writing"):
@@ -134,7 +134,7 @@ def test_exception_tree() -> None:
     assert not issubclass(GracefulHTTPError, VLLMClientError)
     assert issubclass(EngineDeadError, VLLMError)
     assert issubclass(EngineGenerateError, VLLMError)
-    assert set(vllm_failures()) == {EngineDeadError, EngineGenerateError}
+    assert set(engine_faults()) == {EngineDeadError, EngineGenerateError}
     assert int(QueueOverflowError().http_status) == 503
     assert VLLMValidationError("message", parameter="seed").parameter == "seed"
 

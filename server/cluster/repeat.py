@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from http import HTTPStatus
 
-from pat_serve.server.http.admission import RETRY_AFTER_S
-from pat_serve.server.http.errors import HttpError
+from pat_serve.server.http.errors import RETRY_AFTER_S, HttpError
 
 # `error.type` of answers that say that a replica is gone or going; what it was asked has had no effect.
 _GONE = frozenset({"replica_lost", "engine_dead", "stopping", "not_ready"})

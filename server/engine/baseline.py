@@ -9,12 +9,12 @@ from argparse import Namespace
 from pat_serve.checkpoints.locate import locate, read_config
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.machine.hardware import DTYPE_ALIASES, DTYPE_BYTES, available_memory_bytes
-from pat_serve.server.bench.speedup.checks import PROCESS_BYTES, WEIGHT_COPIES
+from pat_serve.server.engine.errors import BaselineDead, BaselineMissing
+from pat_serve.server.engine.memory import PROCESS_BYTES, WEIGHT_COPIES
 from pat_serve.server.engine.online import Engine
 from pat_serve.server.engine.readiness import Readiness
 from pat_serve.server.engine.serve import second_engine
 from pat_serve.server.engine.workers.process_group import ProcessGroup, children
-from pat_serve.server.http.errors import HttpError
 from pat_serve.sizes import ModelShape, shape_of
 
 logger = logging.getLogger(__name__)
@@ -67,25 +67,20 @@ def start_baseline(args: Namespace, model: str) -> Baseline:
     """
     before = {process.pid for process in children()}
     engine = second_engine(args, model)
-    engine.death = baseline_dead
+    engine.death = BaselineDead
     processes = ProcessGroup(process for process in children() if process.pid not in before)
     return Baseline(engine, processes, start_s=processes.age_s())
-
-
-def baseline_dead() -> HttpError:
-    """503: the baseline's engine died, and does not come back by itself."""
-    return HttpError(503, "baseline_dead", "the baseline's engine has stopped; restart the server to have it again")
 
 
 def available(baseline: Baseline | None) -> Baseline:
     """The baseline, if it can be asked.
 
     Raises:
-        HttpError: 409 there is none, 503 it is dead.
+        BaselineMissing: there is none.
+        BaselineDead: its engine died.
     """
     if baseline is None:
-        told = "this needs the dense parent beside the served model; start the server with --baseline DENSE_MODEL"
-        raise HttpError(409, "no_baseline", told)
+        raise BaselineMissing
     if baseline.engine.dead:
         raise baseline.engine.death()
     return baseline

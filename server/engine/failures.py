@@ -1,4 +1,4 @@
-"""An engine that does not start, that dies, or that goes as it should, told in one line."""
+"""An engine that does not start is told in one line, and one that ends as it should is not told at all."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pat_serve.errors import EngineError
-from pat_serve.server.http.admission import RETRY_AFTER_S
-from pat_serve.server.http.errors import HttpError
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +38,6 @@ def expect_its_end() -> None:
     Its reader of an engine's output may see the engine go before it is stopped itself.
     """
     logging.getLogger("vllm.v1.engine.async_llm").addFilter(lambda record: record.levelno < logging.ERROR)
-
-
-def engine_dead() -> HttpError:
-    """503: the engine died. The server ends too, and whoever keeps it starts it again."""
-    told = "the engine has stopped; the server is shutting down"
-    return HttpError(503, "engine_dead", told, headers={"Retry-After": str(RETRY_AFTER_S)})
-
-
-def generation_failed() -> HttpError:
-    """500: a defect of the engine's, on one request."""
-    return HttpError(500, "generation_failed", "the engine failed on this request; its log has the reason")
 
 
 def _one_line(error: Exception) -> str:

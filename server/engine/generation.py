@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,3 +100,69 @@ class RequestTimes:
     def e2e_s(self) -> float:
         """Time from arrival to the last token."""
         return self.end_s - self.arrival_s
+
+
+class TimedGeneration:
+    """One generation, with the moments at which its tokens arrive here.
+
+    Args:
+        engine: makes the tokens.
+        prompt: its token ids.
+        sampling: how to choose the tokens.
+        arrival_s: when the caller's request came, on the monotonic clock; now unless given.
+    """
+
+    def __init__(
+        self, engine: TokenEngine, prompt: Sequence[int], sampling: Sampling, *, arrival_s: float | None = None
+    ) -> None:
+        self._engine = engine
+        self._prompt = prompt
+        self._sampling = sampling
+        self._arrival_s = time.monotonic() if arrival_s is None else arrival_s
+        # When tokens came, and how many.
+        self._arrivals: list[tuple[float, int]] = []
+        self._last: Piece | None = None
+
+    async def pieces(self) -> AsyncGenerator[Piece]:
+        """The generation's pieces, recorded as they pass; raises as `TokenEngine.generate` does."""
+        async with aclosing(self._engine.generate(self._prompt, self._sampling)) as pieces:
+            async for piece in pieces:
+                if piece.token_ids:
+                    self._arrivals.append((time.monotonic(), len(piece.token_ids)))
+                self._last = piece
+                yield piece
+
+    async def run(self) -> RequestTimes:
+        """Generate to the end, and keep nothing but the times; raises as `TokenEngine.generate` does."""
+        async with aclosing(self.pieces()) as pieces:
+            async for _ in pieces:
+                pass
+        return self.times()
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it ended; None while it runs, and where an engine that was shut down ended it."""
+        return None if self._last is None else self._last.finish_reason
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that have arrived so far."""
+        return sum(tokens for _, tokens in self._arrivals)
+
+    def times(self) -> RequestTimes:
+        """The times of the request, which ends now."""
+        return RequestTimes(
+            arrival_s=self._arrival_s,
+            first_token_s=self._arrivals[0][0] if self._arrivals else None,
+            end_s=time.monotonic(),
+            output_tokens=self.output_tokens,
+            engine=None if self._last is None else self._last.engine_times,
+        )
+
+    def token_times_s(self) -> list[float]:
+        """When each token came. Tokens that came together are spread evenly over the time since the one before."""
+        times_s: list[float] = []
+        for at_s, tokens in self._arrivals:
+            before_s = times_s[-1] if times_s else at_s
+            times_s += [before_s + (at_s - before_s) * (i + 1) / tokens for i in range(tokens)]
+        return times_s

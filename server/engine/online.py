@@ -10,12 +10,16 @@ from contextlib import aclosing, suppress
 from typing import Any
 from uuid import uuid4
 
-from pat_serve.server.engine.failures import engine_dead, expect_its_end, generation_failed
+from pat_serve.server.engine.errors import (
+    EngineDead,
+    EngineFault,
+    EngineOverloaded,
+    GenerationFailed,
+    RequestRefused,
+)
+from pat_serve.server.engine.failures import expect_its_end
 from pat_serve.server.engine.generation import EngineTimes, Piece, Sampling
-from pat_serve.server.engine.patches import guard_vocabulary
-from pat_serve.server.engine.sequence_watch import watch
-from pat_serve.server.http.admission import RETRY_AFTER_S
-from pat_serve.server.http.errors import HttpError, InvalidRequestError
+from pat_serve.server.engine.patches import guard_vocabulary, watch_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +41,23 @@ class Engine:
         self.vocab_size: int = client.model_config.get_vocab_size()
         self.max_num_seqs: int = client.vllm_config.scheduler_config.max_num_seqs
         self.hidden_size: int = client.model_config.get_hidden_size()
-        watch(client.output_processor)
+        self._watch = watch_outputs(client.output_processor)
         self.vocabulary = guard_vocabulary(client, self.vocab_size)
         self.max_step_tokens: int = client.vllm_config.scheduler_config.max_num_batched_tokens
         self.config: dict[str, Any] = client.model_config.hf_text_config.to_dict()
         self.dtype = str(client.model_config.dtype).removeprefix("torch.")
         self.quantized = client.model_config.quantization is not None
         self.eager = bool(client.model_config.enforce_eager)
-        # Of what it is asked once it is dead.
-        self.death: Callable[[], HttpError] = engine_dead
-        # Of any request, whichever route it came by; on the monotonic clock.
-        self.last_token_s: float | None = None
+        # Makes the answer to what is asked of a dead engine.
+        self.death: Callable[[], EngineFault] = EngineDead
         self._renders: bool | None = None
         # Called once, in a thread of its own, before a signal's shutdown stops the engine; may block.
         self.before_stop: Callable[[], None] = lambda: None
+
+    @property
+    def last_token_s(self) -> float | None:
+        """When its last token arrived, whoever asked for it, on the monotonic clock; None before the first."""
+        return self._watch.last_token_s
 
     @property
     def dead(self) -> bool:
@@ -85,7 +92,7 @@ class Engine:
             messages: `role` and `content` of each turn.
 
         Raises:
-            InvalidRequestError: the model has no chat template, or its template refuses these turns.
+            RequestRefused: the model has no chat template, or its template refuses these turns.
         """
         from vllm.exceptions import VLLMClientError
         from vllm.renderers import TokenizeParams
@@ -99,9 +106,9 @@ class Engine:
             _, text = await renderer.render_messages_async([dict(message) for message in messages], chat)
         except ChatTemplateResolutionError as error:
             told = "messages: this model has no chat template; send prompt, or start the server with -- --chat-template"
-            raise InvalidRequestError(told, "messages") from error
+            raise RequestRefused(told, "messages") from error
         except VLLMClientError as error:
-            raise InvalidRequestError(f"messages: the chat template refuses them: {error}", "messages") from error
+            raise RequestRefused(f"messages: the chat template refuses them: {error}", "messages") from error
         # The template writes the special tokens itself.
         params = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
         [prompt] = await renderer.tokenize_prompts_async([text], params)
@@ -113,7 +120,7 @@ class Engine:
             try:
                 await self.render([{"role": "user", "content": "a"}])
                 self._renders = True
-            except InvalidRequestError:
+            except RequestRefused:
                 self._renders = False
         return self._renders
 
@@ -121,7 +128,10 @@ class Engine:
         """Generate; closing the generator or cancelling its consumer aborts the request in the engine.
 
         Raises:
-            HttpError: 400 the engine refuses the request, 503 its queue is full or it is dead, 500 it failed.
+            RequestRefused: the engine can never serve the request.
+            EngineOverloaded: its queue is full.
+            EngineFault: it is dead (`death` says whose end that is).
+            GenerationFailed: it failed on this request.
         """
         from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMError
         from vllm.inputs.engine import tokens_input
@@ -141,15 +151,14 @@ class Engine:
                         engine_times=_engine_times(output.metrics) if output.finished else None,
                     )
         except VLLMClientError as error:
-            raise InvalidRequestError(str(error), getattr(error, "parameter", None)) from error
+            raise RequestRefused(str(error), getattr(error, "parameter", None)) from error
         except GracefulHTTPError as error:
-            headers = {"Retry-After": str(RETRY_AFTER_S)}
-            raise HttpError(int(error.http_status), "overloaded", str(error), headers=headers) from error
+            raise EngineOverloaded(str(error)) from error
         except EngineDeadError as error:
             raise self.death() from error
         except VLLMError as error:
             logger.exception("a generation failed")
-            raise generation_failed() from error
+            raise GenerationFailed from error
 
 
 def _sampling_params(sampling: Sampling) -> Any:

@@ -6,9 +6,9 @@ import asyncio
 import time
 from contextlib import aclosing
 
+from pat_serve.server.engine.errors import EngineFault, NotReady
 from pat_serve.server.engine.generation import Sampling
 from pat_serve.server.engine.online import Engine
-from pat_serve.server.http.errors import HttpError
 
 # A token not older than this proves that the engine answers.
 FRESH_S = 5.0
@@ -21,28 +21,23 @@ class Readiness:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._last_token_s: float | None = None
         self._probe: asyncio.Task[None] | None = None
-
-    def note_token(self) -> None:
-        """Record that the engine has produced a token just now."""
-        self._last_token_s = time.monotonic()
 
     async def check(self, *, beside: Readiness | None = None) -> float:
         """Wait until the engine has proved itself, for `PROBE_TIMEOUT_S` at most.
 
         Args:
-            beside: of an engine that takes turns with this one. A token of it is as good: this one rests meanwhile, and
-                a probe would disturb what the other's turn measures.
+            beside: the readiness of an engine that takes turns with this one. Its tokens count as well: this engine
+                rests meanwhile, and a probe would disturb what the other's turn measures.
 
         Returns:
             the age of the last token in seconds.
 
         Raises:
-            HttpError: 503, the engine is dead or does not answer.
+            NotReady: the engine is dead or does not answer.
         """
         if self._engine.dead:
-            raise HttpError(503, "not_ready", "the engine has stopped")
+            raise NotReady("the engine has stopped")
         ages_s = [self._age_s(), beside._age_s() if beside is not None else None]
         age_s = min((age_s for age_s in ages_s if age_s is not None), default=None)
         if age_s is None or age_s > FRESH_S:
@@ -53,21 +48,20 @@ class Readiness:
             age_s = self._age_s()
         # An aborted probe (the server is stopping) ends without an error and without a token.
         if age_s is None or age_s > FRESH_S:
-            raise HttpError(503, "not_ready", "the engine ended a probe without a token")
+            raise NotReady("the engine ended a probe without a token")
         return age_s
 
     def _age_s(self) -> float | None:
-        seen = [at_s for at_s in (self._last_token_s, self._engine.last_token_s) if at_s is not None]
-        return time.monotonic() - max(seen) if seen else None
+        at_s = self._engine.last_token_s
+        return None if at_s is None else time.monotonic() - at_s
 
     async def _generate_one_token(self) -> None:
         sampling = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S), aclosing(self._engine.generate([0], sampling)) as pieces:
-                async for piece in pieces:
-                    if piece.token_ids:
-                        self.note_token()
+                async for _ in pieces:
+                    pass
         except TimeoutError:
-            raise HttpError(503, "not_ready", f"the engine has produced no token for {PROBE_TIMEOUT_S:g} s") from None
-        except HttpError as error:
-            raise HttpError(503, "not_ready", error.message) from error
+            raise NotReady(f"the engine has produced no token for {PROBE_TIMEOUT_S:g} s") from None
+        except EngineFault as error:
+            raise NotReady(error.message) from error

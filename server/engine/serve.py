@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from pat_serve.checkpoints.locate import stock_path
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.server.engine.failures import starting
+from pat_serve.server.engine.life import EngineLife
 from pat_serve.server.engine.online import Engine, chat_settings
 
 SEND_BUFFER_BYTES = 128 * 1024
@@ -66,13 +67,14 @@ def parse_serve_arguments(argv: Sequence[str]) -> Namespace:
     return args
 
 
-def serve(args: Namespace, uvicorn_options: Mapping[str, Any]) -> None:
+def serve(args: Namespace, life: EngineLife, uvicorn_options: Mapping[str, Any]) -> None:
     """Run vLLM's API server in this process until a signal stops it.
 
     The signal handlers that are set stay in force until the server listens; vLLM's own then take over.
 
     Args:
         args: as `parse_serve_arguments` makes it; reaches the plugin as `app.state.args`.
+        life: says afterwards whether the engine died.
         uvicorn_options: for uvicorn.Config, beside what vLLM sets.
 
     Raises:
@@ -96,7 +98,7 @@ def serve(args: Namespace, uvicorn_options: Mapping[str, Any]) -> None:
         # Inherited by every connection. Left alone the kernel keeps megabytes for a client that does not read.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         uvloop.run(run_server_worker(address, listener, args, **uvicorn_options))
-    if getattr(args, "engine_died", False):
+    if life.died:
         raise EngineError(
             args.model,
             expected="an engine that runs until it is stopped",

@@ -73,11 +73,11 @@ def fields(exchange: Exchange) -> dict[str, Any]:
         "error": exchange.error,
         "request_bytes": exchange.request_bytes,
         "response_bytes": exchange.response_bytes,
-        "prompt_tokens": exchange.prompt_tokens or None,
-        "output_tokens": exchange.output_tokens if exchange.prompt_tokens else None,
-        "queue_s": _rounded(exchange.queue_s),
+        "prompt_tokens": exchange.work.prompt_tokens or None,
+        "output_tokens": exchange.work.output_tokens if exchange.work.prompt_tokens else None,
+        "queue_s": _rounded(exchange.work.queue_s),
         "ttft_s": _rounded(exchange.ttft_s),
-        "tpot_s": _rounded(exchange.tpot_s),
+        "tpot_s": _rounded(exchange.work.tpot_s),
         "duration_s": _rounded(exchange.duration_s),
     }
     return {name: value for name, value in known.items() if value is not None}

@@ -6,11 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pat_serve.server.http.errors import HttpError, InvalidRequestError
+from pat_serve.server.http.errors import RETRY_AFTER_S, HttpError, InvalidRequestError
 
-# An overloaded server is asked again after this time.
-RETRY_AFTER_S = 1
-# One that is stopping will not take requests again; another instance may.
+# A server that is stopping will not take requests again; after so many seconds another instance may have its place.
 RETRY_AFTER_STOP_S = 5
 
 

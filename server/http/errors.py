@@ -21,11 +21,37 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from pat_serve.server.routes.schemas import ErrorBody, ErrorDetail
+from pat_serve.server.engine.errors import (
+    BaselineDead,
+    BaselineMissing,
+    EngineDead,
+    EngineFault,
+    EngineOverloaded,
+    GenerationFailed,
+    NotReady,
+    RequestRefused,
+)
 
 logger = logging.getLogger(__name__)
 
 _MESSAGE_CHARS = 300
+# Seconds after which an overloaded server is asked again.
+RETRY_AFTER_S = 1
+_RETRY = {"Retry-After": str(RETRY_AFTER_S)}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    type: str
+    message: str
+    param: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not 200."""
+
+    error: ErrorDetail
 
 
 class HttpError(Exception):
@@ -71,6 +97,24 @@ class InvalidRequestError(HttpError):
         super().__init__(400, "invalid_request", message, param)
 
 
+# How each of the engine's faults leaves the server: the status and further headers of its answer.
+_OF_ENGINE: Mapping[type[EngineFault], tuple[int, Mapping[str, str]]] = {
+    RequestRefused: (400, {}),
+    BaselineMissing: (409, {}),
+    GenerationFailed: (500, {}),
+    EngineOverloaded: (503, _RETRY),
+    EngineDead: (503, _RETRY),
+    BaselineDead: (503, {}),
+    NotReady: (503, {}),
+}
+
+
+def answer_to(fault: EngineFault) -> HttpError:
+    """The answer that tells a client of an engine's fault."""
+    status, headers = _OF_ENGINE[type(fault)]
+    return HttpError(status, fault.kind, fault.message, fault.param, headers=headers)
+
+
 class ClientGoneError(Exception):
     """The client closed the connection before its answer was ready."""
 
@@ -87,6 +131,8 @@ class ErrorShapeRoute(APIRoute):
                 return await handler(request)
             except HttpError as error:
                 return error.response()
+            except EngineFault as fault:
+                return answer_to(fault).response()
             except RequestValidationError as error:
                 return explain(error.errors(), self._body_model()).response()
             except HTTPException:
@@ -117,14 +163,15 @@ def shape_routing_errors(app: FastAPI) -> None:
         return JSONResponse(body.model_dump(), status_code=error.status_code, headers=error.headers)
 
 
-def shape_vllm_errors(app: FastAPI, failures: Mapping[type[Exception], Callable[[], HttpError]]) -> None:
+def shape_vllm_errors(app: FastAPI, faults: Mapping[type[Exception], Callable[[], EngineFault]]) -> None:
     """Have vLLM's routes answer a wrong body, a failed engine and a defect as ours do.
 
     vLLM's own answer to a wrong body repeats parts of it, and to the others it answers 500 with the exception's text.
 
     Args:
         app: vLLM's, with its handlers.
-        failures: of the engine, and what is answered. vLLM's handler, which ends the server of a dead one, is called.
+        faults: the errors of the engine, and the fault that each of them is. vLLM's own handler is called as well: it
+            ends the server of a dead engine.
     """
 
     @app.exception_handler(RequestValidationError)
@@ -148,17 +195,17 @@ def shape_vllm_errors(app: FastAPI, failures: Mapping[type[Exception], Callable[
         headers = {name: request.headers[name]} if name in request.headers else {}
         return HttpError(500, "internal_error", told, headers=headers).response()
 
-    for kind, failure in failures.items():
+    for kind, fault in faults.items():
         theirs = next(app.exception_handlers[base] for base in kind.__mro__ if base in app.exception_handlers)
-        app.exception_handler(kind)(_after(theirs, failure))
+        app.exception_handler(kind)(_after(theirs, fault))
     # A part of vLLM's has built the stack, with the handlers of that moment in it.
     app.middleware_stack = app.build_middleware_stack()
 
 
-def _after(theirs: Any, failure: Callable[[], HttpError]) -> Callable[[Request, Exception], Any]:
+def _after(theirs: Any, fault: Callable[[], EngineFault]) -> Callable[[Request, Exception], Any]:
     async def answer(request: Request, error: Exception) -> JSONResponse:
         await theirs(request, error)
-        return failure().response()
+        return answer_to(fault()).response()
 
     return answer
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-# An answer that nobody was there to read; what access logs commonly show for it.
+from pat_serve.server.engine.token_watch import RequestWork
+
+# The status of an answer that nobody was there to read; access logs commonly show this number for it.
 CLIENT_LEFT = 499
-# Nobody has been asked who they are: an open path, a server without keys, or a request that was refused before.
+# The name of the key where nobody was asked for one: an open path, a server without keys, a request refused before.
 NO_KEY = "none"
 
 
@@ -24,13 +25,8 @@ class Exchange:
         status: of the answer; 0 while there is none.
         error: `error.type` of the answer, or of an error event in a stream.
         complete: the last byte of the answer has been handed over.
-        closed: nothing of what comes now belongs to it.
         duration_s: from its arrival until its end, once it is closed.
-        first_token_s: when the server held the first token of any of the request's sequences.
-        queue_s: what the first of them to be scheduled had waited in the engine; None without engine statistics.
-        decode_s: over all sequences, from the first token to the last.
-        decoded_tokens: over all sequences, those that came after the first.
-        open_sequences: those that an engine works on, by id, each with what is to be called when nobody waits for it.
+        work: what engines have done for it.
     """
 
     method: str
@@ -44,34 +40,24 @@ class Exchange:
     request_bytes: int = 0
     response_bytes: int = 0
     complete: bool = False
-    closed: bool = False
     duration_s: float = 0.0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    first_token_s: float | None = None
-    queue_s: float | None = None
-    decode_s: float = 0.0
-    decoded_tokens: int = 0
-    open_sequences: dict[str, Callable[[str], None]] = field(default_factory=dict)
+    work: RequestWork = field(default_factory=RequestWork)
 
     def close(self) -> None:
-        """Its answer has ended, or the client has left."""
+        """End the exchange: its answer has ended, or the client has left."""
         self.duration_s = time.monotonic() - self.arrival_s
-        self.closed = True
-        # An engine may have dropped some unheard.
-        for request_id, end in tuple(self.open_sequences.items()):
-            end(request_id)
+        self.work.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing of what comes now belongs to it."""
+        return self.work.closed
 
     @property
     def ttft_s(self) -> float | None:
-        """From the request's arrival until its first token."""
-        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Mean time per output token after a sequence's first; None without any."""
-        return self.decode_s / self.decoded_tokens if self.decoded_tokens else None
+        """Time from the request's arrival until its first token."""
+        return None if self.work.first_token_s is None else self.work.first_token_s - self.arrival_s
 
 
-# Of the task that answers a request, and of all tasks that it starts: vLLM's are told nothing of HTTP.
+# The exchange whose request the current task answers.
 current: ContextVar[Exchange | None] = ContextVar("pat_serve_exchange", default=None)

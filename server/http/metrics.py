@@ -85,14 +85,14 @@ class ServerMetrics:
         self._requests.labels(*by, str(exchange.status)).inc()
         if exchange.error is not None:
             self._rejections.labels(exchange.route, exchange.error).inc()
-        if exchange.prompt_tokens:
-            self._prompt_tokens.labels(*by).inc(exchange.prompt_tokens)
-            self._output_tokens.labels(*by).inc(exchange.output_tokens)
+        if exchange.work.prompt_tokens:
+            self._prompt_tokens.labels(*by).inc(exchange.work.prompt_tokens)
+            self._output_tokens.labels(*by).inc(exchange.work.output_tokens)
         # Whoever left has seen the first token all the same, and the latencies of those who leave are no better.
         for seen, value in (
             (self._ttft, exchange.ttft_s),
-            (self._queue, exchange.queue_s),
-            (self._tpot, exchange.tpot_s),
+            (self._queue, exchange.work.queue_s),
+            (self._tpot, exchange.work.tpot_s),
         ):
             if value is not None:
                 seen.labels(*by).observe(value)

@@ -8,6 +8,7 @@ from uuid import uuid4
 from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pat_serve.server.engine.token_watch import current_work
 from pat_serve.server.http.access_log import AccessLog
 from pat_serve.server.http.body_check import valid_request_id
 from pat_serve.server.http.errors import HttpError
@@ -107,7 +108,7 @@ class Observer:
                     exchange.error = _UNTOLD
                 observation.end(exchange)
 
-        token = current.set(exchange)
+        token, work_token = current.set(exchange), current_work.set(exchange.work)
         try:
             await self.app(scope, observed_receive, observed_send)
         except Exception:
@@ -116,6 +117,7 @@ class Observer:
             raise
         finally:
             current.reset(token)
+            current_work.reset(work_token)
             if left and not exchange.complete:
                 exchange.status = CLIENT_LEFT
             end()

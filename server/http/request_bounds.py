@@ -8,9 +8,8 @@ from contextlib import contextmanager
 
 from starlette.types import Message, Receive, Scope
 
-from pat_serve.server.http.admission import RETRY_AFTER_S
 from pat_serve.server.http.body_check import valid_request_id
-from pat_serve.server.http.errors import HttpError, InvalidRequestError
+from pat_serve.server.http.errors import RETRY_AFTER_S, HttpError, InvalidRequestError
 from pat_serve.server.http.policy import MAX_HEADER_BYTES, MAX_HEADERS, MAX_REQUEST_ID_CHARS, MAX_URL_BYTES
 
 # What is left of a body that nobody wants would be read for as long as the client sends it.

@@ -12,7 +12,6 @@ from fastapi import Request
 from pat_serve.server.analysis.statistics import median_interval, percentile, summarize
 from pat_serve.server.engine.generation import RequestTimes
 from pat_serve.server.engine.online import Engine
-from pat_serve.server.engine.readiness import Readiness
 from pat_serve.server.http.errors import InvalidRequestError
 from pat_serve.server.http.limits import LimitError, check_benchmark
 from pat_serve.server.routes.benchmark_roofline import roofline
@@ -34,7 +33,6 @@ from pat_serve.server.routes.schemas import (
 async def latency(
     engine: Engine,
     baseline: Engine | None,
-    readiness: Readiness,
     exclusive: Exclusive,
     body: LatencyRequest,
     http: Request,
@@ -53,7 +51,6 @@ async def latency(
         rounds=body.rounds,
         warmup=body.warmup,
         seed=body.seed,
-        on_token=readiness.note_token,
     )
     runs, others = await exclusive.run(http, work, sequences=body.batch_size, force=body.force)
     groups = [run.requests for run in runs]
@@ -92,7 +89,6 @@ async def latency(
 async def throughput(
     engine: Engine,
     baseline: Engine | None,
-    readiness: Readiness,
     exclusive: Exclusive,
     body: ThroughputRequest,
     http: Request,
@@ -112,7 +108,6 @@ async def throughput(
         duration_s=body.duration_s,
         warmup=body.warmup,
         seed=body.seed,
-        on_token=readiness.note_token,
     )
     run, others = await exclusive.run(http, work, sequences=body.concurrency, force=body.force)
     tokens = run.output_tokens + body.prompt_tokens * len(run.requests)

@@ -10,11 +10,11 @@ from uuid import uuid4
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from pat_serve.server.engine.generation import Piece, RequestTimes, Sampling
+from pat_serve.server.engine.errors import EngineFault
+from pat_serve.server.engine.generation import Piece, RequestTimes, Sampling, TimedGeneration
 from pat_serve.server.engine.online import Engine
-from pat_serve.server.engine.readiness import Readiness
 from pat_serve.server.http.connection import EventStream, while_connected
-from pat_serve.server.http.errors import HttpError, InvalidRequestError
+from pat_serve.server.http.errors import InvalidRequestError, answer_to
 from pat_serve.server.http.limits import LimitError, check_vocabulary, output_budget
 from pat_serve.server.routes.schemas import GenerateRequest, GenerateResponse, StreamDelta, StreamEnd, Timings, Usage
 
@@ -22,48 +22,31 @@ from pat_serve.server.routes.schemas import GenerateRequest, GenerateResponse, S
 class Answer:
     """One generation under way, and what is known of it so far."""
 
-    def __init__(self, engine: Engine, readiness: Readiness, prompt: list[int], sampling: Sampling, arrival_s: float):
+    def __init__(self, engine: Engine, prompt: list[int], sampling: Sampling, arrival_s: float) -> None:
         self.id = f"gen-{uuid4().hex}"
-        self._engine = engine
-        self._readiness = readiness
-        self._prompt = prompt
-        self._sampling = sampling
-        self._arrival_s = arrival_s
-        self._first_token_s: float | None = None
-        self._last: Piece | None = None
+        self._generation = TimedGeneration(engine, prompt, sampling, arrival_s=arrival_s)
+        self._prompt_tokens = len(prompt)
         self.texts: list[str] = []
         self.token_ids: list[int] = []
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """The generation's pieces, recorded as they pass."""
-        async with aclosing(self._engine.generate(self._prompt, self._sampling)) as pieces:
+        async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
-                if piece.token_ids:
-                    self._readiness.note_token()
-                    self._first_token_s = self._first_token_s or time.monotonic()
                 self.texts.append(piece.text)
                 self.token_ids += piece.token_ids
-                self._last = piece
                 yield piece
 
     def end(self) -> StreamEnd:
         """Finish reason, usage and timings, once the pieces are through."""
-        assert self._last is not None
-        times = RequestTimes(
-            arrival_s=self._arrival_s,
-            first_token_s=self._first_token_s,
-            end_s=time.monotonic(),
-            output_tokens=len(self.token_ids),
-            engine=self._last.engine_times,
-        )
         usage = Usage(
-            prompt_tokens=len(self._prompt),
+            prompt_tokens=self._prompt_tokens,
             completion_tokens=len(self.token_ids),
-            total_tokens=len(self._prompt) + len(self.token_ids),
+            total_tokens=self._prompt_tokens + len(self.token_ids),
         )
         # An engine that is shut down under a request ends it without a reason.
-        reason = self._last.finish_reason or "abort"
-        return StreamEnd(id=self.id, finish_reason=reason, usage=usage, timings=timings(times))
+        reason = self._generation.finish_reason or "abort"
+        return StreamEnd(id=self.id, finish_reason=reason, usage=usage, timings=timings(self._generation.times()))
 
 
 def timings(times: RequestTimes) -> Timings:
@@ -71,16 +54,17 @@ def timings(times: RequestTimes) -> Timings:
     return Timings(queue_s=times.queue_s, ttft_s=times.ttft_s, tpot_s=times.tpot_s, e2e_s=times.e2e_s)
 
 
-async def generate(engine: Engine, readiness: Readiness, body: GenerateRequest, http: Request) -> Response:
+async def generate(engine: Engine, body: GenerateRequest, http: Request) -> Response:
     """Answer one request.
 
     Raises:
-        HttpError: the request is refused or the engine fails before the first token.
+        InvalidRequestError: the request does not fit the model.
+        EngineFault: the engine refuses the request, or fails before the first token.
         ClientGoneError: the client left; the engine has stopped working on its request.
     """
     arrival_s = time.monotonic()
     prompt, sampling = await _plan(engine, body)
-    answer = Answer(engine, readiness, prompt, sampling, arrival_s)
+    answer = Answer(engine, prompt, sampling, arrival_s)
     if not body.stream:
         return await while_connected(http, _whole(answer, engine.model_name))
     pieces = answer.pieces()
@@ -137,9 +121,9 @@ async def _events(answer: Answer, first: Piece, rest: AsyncGenerator[Piece]) -> 
             async for piece in rest:
                 yield sse_event(StreamDelta(id=answer.id, text=piece.text, token_ids=list(piece.token_ids)))
             yield sse_event(answer.end())
-        except HttpError as error:
+        except EngineFault as fault:
             # The status line is out already; the event has the shape of an error's body.
-            yield sse_event(error.body())
+            yield sse_event(answer_to(fault).body())
     yield "data: [DONE]\n\n"
 
 

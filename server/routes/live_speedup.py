@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
 from datetime import UTC, datetime
 
 import psutil
@@ -25,15 +24,13 @@ from pat_serve.server.bench.speedup.result import ModelRecord, Round, WarmUp
 from pat_serve.server.bench.speedup.rounds import MAX_WARMUP_RUNS, is_stationary, round_prompts
 from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
 from pat_serve.server.engine.baseline import Baseline, available
-from pat_serve.server.engine.generation import Sampling
 from pat_serve.server.engine.online import Engine
-from pat_serve.server.engine.readiness import Readiness
 from pat_serve.server.engine.workers.cpu_watch import CpuWatch
 from pat_serve.server.engine.workers.process_group import ProcessGroup
 from pat_serve.server.http.errors import HttpError, InvalidRequestError
 from pat_serve.server.routes.benchmark_roofline import countable_shape
 from pat_serve.server.routes.exclusive import Exclusive
-from pat_serve.server.routes.measure import together
+from pat_serve.server.routes.measure import benchmark_request, together
 from pat_serve.server.routes.speedup_request import LiveSpeedupResult, SpeedupRequest
 from pat_serve.sizes import ModelShape
 
@@ -44,10 +41,9 @@ _SETTLE_S, _SETTLE_POLL_S, _QUIET_SHARE = 2.0, 0.05, 0.2
 class Side:
     """One of the two engines, with what a check needs of it beside its tokens."""
 
-    def __init__(self, engine: Engine, processes: ProcessGroup, readiness: Readiness, start_s: float) -> None:
+    def __init__(self, engine: Engine, processes: ProcessGroup, start_s: float) -> None:
         self.engine = engine
         self.processes = processes
-        self.readiness = readiness
         self.start_s = start_s
 
     async def batch(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> BatchTrace:
@@ -68,17 +64,10 @@ class Side:
             used_s, at_s = now_used_s, now_s
 
     async def _token_times(self, prompt: Sequence[int], output_tokens: int) -> list[float]:
-        """When each token came. Those that came together are spread evenly over the time since the last."""
-        sampling = Sampling(
-            max_tokens=output_tokens, temperature=0.0, ignore_eos=True, read_prefix_cache=False, detokenize=False
-        )
-        times_s: list[float] = []
-        async with aclosing(self.engine.generate(prompt, sampling)) as pieces:
-            async for piece in pieces:
-                self.readiness.note_token()
-                now_s, count = time.monotonic(), len(piece.token_ids)
-                last_s = times_s[-1] if times_s else now_s
-                times_s += [last_s + (now_s - last_s) * (i + 1) / count for i in range(count)]
+        """When each token came, on the monotonic clock."""
+        generation = benchmark_request(self.engine, prompt, output_tokens)
+        await generation.run()
+        times_s = generation.token_times_s()
         if len(times_s) != output_tokens:
             # An engine that is stopped ends its requests without an error.
             raise HttpError(503, "stopping", "the server is stopping; the check has ended without a result")
@@ -116,7 +105,7 @@ async def check_live_speedup(
         ClientGoneError: the client left; nothing of the check runs on.
     """
     running = available(baseline)
-    dense = Side(running.engine, running.processes, running.readiness, running.start_s)
+    dense = Side(running.engine, running.processes, running.start_s)
     shapes = _shapes(dense, candidate)
     settings = _settings(body, candidate.engine)
     _check_fit(settings, (dense, candidate))

@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pat_serve.server.engine.generation import RequestTimes, Sampling, TokenEngine
+from pat_serve.server.engine.generation import RequestTimes, Sampling, TimedGeneration, TokenEngine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,29 +79,16 @@ class Prompts:
         return [self._generator.randrange(self._shape.vocab_size) for _ in range(self._shape.prompt_tokens)]
 
 
-async def measure_request(
-    engine: TokenEngine, prompt: Sequence[int], output_tokens: int, on_token: Callable[[], None]
-) -> RequestTimes:
-    """Run one request to its end and keep its timestamps; `on_token` is called as tokens come in."""
+def benchmark_request(engine: TokenEngine, prompt: Sequence[int], output_tokens: int) -> TimedGeneration:
+    """A request of a benchmark, made now: greedy, of exactly so many tokens, which no cache answers."""
     sampling = Sampling(
         max_tokens=output_tokens, temperature=0.0, ignore_eos=True, read_prefix_cache=False, detokenize=False
     )
-    arrival_s = time.monotonic()
-    first_token_s, generated, engine_times = None, 0, None
-    async with aclosing(engine.generate(prompt, sampling)) as pieces:
-        async for piece in pieces:
-            if piece.token_ids:
-                on_token()
-                first_token_s = first_token_s or time.monotonic()
-            generated += len(piece.token_ids)
-            engine_times = piece.engine_times
-    return RequestTimes(
-        arrival_s=arrival_s,
-        first_token_s=first_token_s,
-        end_s=time.monotonic(),
-        output_tokens=generated,
-        engine=engine_times,
-    )
+    return TimedGeneration(engine, prompt, sampling)
+
+
+async def _measure_request(engine: TokenEngine, prompt: Sequence[int], output_tokens: int) -> RequestTimes:
+    return await benchmark_request(engine, prompt, output_tokens).run()
 
 
 async def measure_latency(
@@ -113,7 +99,6 @@ async def measure_latency(
     rounds: int,
     warmup: int,
     seed: int,
-    on_token: Callable[[], None],
 ) -> list[Run]:
     """Send a batch, wait until all its requests have finished, send the next.
 
@@ -124,7 +109,7 @@ async def measure_latency(
     runs = []
     for _ in range(warmup + rounds):
         prompts = await source.draw(batch_size)
-        requests = [measure_request(engine, prompt, shape.output_tokens, on_token) for prompt in prompts]
+        requests = [_measure_request(engine, prompt, shape.output_tokens) for prompt in prompts]
         runs.append(_run(await together(requests)))
     return runs[warmup:]
 
@@ -138,7 +123,6 @@ async def measure_throughput(
     duration_s: float | None,
     warmup: int,
     seed: int,
-    on_token: Callable[[], None],
 ) -> Run:
     """Keep `concurrency` requests under way until enough have been sent or the time is over; wait for the last ones.
 
@@ -150,7 +134,7 @@ async def measure_throughput(
     source = Prompts(seed, shape)
     for _ in range(warmup):
         prompts = await source.draw(concurrency)
-        await together([measure_request(engine, prompt, shape.output_tokens, on_token) for prompt in prompts])
+        await together([_measure_request(engine, prompt, shape.output_tokens) for prompt in prompts])
 
     finished: list[RequestTimes] = []
     started = 0
@@ -163,7 +147,7 @@ async def measure_throughput(
         ):
             started += 1
             [prompt] = await source.draw(1)
-            finished.append(await measure_request(engine, prompt, shape.output_tokens, on_token))
+            finished.append(await _measure_request(engine, prompt, shape.output_tokens))
 
     await together([client() for _ in range(concurrency)])
     return _run(finished)

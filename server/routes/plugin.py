@@ -16,16 +16,16 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from pat_serve.server.engine.baseline import Baseline, available, start_baseline
-from pat_serve.server.engine.life_watch import attach
+from pat_serve.server.engine.life import attach
 from pat_serve.server.engine.online import Engine
-from pat_serve.server.engine.patches import shape_failures
+from pat_serve.server.engine.patches import engine_faults, let_engine_errors_through
 from pat_serve.server.engine.readiness import Readiness
 from pat_serve.server.engine.workers.process_group import ProcessGroup, children
 from pat_serve.server.http.access_log import AccessLog, LogFormat, start_log
 from pat_serve.server.http.admission import Admission
 from pat_serve.server.http.body_check import ModelBounds
 from pat_serve.server.http.drain import Drain
-from pat_serve.server.http.errors import ErrorShapeRoute, HttpError, shape_routing_errors
+from pat_serve.server.http.errors import ErrorBody, ErrorShapeRoute, HttpError, shape_routing_errors, shape_vllm_errors
 from pat_serve.server.http.front import Front, Gate
 from pat_serve.server.http.keys import collect_keys
 from pat_serve.server.http.metrics import ServerMetrics
@@ -40,7 +40,6 @@ from pat_serve.server.routes.generate import generate
 from pat_serve.server.routes.live_speedup import Side, check_live_speedup
 from pat_serve.server.routes.provenance import model_labels
 from pat_serve.server.routes.schemas import (
-    ErrorBody,
     GenerateRequest,
     GenerateResponse,
     HealthResponse,
@@ -51,6 +50,7 @@ from pat_serve.server.routes.schemas import (
     ThroughputResponse,
 )
 from pat_serve.server.routes.speedup_request import LiveSpeedupResult, SpeedupRequest
+from pat_serve.server.start.handover import Handover
 from pat_serve.version import __version__
 
 
@@ -64,7 +64,7 @@ class Service:
         self.exclusive = Exclusive(admission)
         # Before the baseline has any: these are the served engine's.
         processes = ProcessGroup(children())
-        self.side = Side(engine, processes, self.readiness, start_s=processes.age_s())
+        self.side = Side(engine, processes, start_s=processes.age_s())
         self.baseline: Baseline | None = None
         self.last_speedup: LiveSpeedupResult | None = None
         self.card: str | None = None
@@ -99,7 +99,7 @@ _STREAM = {"description": "One answer, or a stream of events.", "content": {"tex
 @router.post("/generate", response_model=GenerateResponse, responses={200: _STREAM})
 async def generate_route(body: GenerateRequest, http: Request, service: ServiceDep) -> Response:
     """Generate text from a prompt, token ids or a conversation; `stream: true` answers with server-sent events."""
-    return await generate(service.engine, service.readiness, body, http)
+    return await generate(service.engine, body, http)
 
 
 @router.get("/health")
@@ -121,17 +121,13 @@ async def ready_route(service: ServiceDep) -> ReadyResponse:
 @router.post("/benchmark/latency")
 async def latency_route(body: LatencyRequest, http: Request, service: ServiceDep) -> LatencyResponse:
     """Time batches of random prompts, one after the other. 409 while another benchmark runs or users are served."""
-    return await benchmark.latency(
-        service.engine, service.baseline_engine, service.readiness, service.exclusive, body, http
-    )
+    return await benchmark.latency(service.engine, service.baseline_engine, service.exclusive, body, http)
 
 
 @router.post("/benchmark/throughput")
 async def throughput_route(body: ThroughputRequest, http: Request, service: ServiceDep) -> ThroughputResponse:
     """Keep a number of requests under way and count what comes out. 409 as for latency."""
-    return await benchmark.throughput(
-        service.engine, service.baseline_engine, service.readiness, service.exclusive, body, http
-    )
+    return await benchmark.throughput(service.engine, service.baseline_engine, service.exclusive, body, http)
 
 
 @router.post("/benchmark/speedup")
@@ -154,7 +150,7 @@ async def last_speedup_route(service: ServiceDep) -> LiveSpeedupResult:
 async def baseline_generate_route(body: GenerateRequest, http: Request, service: ServiceDep) -> Response:
     """As `/generate`, by the baseline. 409 without one, 503 when it is dead."""
     baseline = available(service.baseline)
-    return await generate(baseline.engine, baseline.readiness, body, http)
+    return await generate(baseline.engine, body, http)
 
 
 @router.get("/page/model")
@@ -194,10 +190,11 @@ class PatServePlugin:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Bind the routes to the engine that vLLM has started."""
         # Without pat-serve, as a plugin of a plain vLLM: its keys, and the default bounds.
-        policy = getattr(args, "pat_serve_policy", None) or Policy(
-            keys=collect_keys(args.api_key or [], environment=dict(os.environ))
+        handover = Handover.given(args) or Handover(
+            policy=Policy(keys=collect_keys(args.api_key or [], environment=dict(os.environ)))
         )
-        engine = attach(engine_client, args)
+        policy = handover.policy
+        engine = attach(engine_client, args, handover.life)
         if warning := engine.vocabulary.warning:
             sys.stderr.write(f"pat-serve: warning: {warning}\n")
         waiting = 4 * engine.max_num_seqs if policy.max_queue is None else policy.max_queue
@@ -206,8 +203,8 @@ class PatServePlugin:
         bounds = ModelBounds(max_model_len=engine.max_model_len, vocab_size=engine.vocab_size)
         service = Service(engine, admission)
         service.card = read_card(args.model)
-        if model := getattr(args, "pat_serve_baseline", None):
-            service.baseline = start_baseline(args, model)
+        if handover.baseline is not None:
+            service.baseline = start_baseline(args, handover.baseline)
 
         def before_stop() -> None:
             drain.wait()
@@ -221,17 +218,17 @@ class PatServePlugin:
             # Only now: vLLM adds middleware and more routes after the plugins'.
             keep_served(self._app, OUR_PATHS)
             self._app.user_middleware.insert(0, Middleware(Observer))
-            shape_failures(self._app)
+            let_engine_errors_through()
+            shape_vllm_errors(self._app, engine_faults())
             metrics = ServerMetrics()
             metrics.model(model_labels(args.model, engine.model_name, engine.hidden_size))
             metrics.admission(admission, engine.max_num_seqs)
             routes = RouteNames(getattr(route, "path", "") for route in self._app.routes)
-            observation = Observation(metrics, access_log(args), routes)
-            state.pat_serve_observation = args.pat_serve_observation = observation
-            args.pat_serve_guarded = True
+            observation = Observation(metrics, access_log(args, handover.log_format), routes)
+            state.pat_serve_observation = handover.observation = observation
 
 
-def access_log(args: Namespace) -> AccessLog | None:
+def access_log(args: Namespace, form: LogFormat) -> AccessLog | None:
     """The access log, in place of uvicorn's; the two flags of vLLM's that hold for that one hold for ours."""
     if args.disable_uvicorn_access_log:
         return None
@@ -239,4 +236,4 @@ def access_log(args: Namespace) -> AccessLog | None:
     args.disable_uvicorn_access_log = True
     start_log()
     quiet = (args.disable_access_log_for_endpoints or "").split(",")
-    return AccessLog(getattr(args, "pat_serve_log_format", LogFormat.TEXT), [path.strip() for path in quiet])
+    return AccessLog(form, [path.strip() for path in quiet])

@@ -152,20 +152,6 @@ class StreamEnd(BaseModel):
     timings: Timings
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    type: str
-    message: str
-    param: str | None
-
-
-class ErrorBody(BaseModel):
-    """The body of every answer that is not 200."""
-
-    error: ErrorDetail
-
-
 class HealthResponse(BaseModel):
     """`GET /health`: the process is alive; whether the engine answers is `GET /ready`."""
 

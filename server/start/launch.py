@@ -20,12 +20,15 @@ from pat_serve.checkpoints.locate import locate, stock_path
 from pat_serve.errors import EngineError, PortInUse, UsageError
 from pat_serve.machine.hardware import available_memory_bytes, serving_dtype
 from pat_serve.server.engine.baseline import check_comparable, check_memory
-from pat_serve.server.engine.draft import check_draft, speculative_config
+from pat_serve.server.engine.draft import speculative_config
 from pat_serve.server.engine.serve import is_cpu_backend, parse_serve_arguments, serve
 from pat_serve.server.http.access_log import LogFormat
+from pat_serve.server.http.errors import HttpError
 from pat_serve.server.http.keys import KeyRing, collect_keys
 from pat_serve.server.http.limits import MAX_STOPS
 from pat_serve.server.http.policy import Feature, Policy
+from pat_serve.server.start.draft_check import check_draft
+from pat_serve.server.start.handover import Handover
 from pat_serve.server.start.supervisor import adopt_orphans, end_children, supervise
 from pat_serve.server.start.trusted_model import check_trusted
 from pat_serve.server.start.whole_model import check_whole_models
@@ -111,7 +114,6 @@ def run(settings: ServeSettings) -> None:
         args = parse_serve_arguments(serve_arguments(settings, on_cpu=is_cpu_backend()))
         check_flags(args, settings)
         check_whole_models(args, settings.model, baseline=settings.baseline, draft=settings.draft)
-        args.pat_serve_baseline = settings.baseline
         if settings.baseline is not None and is_cpu_backend():
             # Elsewhere vLLM itself refuses an engine for which the accelerator has no room.
             kv_cache_bytes = args.kv_cache_memory_bytes or int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0) * GIB
@@ -125,9 +127,9 @@ def run(settings: ServeSettings) -> None:
         if args.shutdown_timeout:
             policy = replace(policy, shutdown_timeout_s=float(args.shutdown_timeout))
             args.shutdown_timeout = 0
-        args.pat_serve_policy = policy
-        args.pat_serve_log_format = settings.log_format
-        serve(args, uvicorn_options(policy, args))
+        handover = Handover(policy=policy, log_format=settings.log_format, baseline=settings.baseline)
+        handover.give(args)
+        serve(args, handover.life, uvicorn_options(handover))
     finally:
         end_children()
 
@@ -176,15 +178,15 @@ def check_plugin() -> None:
         )
 
 
-def uvicorn_options(policy: Policy, args: Namespace) -> dict[str, Any]:
+def uvicorn_options(handover: Handover) -> dict[str, Any]:
     """What uvicorn is told beside what vLLM tells it."""
     from pat_serve.server.http.protocol import CONNECTIONS_END_S, bounded_protocol
 
-    protocol = bounded_protocol(
-        policy,
-        guarded=lambda: getattr(args, "pat_serve_guarded", False),
-        refused=lambda error: args.pat_serve_observation.refused(error),
-    )
+    def refused(error: HttpError) -> None:
+        assert handover.observation is not None, "no connection is taken before"
+        handover.observation.refused(error)
+
+    protocol = bounded_protocol(handover.policy, guarded=lambda: handover.guarded, refused=refused)
     return {
         "http": protocol,
         # No route of ours is one.

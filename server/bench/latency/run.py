@@ -26,15 +26,11 @@ from pat_serve.server.bench.model_source import ModelSource, resolve
 from pat_serve.server.bench.scratch import scratch_folder
 from pat_serve.server.bench.speedup.check import config_sha256
 from pat_serve.server.bench.speedup.checks import (
-    MAX_STEP_TOKENS,
     check_context,
-    engine_memory_bytes,
-    kv_cache_bytes,
     least_output_tokens,
-    require_memory,
-    step_tokens,
 )
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
+from pat_serve.server.engine.memory import MAX_STEP_TOKENS, engine_memory_bytes, kv_cache_bytes, require_memory
 from pat_serve.server.engine.workers.probe import PROBE_ROWS, best_rates
 from pat_serve.server.engine.workers.process import EngineProcess, start_together
 from pat_serve.server.engine.workers.protocol import Ready, Start
@@ -194,8 +190,8 @@ def _with_engine(
                 load_format=load.load_format,
                 batch_size=load.largest_batch,
                 max_model_tokens=load.tokens_per_request,
-                max_step_tokens=min(widest, step_tokens(load)),
-                kv_cache_bytes=kv_cache_bytes(source, load, dtype),
+                max_step_tokens=min(widest, load.full_batch.step_tokens),
+                kv_cache_bytes=kv_cache_bytes(source.shape, load.full_batch, dtype),
                 enforce_eager=load.enforce_eager,
                 seed=load.seed,
             )
@@ -205,7 +201,7 @@ def _with_engine(
             def probe() -> None:
                 if settings.roofline:
                     progress("probing the machine", 0, 1)
-                    probes.append(engine.probe(rows=min(step_tokens(load), PROBE_ROWS)))
+                    probes.append(engine.probe(rows=min(load.full_batch.step_tokens, PROBE_ROWS)))
 
             probe()
             measured = run(engine, source)
@@ -234,5 +230,5 @@ def _with_engine(
 def _check(source: ModelSource, load: SpeedupSettings, dtype: str) -> None:
     check_context(source, load.tokens_per_request)
     way_out = "Ask for smaller batches, cut the model with --layers N --load-format dummy, or free memory."
-    needed_bytes = engine_memory_bytes(source, load, dtype)
+    needed_bytes = engine_memory_bytes(source.shape, load.full_batch, dtype)
     require_memory(f"an engine of {source.name}", needed_bytes, dtype=dtype, fix=way_out)

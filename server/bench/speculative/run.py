@@ -25,8 +25,7 @@ from pat_serve.server.bench.speculative.result import (
     SpeculativeSettings,
     summarize_rounds,
 )
-from pat_serve.server.bench.speedup.checks import engine_memory_bytes, kv_cache_bytes, require_memory
-from pat_serve.server.bench.speedup.settings import SpeedupSettings
+from pat_serve.server.engine.memory import Batch, engine_memory_bytes, kv_cache_bytes, require_memory
 from pat_serve.server.engine.workers.cpu_watch import CpuWatch
 from pat_serve.server.engine.workers.process import EngineProcess, start_together
 from pat_serve.server.engine.workers.protocol import Start
@@ -102,15 +101,15 @@ def _measure(
     prompts: Sequence[list[int]],
     progress: Progress,
 ) -> list[SpeculativeRound]:
-    load = _load(settings)
-    kv_bytes = kv_cache_bytes(model, load, dtype)
+    batch = _batch(settings)
+    kv_bytes = kv_cache_bytes(model.shape, batch, dtype)
     common = {
         "model": model.path,
         "dtype": dtype,
         "load_format": settings.load_format,
         # One more than is used: vLLM's drafting pads its batches.
         "batch_size": 2,
-        "max_model_tokens": load.tokens_per_request + settings.draft_tokens + 1,
+        "max_model_tokens": batch.tokens_per_request + settings.draft_tokens + 1,
         "max_step_tokens": settings.prompt_tokens + settings.draft_tokens + 1,
         "enforce_eager": settings.enforce_eager,
         "seed": settings.seed,
@@ -129,7 +128,7 @@ def _measure(
                     {
                         **common,
                         # vLLM shares the cache's memory between both models, page by page.
-                        "kv_cache_bytes": 2 * (kv_bytes + kv_cache_bytes(draft, load, dtype)),
+                        "kv_cache_bytes": 2 * (kv_bytes + kv_cache_bytes(draft.shape, batch, dtype)),
                         "draft": draft.path,
                         "draft_tokens": settings.draft_tokens,
                     }
@@ -159,12 +158,9 @@ def _measure(
     return rounds
 
 
-def _load(settings: SpeculativeSettings) -> SpeedupSettings:
-    return SpeedupSettings(
-        batch_size=2,
-        prompt_tokens=settings.prompt_tokens,
-        output_tokens=settings.output_tokens + settings.draft_tokens + 1,
-    )
+def _batch(settings: SpeculativeSettings) -> Batch:
+    tokens = settings.prompt_tokens + settings.output_tokens + settings.draft_tokens + 1
+    return Batch(requests=2, prompt_tokens=settings.prompt_tokens, tokens_per_request=tokens)
 
 
 def _prompt_ids(model: ModelSource, settings: SpeculativeSettings, prompts: Sequence[str]) -> list[list[int]]:
@@ -207,7 +203,7 @@ def _check_pair(model: ModelSource, draft: ModelSource, settings: SpeculativeSet
             found=f"a vocab_size of {draft.shape.vocab_size}",
             fix="Draft with a model that was pruned from it.",
         )
-    load = _load(settings)
-    needed_bytes = 2 * engine_memory_bytes(model, load, dtype) + engine_memory_bytes(draft, load, dtype)
+    batch = _batch(settings)
+    needed_bytes = 2 * engine_memory_bytes(model.shape, batch, dtype) + engine_memory_bytes(draft.shape, batch, dtype)
     way_out = "Cut both models with --layers N --load-format dummy, or free memory."
     require_memory("two engines and a draft", needed_bytes, dtype=dtype, fix=way_out)

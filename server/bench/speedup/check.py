@@ -30,8 +30,6 @@ from pat_serve.server.bench.speedup.checks import (
     check_settings,
     depths_that_fit,
     fitting_requests,
-    kv_cache_bytes,
-    step_tokens,
 )
 from pat_serve.server.bench.speedup.depth_result import Extrapolated
 from pat_serve.server.bench.speedup.depths import conclude_extrapolated, extrapolate_all, worst_surroundings
@@ -39,6 +37,7 @@ from pat_serve.server.bench.speedup.result import DepthMeasurement, ModelRecord,
 from pat_serve.server.bench.speedup.rounds import warm_up
 from pat_serve.server.bench.speedup.series import Pair, Progress, measure_rounds
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
+from pat_serve.server.engine.memory import kv_cache_bytes
 from pat_serve.server.engine.workers.probe import PROBE_ROWS, MachineRates, best_rates
 from pat_serve.server.engine.workers.process import EngineProcess, start_together
 from pat_serve.server.engine.workers.protocol import Ready, Start
@@ -197,7 +196,7 @@ def _measure(sources: _Sources, dtype: str, scratch: Path, progress: Progress) -
         def probe() -> None:
             if settings.roofline:
                 progress(f"probing the machine{at}", 0, settings.rounds)
-                rows = min(step_tokens(settings), PROBE_ROWS)
+                rows = min(settings.full_batch.step_tokens, PROBE_ROWS)
                 probes.extend(engine.probe(rows=rows) for engine in (first, second))
 
         progress(f"starting two engines{at}", 0, settings.rounds)
@@ -280,8 +279,8 @@ def _start_command(source: ModelSource, settings: SpeedupSettings, dtype: str) -
         load_format=settings.load_format,
         batch_size=settings.largest_batch,
         max_model_tokens=settings.tokens_per_request,
-        max_step_tokens=step_tokens(settings),
-        kv_cache_bytes=kv_cache_bytes(source, settings, dtype),
+        max_step_tokens=settings.full_batch.step_tokens,
+        kv_cache_bytes=kv_cache_bytes(source.shape, settings.full_batch, dtype),
         enforce_eager=settings.enforce_eager,
         seed=settings.seed,
     )

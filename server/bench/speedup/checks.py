@@ -1,29 +1,22 @@
-"""What a speed-up check refuses before it starts an engine, and what an engine is expected to take."""
+"""What a speed-up check refuses before it starts an engine."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 
-from pat_serve.errors import EngineError, UsageError, want
-from pat_serve.machine.hardware import DTYPE_BYTES, available_memory_bytes, free_gpu_bytes
+from pat_serve.errors import UsageError, want
+from pat_serve.machine.hardware import DTYPE_BYTES, free_gpu_bytes
 from pat_serve.server.analysis.capacity import Capacity, capacity, memory_for
 from pat_serve.server.analysis.verdict import MARGIN_BOUND, MIN_ROUNDS
 from pat_serve.server.bench.model_source import ModelSource
 from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.engine.memory import MAX_STEP_TOKENS, engine_memory_bytes, free_memory_bytes, require_memory
 from pat_serve.server.engine.workers.probe import SIZES
 
-MAX_STEP_TOKENS = 16384
 # Where whole models do not fit, these many layers of each give their lines. Four layers apart, a layer's time stands
 # well above the noise; a deeper cut would take longer than it adds.
 SHALLOW, DEEP = 2, 6
-
-# Of an engine beside weights and KV cache: Python, torch and vLLM themselves.
-PROCESS_BYTES = 1 << 30
-# While a CPU's kernels repack a matrix, it exists twice; freed pieces are not all given back.
-WEIGHT_COPIES = 1.4
-# Rows of 32, 128 and 256 are the block sizes of vLLM's KV cache; one block more than the tokens need is never too few.
-_KV_BLOCK_TOKENS = 256
 
 
 def check_settings(settings: SpeedupSettings) -> None:
@@ -164,7 +157,7 @@ def depths_that_fit(
     Returns:
         none where the whole models fit, or where no deeper cut than the shallow one does.
     """
-    free_bytes = _free_bytes()[0]
+    free_bytes = free_memory_bytes()[0]
 
     def fit(layers: int | None) -> bool:
         pair = [one if layers is None else cut_source(one, layers) for one in (baseline, candidate)]
@@ -182,52 +175,10 @@ def cut_source(source: ModelSource, layers: int) -> ModelSource:
 
 
 def _pair_memory_bytes(baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings, dtype: str) -> int:
+    others = candidate_settings(baseline, candidate, settings, dtype)
     probe_bytes = SIZES["cpu" if free_gpu_bytes() is None else "cuda"].weight_bytes if settings.roofline else 0
     return (
-        engine_memory_bytes(baseline, settings, dtype)
-        + engine_memory_bytes(candidate, candidate_settings(baseline, candidate, settings, dtype), dtype)
+        engine_memory_bytes(baseline.shape, settings.full_batch, dtype)
+        + engine_memory_bytes(candidate.shape, others.full_batch, dtype)
         + probe_bytes
     )
-
-
-def _free_bytes() -> tuple[int, str]:
-    gpu_bytes = free_gpu_bytes()
-    return (available_memory_bytes(), "memory") if gpu_bytes is None else (gpu_bytes, "GPU memory")
-
-
-def require_memory(subject: str, needed_bytes: int, *, dtype: str, fix: str) -> None:
-    """Refuse what does not fit into the memory that is free: the GPU's if there is one, else the host's.
-
-    Raises:
-        EngineError: with both amounts.
-    """
-    available_bytes, kind = _free_bytes()
-    if needed_bytes > available_bytes:
-        raise EngineError(
-            subject,
-            expected=f"about {needed_bytes / 2**30:.1f} GiB of {kind} in {dtype}",
-            found=f"{available_bytes / 2**30:.1f} GiB available",
-            fix=fix,
-        )
-
-
-def engine_memory_bytes(source: ModelSource, settings: SpeedupSettings, dtype: str) -> int:
-    """Memory that an engine is expected to take: weights, KV cache, activations of the widest step, the process."""
-    value_bytes = DTYPE_BYTES[dtype]
-    shape = source.shape
-    widest = max(3 * shape.ffn_size, 3 * shape.num_heads * shape.head_dim) + 4 * shape.hidden_size
-    activations = step_tokens(settings) * widest * value_bytes
-    copies = WEIGHT_COPIES if free_gpu_bytes() is None else 1.0
-    weights = int(copies * shape.parameters * value_bytes)
-    return weights + kv_cache_bytes(source, settings, dtype) + activations + PROCESS_BYTES
-
-
-def step_tokens(settings: SpeedupSettings) -> int:
-    """Tokens of the widest step: the whole batch's prompts at once, as far as that is sensible."""
-    return min(settings.largest_batch * settings.prompt_tokens, MAX_STEP_TOKENS)
-
-
-def kv_cache_bytes(source: ModelSource, settings: SpeedupSettings, dtype: str) -> int:
-    """Size of the KV cache that holds the batch to its last token."""
-    blocks = settings.largest_batch * math.ceil(settings.tokens_per_request / _KV_BLOCK_TOKENS) + 1
-    return blocks * _KV_BLOCK_TOKENS * source.shape.kv_values_per_token * DTYPE_BYTES[dtype]

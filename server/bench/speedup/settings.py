@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from pat_serve.server.analysis.verdict import DEFAULT_MARGIN, Claim
+from pat_serve.server.engine.memory import Batch
 
 # The paper's own measure: the time to the first tokens of batches of 128-token prompts, averaged over batch sizes.
 PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS = (1, 2, 4, 8), 128
@@ -93,6 +94,15 @@ class SpeedupSettings(BaseModel):
     def tokens_per_request(self) -> int:
         """Prompt and output of one request."""
         return self.prompt_tokens + self.generated_tokens
+
+    @property
+    def full_batch(self) -> Batch:
+        """The most that an engine has to hold at once."""
+        return Batch(
+            requests=self.largest_batch,
+            prompt_tokens=self.prompt_tokens,
+            tokens_per_request=self.tokens_per_request,
+        )
 
     def with_batch(self, batch_size: int) -> SpeedupSettings:
         """The same with this batch size alone."""

@@ -1,4 +1,4 @@
-"""Tokens and times of a request's sequences, from what an engine says step by step."""
+"""Tokens and times of a caller's sequences, from what an engine says step by step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pat_serve.server.engine import sequence_watch
-from pat_serve.server.engine.sequence_watch import SequenceWatch
-from pat_serve.server.http.exchange import Exchange, current
+from pat_serve.server.engine import token_watch
+from pat_serve.server.engine.patches import watch_outputs
+from pat_serve.server.engine.token_watch import RequestWork, TokenWatch, current_work
 
 
 class Engine:
@@ -18,9 +18,9 @@ class Engine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0
-        monkeypatch.setattr(sequence_watch.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(token_watch.time, "monotonic", lambda: self.now_s)
         self.states: dict[str, Any] = {}
-        self.watch = SequenceWatch(self.states)
+        self.watch = TokenWatch(self.states)
 
     def add(self, request_id: str, prompt_tokens: int = 0) -> None:
         self.states[request_id] = SimpleNamespace(stats=SimpleNamespace(queued_ts=0.0, scheduled_ts=0.0))
@@ -46,60 +46,64 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 @pytest.fixture
-def exchange() -> Iterator[Exchange]:
-    exchange = Exchange(method="POST", path="/p", route="/p", request_id="r", arrival_s=0.0)
-    token = current.set(exchange)
-    yield exchange
-    current.reset(token)
+def work() -> Iterator[RequestWork]:
+    work = RequestWork()
+    token = current_work.set(work)
+    yield work
+    current_work.reset(token)
 
 
-def test_two_sequences_of_one_request(engine: Engine, exchange: Exchange) -> None:
+def test_two_sequences_of_one_request(engine: Engine, work: RequestWork) -> None:
     engine.add("a", prompt_tokens=5)
     engine.add("b")
     engine.step(1.0, ("a", 1, None))
     engine.step(2.0, ("a", 1, None), ("b", 2, None))
     engine.step(4.0, ("a", 1, "stop"), ("b", 1, "length"))
-    assert (exchange.prompt_tokens, exchange.output_tokens) == (5, 6)
-    assert (exchange.ttft_s, exchange.queue_s) == (1.0, 0.75)
+    assert (work.prompt_tokens, work.output_tokens) == (5, 6)
+    assert (work.first_token_s, work.queue_s) == (1.0, 0.75)
     # a: two tokens in 3 s; b: one in 2 s after its first two, which came together.
-    assert exchange.tpot_s == pytest.approx(5 / 3)
-    assert (len(engine.watch), exchange.open_sequences) == (0, {})
+    assert work.tpot_s == pytest.approx(5 / 3)
+    assert (len(engine.watch), work.open_sequences) == (0, {})
 
 
-def test_one_token_alone_has_no_pace(engine: Engine, exchange: Exchange) -> None:
+def test_one_token_alone_has_no_pace(engine: Engine, work: RequestWork) -> None:
     engine.add("a")
     engine.step(1.0, ("a", 1, "length"))
-    assert (exchange.ttft_s, exchange.queue_s, exchange.tpot_s) == (1.0, 0.75, None)
+    assert (work.first_token_s, work.queue_s, work.tpot_s) == (1.0, 0.75, None)
 
 
-def test_what_the_engine_drops_unheard_is_forgotten_with_its_request(engine: Engine, exchange: Exchange) -> None:
+def test_what_the_engine_drops_unheard_is_forgotten_with_its_request(engine: Engine, work: RequestWork) -> None:
     engine.add("a")
     engine.add("b")
     engine.step(1.0, ("a", 1, None))
     engine.step(3.0, ("a", 1, None))
-    exchange.close()
+    work.close()
     assert len(engine.watch) == 0
-    assert (exchange.output_tokens, exchange.tpot_s) == (2, 2.0)
+    assert (work.output_tokens, work.tpot_s) == (2, 2.0)
     # What still comes, and what a task that outlives the request begins, is nobody's.
     engine.step(4.0, ("a", 1, None))
     engine.add("c")
-    assert (len(engine.watch), exchange.output_tokens) == (0, 2)
+    assert (len(engine.watch), work.output_tokens) == (0, 2)
 
 
-def test_without_engine_statistics(engine: Engine, exchange: Exchange) -> None:
+def test_without_engine_statistics(engine: Engine, work: RequestWork) -> None:
     engine.add("a")
     engine.states["a"] = SimpleNamespace(stats=None)
     engine.watch.process(lambda outputs: None, [SimpleNamespace(request_id="a", new_token_ids=[1], finish_reason=None)])
-    assert (exchange.output_tokens, exchange.queue_s) == (1, None)
+    assert (work.output_tokens, work.queue_s) == (1, None)
 
 
 def test_sequences_of_no_request(engine: Engine) -> None:
     engine.add("a")
     assert len(engine.watch) == 0
-    engine.step(1.0, ("a", 1, "stop"))
+    engine.step(1.0, ("a", 0, None))
+    assert engine.watch.last_token_s is None
+    engine.step(2.0, ("a", 1, "stop"))
+    # Whoever asked for it, it shows that the engine answers.
+    assert engine.watch.last_token_s == 2.0
 
 
-def test_an_engines_own_methods_are_wrapped(exchange: Exchange) -> None:
+def test_an_engines_own_methods_are_wrapped(work: RequestWork) -> None:
     class Processor:
         def __init__(self) -> None:
             self.request_states: dict[str, Any] = {}
@@ -112,12 +116,13 @@ def test_an_engines_own_methods_are_wrapped(exchange: Exchange) -> None:
             return timestamp
 
     processor = Processor()
-    sequence_watch.watch(processor)
+    watch = watch_outputs(processor)
     request = SimpleNamespace(request_id="0_a", prompt_token_ids=[1, 2, 3])
     processor.add_request(request, "text", None, 0, "queue")
     processor.add_request(SimpleNamespace(request_id="1_a", prompt_token_ids=[1, 2, 3]), "text", "parent", 1)
     assert processor.calls == [(request, "text", None, 0, "queue"), (processor.calls[1][0], "text", "parent", 1, None)]
     output = SimpleNamespace(request_id="0_a", new_token_ids=[7], finish_reason=None)
     assert processor.process_outputs([output], 2.5) == 2.5
-    assert (exchange.prompt_tokens, exchange.output_tokens) == (3, 1)
-    assert exchange.open_sequences.keys() == {"0_a", "1_a"}
+    assert (work.prompt_tokens, work.output_tokens) == (3, 1)
+    assert work.open_sequences.keys() == {"0_a", "1_a"}
+    assert watch.last_token_s is not None
