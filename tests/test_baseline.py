@@ -16,6 +16,7 @@ import pytest
 
 from pat_serve.errors import EngineError, UsageError
 from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench.speedup.conclusion import Beginning
 from pat_serve.server.bench.speedup.result import Round, WarmUp
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.engine import baseline
@@ -111,9 +112,8 @@ def test_a_users_request_makes_it_inconclusive(others: int, verdict: Verdict) ->
     )
     warm = WarmUp(traces=(slow, slow), stationary=True)
     settings = SpeedupSettings(rounds=5, output_tokens=3)
-    result = _judge(
-        dense, pruned, (shapes[0], shapes[1]), settings, [warm, warm], [pair] * 5, others, begun_s=0.0, date=""
-    )
+    begun = Beginning(date="", at_s=0.0)
+    result = _judge(dense, pruned, (shapes[0], shapes[1]), settings, [warm, warm], [pair] * 5, others, begun=begun)
     assert result.verdict is verdict
     assert result.other_requests == others
     assert ("2 requests of users" in result.reason) is bool(others)

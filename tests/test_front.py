@@ -22,6 +22,7 @@ from pat_serve.server.http.deadline import within_deadline
 from pat_serve.server.http.errors import shape_routing_errors, shape_vllm_errors
 from pat_serve.server.http.front import Front, Gate
 from pat_serve.server.http.policy import Policy
+from pat_serve.server.routes.plugin import OWN_ROUTES
 from tests.virtual_clock import run
 
 POLICY = Policy(max_body_bytes=1000, receive_timeout_s=0.2, request_timeout_s=0.3)
@@ -45,7 +46,7 @@ class App:
         self.app = FastAPI()
         self.app.add_middleware(Front)
         model = ModelBounds(max_model_len=100, vocab_size=10)
-        self.app.state.pat_serve_gate = Gate(policy, self.admission, model)
+        self.app.state.pat_serve_gate = Gate(policy, self.admission, model, OWN_ROUTES)
         self.app.post("/v1/echo")(self.echo)
         self.app.post("/v1/hang")(self.hang)
         self.app.post("/v1/stream")(self.stream)

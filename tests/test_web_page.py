@@ -17,6 +17,7 @@ from pat_serve.server.http.front import Front, Gate, authorize
 from pat_serve.server.http.keys import collect_keys
 from pat_serve.server.http.policy import Policy
 from pat_serve.server.http.web_page import PAGE_PATHS, page_router, read_card
+from pat_serve.server.routes.plugin import OWN_ROUTES
 
 WEB = Path(__file__).parent.parent / "server" / "web"
 
@@ -26,7 +27,9 @@ def page(*, public: bool, keys: tuple[str, ...] = ("me=secret",)) -> TestClient:
     app.add_middleware(Front)
     app.include_router(page_router())
     policy = Policy(public_page=public, keys=collect_keys(keys, environment={}))
-    app.state.pat_serve_gate = Gate(policy, Admission(capacity=1), ModelBounds(max_model_len=9, vocab_size=9))
+    app.state.pat_serve_gate = Gate(
+        policy, Admission(capacity=1), ModelBounds(max_model_len=9, vocab_size=9), OWN_ROUTES
+    )
     return TestClient(app)
 
 

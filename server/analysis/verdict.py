@@ -82,13 +82,43 @@ class Surroundings:
     settled: bool
 
 
-def drifted(drift: float) -> bool:
-    """Whether a drift, the second half over the first less 1, is beyond the limit in either direction."""
-    return max(1 + drift, 1 / (1 + drift)) - 1 > MAX_DRIFT
+class Obstacle(StrEnum):
+    """Why nothing may be said about a claim, whatever the interval is."""
+
+    FEW_ROUNDS = "few rounds"
+    NOISE = "noise"
+    DRIFT = "drift"
+    RIVALS = "rivals"
+    UNSETTLED = "unsettled"
+
+
+def obstacles_around(surroundings: Surroundings) -> frozenset[Obstacle]:
+    """What stands in the way of a whole check."""
+    found = {
+        Obstacle.RIVALS: surroundings.other_cpu_share > MAX_OTHER_CPU_SHARE,
+        Obstacle.UNSETTLED: not surroundings.settled,
+    }
+    return frozenset(one for one, there in found.items() if there)
+
+
+def obstacles_within(*, rounds: int, spread: float, drift: float) -> frozenset[Obstacle]:
+    """What stands in the way of one series of rounds.
+
+    Args:
+        rounds: number of pairs.
+        spread: the larger relative median absolute deviation of the two models' rounds.
+        drift: second half of the rounds over the first, less 1; too large in either direction is an obstacle.
+    """
+    found = {
+        Obstacle.FEW_ROUNDS: rounds < MIN_ROUNDS,
+        Obstacle.NOISE: spread > MAX_NOISE,
+        Obstacle.DRIFT: max(1 + drift, 1 / (1 + drift)) - 1 > MAX_DRIFT,
+    }
+    return frozenset(one for one, there in found.items() if there)
 
 
 def obstacles(*, rounds: int, spread: float, drift: float, surroundings: Surroundings) -> tuple[str, ...]:
-    """Why nothing may be said, whatever the interval is; empty where nothing stands in the way.
+    """A sentence for each thing that stands in the way; empty where nothing does.
 
     Args:
         rounds: number of pairs.
@@ -96,19 +126,19 @@ def obstacles(*, rounds: int, spread: float, drift: float, surroundings: Surroun
         drift: second half of the rounds over the first, less 1.
         surroundings: of the check.
     """
-    if rounds < MIN_ROUNDS:
+    found = obstacles_within(rounds=rounds, spread=spread, drift=drift) | obstacles_around(surroundings)
+    if Obstacle.FEW_ROUNDS in found:
+        # Nothing else can be told from so few.
         return (f"only {rounds} rounds, {MIN_ROUNDS} are the least",)
-    found = []
-    if spread > MAX_NOISE:
-        found.append(f"a model's rounds spread by {spread:.1%}, more than {MAX_NOISE:.0%}: the machine was not quiet")
-    if drifted(drift):
-        found.append(f"the rounds drifted by {drift:+.0%}, a factor beyond {1 + MAX_DRIFT:g}: the machine changed")
-    if surroundings.other_cpu_share > MAX_OTHER_CPU_SHARE:
-        share = f"{surroundings.other_cpu_share:.0%} of the CPU time, more than {MAX_OTHER_CPU_SHARE:.0%}"
-        found.append(f"other processes took {share}")
-    if not surroundings.settled:
-        found.append("the warm-up did not settle: no two runs in a row agreed")
-    return tuple(found)
+    others = f"{surroundings.other_cpu_share:.0%} of the CPU time, more than {MAX_OTHER_CPU_SHARE:.0%}"
+    told = {
+        Obstacle.NOISE: f"a model's rounds spread by {spread:.1%}, more than {MAX_NOISE:.0%}: "
+        "the machine was not quiet",
+        Obstacle.DRIFT: f"the rounds drifted by {drift:+.0%}, a factor beyond {1 + MAX_DRIFT:g}: the machine changed",
+        Obstacle.RIVALS: f"other processes took {others}",
+        Obstacle.UNSETTLED: "the warm-up did not settle: no two runs in a row agreed",
+    }
+    return tuple(sentence for one, sentence in told.items() if one in found)
 
 
 def judge(
@@ -121,9 +151,9 @@ def judge(
         low: lower end of the ratio's interval.
         high: upper end.
         rounds: number of pairs behind it.
-        spread: as of `obstacles`.
-        drift: likewise.
-        surroundings: likewise.
+        spread: the larger relative median absolute deviation of the two models' rounds.
+        drift: second half of the rounds over the first, less 1.
+        surroundings: of the check.
 
     Returns:
         pass when the whole interval reaches the claim's threshold, fail when none of it does, else inconclusive;

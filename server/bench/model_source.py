@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,6 +116,12 @@ def cut_layers(config: Mapping[str, Any], layers: int, *, load_format: str, name
     # Some configs also list a kind for each layer.
     kinds = {"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {}
     return {**config, "num_hidden_layers": layers, **kinds}
+
+
+def config_sha256(config: Mapping[str, object]) -> str:
+    """Digest of a config.json, keys sorted."""
+    # A running engine's config may hold what JSON has no form for, such as a dtype.
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _locate(name: str, flag: str) -> Path:

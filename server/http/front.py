@@ -5,6 +5,8 @@ A plain ASGI class: a function middleware would hide a client's disconnect from 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pat_serve.server.http.admission import Admission
@@ -14,31 +16,40 @@ from pat_serve.server.http.errors import HttpError
 from pat_serve.server.http.exchange import NO_KEY, current
 from pat_serve.server.http.policy import Policy
 from pat_serve.server.http.request_bounds import BodyBudget, check_headers, check_length, header, read_body, replay
+from pat_serve.server.http.served_routes import TOKENIZING
 
-# A benchmark has bounds of its own and takes longer than a request may.
-_BENCHMARKS = "/benchmark/"
-# Whose bodies pydantic checks in full, in the routes' own models.
-_OWN = ("/generate", "/baseline/generate", _BENCHMARKS)
-# The engine does not hear of these, so that its queue is full is no reason to refuse them. But the tokenizer takes one
-# after the other, and a body of some megabytes keeps it for seconds.
-_TOKENIZING = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
+# The tokenizer takes one text after the other, and a body of some megabytes keeps it for seconds.
 MAX_TOKENIZING = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnRoutes:
+    """Our routes, as the router knows them.
+
+    Attributes:
+        posts: beginnings of the paths whose bodies pydantic checks in full, in the routes' own models.
+        benchmarks: beginning of the paths that have bounds of their own and may take longer than a request.
+    """
+
+    posts: tuple[str, ...]
+    benchmarks: str
 
 
 class Gate:
     """What the front needs to know of the running server; made when the engine is up."""
 
-    def __init__(self, policy: Policy, admission: Admission, model: ModelBounds) -> None:
+    def __init__(self, policy: Policy, admission: Admission, model: ModelBounds, own: OwnRoutes) -> None:
         self.policy = policy
         self.admission = admission
         self.model = model
-        # Room for one of the largest there always is.
+        self.own = own
+        # One body of the largest size always finds room.
         self.bodies = BodyBudget(max(policy.max_bodies_bytes, policy.max_body_bytes))
         self._tokenizing = Admission(capacity=MAX_TOKENIZING, per_key=admission.per_key)
 
     def lane(self, path: str) -> Admission:
         """Where a request for that path takes its place."""
-        if path not in _TOKENIZING:
+        if path not in TOKENIZING:
             return self.admission
         self._tokenizing.draining = self.admission.draining
         return self._tokenizing
@@ -69,7 +80,11 @@ class Front:
             key = authorize(scope, gate.policy)
             if exchange is not None:
                 exchange.key = key
-            if scope["path"].startswith(_BENCHMARKS) and scope["method"] == "POST" and not gate.policy.benchmarks:
+            if (
+                scope["path"].startswith(gate.own.benchmarks)
+                and scope["method"] == "POST"
+                and not gate.policy.benchmarks
+            ):
                 told = "benchmarks are off on this server (--no-benchmarks); pat-bench measures the model without it"
                 raise HttpError(403, "benchmarks_off", told, headers={"Connection": "close"})
             await self._admitted(gate, key, scope, receive, send)
@@ -90,7 +105,7 @@ class Front:
             check_length(scope, body)
             sequences = 1
             check_containers(body)
-            if body and not path.startswith(_OWN):
+            if body and not path.startswith(gate.own.posts):
                 sequences = check_body(body, policy, gate.model)
             receive = replay(body, receive)
             if not posted:
@@ -98,7 +113,7 @@ class Front:
                 return
             lane = gate.lane(path)
             with lane.admit(key, sequences if lane is gate.admission else 1):
-                if path.startswith(_BENCHMARKS):
+                if path.startswith(gate.own.benchmarks):
                     await self.app(scope, receive, send)
                 else:
                     await within_deadline(self.app, scope, receive, send, policy.request_timeout_s)

@@ -19,6 +19,8 @@ VLLMS = frozenset(
         "/invocations", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc", "/static",
     }
 )  # fmt: skip
+# The engine does not hear of these, so a full queue of its own is no reason to refuse them.
+TOKENIZING = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
 
 
 def keep_served(app: FastAPI, ours: Collection[str] = ()) -> None:

@@ -9,19 +9,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 import psutil
 from fastapi import Request
 
-from pat_serve.machine.hardware import DTYPE_BYTES, describe
+from pat_serve.machine.hardware import DTYPE_BYTES
 from pat_serve.server.analysis.trace import BatchTrace, prompts_digest
-from pat_serve.server.analysis.verdict import Judgement, Verdict
-from pat_serve.server.bench.speedup.advice import advise
-from pat_serve.server.bench.speedup.analysis import analyse, conclude, surroundings_of
-from pat_serve.server.bench.speedup.check import config_sha256
-from pat_serve.server.bench.speedup.result import ModelRecord, Round, WarmUp
+from pat_serve.server.bench.model_source import config_sha256
+from pat_serve.server.bench.speedup.conclusion import Beginning, Disturbance, sum_up
+from pat_serve.server.bench.speedup.result import DepthMeasurement, ModelRecord, Round, WarmUp
 from pat_serve.server.bench.speedup.rounds import MAX_WARMUP_RUNS, is_stationary, round_prompts
+from pat_serve.server.bench.speedup.series import Pair
 from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
 from pat_serve.server.engine.baseline import Baseline, available
 from pat_serve.server.engine.online import Engine
@@ -95,39 +93,39 @@ def batch_trace(submitted_s: float, requests: Sequence[Sequence[float]], *, prom
 
 
 async def check_live_speedup(
-    candidate: Side, baseline: Baseline | None, exclusive: Exclusive, body: SpeedupRequest, http: Request
+    candidate: Side, running: Baseline | None, exclusive: Exclusive, body: SpeedupRequest, http: Request
 ) -> LiveSpeedupResult:
     """Run the check.
 
     Raises:
-        HttpError: 400 the requests do not fit, 409 no baseline, another benchmark runs or users are being served, 503
-            the baseline is dead or it took too long.
+        HttpError: 400 the requests do not fit, 409 another benchmark runs or users are being served, 503 it took too
+            long.
+        BaselineMissing: there is no baseline.
+        BaselineDead: its engine died.
         ClientGoneError: the client left; nothing of the check runs on.
     """
-    running = available(baseline)
-    dense = Side(running.engine, running.processes, running.start_s)
-    shapes = _shapes(dense, candidate)
+    other = available(running)
+    baseline = Side(other.engine, other.processes, other.start_s)
+    shapes = _shapes(baseline, candidate)
     settings = _settings(body, candidate.engine)
-    _check_fit(settings, (dense, candidate))
-    begun_s, date = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    work = _measure(dense, candidate, settings)
+    _check_fit(settings, (baseline, candidate))
+    begun = Beginning.now()
+    work = _measure(baseline, candidate, settings)
     (warm_ups, rounds), others = await exclusive.run(http, work, sequences=body.batch_size, force=body.force)
     # The bootstrap takes a moment, in which the loop has others to serve.
-    return await asyncio.to_thread(
-        _judge, dense, candidate, shapes, settings, warm_ups, rounds, others, begun_s=begun_s, date=date
-    )
+    return await asyncio.to_thread(_judge, baseline, candidate, shapes, settings, warm_ups, rounds, others, begun=begun)
 
 
-async def _measure(dense: Side, pruned: Side, settings: SpeedupSettings) -> tuple[list[WarmUp], list[Round]]:
-    vocab_size = pruned.engine.vocab_size
+async def _measure(baseline: Side, candidate: Side, settings: SpeedupSettings) -> tuple[list[WarmUp], list[Round]]:
+    vocab_size = candidate.engine.vocab_size
     warm_ups = []
-    for side in (dense, pruned):
+    for side in (baseline, candidate):
         traces: list[BatchTrace] = []
         while len(traces) < MAX_WARMUP_RUNS and not is_stationary(traces, settings):
             prompts = round_prompts(settings, vocab_size, -1 - len(traces))
             traces.append(await side.batch(prompts, settings.generated_tokens))
         warm_ups.append(WarmUp(traces=tuple(traces), stationary=is_stationary(traces, settings)))
-    await pruned.settle()
+    await candidate.settle()
     front = ProcessGroup([psutil.Process()])
     rounds = []
     for index in range(settings.rounds):
@@ -135,17 +133,17 @@ async def _measure(dense: Side, pruned: Side, settings: SpeedupSettings) -> tupl
         watch = CpuWatch(front)
         traced: dict[Side, BatchTrace] = {}
         # A drift of the machine favours neither: who begins alternates.
-        order = (dense, pruned) if index % 2 == 0 else (pruned, dense)
+        order = (baseline, candidate) if index % 2 == 0 else (candidate, baseline)
         for side, waiting in (order, order[::-1]):
             with watch.turn(side.processes, waiting.processes):
                 traced[side] = await side.batch(prompts, settings.generated_tokens)
             await side.settle()
         rounds.append(
             Round(
-                first="baseline" if order[0] is dense else "candidate",
+                first="baseline" if order[0] is baseline else "candidate",
                 prompts_sha256=prompts_digest(prompts),
-                baseline=traced[dense],
-                candidate=traced[pruned],
+                baseline=traced[baseline],
+                candidate=traced[candidate],
                 other_cpu_share=watch.other_share,
                 waiting_engine_cpu_share=watch.waiting_share,
             )
@@ -154,64 +152,47 @@ async def _measure(dense: Side, pruned: Side, settings: SpeedupSettings) -> tupl
 
 
 def _judge(
-    dense: Side,
-    pruned: Side,
+    baseline: Side,
+    candidate: Side,
     shapes: tuple[ModelShape, ModelShape],
     settings: SpeedupSettings,
     warm_ups: list[WarmUp],
     rounds: list[Round],
     others: int,
     *,
-    begun_s: float,
-    date: str,
+    begun: Beginning,
 ) -> LiveSpeedupResult:
-    dtype, surroundings = pruned.engine.dtype, surroundings_of(rounds, warm_ups)
-    regimes = tuple(
-        analyse(
-            regime,
-            rounds,
-            settings,
-            baseline=shapes[0],
-            candidate=shapes[1],
-            dtype_bytes=DTYPE_BYTES[dtype],
-            surroundings=surroundings,
-        )
-        for regime in settings.regimes
-    )
-    judgement = conclude(regimes, rounds, settings.claimed)
-    advice = advise(
-        regimes,
-        None,
-        claim=settings.claimed,
-        seconds_per_round=(time.monotonic() - begun_s) / len(rounds),
-        surroundings=surroundings,
-    )
-    if others:
-        # Users' work runs on the served engine alone, beside the baseline's turns and in the batches of its own: what
-        # is compared is no longer alike, however quiet the rounds look.
-        told = f"{others} requests of users ran meanwhile, which the two engines do not share alike"
-        judgement = Judgement(
-            verdict=Verdict.INCONCLUSIVE, strict=Verdict.INCONCLUSIVE, reason=f"{told}; {judgement.reason}"
-        )
-        advice = ("without `force`, while no users are being served", *advice)
-    return LiveSpeedupResult(
-        date=date,
-        duration_s=time.monotonic() - begun_s,
-        machine=describe(),
-        dtype=dtype,
+    dtype = candidate.engine.dtype
+    pair = Pair(
+        baseline=shapes[0],
+        candidate=shapes[1],
+        candidate_batch=None,
         settings=settings,
-        baseline=_record(dense, shapes[0], warm_ups[0]),
-        candidate=_record(pruned, shapes[1], warm_ups[1]),
-        regimes=regimes,
-        average=None,
-        stopped=f"{len(rounds)} rounds were asked for",
-        verdict=judgement.verdict,
-        strict_verdict=judgement.strict,
-        reason=judgement.reason,
-        advice=advice if judgement.verdict is Verdict.INCONCLUSIVE else (),
-        rounds=tuple(rounds),
-        other_requests=others,
+        dtype_bytes=DTYPE_BYTES[dtype],
     )
+    measured = DepthMeasurement(
+        layers=shapes[0].num_layers,
+        baseline=_record(baseline, shapes[0], warm_ups[0]),
+        candidate=_record(candidate, shapes[1], warm_ups[1]),
+        regimes=pair.analyse(rounds, warm_ups),
+        rounds=tuple(rounds),
+        stopped=f"{len(rounds)} rounds were asked for",
+    )
+    # Users' work runs on the served engine alone, beside the baseline's turns and in the batches of its own: what is
+    # compared is no longer alike, however quiet the rounds look.
+    disturbance = Disturbance(
+        told=f"{others} requests of users ran meanwhile, which the two engines do not share alike",
+        way_out="without `force`, while no users are being served",
+    )
+    result = sum_up(
+        [measured],
+        settings,
+        begun=begun,
+        dtype=dtype,
+        seconds_per_round=(time.monotonic() - begun.at_s) / len(rounds),
+        disturbance=disturbance if others else None,
+    )
+    return LiveSpeedupResult(**dict(result), other_requests=others)
 
 
 def _record(side: Side, shape: ModelShape, warmed: WarmUp) -> ModelRecord:
@@ -226,8 +207,8 @@ def _record(side: Side, shape: ModelShape, warmed: WarmUp) -> ModelRecord:
     )
 
 
-def _shapes(dense: Side, pruned: Side) -> tuple[ModelShape, ModelShape]:
-    shapes = countable_shape(dense.engine), countable_shape(pruned.engine)
+def _shapes(baseline: Side, candidate: Side) -> tuple[ModelShape, ModelShape]:
+    shapes = countable_shape(baseline.engine), countable_shape(candidate.engine)
     if shapes[0] is None or shapes[1] is None:
         told = "the ceiling of a quantized or unusual model cannot be counted from its config, so no claim is judged"
         raise HttpError(409, "not_comparable", told)

@@ -26,7 +26,7 @@ from pat_serve.server.http.admission import Admission
 from pat_serve.server.http.body_check import ModelBounds
 from pat_serve.server.http.drain import Drain
 from pat_serve.server.http.errors import ErrorBody, ErrorShapeRoute, HttpError, shape_routing_errors, shape_vllm_errors
-from pat_serve.server.http.front import Front, Gate
+from pat_serve.server.http.front import Front, Gate, OwnRoutes
 from pat_serve.server.http.keys import collect_keys
 from pat_serve.server.http.metrics import ServerMetrics
 from pat_serve.server.http.observer import Observation, Observer
@@ -92,7 +92,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(route_class=ErrorShapeRoute, responses=_ERRORS, tags=["pat-serve"])
 
-
+# All benchmarks, and nothing else, are found under this path.
+_BENCHMARKS = "/benchmark/"
 _STREAM = {"description": "One answer, or a stream of events.", "content": {"text/event-stream": {}}}
 
 
@@ -118,19 +119,19 @@ async def ready_route(service: ServiceDep) -> ReadyResponse:
     return ReadyResponse(status="ready", model=service.engine.model_name, last_token_age_s=age_s)
 
 
-@router.post("/benchmark/latency")
+@router.post(f"{_BENCHMARKS}latency")
 async def latency_route(body: LatencyRequest, http: Request, service: ServiceDep) -> LatencyResponse:
     """Time batches of random prompts, one after the other. 409 while another benchmark runs or users are served."""
     return await benchmark.latency(service.engine, service.baseline_engine, service.exclusive, body, http)
 
 
-@router.post("/benchmark/throughput")
+@router.post(f"{_BENCHMARKS}throughput")
 async def throughput_route(body: ThroughputRequest, http: Request, service: ServiceDep) -> ThroughputResponse:
     """Keep a number of requests under way and count what comes out. 409 as for latency."""
     return await benchmark.throughput(service.engine, service.baseline_engine, service.exclusive, body, http)
 
 
-@router.post("/benchmark/speedup")
+@router.post(f"{_BENCHMARKS}speedup")
 async def speedup_route(body: SpeedupRequest, http: Request, service: ServiceDep) -> LiveSpeedupResult:
     """Check a claimed speed-up over the baseline: pass, fail or inconclusive. 409 without a baseline."""
     result = await check_live_speedup(service.side, service.baseline, service.exclusive, body, http)
@@ -138,7 +139,7 @@ async def speedup_route(body: SpeedupRequest, http: Request, service: ServiceDep
     return result
 
 
-@router.get("/benchmark/speedup")
+@router.get(f"{_BENCHMARKS}speedup")
 async def last_speedup_route(service: ServiceDep) -> LiveSpeedupResult:
     """The last check's result; 404 before the first."""
     if service.last_speedup is None:
@@ -168,6 +169,13 @@ async def page_model_route(service: ServiceDep) -> PageModel:
 
 
 OUR_PATHS = frozenset(route.path for own in (router, page_router()) for route in own.routes if isinstance(route, Route))
+OWN_ROUTES = OwnRoutes(
+    posts=(
+        *(route.path for route in router.routes if isinstance(route, Route) and "POST" in (route.methods or ())),
+        _BENCHMARKS,
+    ),
+    benchmarks=_BENCHMARKS,
+)
 
 
 class PatServePlugin:
@@ -213,7 +221,7 @@ class PatServePlugin:
 
         engine.before_stop = before_stop
         state.pat_serve = service
-        state.pat_serve_gate = Gate(policy, admission, bounds)
+        state.pat_serve_gate = Gate(policy, admission, bounds, OWN_ROUTES)
         if self._app is not None:
             # Only now: vLLM adds middleware and more routes after the plugins'.
             keep_served(self._app, OUR_PATHS)

@@ -22,9 +22,8 @@ from pat_serve.server.bench.latency.result import (
     ThroughputSettings,
 )
 from pat_serve.server.bench.latency.summary import Floors, latency_cell, throughput_run
-from pat_serve.server.bench.model_source import ModelSource, resolve
+from pat_serve.server.bench.model_source import ModelSource, config_sha256, resolve
 from pat_serve.server.bench.scratch import scratch_folder
-from pat_serve.server.bench.speedup.check import config_sha256
 from pat_serve.server.bench.speedup.checks import (
     check_context,
     least_output_tokens,

@@ -13,9 +13,11 @@ from pat_serve.server.analysis.verdict import (
     MAX_OTHER_CPU_SHARE,
     MIN_ROUNDS,
     Claim,
+    Obstacle,
     Surroundings,
     Verdict,
-    drifted,
+    obstacles_around,
+    obstacles_within,
 )
 from pat_serve.server.bench.speedup.depth_result import Extrapolated
 from pat_serve.server.bench.speedup.result import RegimeResult
@@ -38,32 +40,32 @@ def advise(
         seconds_per_round: what another round takes.
         surroundings: of the check.
     """
-    advice = []
+    advice, around = [], obstacles_around(surroundings)
     others_share = surroundings.other_cpu_share
     others = f" (they took {others_share:.0%} of it)" if others_share >= 0.01 else ""
-    if not surroundings.settled:
+    if Obstacle.UNSETTLED in around:
         advice.append(
             "a warm-up that settles: end other processes, or give the engines longer prompts or more requests"
         )
-    if others_share > MAX_OTHER_CPU_SHARE:
+    if Obstacle.RIVALS in around:
         advice.append(f"a machine of which others take {MAX_OTHER_CPU_SHARE:.0%} at most: end them{others}")
-    disturbed = bool(advice)
     for result in regimes:
         if average is None and result.verdict is not Verdict.INCONCLUSIVE:
             continue
         noise = result.noise
-        noisy, changed = noise.spread > MAX_NOISE, drifted(noise.drift)
-        if noisy:
+        within = obstacles_within(rounds=result.ratio.rounds, spread=noise.spread, drift=noise.drift)
+        disturbances = within - {Obstacle.FEW_ROUNDS}
+        if Obstacle.NOISE in within:
             advice.append(
                 f"{result.name}: a machine on which rounds spread by at most {MAX_NOISE:.0%}, not {noise.spread:.1%}: "
                 f"end other processes{others}, or rent one whose cores nobody shares"
             )
-        if changed:
+        if Obstacle.DRIFT in within:
             advice.append(
                 f"{result.name}: a machine whose speed stays within a factor of {1 + MAX_DRIFT:g}, not "
                 f"{noise.drift:+.0%}: let it come to rest, or find what slows it down"
             )
-        if average is None and not (disturbed or noisy or changed):
+        if average is None and not (around or disturbances):
             advice.append(f"{result.name}: {_more_rounds(result.ratio, claim, seconds_per_round)}")
     if average is not None and average.low < claim.threshold <= average.high:
         advice.append(f"average: {_more_rounds(average, claim, seconds_per_round)}")

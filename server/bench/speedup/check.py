@@ -7,22 +7,13 @@ would not give. Cut models are measured at several depths, one pair of engines a
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pat_serve.machine.extras import require
-from pat_serve.machine.hardware import DTYPE_BYTES, describe, serving_dtype
-from pat_serve.server.analysis.statistics import PairedRatio
-from pat_serve.server.analysis.verdict import Judgement, Verdict
-from pat_serve.server.bench.model_source import ModelSource, resolve
+from pat_serve.machine.hardware import DTYPE_BYTES, serving_dtype
+from pat_serve.server.bench.model_source import ModelSource, config_sha256, resolve
 from pat_serve.server.bench.scratch import scratch_folder
-from pat_serve.server.bench.speedup.advice import advise
-from pat_serve.server.bench.speedup.analysis import conclude, conclude_average
 from pat_serve.server.bench.speedup.checks import (
     candidate_settings,
     check_memory,
@@ -31,14 +22,14 @@ from pat_serve.server.bench.speedup.checks import (
     depths_that_fit,
     fitting_requests,
 )
-from pat_serve.server.bench.speedup.depth_result import Extrapolated
-from pat_serve.server.bench.speedup.depths import conclude_extrapolated, extrapolate_all, worst_surroundings
+from pat_serve.server.bench.speedup.conclusion import Beginning, sum_up
+from pat_serve.server.bench.speedup.depths import extrapolate_all
 from pat_serve.server.bench.speedup.result import DepthMeasurement, ModelRecord, Round, SpeedupResult, WarmUp
 from pat_serve.server.bench.speedup.rounds import warm_up
 from pat_serve.server.bench.speedup.series import Pair, Progress, measure_rounds
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.engine.memory import kv_cache_bytes
-from pat_serve.server.engine.workers.probe import PROBE_ROWS, MachineRates, best_rates
+from pat_serve.server.engine.workers.probe import PROBE_ROWS, MachineRates
 from pat_serve.server.engine.workers.process import EngineProcess, start_together
 from pat_serve.server.engine.workers.protocol import Ready, Start
 
@@ -82,11 +73,7 @@ def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, p
     """
     check_settings(settings)
     require("vllm", "cpu", "cuda", wanted_by="pat-bench speedup")
-    date, begun_s, dtype = (
-        datetime.now(UTC).isoformat(timespec="seconds"),
-        time.monotonic(),
-        serving_dtype(settings.dtype),
-    )
+    begun, dtype = Beginning.now(), serving_dtype(settings.dtype)
     with scratch_folder() as scratch:
         whole = _sources(baseline, candidate, settings.with_layers(None), dtype, scratch)
         if (
@@ -108,7 +95,6 @@ def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, p
     # What it reads and multiplies is the machine's: the best of all probes holds for every depth.
     probes = [probe for one in measured for probe in one.probes]
     depths_measured = [_depth(replace(one.pair, probes=probes), one) for one in measured]
-    deepest, average = depths_measured[-1], measured[-1].pair.average(depths_measured[-1].regimes)
     extrapolated = (
         extrapolate_all(
             depths_measured,
@@ -119,34 +105,15 @@ def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, p
         if settings.depths
         else ()
     )
-    judgement = _judge(depths_measured, extrapolated, average, settings)
-    advice = advise(
-        extrapolated or deepest.regimes,
-        average if settings.judge_average else None,
-        claim=settings.claimed,
-        seconds_per_round=sum(one.rounds_s * len(settings.batches) / len(one.rounds) for one in measured),
-        surroundings=worst_surroundings(depths_measured),
-    )
-    return SpeedupResult(
-        date=date,
-        duration_s=time.monotonic() - begun_s,
-        machine=describe(),
+    return sum_up(
+        depths_measured,
+        settings,
+        begun=begun,
         dtype=dtype,
-        settings=settings,
-        baseline=deepest.baseline,
-        candidate=deepest.candidate,
-        regimes=deepest.regimes,
-        average=average,
-        stopped=deepest.stopped,
-        verdict=judgement.verdict,
-        strict_verdict=judgement.strict,
-        reason=judgement.reason,
-        advice=advice if judgement.verdict is Verdict.INCONCLUSIVE else (),
-        rounds=deepest.rounds,
-        rates=best_rates(probes),
-        probes=tuple(probes),
+        seconds_per_round=sum(one.rounds_s * len(settings.batches) / len(one.rounds) for one in measured),
+        average=measured[-1].pair.average(depths_measured[-1].regimes),
         extrapolated=extrapolated,
-        shallower=tuple(depths_measured[:-1]),
+        probes=probes,
     )
 
 
@@ -186,10 +153,10 @@ def _measure(sources: _Sources, dtype: str, scratch: Path, progress: Progress) -
     with (
         EngineProcess(
             "baseline", log=scratch / f"baseline{settings.layers or ''}.log", offline=baseline.on_disk
-        ) as first,
+        ) as baseline_engine,
         EngineProcess(
             "candidate", log=scratch / f"candidate{settings.layers or ''}.log", offline=candidate.on_disk
-        ) as second,
+        ) as candidate_engine,
     ):
         probes: list[MachineRates] = []
 
@@ -197,27 +164,31 @@ def _measure(sources: _Sources, dtype: str, scratch: Path, progress: Progress) -
             if settings.roofline:
                 progress(f"probing the machine{at}", 0, settings.rounds)
                 rows = min(settings.full_batch.step_tokens, PROBE_ROWS)
-                probes.extend(engine.probe(rows=rows) for engine in (first, second))
+                probes.extend(engine.probe(rows=rows) for engine in (baseline_engine, candidate_engine))
 
         progress(f"starting two engines{at}", 0, settings.rounds)
         ready = start_together(
             {
-                first: _start_command(baseline, settings, dtype),
-                second: _start_command(candidate, others, dtype),
+                baseline_engine: _start_command(baseline, settings, dtype),
+                candidate_engine: _start_command(candidate, others, dtype),
             }
         )
         # Before and after the rounds, by the engines themselves.
         probe()
         progress(f"warming up{at}", 0, settings.rounds)
         warm_ups = (
-            warm_up(first, settings, baseline.shape.vocab_size),
-            warm_up(second, others, baseline.shape.vocab_size),
+            warm_up(baseline_engine, settings, baseline.shape.vocab_size),
+            warm_up(candidate_engine, others, baseline.shape.vocab_size),
         )
         rounds, stopped, rounds_s = measure_rounds(
-            first, second, pair, warm_ups, lambda stage, done, total: progress(f"{stage}{at}", done, total)
+            baseline_engine,
+            candidate_engine,
+            pair,
+            warm_ups,
+            lambda stage, done, total: progress(f"{stage}{at}", done, total),
         )
         probe()
-        peaks = [engine.peak_memory_bytes() for engine in (first, second)]
+        peaks = [engine.peak_memory_bytes() for engine in (baseline_engine, candidate_engine)]
 
     def record(source: ModelSource, own: SpeedupSettings, start: Ready, peak: int, warmed: WarmUp) -> ModelRecord:
         return ModelRecord(
@@ -236,8 +207,8 @@ def _measure(sources: _Sources, dtype: str, scratch: Path, progress: Progress) -
     return _Measured(
         pair=pair,
         records=(
-            record(baseline, settings, ready[first], peaks[0], warm_ups[0]),
-            record(candidate, others, ready[second], peaks[1], warm_ups[1]),
+            record(baseline, settings, ready[baseline_engine], peaks[0], warm_ups[0]),
+            record(candidate, others, ready[candidate_engine], peaks[1], warm_ups[1]),
         ),
         rounds=rounds,
         stopped=stopped,
@@ -258,20 +229,6 @@ def _depth(pair: Pair, measured: _Measured) -> DepthMeasurement:
     )
 
 
-def _judge(
-    depths: list[DepthMeasurement],
-    extrapolated: tuple[Extrapolated, ...],
-    average: PairedRatio | None,
-    settings: SpeedupSettings,
-) -> Judgement:
-    deepest = depths[-1]
-    if settings.depths:
-        return conclude_extrapolated(extrapolated, depths, settings)
-    if average is not None and settings.judge_average:
-        return conclude_average(average, deepest.regimes, settings.claimed, worst_surroundings(depths))
-    return conclude(deepest.regimes, deepest.rounds, settings.claimed)
-
-
 def _start_command(source: ModelSource, settings: SpeedupSettings, dtype: str) -> Start:
     return Start(
         model=source.path,
@@ -284,9 +241,3 @@ def _start_command(source: ModelSource, settings: SpeedupSettings, dtype: str) -
         enforce_eager=settings.enforce_eager,
         seed=settings.seed,
     )
-
-
-def config_sha256(config: Mapping[str, object]) -> str:
-    """Digest of a config.json, keys sorted."""
-    # A running engine's config may hold what JSON has no form for, such as a dtype.
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()

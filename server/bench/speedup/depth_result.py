@@ -51,8 +51,8 @@ class Extrapolated(BaseModel):
     @property
     def layers(self) -> str:
         """Of the whole models: one number, or both where they differ."""
-        dense, pruned = self.baseline.layers, self.candidate.layers
-        return str(dense) if dense == pruned else f"{dense}/{pruned}"
+        baseline, candidate = self.baseline.layers, self.candidate.layers
+        return str(baseline) if baseline == candidate else f"{baseline}/{candidate}"
 
     @property
     def name(self) -> str:
