@@ -1,1 +1,1 @@
-"""One small file a command; each imports what it runs only when it runs, so that `--help` is instant."""
+"""One small file a command. A file imports the stages only when its command runs, so that `--help` is instant."""

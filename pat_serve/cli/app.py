@@ -26,8 +26,8 @@ def new_app() -> typer.Typer:
 def run_app(app: typer.Typer) -> None:
     """Run a command line; end the process with the exit code of the outcome.
 
-    0 done, 1 failed or a claim not met, 2 wrong usage, 3 inconclusive. A `PatServeError` becomes one line on stderr;
-    anything else is a defect of ours and says so. `--debug` shows the traceback of either.
+    0 done, 1 failed or a claim not met, 2 wrong usage, 3 inconclusive. A `PatServeError` becomes one line on stderr.
+    Any other exception is a defect of ours, and the line says so. `--debug` shows the traceback of either.
     """
     _reporting(app)
 
@@ -35,9 +35,10 @@ def run_app(app: typer.Typer) -> None:
 def run_command(command: Callable[..., Any]) -> None:
     """Run a command line that is a single command.
 
-    A command may return what is left to do, to be called once typer's dozen frames are off the stack; errors of typer's
-    own mean nothing there. Python 3.11 keeps frames in chunks of 16 KiB, and where a loop's calls cross the border of
-    one it maps and unmaps memory at each: importing vLLM took twice as many page faults from below typer (LOG.md).
+    A command may return a function with the rest of its work. The function is called once typer's dozen frames are off
+    the stack; errors of typer's own mean nothing there. Python 3.11 keeps frames in chunks of 16 KiB. Where a loop's
+    calls cross the border of a chunk, Python maps and unmaps memory at each call: importing vLLM from below typer took
+    twice as many page faults (LOG.md).
     """
     left: list[Callable[[], None]] = []
 
@@ -59,7 +60,7 @@ def run_command(command: Callable[..., Any]) -> None:
 
 def _reporting(work: Callable[[], Any]) -> None:
     if not sys.stderr.isatty():
-        # transformers and huggingface_hub draw bars of their own; read when they are imported, which is later.
+        # transformers and huggingface_hub draw bars of their own. They read these variables later, when imported.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     keep_local_addresses_direct(os.environ)
     use_plain_signs()

@@ -1,4 +1,4 @@
-"""pat-export card: write an export's model card anew, with what was measured since."""
+"""pat-export card: write an export's model card anew, with the figures that were measured since."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Flag = typer.Option
 
 
 def card(
-    pruned: Annotated[Path, typer.Argument(help="An export.")],
+    pruned: Annotated[Path, typer.Argument(help="Folder of an export.")],
     speedup: Annotated[Path | None, Flag(help="JSON of pat-bench speedup, with this model as the candidate.")] = None,
     quality: Annotated[Path | None, Flag(help="JSON of pat-eval --json.")] = None,
     debug: Debug = False,
@@ -30,5 +30,5 @@ def card(
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line of `pat-export card`, to the end of the process."""
     run_command(card)

@@ -1,4 +1,4 @@
-"""pat-eval: what pruning kept, measured through the exported checkpoints."""
+"""pat-eval: measure through the exported checkpoints what pruning kept."""
 
 from __future__ import annotations
 
@@ -22,28 +22,38 @@ def evaluate(
         list[str],
         typer.Argument(help="Checkpoints: folders, .gguf files, hub ids, URLs of servers; the first is the reference."),
     ],
-    data: Annotated[str | None, Flag(help="Instructions, JSONL file or hub id: perplexity of the responses.")] = None,
+    data: Annotated[
+        str | None, Flag(help="Instructions, as a JSONL file or a hub id, for the perplexity of their responses.")
+    ] = None,
     data_split: Annotated[str, Flag(help="Split of a hub dataset.")] = "test",
     text: Annotated[
-        list[Path] | None, Flag(help="Any text file, or JSONL with `text` fields: perplexity in windows.")
+        list[Path] | None, Flag(help="Any text file, or JSONL with `text` fields, for the perplexity in windows.")
     ] = None,
     wikitext2: Annotated[
-        str | None, Flag(help="WikiText-2's raw test file, or `hub`: perplexity by the field's protocol.")
+        str | None, Flag(help="WikiText-2's raw test file, or `hub`, for the perplexity by the field's protocol.")
     ] = None,
     context_tokens: Annotated[
-        int | None, Flag(help="Tokens of a window; 2048, or what all the models were made for.", min=8)
+        int | None, Flag(help="Tokens of a window. [default: 2048, or the length that all models were made for]", min=8)
     ] = None,
     stride: Annotated[
-        int | None, Flag(help="Tokens from window to window; by default windows do not overlap.", min=1)
+        int | None,
+        Flag(help="Tokens from the start of a window to that of the next. [default: windows do not overlap]", min=1),
     ] = None,
     tasks: Annotated[
-        str | None, Flag(help="lm-eval tasks or groups, with commas; pat14 and pat14_ll: the paper's fourteen.")
+        str | None,
+        Flag(help="lm-eval tasks or groups, separated by commas; pat14 and pat14_ll are the paper's fourteen."),
     ] = None,
     task_data: Annotated[Path | None, Flag(help="Folder with local items of the fourteen, instead of the hub.")] = None,
-    num_fewshot: Annotated[int | None, Flag(help="Examples before each question; the task's own by default.")] = None,
-    backend: Annotated[str, Flag(help="What runs checkpoints: hf (transformers) or vllm.")] = "hf",
-    tokenizer: Annotated[str | None, Flag(help="Of a server's model, where that does not lie here.")] = None,
-    limit: Annotated[int | None, Flag(help="Rows, windows or items of a task at most, the first ones.", min=1)] = None,
+    num_fewshot: Annotated[
+        int | None, Flag(help="Examples before each question. [default: the task's own number]")
+    ] = None,
+    backend: Annotated[str, Flag(help="Library that runs checkpoints: hf (transformers) or vllm.")] = "hf",
+    tokenizer: Annotated[
+        str | None, Flag(help="Tokenizer of a server's model, where the model does not lie on this machine.")
+    ] = None,
+    limit: Annotated[
+        int | None, Flag(help="Take only the first rows, windows or items of a task, so many.", min=1)
+    ] = None,
     max_length_tokens: Annotated[int, Flag(help="Tokens of an example of --data.", min=8)] = 256,
     batch_size: Annotated[int, Flag(help="Examples at a time.", min=1)] = 16,
     dtype: Annotated[str, Flag(help="auto, float32 or bfloat16.")] = "auto",
@@ -55,13 +65,13 @@ def evaluate(
     as_json: Annotated[bool, Flag("--json", help="Print JSON to stdout instead of a table.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Perplexity and tasks of one or more checkpoints on the same items, each compared with the first.
+    """Measure perplexity and tasks of one or more checkpoints on the same items, and compare each with the first.
 
     Example: `pat-eval dense/ pruned/ --data heldout.jsonl`
 
     More: `pat-eval dense/ pruned/ --wikitext2 wiki.test.raw --tasks arc_easy,pat14_ll --out quality/ --gate gate.yaml`
 
-    Exit code 0 done, 1 a bound of the gate is missed, 3 the items are too few to tell.
+    Exit codes: 0 done, 1 a bound of the gate is missed, 3 the items are too few to tell.
     """
     from pat_serve.evaluation.gate import exit_code, judge, read_gate
     from pat_serve.evaluation.measuring import measure_models
@@ -154,7 +164,7 @@ def _plan(
 
 
 def _check_bounds(bounds: list[Bound], models: list[str], plan: Plan) -> None:
-    """What can be told of a gate before hours of measuring: that it has something to speak of."""
+    """Refuse a gate whose bounds name nothing that will be measured, before hours of measuring."""
     from pat_serve.errors import UsageError
 
     if bounds and len(models) < 2:
@@ -164,7 +174,7 @@ def _check_bounds(bounds: list[Bound], models: list[str], plan: Plan) -> None:
     texts = [part.name for part in (plan.responses, *plan.texts) if part is not None]
     for bound in bounds:
         known = texts if bound.metric == "ppl" else list(plan.tasks)
-        # Of a task's measures only lm-eval knows the names, and a group has members.
+        # Only lm-eval knows the names of a task's measures, and a group has members.
         named = bound.of is None or bound.of in known or bound.metric != "ppl"
         if not (known and named):
             raise UsageError(
@@ -176,5 +186,5 @@ def _check_bounds(bounds: list[Bound], models: list[str], plan: Plan) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line of `pat-eval`, to the end of the process."""
     run_command(evaluate)

@@ -1,4 +1,4 @@
-"""What pat-eval's flags name, as data to measure on; instruction rows are read by the code that trains on them."""
+"""The data that pat-eval's flags name. The code that trains on instruction rows reads them here too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pat_serve.training.data.remarks import Remarks
 
 
 def responses_of(data: str, split: str, limit: int | None, max_length_tokens: int) -> Responses:
-    """Instruction data, from a file or the hub."""
+    """Read instruction data from a file or the hub."""
     remarks = Remarks(data)
 
     def encode(tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
@@ -32,16 +32,16 @@ def responses_of(data: str, split: str, limit: int | None, max_length_tokens: in
 
 
 def text_of(path: Path) -> Text:
-    """Any text."""
+    """Read a text file for the perplexity in windows."""
     return _text(path.name, partial(text_from_file, path))
 
 
 def wikitext2_of(source: str) -> Text:
-    """WikiText-2 from a file, or from the hub where the source is `hub`."""
+    """Read WikiText-2 from a file, or from the hub where the source is `hub`."""
     return _text("wikitext2", wikitext2_from_hub if source == "hub" else partial(wikitext2_from_file, Path(source)))
 
 
 def _text(name: str, read: Callable[[], str]) -> Text:
-    # At once: a wrong path is told of before a model is loaded, and what is measured is what the cache knows it by.
+    # The text is read at once, so a wrong path is told before a model is loaded, and the cache's key fits the text.
     content = read()
     return Text(name=name, read=lambda: content, identity=hashlib.sha256(content.encode()).hexdigest())

@@ -58,11 +58,11 @@ def export(
 
     Example: `pat-export --ckpt run/ --out pruned/`
 
-    The result loads in stock transformers and stock vLLM. Exit code 1, and no output, when parity fails or a required
-    quality is missed; 3, and no output, when the data cannot say whether it is.
+    The result loads in stock transformers and stock vLLM. Exit code 1 means that parity failed or a required quality is
+    missed, and 3 that the data cannot say whether it is missed. Both leave no output.
 
-    `pat-export verify pruned/ --ckpt run/` repeats the proof at any time later, `pat-export card pruned/` adds what was
-    measured since to the model card.
+    `pat-export verify pruned/ --ckpt run/` repeats the proof at any time later. `pat-export card pruned/` adds later
+    measurements to the model card.
     """
     from pat_serve.errors import UsageError
     from pat_serve.export.record.hub import check_hub, push_to_hub

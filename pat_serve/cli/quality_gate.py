@@ -22,15 +22,15 @@ _INSTRUCTIONS = (".jsonl", ".json")
 def quality_gate(
     bounds: Sequence[str], data: Path | None, *, out: Path
 ) -> Callable[[Path, Path], dict[str, Any]] | None:
-    """What `export_run` calls with the finished model's folder and the base's; None without bounds.
+    """Make the function that `export_run` calls with the folders of the finished model and of the base.
 
     Args:
         bounds: as written.
-        data: to measure on.
+        data: file to measure on.
         out: what the export will be called.
 
     Raises:
-        UsageError: a bound is none, or speaks of anything but ppl, or there is no data.
+        UsageError: a bound cannot be read or names another figure than ppl, or there is no data.
     """
     if not bounds and data is None:
         return None
@@ -72,7 +72,7 @@ def _plan(data: Path) -> Plan:
 
 
 def _measure(exported: Path, base: Path, bounds: Sequence[Bound], plan: Plan, out: Path) -> dict[str, Any]:
-    # Names for a card that others read: no paths of this machine.
+    # Others read these names on the card, so they are no paths of this machine.
     names = ["the base", out.name]
     models, measures = measure_models(names, plan, {names[0]: base, names[1]: exported})
     judged = judge(bounds, measures)

@@ -30,12 +30,12 @@ def serve(
         Flag(help="Dense parent: runs beside the model, for /benchmark/speedup, /baseline/generate and the page."),
     ] = None,
     host: Annotated[
-        str, Flag(help="Address to listen on; 0.0.0.0 lets other machines in: give keys then.")
+        str, Flag(help="Address to listen on. 0.0.0.0 lets other machines in: give keys then.")
     ] = "127.0.0.1",
     port: Annotated[int, Flag(min=1, max=65535)] = 8000,
     dtype: Annotated[
         str,
-        Flag(help="auto, float32, bfloat16, float16. auto: what this CPU computes natively; on a GPU the model's."),
+        Flag(help="auto, float32, bfloat16 or float16. auto: the CPU's native dtype, or on a GPU the model's."),
     ] = "auto",
     max_model_len: Annotated[
         int | None, Flag(min=2, help="Tokens of prompt and output together. [default: the model's]")
@@ -48,50 +48,56 @@ def serve(
         bool, Flag("--compile", help="CPU: compile the model at the start; needs g++, adds a minute, decodes faster.")
     ] = False,
     draft: Annotated[
-        str | None, Flag(help="Pruned model that proposes tokens for this one to check: same output, often sooner.")
+        str | None,
+        Flag(help="Pruned model that proposes tokens for this model to check; the same output often comes sooner."),
     ] = None,
     draft_tokens: Annotated[int, Flag(min=1, max=16, help="Tokens that the draft proposes a step.")] = 3,
     api_key: Annotated[
         list[str] | None,
         Flag(
             metavar="[NAME=]KEY",
-            help="Ask for this key on every route but /health and /ready; repeatable. Other users of this machine can "
-            "read a command line: prefer --api-key-file or PAT_SERVE_API_KEYS.",
+            help="Ask for this key on every route except /health and /ready; repeatable. Other users of this machine "
+            "can read a command line: prefer --api-key-file or PAT_SERVE_API_KEYS.",
         ),
     ] = None,
-    api_key_file: Annotated[Path | None, Flag(help="File with a [NAME=]KEY a line.")] = None,
+    api_key_file: Annotated[Path | None, Flag(help="File with one [NAME=]KEY a line.")] = None,
     public_metrics: Annotated[bool, Flag("--public-metrics", help="/metrics asks for no key.")] = False,
     public_page: Annotated[bool, Flag("--public-page", help="The page's files ask for no key; the page does.")] = False,
-    max_body_mib: Annotated[float, Flag(min=0.001, help="MiB of a request's body.")] = 4.0,
+    max_body_mib: Annotated[float, Flag(min=0.001, help="Largest body of a request, in MiB.")] = 4.0,
     max_bodies_mib: Annotated[
-        float, Flag(min=0.001, help="MiB of all requests' bodies together; more are refused with 503.")
+        float, Flag(min=0.001, help="MiB of all requests' bodies together; further requests get 503.")
     ] = 256.0,
-    max_sequences: Annotated[int, Flag(min=1, help="Prompts times n of one request.")] = 128,
+    max_sequences: Annotated[int, Flag(min=1, help="Most sequences of one request: prompts times n.")] = 128,
     max_queue: Annotated[
         int | None,
-        Flag(min=0, help="Sequences that wait; more are refused with 503. [default: 4 times --max-num-seqs]"),
+        Flag(min=0, help="Sequences that may wait; further ones get 503. [default: 4 times --max-num-seqs]"),
     ] = None,
     max_concurrency_per_key: Annotated[
-        int | None, Flag(min=1, help="Requests of one key under way; more get 429. [default: unbounded]")
+        int | None,
+        Flag(min=1, help="Requests of one key that may be under way; further ones get 429. [default: unbounded]"),
     ] = None,
-    max_connections: Annotated[int, Flag(min=1, help="Connections open at once.")] = 2048,
+    max_connections: Annotated[int, Flag(min=1, help="Connections that may be open at once.")] = 2048,
     request_timeout: Annotated[float, Flag(min=0.1, help="Seconds that an answer may take.")] = 600.0,
     receive_timeout: Annotated[
-        float, Flag(min=0.1, help="Seconds for a request's headers, again for its body.")
+        float, Flag(min=0.1, help="Seconds for a request's headers, and again for its body.")
     ] = 20.0,
     send_timeout: Annotated[float, Flag(min=0.1, help="Seconds until a client that does not read is cut off.")] = 60.0,
     shutdown_timeout: Annotated[
-        float, Flag(min=0, help="Seconds that requests under way may take after SIGTERM; a second one ends them.")
+        float, Flag(min=0, help="Seconds that requests under way may take after SIGTERM; a second SIGTERM ends them.")
     ] = 30.0,
     allow: Annotated[
         list[str] | None,
-        Flag(help="structured-output, chat-template, media or prompt-embeds: let requests have it; repeatable."),
+        Flag(
+            help="Feature that requests may use: structured-output, chat-template, media or prompt-embeds; repeatable."
+        ),
     ] = None,
     no_benchmarks: Annotated[
         bool,
-        Flag("--no-benchmarks", help="Refuse POST /benchmark/*: whoever may use the server could load it with them."),
+        Flag("--no-benchmarks", help="Refuse POST /benchmark/*, with which every user of the server could load it."),
     ] = False,
-    log_format: Annotated[str, Flag(help="text or json: one line a request on stdout.")] = "text",
+    log_format: Annotated[
+        str, Flag(help="Form of the access log, one line a request on stdout: text or json.")
+    ] = "text",
     debug: Debug = False,
 ) -> Callable[[], None]:
     """Serve a model over HTTP: a page at /, /generate, /ready, /benchmark/* and OpenAI's /v1 routes.
@@ -121,13 +127,13 @@ def serve(
         ("--send-timeout", send_timeout),
         ("--shutdown-timeout", shutdown_timeout),
     ):
-        # Timers take no infinity, and the system's alarm clock no more than 68 years.
+        # Timers do not take infinity, and the system's alarm clock takes 68 years at most.
         want(flag, value <= MAX_TIMEOUT_S, f"at most {MAX_TIMEOUT_S} s, a day", value, "Give fewer seconds.")
     for flag, size in (
         ("--max-body-mib", max_body_mib), ("--max-bodies-mib", max_bodies_mib), ("--kv-cache-gib", kv_cache_gib),
     ):  # fmt: skip
         want(flag, size is None or isfinite(size), "a size", size, "Give a number.")
-    # Before anything of the server's: it imports what the extra brings.
+    # This comes before any import of the server, which imports the extra's packages.
     require("vllm", "cpu", "cuda", wanted_by="pat-serve")
     from pat_serve.server.http.policy import MIB, Feature, Policy
 
@@ -180,5 +186,5 @@ def serve(
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line of `pat-serve`, to the end of the process."""
     run_command(serve)

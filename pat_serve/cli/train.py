@@ -223,5 +223,5 @@ def train(
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line of `pat-train`, to the end of the process."""
     run_command(train)

@@ -1,4 +1,4 @@
-"""pat-export verify: judge an export again, against the run that it comes from."""
+"""pat-export verify: judge an export again, against the run from which it was made."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ Flag = typer.Option
 
 
 def verify(
-    pruned: Annotated[Path, typer.Argument(help="An export (pruned/).")],
+    pruned: Annotated[Path, typer.Argument(help="Folder of an export (pruned/).")],
     ckpt: Annotated[Path, Flag("--ckpt", help="The finished training run that it was exported from (run/).")],
     base: Annotated[str | None, Flag(help="Where the base model lies now, if it was moved since.")] = None,
     vllm: Annotated[
-        bool, Flag("--vllm", help="Compare with vLLM too: an engine for each dtype, a minute each.")
+        bool, Flag("--vllm", help="Compare in vLLM too; each dtype starts an engine, which takes a minute.")
     ] = False,
     walk: Annotated[
         bool | None,
-        Flag("--walk/--no-walk", help="Load one layer at a time; by default when the model would not fit into memory."),
+        Flag("--walk/--no-walk", help="Load one layer at a time. [default: when the model would not fit into memory]"),
     ] = None,
     as_json: Annotated[bool, Flag("--json", help="Print the outcome to stdout as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Check the files of an export against their hashes of then, and its function against the trained model.
+    """Check an export: its files against the hashes of the export, its function against the trained model.
 
     Example: `pat-export verify pruned/ --ckpt run/`
 
-    Exit code 0 when all is well, 1 when a file or a figure is not, 2 for wrong usage.
+    Exit codes: 0 all is well, 1 a file or a figure is wrong, 2 wrong usage.
     """
     from pat_serve.export.parity.report import parity_lines
     from pat_serve.export.verify import verify_export
@@ -54,5 +54,5 @@ def verify(
 
 
 def main() -> None:
-    """Entry point; `pat-export` hands over to it."""
+    """Run the command line of `pat-export verify`, to which `pat-export` hands over."""
     run_command(verify)

@@ -1,4 +1,4 @@
-"""pat-bench: measure what pruning gained. One file a command."""
+"""pat-bench: measure what pruning gained. Each command has one file."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ for command in (speedup, latency, throughput, load, speculative, compare, plan):
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command line of `pat-bench`, to the end of the process."""
     run_app(app)

@@ -1,4 +1,4 @@
-"""`python -m pat_serve.cli.bench`."""
+"""pat-bench for `python -m pat_serve.cli.bench`."""
 
 from pat_serve.cli.bench import main
 

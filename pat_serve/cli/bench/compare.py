@@ -1,4 +1,4 @@
-"""pat-bench compare: recorded results side by side."""
+"""pat-bench compare: put recorded results side by side."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pat_serve.errors import UsageError
 def compare(
     results: Annotated[list[Path], typer.Argument(help="JSON files of pat-bench, of any kind.")],
     label: Annotated[
-        list[str] | None, typer.Option(help="What to call a result, in the order of the files. [default: file names]")
+        list[str] | None, typer.Option(help="Name of a result, in the order of the files. [default: file names]")
     ] = None,
-    quality: Annotated[Path | None, typer.Option(help="Report of pat-eval --json.")] = None,
+    quality: Annotated[Path | None, typer.Option(help="Report that pat-eval --json wrote.")] = None,
     html: Html = None,
     csv: Annotated[Path | None, typer.Option(help="Also write every figure to this CSV file.")] = None,
     force: Force = False,

@@ -1,4 +1,4 @@
-"""pat-bench load: requests over HTTP, as users send them."""
+"""pat-bench load: load a server over HTTP as users do."""
 
 from __future__ import annotations
 
@@ -24,32 +24,36 @@ from pat_serve.errors import EngineError, UsageError
 
 
 def load(
-    url: Annotated[str, typer.Option(help="Of a server with OpenAI's routes.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="Address of a server with OpenAI's routes.")] = "http://127.0.0.1:8000",
     profile: Annotated[str, typer.Option(help="How requests arrive: constant, poisson or sweep.")] = "poisson",
-    rate: Annotated[str, typer.Option(help="Requests a second, a run each, as 0.5,1,2; a sweep finds its own.")] = "1",
-    sweep_size: Annotated[int, typer.Option(help="Runs of a sweep.")] = 5,
+    rate: Annotated[
+        str, typer.Option(help="Requests a second, with a run for each, as 0.5,1,2. A sweep finds its own.")
+    ] = "1",
+    sweep_size: Annotated[int, typer.Option(help="Number of runs in a sweep.")] = 5,
     prompt_tokens: PromptTokens = 64,
     output_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
-    seconds: Annotated[float, typer.Option(help="Of each run.")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="Seconds of each run.")] = 20.0,
     slo: Annotated[
         list[str] | None,
         typer.Option(help="Bound in seconds of a good request, as ttft=0.2, tpot=0.05 or e2e=2; repeatable."),
     ] = None,
-    served_model: Annotated[str, typer.Option(help="The model, as the server calls it. [default: its first]")] = "",
-    tokenizer: Annotated[str, typer.Option(help="Folder or hub id. [default: what the server says]")] = "",
+    served_model: Annotated[str, typer.Option(help="The server's name of the model. [default: its first model]")] = "",
+    tokenizer: Annotated[
+        str, typer.Option(help="Folder or hub id of the tokenizer. [default: the server names it]")
+    ] = "",
     api_key_file: Annotated[
-        Path | None, typer.Option(help="File with the server's key; else PAT_BENCH_API_KEY.")
+        Path | None, typer.Option(help="File with the server's key. [default: PAT_BENCH_API_KEY has it]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and arrivals.")] = 0,
     as_json: Json = False,
     out: Out = None,
     html: Html = None,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Latency under load and goodput, with guidellm as the client (extra bench). Exit code 1 if no request succeeded.
+    """Measure latency under load and goodput, with guidellm as the client (extra bench).
 
-    Example:
+    Exit code 1: no request succeeded. Example:
 
         pat-bench load --url http://127.0.0.1:8000 --rate 1,2,4 --slo ttft=0.2 --slo tpot=0.05
     """
@@ -87,7 +91,7 @@ def load(
 
 
 def _key(file: Path | None) -> str | None:
-    """The file's first key, else the environment's."""
+    """Read the file's first key, or else the environment's."""
     if file is None:
         return os.environ.get("PAT_BENCH_API_KEY") or None
     from pat_serve.server.http.keys import first_key

@@ -1,4 +1,4 @@
-"""pat-bench latency and pat-bench throughput: one model by itself."""
+"""pat-bench latency and pat-bench throughput: measure one model by itself."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from pat_serve.cli.bench.options import (
 from pat_serve.machine.extras import require
 
 Model = Annotated[str, typer.Option(help="Folder, .gguf, hub id, or a shipped shape (llama2-7b, llama2-7b-pat25).")]
-Layers = Annotated[int | None, typer.Option(help="Cut the model to so many layers; random weights only.")]
+Layers = Annotated[int | None, typer.Option(help="Number of layers to cut the model to; random weights only.")]
 Eager = Annotated[bool, typer.Option(help="Run the model without torch.compile.")]
-Seed = Annotated[int, typer.Option(help="Of prompts and random weights.")]
+Seed = Annotated[int, typer.Option(help="Seed of prompts and random weights.")]
 
 
 def latency(
@@ -36,7 +36,7 @@ def latency(
     batch_size: Annotated[str, typer.Option(help="Requests at once, as 1,4,16.")] = "1",
     prompt_tokens: Annotated[str, typer.Option(help="Tokens of each prompt, as 32,128.")] = "128",
     output_tokens: Annotated[str, typer.Option(help="Tokens that each request generates, as 8,32.")] = "32",
-    rounds: Annotated[int, typer.Option(help="Timed runs of each cell.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Number of timed runs of each cell.")] = 10,
     layers: Layers = None,
     load_format: LoadFormat = "auto",
     dtype: Dtype = "auto",
@@ -49,14 +49,14 @@ def latency(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Time to first token, per output token and to the end, p50 to p99.9, for every batch x prompt x output.
+    """Measure times to first token, per output token and to the end, p50 to p99.9, for every batch x prompt x output.
 
-    The batch runs by itself in a vLLM engine, without a server in front; the floor is what counted bytes and FLOPs
-    take on this machine at least. Example:
+    The batch runs by itself in a vLLM engine, without a server in front. The floor is the least time that the counted
+    bytes and FLOPs take on this machine. Example:
 
         pat-bench latency --model pruned/ --batch-size 1,4 --prompt-tokens 32,128 --html latency.html
     """
-    # Before the imports, which need what the extra brings; they stand here because they would make --help slow.
+    # This check comes before the imports, which need the extra. The imports stand here to keep --help fast.
     require("vllm", "cpu", "cuda", wanted_by="pat-bench latency")
     from pat_serve.server.bench.latency.result import LatencySettings
     from pat_serve.server.bench.latency.run import measure_latency
@@ -81,8 +81,8 @@ def latency(
 def throughput(
     model: Model,
     concurrency: Annotated[str, typer.Option(help="Requests in flight, as 1,4,16.")] = "1,4",
-    saturate: Annotated[bool, typer.Option(help="Then double the last until that gains less than 5 %.")] = True,
-    max_concurrency: Annotated[int, typer.Option(help="Bound of the doubling.")] = 64,
+    saturate: Annotated[bool, typer.Option(help="Double the last number until that gains less than 5 %.")] = True,
+    max_concurrency: Annotated[int, typer.Option(help="Most requests in flight that the doubling reaches.")] = 64,
     prompt_tokens: PromptTokens = 64,
     output_tokens: OutputTokens = 16,
     waves: Annotated[int, typer.Option(help="Requests of a run, as a multiple of its concurrency.")] = 3,
@@ -98,9 +98,9 @@ def throughput(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Tokens and requests a second at a fixed number of requests in flight, and at saturation.
+    """Measure tokens and requests a second at a fixed number of requests in flight, and at saturation.
 
-    As one request ends the next is submitted, without a server in front. Example:
+    The next request is submitted when one ends, without a server in front. Example:
 
         pat-bench throughput --model pruned/ --concurrency 1,8 --out throughput.json
     """

@@ -1,4 +1,4 @@
-"""What the benchmark commands have in common: lists in options, progress, and where a result goes."""
+"""Options and output that the benchmark commands share: lists, progress, and the places of a result."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 Json = Annotated[bool, typer.Option("--json", help="Print the whole result as JSON, and nothing else.")]
-Out = Annotated[Path | None, typer.Option(help="Also write the result to this file: JSON, or CSV if it ends so.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Also write the result to this file: as CSV if its name ends in .csv, else as JSON.")
+]
 Html = Annotated[Path | None, typer.Option(help="Also write a page with charts to this file; extra bench.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace --out and --html if they exist.")]
 
 PromptTokens = Annotated[int, typer.Option(help="Tokens of each prompt.")]
 OutputTokens = Annotated[int, typer.Option(help="Tokens that each request generates.")]
 RoundPairs = Annotated[int, typer.Option(help="Pairs of runs, at least 5.")]
-LayersOfBoth = Annotated[int | None, typer.Option(help="Cut both models to so many layers; random weights only.")]
-LoadFormat = Annotated[str, typer.Option(help="auto: real weights; dummy: random, a config.json is enough.")]
+LayersOfBoth = Annotated[int | None, typer.Option(help="Number of layers to cut both models to; random weights only.")]
+LoadFormat = Annotated[
+    str, typer.Option(help="auto takes real weights, dummy random ones, for which a config.json is enough.")
+]
 Roofline = Annotated[bool, typer.Option(help="Probe the machine (5 s) and put the ceiling beside each figure.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
@@ -34,10 +38,10 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 def engine_settings(
     *, layers: int | None, load_format: str, dtype: str, enforce_eager: bool, seed: int
 ) -> dict[str, object]:
-    """How the engines are run: the fields that the settings of all benchmarks in engines of their own have.
+    """Collect the settings of engines, which all benchmarks that start engines have.
 
     Raises:
-        UsageError: no such load format.
+        UsageError: there is no such load format.
     """
     [load_format] = choices("--load-format", [load_format], ("auto", "dummy"))
     return {
@@ -50,7 +54,7 @@ def engine_settings(
 
 
 def choices(flag: str, given: list[str], allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """Check words against those that a flag takes; each counts once, in the order of `allowed`."""
+    """Check the words of a flag against `allowed`; each word counts once, in the order of `allowed`."""
     for word in given:
         if word not in allowed:
             raise UsageError(
@@ -63,10 +67,10 @@ def choices(flag: str, given: list[str], allowed: tuple[str, ...]) -> tuple[str,
 
 
 def integers(flag: str, given: str) -> tuple[int, ...]:
-    """Numbers from 1 on, separated by commas; each counts once, in the order given.
+    """Read numbers from 1 on, separated by commas; each counts once, in the order given.
 
     Raises:
-        UsageError: something else.
+        UsageError: the text is anything else.
     """
     try:
         numbers = tuple(dict.fromkeys(int(word) for word in given.split(",")))
@@ -78,10 +82,10 @@ def integers(flag: str, given: str) -> tuple[int, ...]:
 
 
 def check_outputs(*paths: Path | None, force: bool) -> None:
-    """Refuse outputs that are there already, before anything is measured; make SIGTERM an orderly end.
+    """Refuse outputs that exist, before anything is measured, and make SIGTERM an orderly end.
 
     Raises:
-        OutputExists: one is there and `force` is False.
+        OutputExists: an output exists and `force` is False.
         MissingExtra: a page is wanted and plotly is not installed.
     """
     from pat_serve.files.atomic import check_vacant
@@ -91,13 +95,13 @@ def check_outputs(*paths: Path | None, force: bool) -> None:
             check_vacant(path, force=force, folder=False)
             if path.suffix == ".html":
                 require("plotly", "bench", wanted_by=f"--html {path}")
-    # As an exception, so that engines are ended on the way out.
+    # SIGTERM raises an exception, so that engines are ended on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 @contextmanager
 def progress_line() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr; yields what is to be called with (stage, done, total)."""
+    """Show a progress bar on stderr; yields a function of (stage, done, total)."""
     from pat_serve.terminal.progress import progress_bar
 
     with progress_bar() as bar:
@@ -108,12 +112,12 @@ def progress_line() -> Iterator[Callable[[str, int, int], None]]:
 def write_report(
     result: BaseModel, *, out: Path | None, html: Path | None, as_json: bool, show: Callable[[], None]
 ) -> None:
-    """Write a result wherever it is wanted.
+    """Write a result to every place that the flags name.
 
     Args:
         result: the record.
-        out: JSON or CSV, by its name; None for none.
-        html: page with charts; None for none.
+        out: JSON or CSV file, by its name; None writes none.
+        html: page with charts; None writes none.
         as_json: JSON on stdout in place of `show`.
         show: prints what a person reads.
     """

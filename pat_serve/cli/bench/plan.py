@@ -1,4 +1,4 @@
-"""pat-bench plan: engines and costs for a traffic, on paper."""
+"""pat-bench plan: compute on paper the engines and costs that a traffic needs."""
 
 from __future__ import annotations
 
@@ -15,50 +15,59 @@ from pat_serve.errors import UsageError
 def plan(
     baseline: Annotated[
         list[Path],
-        typer.Option(help="Record of pat-bench latency of the dense model, or a speedup check's; repeatable."),
+        typer.Option(help="Record of pat-bench latency for the dense model, or of pat-bench speedup; repeatable."),
     ],
     candidate: Annotated[
-        list[Path] | None, typer.Option(help="The same of the pruned model; a speedup check holds both.")
+        list[Path] | None, typer.Option(help="The same for the pruned model; a record of pat-bench speedup holds both.")
     ] = None,
-    rate: Annotated[float, typer.Option(help="Requests a second, Poisson, over all engines.")] = 1.0,
-    prompt_tokens: Annotated[str, typer.Option(help="Of each request: 128, or 64:0.7,256:0.3 with weights.")] = "128",
-    output_tokens: Annotated[str, typer.Option(help="Likewise, drawn independently.")] = "64",
+    rate: Annotated[float, typer.Option(help="Requests a second over all engines, as a Poisson process.")] = 1.0,
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Prompt tokens of a request: 128, or 64:0.7,256:0.3 with weights.")
+    ] = "128",
+    output_tokens: Annotated[
+        str, typer.Option(help="Output tokens of a request, in the same form; drawn independently.")
+    ] = "64",
     lengths: Annotated[
-        Path | None, typer.Option(help="JSONL with prompt_tokens and output_tokens a row, instead of these two.")
+        Path | None,
+        typer.Option(help="JSONL file with prompt_tokens and output_tokens a row, instead of these two flags."),
     ] = None,
     slo: Annotated[
         list[str] | None,
         typer.Option(help="Bound in seconds of a good request, as ttft=0.5, tpot=0.1 or e2e=2; repeatable."),
     ] = None,
-    percentile: Annotated[float, typer.Option(help="So many of a hundred requests must meet all bounds.")] = 90.0,
-    dispatch: Annotated[str, typer.Option(help="least-loaded or round-robin.")] = "least-loaded",
+    percentile: Annotated[float, typer.Option(help="How many of a hundred requests must meet all bounds.")] = 90.0,
+    dispatch: Annotated[
+        str, typer.Option(help="How requests go to engines: least-loaded or round-robin.")
+    ] = "least-loaded",
     max_batch: Annotated[
-        int | None, typer.Option(help="Requests at once of an engine. [default: the largest measured batch]")
+        int | None, typer.Option(help="Requests that an engine takes at once. [default: the largest measured batch]")
     ] = None,
     max_step_tokens: Annotated[int, typer.Option(help="Prompt tokens that one step takes up.")] = 2048,
     kv_cache_gib: Annotated[
-        float | None, typer.Option(help="Of each engine's keys and values. [default: the batch is the only bound]")
+        float | None, typer.Option(help="GiB for an engine's keys and values. [default: the batch is the only bound]")
     ] = None,
     memory_gib: Annotated[
-        float | None, typer.Option(help="Instead: of each engine's weights, keys and values together.")
+        float | None,
+        typer.Option(help="GiB for an engine's weights, keys and values together, instead of --kv-cache-gib."),
     ] = None,
     overhead: Annotated[float, typer.Option(help="Seconds that the server in front adds to the first token.")] = 0.0,
     devices_per_engine: Annotated[
-        int, typer.Option(help="GPUs that one engine spans: tensor times pipeline parallel degree, as it was measured.")
+        int,
+        typer.Option(help="GPUs that a measured engine spans: tensor parallel degree times pipeline parallel degree."),
     ] = 1,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of one machine or GPU.")] = None,
-    max_replicas: Annotated[int, typer.Option(help="The most engines that are tried.")] = 256,
-    requests: Annotated[int, typer.Option(help="Simulated, in each repeat.")] = 2000,
-    repeats: Annotated[int, typer.Option(help="Simulations; the SLO must be met in each.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
+    price_per_hour: Annotated[float | None, typer.Option(help="Price of one machine or GPU.")] = None,
+    max_replicas: Annotated[int, typer.Option(help="Most engines to try.")] = 256,
+    requests: Annotated[int, typer.Option(help="Requests to simulate in each repeat.")] = 2000,
+    repeats: Annotated[int, typer.Option(help="Number of simulations; the SLO must be met in each.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of arrivals and lengths.")] = 0,
     as_json: Json = False,
     out: Out = None,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Engines, machines or GPUs and costs that a traffic needs, dense against pruned, by simulation (docs/planning.md).
+    """Simulate which engines, machines or GPUs and costs a traffic needs, dense and pruned (docs/planning.md).
 
-    Exit code 1 if no number of engines meets the SLO, 3 if --max-replicas of them are too few to tell or the
+    Exit code 1: no number of engines meets the SLO. Exit code 3: --max-replicas engines are too few to tell, or the
     measurements were disturbed. Example:
 
         pat-bench latency --model dense/ --batch-size 1,2,4,8 --prompt-tokens 128 --output-tokens 64 --out dense.json
@@ -101,7 +110,7 @@ def plan(
 
 
 def _kinds(flag: str, given: str) -> tuple[tuple[int, float], ...]:
-    """Lengths with weights: 64 or 64:0.7,256:0.3."""
+    """Read lengths with weights: 64 or 64:0.7,256:0.3."""
     try:
         kinds = tuple(
             (int(tokens), float(weight or 1))

@@ -1,4 +1,4 @@
-"""pat-bench speculative: the pruned model as the draft of its dense parent."""
+"""pat-bench speculative: measure the pruned model as the draft of its dense parent."""
 
 from __future__ import annotations
 
@@ -27,28 +27,32 @@ from pat_serve.files.text_files import read_utf8
 
 def speculative(
     model: Annotated[str, typer.Option(help="Dense model: folder, .gguf, hub id, or a shipped shape.")],
-    draft: Annotated[str, typer.Option(help="Pruned model that proposes tokens; likewise.")],
-    draft_tokens: Annotated[int, typer.Option(help="Tokens that it proposes a step.")] = 3,
+    draft: Annotated[str, typer.Option(help="Pruned model that proposes tokens, in the same forms.")],
+    draft_tokens: Annotated[int, typer.Option(help="Tokens that the draft proposes a step.")] = 3,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A prompt a line, as text or JSONL with a field prompt. [default: random tokens]"),
+        typer.Option(
+            help="File with one prompt a line, as text or as JSONL with a field prompt. [default: random tokens]"
+        ),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, at most.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(help="Most tokens of a prompt.")] = 64,
     output_tokens: OutputTokens = 48,
     rounds: RoundPairs = 12,
     layers: LayersOfBoth = None,
-    load_format: Annotated[str, typer.Option(help="auto: real weights; dummy: random.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="In 16 bits the outputs may differ by rounding.")] = "float32",
+    load_format: Annotated[str, typer.Option(help="auto takes real weights, dummy random ones.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype to compute in. In 16 bits the outputs may differ by rounding.")
+    ] = "float32",
     enforce_eager: Annotated[bool, typer.Option(help="Run without torch.compile.")] = True,
-    seed: Annotated[int, typer.Option(help="Of random prompts and bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random prompts and bootstrap.")] = 0,
     as_json: Json = False,
     out: Out = None,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Speed-up, acceptance and identity of a dense model that a pruned one drafts for (speculative decoding).
+    """Measure speculative decoding of a dense model with a pruned draft: speed-up, acceptance and equal output.
 
-    The dense model checks every token, so its greedy output stays what it was. Exit code 1 if it did not in float32.
+    The dense model checks every token, so its greedy output stays the same. Exit code 1: it changed in float32.
 
         pat-bench speculative --model dense/ --draft pruned/ --prompts prompts.txt
     """

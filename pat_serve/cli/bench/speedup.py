@@ -1,4 +1,4 @@
-"""pat-bench speedup: check a claimed speed-up."""
+"""pat-bench speedup: check a claimed speed-up, with a verdict."""
 
 from __future__ import annotations
 
@@ -34,20 +34,23 @@ def speedup(
         str,
         typer.Option(help="Dense model: folder, .gguf, hub id, or a shipped shape (llama2-7b, llama2-7b-pat25)."),
     ],
-    candidate: Annotated[str, typer.Option(help="The model that is claimed to be faster; likewise.")],
+    candidate: Annotated[str, typer.Option(help="Model that is claimed to be faster, in the same forms.")],
     claim: Annotated[float, typer.Option(help="The speed-up to check.")] = 1.33,
     margin: Annotated[
-        float, typer.Option(help="An interval from claim x (1 - margin) on meets the claim; 0 reads it strictly.")
+        float,
+        typer.Option(
+            help="The claim is met by an interval at or above claim x (1 - margin); 0 reads the claim strictly."
+        ),
     ] = 0.02,
-    batch_size: Annotated[str, typer.Option(help="Requests at once; several as 1,4,16.")] = "1",
+    batch_size: Annotated[str, typer.Option(help="Requests at once; give several as 1,4,16.")] = "1",
     prompt_tokens: PromptTokens = 128,
     output_tokens: Annotated[int, typer.Option(help="Tokens that each request generates, for decode.")] = 9,
     rounds: RoundPairs = 12,
     precision: Annotated[
         float | None, typer.Option(help="Make rounds until every interval is at most this wide: 0.02 is 2 %.")
     ] = None,
-    max_rounds: Annotated[int, typer.Option(help="With --precision: at most so many.")] = 60,
-    max_minutes: Annotated[float, typer.Option(help="With --precision: begin no round after so long.")] = 15.0,
+    max_rounds: Annotated[int, typer.Option(help="Most rounds, with --precision.")] = 60,
+    max_minutes: Annotated[float, typer.Option(help="Minutes after which no round begins, with --precision.")] = 15.0,
     fixed_memory: Annotated[
         bool,
         typer.Option(
@@ -76,7 +79,7 @@ def speedup(
     dtype: Dtype = "auto",
     enforce_eager: Annotated[bool, typer.Option(help="Run the models without torch.compile.")] = True,
     roofline: Roofline = True,
-    seed: Annotated[int, typer.Option(help="Of prompts, random weights and bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, random weights and bootstrap.")] = 0,
     as_json: Json = False,
     out: Out = None,
     html: Html = None,
@@ -85,14 +88,14 @@ def speedup(
 ) -> None:
     """Check a claimed speed-up: pass (exit 0), fail (exit 1) or inconclusive (exit 3).
 
-    Both models run in their own vLLM process, in turns, with the same prompts; the ratio of each pair of runs is judged
-    by its bootstrap interval, and printed beside the ceiling that counting bytes and FLOPs gives.
+    Both models run in turns, each in a vLLM process of its own, with the same prompts. The verdict is on the bootstrap
+    interval of the paired ratios. The ceiling beside it comes from counted bytes and FLOPs.
 
-    Without weights, on the paper's shapes cut to what a small machine holds:
+    The paper's shapes need no weights, and can be cut until a small machine holds them:
 
         pat-bench speedup --baseline llama2-7b --candidate llama2-7b-pat25 --layers 2,6 --load-format dummy
     """
-    # Before the imports, which need what the extra brings; they stand here because they would make --help slow.
+    # This check comes before the imports, which need the extra. The imports stand here to keep --help fast.
     require("vllm", "cpu", "cuda", wanted_by="pat-bench speedup")
     from pat_serve.server.bench.speedup.check import check_speedup
     from pat_serve.server.bench.speedup.settings import PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS, SpeedupSettings
