@@ -1,4 +1,4 @@
-"""What pruning kept: perplexity and tasks of several models on the same items, and how sure a difference is.
+"""Evaluation: perplexity and tasks of several models on the same items, and how sure a difference is.
 
 text.py       a file -> one text -> windows of tokens     lm_eval_tasks.py, backends.py  tasks through lm-eval
 outcomes.py   what one model did on every item            paper14/                       the paper's 14 tasks
@@ -6,5 +6,5 @@ paired.py     the mathematics of paired comparisons       cache.py              
 report.py     estimates and comparisons, as JSON          gate.py                        bounds that a model must keep
 table.py, page.py  the report for a terminal, a browser
 
-It belongs to the core: the stages may import it, it imports none of them.
+This folder belongs to the core: it imports no stage.
 """

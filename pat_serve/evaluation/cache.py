@@ -16,12 +16,12 @@ from pat_serve.files.atomic import write_json
 from pat_serve.plan import file_sha256
 
 CACHE_FOLDER = "outcomes"
-# Rises when the same settings would come to other figures.
+# The version rises when the same settings would give other figures.
 _MEASUREMENT_VERSION = 2
 
 
 class Cache:
-    """One file an outcome.
+    """A folder with one file for each outcome.
 
     Args:
         folder: where they lie; None keeps nothing.
@@ -31,11 +31,11 @@ class Cache:
         self._folder = folder
 
     def get_or(self, key: dict[str, Any] | None, measure: Callable[[], Likelihoods | Answers]) -> Likelihoods | Answers:
-        """What is kept under a key, or what `measure` finds, kept from then on.
+        """Return the outcome under a key; measure and keep it if there is none.
 
         Args:
-            key: everything that the outcome depends on; None for what must not be kept.
-            measure: measures it.
+            key: everything that the outcome depends on; None for an outcome that must not be kept.
+            measure: measures the outcome.
         """
         found = self.get(key)
         if found is None:
@@ -45,7 +45,7 @@ class Cache:
         return found
 
     def get(self, key: dict[str, Any] | None) -> Likelihoods | Answers | None:
-        """What is kept under a key; a damaged file is as good as none."""
+        """Return the outcome under a key, or None; a damaged file counts as none."""
         if self._folder is None or key is None:
             return None
         try:
@@ -55,7 +55,7 @@ class Cache:
             return None
 
     def _full(self, key: dict[str, Any]) -> Any:
-        # By way of JSON, so that what is read back compares equal.
+        # The outcome passes through JSON, so that it compares equal when it is read back.
         return json.loads(json.dumps({"measurement": _MEASUREMENT_VERSION, **key}, sort_keys=True))
 
     def _path(self, key: dict[str, Any]) -> Path:
@@ -69,7 +69,7 @@ def checkpoint_sha256(folder: Path) -> str:
     files = sorted({path for pattern in HUB_PATTERNS for path in folder.glob(pattern) if path.is_file()})
     digest = hashlib.sha256()
     for path in files:
-        # Provenance: when it was exported, by which versions.
+        # This file is provenance: date and versions of the export.
         if path.name != "pat_export.json":
             digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()

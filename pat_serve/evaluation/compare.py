@@ -1,4 +1,4 @@
-"""From what the models did on every item to estimates and comparisons with the first."""
+"""Turn the models' outcomes on every item into estimates and comparisons with the first model."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _mean_measure(
             told.append(_OTHER_ITEMS)
         elif model != first:
             comparison = _comparison(mean_ratio(scores[first], tasks))
-            # Right or wrong, and one task: there is an exact test.
+            # One task with right and wrong answers has an exact test.
             if len(tasks) == 1 and all(set(np.unique(side[0])) <= {0.0, 1.0} for side in (scores[first], tasks)):
                 won, lost, p_value = mcnemar_exact(scores[first][0], tasks[0])
                 comparison = comparison.model_copy(
@@ -114,7 +114,7 @@ def _mean_measure(
 
 
 def _perplexity(model: str, sums_N: Floats, counts_N: Floats) -> Result:
-    """As `pat_serve.perplexity.summarize_nll`: the standard error is that of a ratio estimator."""
+    """Summarize as `pat_serve.perplexity.summarize_nll` does: the standard error is that of a ratio estimator."""
     tokens = float(counts_N.sum())
     mean = float(sums_N.sum()) / tokens
     error = _finite(float(np.sqrt(np.square(sums_N - mean * counts_N).sum())) / tokens) if len(sums_N) > 1 else None
@@ -133,7 +133,7 @@ def _perplexity(model: str, sums_N: Floats, counts_N: Floats) -> Result:
 def _compared(result: Result, comparison: Comparison, *, higher_is_better: bool) -> Result:
     ratio = comparison.ratio
     kept = None
-    # Nothing right is nothing kept; only where less is better does a ratio of zero have no inverse.
+    # A ratio of zero means that nothing was kept. It has no inverse, which is needed where less is better.
     if ratio is not None and (ratio or higher_is_better):
         kept = 100 * (ratio if higher_is_better else 1 / ratio)
     return result.model_copy(update={"versus_first": comparison, "retention_percent": kept})
@@ -158,5 +158,5 @@ def _variance_of_mean(scores_N: Floats) -> float:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Replace NaN and infinity by None, because JSON has neither."""
     return value if math.isfinite(value) else None

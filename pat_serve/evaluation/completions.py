@@ -1,7 +1,7 @@
-"""lm-eval's model for OpenAI-compatible servers, which sends the ids that the server would make of a prompt's text.
+"""lm-eval's model for OpenAI-compatible servers. It sends the ids that the server would make of a prompt's text.
 
 lm-eval's own class adds no special tokens, or with `add_bos_token` all of them to every text, where its class for
-transformers follows the tokenizer: the two would measure one model differently. Imports lm-eval, which is optional.
+transformers follows the tokenizer. The two would measure one model differently. This file imports lm-eval, an option.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pat_serve.tokens.habits import TokenHabit, text_ids, token_habit
 
 
 class Completions(LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval is not followed by mypy
-    """A running server, asked for token ids.
+    """A running server that gets token ids.
 
     Args:
         settings: lm-eval's.
     """
 
     def __init__(self, **settings: Any) -> None:
-        # It passes this for a prompt that is to be continued; for what is scored alone it passes False.
+        # lm-eval passes this on for a prompt that is to be continued, and False for a text that is only scored.
         super().__init__(add_bos_token=True, **settings)
 
     @cached_property
     def habit(self) -> TokenHabit:
-        """What its tokenizer puts around a text."""
+        """The ids that the server's tokenizer puts around a text."""
         return token_habit(self.tokenizer)
 
     @overload

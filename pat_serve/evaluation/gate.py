@@ -1,7 +1,7 @@
 """Bounds on what a model may have lost: `ppl <= 1.02x`, `acc(arc_easy) >= 0.97x`, `acc(pat14_ll) >= 0.4`.
 
-A bound is judged by the 95 % interval of what it bounds: pass or fail when all of it is on one side, inconclusive when
-it straddles the bound, for then the data cannot say. More items make the interval narrower.
+The 95 % interval of a figure is judged against its bound. An interval on one side passes or fails. An interval on both
+sides is inconclusive: the data cannot say. More items make the interval narrower.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pat_serve.evaluation.report import BoundResult, Measure, Result
 
 _BOUND = re.compile(r"\s*([a-z_0-9]+)\s*(?:\(\s*([^()]+?)\s*\))?\s*(<=|>=)\s*(\d+(?:\.\d+)?|\.\d+)\s*(x?)\s*")
 _EXAMPLE = "Write it like ppl <= 1.02x, acc(arc_easy) >= 0.97x or acc(pat14_ll) >= 0.4."
-# Of a normal distribution: the half width of a 95 % interval in standard errors.
+# The half width of a normal distribution's 95 % interval in standard errors.
 _Z = 1.96
 _TAIL = 0.025
 # A standard error below this is zero: the mean of equal scores may miss them by the last bit.
@@ -33,15 +33,15 @@ Outcome = Literal["pass", "fail", "inconclusive"]
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """One bound.
+    """A bound on one figure of every model except the first.
 
     Attributes:
         text: as written.
         metric: ppl, acc, ...
         of: the data or task; None: every measure of that metric.
-        upper: the figure must not be above the limit; else not below it.
+        upper: the figure must not be above the limit; if False, it must not be below.
         limit: the number.
-        relative: it is times the first model's figure.
+        relative: the limit is a multiple of the first model's figure.
     """
 
     text: str
@@ -52,7 +52,7 @@ class Bound:
     relative: bool
 
     def covers(self, measure: Measure) -> bool:
-        """Whether it speaks of a measure."""
+        """Tell whether this bound is on a measure."""
         return measure.metric == self.metric and self.of in (None, measure.of)
 
 
@@ -64,14 +64,14 @@ class _GateFile(BaseModel):
 
 
 def parse_bound(text: str, subject: str) -> Bound:
-    """A bound as a user writes it.
+    """Read a bound as a user writes it.
 
     Args:
         text: the bound.
         subject: the flag or file that it stands in, for the message.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the text is no bound.
     """
     found = _BOUND.fullmatch(text)
     if found is None:
@@ -83,11 +83,11 @@ def parse_bound(text: str, subject: str) -> Bound:
 
 
 def read_gate(path: Path) -> list[Bound]:
-    """The bounds of a gate file: YAML with `version: 1` and a list `bounds`.
+    """Read the bounds of a gate file: YAML with `version: 1` and a list `bounds`.
 
     Raises:
-        DataError: no such file, or of another form.
-        UsageError: a bound is none.
+        DataError: the file does not exist or has another form.
+        UsageError: an entry is no bound.
     """
     try:
         gate = _GateFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -99,10 +99,10 @@ def read_gate(path: Path) -> list[Bound]:
 
 
 def judge(bounds: Sequence[Bound], measures: Sequence[Measure]) -> list[BoundResult]:
-    """Every bound for every model but the first.
+    """Judge every bound for every model except the first.
 
     Raises:
-        UsageError: a bound speaks of nothing that was measured.
+        UsageError: a bound names no measured figure.
     """
     results = []
     for bound in bounds:
@@ -119,13 +119,13 @@ def judge(bounds: Sequence[Bound], measures: Sequence[Measure]) -> list[BoundRes
 
 
 def exit_code(results: Sequence[BoundResult]) -> int:
-    """0 when all bounds are met, 1 when one is missed, else 3: the data cannot say."""
+    """Exit code of a gate: 0 when all bounds are met, 1 when one is missed, else 3, since the data cannot say."""
     outcomes = {result.outcome for result in results}
     return 1 if "fail" in outcomes else 3 if "inconclusive" in outcomes else 0
 
 
 def describe(result: BoundResult) -> str:
-    """One line with the figures."""
+    """Describe the outcome of a bound in one line with its figures."""
     unit = "x" if result.bound.endswith("x") else ""
     if result.low is not None and result.high is not None:
         between = f" ({result.low:.4f} to {result.high:.4f})"
@@ -146,7 +146,7 @@ def _judge(bound: Bound, measure: Measure, result: Result) -> BoundResult:
     return BoundResult(
         bound=f"{measure.name} {'<=' if bound.upper else '>='} {bound.limit:g}{'x' if bound.relative else ''}",
         model=result.model,
-        # Without a ratio, since the first model has zero or other items, nothing can be said.
+        # There is no ratio when the first model has zero or other items, so nothing can be said.
         measured=measured,
         low=low,
         high=high,
@@ -163,18 +163,18 @@ def _interval(result: Result) -> tuple[float | None, float | None]:
         return result.value / spread, result.value * spread
     alike = result.standard_error < _ROUNDING
     if alike and result.value not in (0, 1):
-        # A mean of tasks each of which is all right or all wrong, or scores that are all alike: nothing has a spread.
+        # Nothing has a spread when every task of a mean is all right or all wrong, or all scores are alike.
         return None, None
     if alike:
-        # All right or all wrong: a normal interval would have no width, from two items as from a thousand. The exact
-        # binomial one (Clopper and Pearson 1934) has.
+        # When all answers are right or all wrong, a normal interval has no width, for any number of items. The exact
+        # binomial interval (Clopper and Pearson 1934) has a width.
         beyond = 1 - _TAIL ** (1 / result.items)
         return (0.0, beyond) if result.value == 0 else (1 - beyond, 1.0)
     return result.value - _Z * result.standard_error, result.value + _Z * result.standard_error
 
 
 def _is_share(result: Result) -> bool:
-    """Whether the value is a share of right answers: no scores but 0 and 1 vary as much about a mean in [0, 1]."""
+    """Tell whether a value is a share of right answers: only scores of 0 and 1 vary as much about a mean in [0, 1]."""
     if result.nll_standard_error_nats is not None or result.standard_error is None or not 0 <= result.value <= 1:
         return False
     most = result.value * (1 - result.value)

@@ -10,14 +10,14 @@ from pat_serve.errors import HubError, PatServeError, first_line
 
 @contextmanager
 def loading(subject: str, *, fix: str) -> Iterator[None]:
-    """Turn whatever a data set's loader raises into one error.
+    """Turn every exception of a data set's loader into one error.
 
     Args:
         subject: the data set.
         fix: the way out, as an imperative sentence.
 
     Raises:
-        HubError: it could not be had.
+        HubError: the data set could not be loaded.
     """
     try:
         yield

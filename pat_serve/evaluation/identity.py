@@ -1,4 +1,4 @@
-"""What tells one state of a data source from another, so that a figure is kept for the data that it was measured on."""
+"""Identities of data sources, so that a kept figure belongs to the data on which it was measured."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 from pat_serve.plan import file_sha256
 
-# Of a question whose answer is a few hundred bytes.
+# The time limit of a request whose answer has a few hundred bytes.
 _HUB_TIMEOUT_S = 10.0
 
 
 def rows_identity(source: str, split: str) -> str | None:
-    """What identifies rows to measure on.
+    """Identify the rows to measure on.
 
     Args:
         source: a file, a folder laid out like a hub dataset, or a hub id.
-        split: of a folder or a hub dataset.
+        split: split of a folder or a hub dataset.
 
     Returns:
-        of a file its SHA-256, of a folder that of all its files, of a hub id its commit; None where nobody knows.
+        a file's SHA-256, the SHA-256 of all files of a folder, or a hub id's commit; None where nobody knows.
     """
     path = Path(source)
     if path.is_file():
@@ -33,7 +33,7 @@ def rows_identity(source: str, split: str) -> str | None:
 
 
 def dataset_commits(repo_ids: Set[str] | None) -> dict[str, str] | None:
-    """`dataset_commit` of several; None where one of them is not known, or the data sets themselves are not."""
+    """`dataset_commit` of several data sets; None where a commit or the data sets themselves are not known."""
     commits = {repo_id: dataset_commit(repo_id) for repo_id in sorted(repo_ids or ())}
     known = {repo_id: commit for repo_id, commit in commits.items() if commit is not None}
     return known if known and len(known) == len(commits) else None
@@ -41,21 +41,21 @@ def dataset_commits(repo_ids: Set[str] | None) -> dict[str, str] | None:
 
 @cache
 def dataset_commit(repo_id: str) -> str | None:
-    """The commit that a hub dataset is at now; without the hub, the one that its cache holds.
+    """The present commit of a hub dataset; without the hub, the commit that the cache holds.
 
-    One call of a command has one answer: what was loaded first is what all of it was measured on.
+    The answer is the same throughout one call of a command, which measures everything on the data that it loaded first.
 
     Args:
         repo_id: owner/name.
 
     Returns:
-        None where neither knows it.
+        None where neither hub nor cache knows it.
     """
     from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(repo_id, timeout=_HUB_TIMEOUT_S).sha
-    # Offline mode, network, HTTP and malformed names are unrelated types; what is cached can still be told.
+    # Offline mode, network, HTTP and malformed names raise unrelated types. The cache can still tell the commit.
     except Exception:
         return _cached_commit(repo_id)
 
@@ -68,7 +68,7 @@ def _cached_commit(repo_id: str) -> str | None:
     branch = folder / "refs" / "main"
     if branch.is_file():
         return branch.read_text(encoding="utf-8").strip()
-    # Files that were asked for by commit, as `datasets` does, move no branch.
+    # `datasets` asks for files by commit, which moves no branch in the cache.
     snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
     return max(snapshots, key=lambda path: path.stat().st_mtime_ns).name if snapshots else None
 

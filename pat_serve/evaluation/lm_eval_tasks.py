@@ -1,4 +1,4 @@
-"""Tasks through lm-eval: what a model answered to every item. The only file, with backends.py, that imports lm_eval."""
+"""Tasks through lm-eval: a model's answer to every item. Only this file and backends.py import lm_eval."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pat_serve.machine.extras import require
 from pat_serve.terminal.progress import console
 
 TASK_FOLDER = Path(__file__).parent / "paper14" / "tasks"
-# lm-eval's own.
+# lm-eval's own seed.
 _FEWSHOT_SEED = 1234
-# A task's main figure is the first of these that it has.
+# A task's main figure is the first of these that the task has.
 _MAIN_METRICS = ("acc", "exact_match", "mcc", "f1")
 
 
 def require_lm_eval() -> None:
-    """What `Tasks` needs.
+    """Check that lm-eval is installed, which `Tasks` needs.
 
     Raises:
         MissingExtra: lm-eval is not installed.
@@ -35,14 +35,14 @@ def require_lm_eval() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval logs at length, about nothing that the user can mend, and draws bars: not where nobody looks."""
+    """Keep lm-eval quiet: it logs at length about nothing that the user can mend, and draws bars where nobody looks."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with ExitStack() as stack:
             if not console.is_terminal:
-                # Its bars have no switch: they are told to show themselves, whatever TQDM_DISABLE says.
+                # lm-eval's bars have no switch: its code shows them whatever TQDM_DISABLE says.
                 stack.enter_context(redirect_stderr(_nowhere()))
             yield
     finally:
@@ -51,7 +51,7 @@ def quiet() -> Iterator[None]:
 
 @cache
 def _nowhere() -> TextIO:
-    """Never closed: who makes a log handler of it meanwhile, as vLLM does, writes to it to the end of the process."""
+    """Open the null device for good: vLLM makes a log handler of it and writes to it until the process ends."""
     return open(os.devnull, "w", encoding="utf-8")
 
 
@@ -59,12 +59,12 @@ class Tasks:
     """lm-eval's tasks, with the paper's fourteen among them.
 
     Args:
-        names: what will be asked for, tasks or groups; no data is loaded yet.
+        names: tasks or groups that will be asked for; no data is loaded yet.
         task_data: folder of local items for the fourteen; None for the hub.
 
     Raises:
         MissingExtra: lm-eval is not installed.
-        UsageError: it knows no task or group of one of these names.
+        UsageError: lm-eval knows no task or group of one of these names.
     """
 
     def __init__(self, names: Sequence[str], task_data: Path | None = None) -> None:
@@ -74,7 +74,7 @@ class Tasks:
 
             self._manager = TaskManager(
                 include_path=str(TASK_FOLDER),
-                # Its own are thousands of files, which take seconds to list.
+                # lm-eval's own tasks are thousands of files, which take seconds to list.
                 include_defaults=not all(name.startswith(PREFIX) for name in names),
                 metadata={"task_data": str(task_data)} if task_data else {},
             )
@@ -96,25 +96,25 @@ class Tasks:
         """Have a model answer a task, or every task of a group, whose items then count alike.
 
         Args:
-            lm: from `backends`.
-            name: of the task or group.
+            lm: a model from `backends`.
+            name: name of the task or group.
             limit: items of each task at most, the first ones.
             num_fewshot: examples before each question; None leaves it to the task.
 
         Raises:
             DataError: the task's data has another form, or the task has no score for each item.
             UsageError: a number of examples for a task that takes none.
-            HubError: the data could not be had.
+            HubError: the data could not be loaded.
         """
         with quiet():
             from lm_eval.evaluator import evaluate
 
             loaded = self._load(name)
             for task in loaded["tasks"].values():
-                # As lm-eval's simple_evaluate does, which would also ask pip for all versions, each time for a second.
+                # lm-eval's simple_evaluate does the same, but also asks pip for all versions, which takes a second.
                 own = task.get_config("num_fewshot")
                 if own == 0 and num_fewshot:
-                    # lm-eval would go on with 0, and the report would tell another number.
+                    # lm-eval would go on with 0 examples, and the report would name another number.
                     raise UsageError(
                         "--num-fewshot",
                         expected=f"0 or none for {name}, whose author has fixed it at 0",
@@ -143,9 +143,9 @@ class Tasks:
             own = entry.cfg or {} if entry is not None else {}
             config = own | (spec if isinstance(spec, dict) else {})
             if entry is not None and entry.cfg is None:
-                waiting += sorted(entry.tags)  # a tag is no more than its tasks
+                waiting += sorted(entry.tags)  # a tag is only a list of tasks
                 continue
-            # What a group says of its members' data overrides them.
+            # A group's settings for data override those of its members.
             if isinstance(config.get("task"), list):
                 waiting += config["task"]
                 if "dataset_path" not in config:
@@ -191,7 +191,7 @@ def _pooled(name: str, samples: dict[str, list[dict[str, Any]]], versions: dict[
 def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each item once: a task with several ways to read an answer (gsm8k: strict, flexible) has a sample for each.
 
-    The first one, which the task's author has put first, counts.
+    The sample that the task's author has put first counts.
     """
     return [sample for sample in samples if sample.get("filter") == samples[0].get("filter")]
 
@@ -211,7 +211,7 @@ def _main_metric(name: str, sample: dict[str, Any]) -> str:
 
 
 def _gold_nll(sample: dict[str, Any]) -> float | None:
-    """Of a multiple-choice item, whose answers are (log-likelihood, is the greedy one)."""
+    """Negative log-likelihood of a multiple-choice item's right answer; answers are (log-likelihood, is greedy)."""
     gold, answers = sample["target"], sample["filtered_resps"]
     if isinstance(gold, str) and gold.isdigit():
         gold = int(gold)

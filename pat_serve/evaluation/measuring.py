@@ -1,4 +1,4 @@
-"""Measure several models: every outcome from the cache or anew, then all of them compared with the first."""
+"""Measure several models: take every outcome from the cache or anew, then compare all models with the first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pat_serve.evaluation.text import DEFAULT_CONTEXT_TOKENS, cut_windows
 from pat_serve.plan import file_sha256
 from pat_serve.terminal.progress import say
 
-# Tokens in a batch of windows: their logits are what fills the memory.
+# Tokens in a batch of windows. Their logits fill the memory.
 _BATCH_TOKENS = 4096
 
 
@@ -36,7 +36,7 @@ class Text:
     Attributes:
         name: in the report.
         read: gives the whole text.
-        identity: what tells this text from others, for the cache.
+        identity: tells this text from others, for the cache.
     """
 
     name: str
@@ -51,8 +51,8 @@ class Responses:
     Attributes:
         name: in the report.
         encode: a tokenizer -> examples, and the number of rows that were too long.
-        identity: what tells these rows from others, for the cache; None where nobody knows, and nothing is kept.
-        settings: what else the examples depend on, for report and cache.
+        identity: tells these rows from others, for the cache; None where nobody knows, and then nothing is kept.
+        settings: other settings that the examples depend on, for report and cache.
     """
 
     name: str
@@ -63,12 +63,12 @@ class Responses:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be measured, and how.
+    """All measures of a call, and how to take them.
 
     Attributes:
         responses: instruction data, or None.
         texts: for perplexity in windows.
-        context_tokens: of a window; None: 2,048, or what the models can do.
+        context_tokens: length of a window; None: 2,048, or the length that the models take.
         stride: see `cut_windows`.
         tasks: names of lm-eval, or of the paper's fourteen.
         task_data: local items of the fourteen.
@@ -76,7 +76,7 @@ class Plan:
         limit: rows, windows and items of a task at most.
         backend: how the models are asked.
         load_tokenizer: from a folder.
-        out: where finished work is kept; None keeps none.
+        out: folder that keeps finished work; None keeps none.
     """
 
     responses: Responses | None = None
@@ -95,7 +95,7 @@ class Plan:
 def measure_models(
     names: Sequence[str], plan: Plan, places: Mapping[str, Path] | None = None
 ) -> tuple[list[Model], list[Measure]]:
-    """Everything that a plan asks for, of every model.
+    """Measure everything that a plan asks for with every model.
 
     Args:
         names: folders, hub ids or URLs of servers; the first is the reference.
@@ -203,7 +203,7 @@ class _Work:
         return Likelihoods(sums=sums, counts=counts, sha256=examples_sha256(examples), unit="row", left_out=left_out)
 
     def _windows(self, text: Text, subject: Subject) -> Likelihoods:
-        # All at once, special tokens included, as the protocol has it.
+        # The protocol tokenizes all of the text at once, special tokens included.
         ids = subject.tokenizer(text.read(), verbose=False)["input_ids"]
         windows = cut_windows(ids, self.context_tokens, self.plan.stride)[: self.plan.limit]
         if not windows:
@@ -232,7 +232,7 @@ class _Work:
                 lambda: lm_eval.answers(subject.lm, task, limit=plan.limit, num_fewshot=plan.num_fewshot),
             )
         except HubError as error:
-            # One of a mean's data sets may be gone from the hub; a task asked for by name must be there.
+            # The hub may have lost one of a mean's data sets. A task asked for by name must be there.
             if task in plan.tasks or subject.name != self.names[0]:
                 raise
             say(f"{task} is left out: {error}")
@@ -249,14 +249,14 @@ class _Work:
         return {"model": subject.sha256, "backend": backend, "dtype": self.plan.backend.dtype}
 
     def _is_here(self, task: str) -> bool:
-        """A member of the fourteen has local files, where those are to be used and it was not asked for by name."""
+        """False for a member of the fourteen whose local files are missing, unless it was asked for by name."""
         folder = self.plan.task_data
         if folder is None or not task.startswith(PREFIX) or task in self.plan.tasks:
             return True
         return bool(local_files(folder, _bare(task)))
 
     def _task_data(self, task: str) -> list[str] | dict[str, str] | None:
-        """What identifies a task's items: hashes of local files, or commits of hub data sets; None: nobody knows."""
+        """Identify a task's items: hashes of local files, or commits of hub data sets; None where nobody knows."""
         if not task.startswith(f"{PREFIX}_"):
             assert self.lm_eval is not None
             return dataset_commits(self.lm_eval.data_sources(task))
@@ -274,7 +274,7 @@ def _bare(task: str) -> str:
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Figures are told apart by their data's names."""
+    """Refuse two data sets of one name, because the report tells figures apart by these names."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UsageError(
@@ -290,7 +290,7 @@ def _listed(outcomes: dict[str, Answers]) -> dict[str, list[Answers]]:
 
 
 def _context(subjects: Sequence[Subject], wanted: int | None) -> int:
-    """The length of a window: the same for all models, and no more than any of them was made for."""
+    """Choose the length of a window: the same for all models, and no more than any of them was made for."""
     told = [(positions, subject.name) for subject in subjects if (positions := subject.positions)]
     most, model = min(told, default=(wanted or DEFAULT_CONTEXT_TOKENS, ""))
     if wanted is not None:

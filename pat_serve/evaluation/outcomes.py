@@ -1,4 +1,4 @@
-"""What one model did on every item of one measure: the form that is cached, and compared pair by pair."""
+"""One model's outcomes on every item of one measure. They are cached, and compared pair by pair."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid #e5e7e
 
 
 def require_plotly() -> None:
-    """What `render` needs.
+    """Check that plotly is installed, which `render` needs.
 
     Raises:
         MissingExtra: plotly is not installed.
@@ -31,7 +31,7 @@ def require_plotly() -> None:
 
 
 def render(report: Report) -> str:
-    """The page.
+    """Render the report as an HTML page.
 
     Raises:
         MissingExtra: plotly is not installed.
@@ -59,7 +59,7 @@ def _gate(report: Report) -> str:
 
 
 def _chart(report: Report) -> str:
-    """What each model kept of the first, in percent, with its interval."""
+    """Chart how much each model kept of the first, in percent, with its interval."""
     import plotly.graph_objects as go
 
     layout: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Two models on the same items: how sure is the difference? Pure mathematics.
 
-Items are drawn together, so what makes one of them hard cancels; a comparison of two standard errors would miss that.
+Both models get the same drawn items, so an item's difficulty cancels. Two standard errors apart would miss that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CONFIDENCE = 0.95
 # With fewer even rows that all agree could be chance: 2 * 0.5 ** 5 is above 1 - CONFIDENCE (the sign test).
 LEAST_ROWS = 6
 _Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-# Picks held in memory at a time: 64 MB.
+# The number of picks held in memory at a time: 64 MB.
 _PICKS = 8_000_000
 
 
@@ -44,8 +44,8 @@ class Interval:
 def mcnemar_exact(reference_N: Floats, candidate_N: Floats) -> tuple[int, int, float]:
     """McNemar's exact test of two models' right and wrong answers.
 
-    Only items on which the models differ tell them apart; were they equally good, each of these would fall to either
-    with probability one half (McNemar 1947, the exact binomial form).
+    Only items on which the models differ tell the models apart. If both were equally good, either would win such an
+    item with probability one half (McNemar 1947, the exact binomial form).
 
     Args:
         reference_N: 1 for a right answer, 0 for a wrong one.
@@ -60,7 +60,7 @@ def mcnemar_exact(reference_N: Floats, candidate_N: Floats) -> tuple[int, int, f
     if differing == 0:
         return 0, 0, 1.0
     tail = sum(comb(differing, k) for k in range(min(won, lost) + 1))
-    # Integers up to here: 2 ** -differing underflows long before the quotient does.
+    # The numbers stay integers up to here: 2 ** -differing underflows long before the quotient does.
     return won, lost, min(1.0, 2 * tail / 2**differing)
 
 
@@ -94,7 +94,7 @@ def mean_ratio(
 ) -> Interval:
     """Ratio of two means over the same items: of accuracies, say.
 
-    Where all scores are 0 or 1 the interval is never narrower than the score interval of the difference: items that
+    Where all scores are 0 or 1 the interval is never narrower than the score interval of the difference. Items that
     both answer alike give a bootstrap nothing to draw, and five of them would look as sure as a thousand.
 
     Args:
@@ -106,7 +106,7 @@ def mean_ratio(
     """
     sums_2R = np.zeros((2, resamples))
     for number, (before_N, after_N) in enumerate(zip(reference, candidate, strict=True)):
-        # The same seed for both sides: the same items are drawn.
+        # Both sides have the same seed, so the same items are drawn.
         sums_2R[0] += _resampled_means(before_N, seed + number, resamples)
         sums_2R[1] += _resampled_means(after_N, seed + number, resamples)
     points = [sum(float(scores.mean()) for scores in side) for side in (reference, candidate)]
@@ -122,20 +122,20 @@ def mean_ratio(
 
 
 def paired_difference(won: int, lost: int, items: int) -> tuple[float, float]:
-    """Score interval of the difference of two paired shares (Tango 1998): it has a width however few items differ.
+    """Score interval of the difference of two paired shares (Tango 1998). It has a width however few items differ.
 
     Args:
         won: items that the candidate alone got right.
         lost: items that the reference alone got right.
-        items: all of them.
+        items: number of all items.
 
     Returns:
         lower and upper end of candidate - reference.
     """
 
     def score(difference: float) -> float:
-        """Standard errors by which the measured difference is above a supposed one; falls as that rises."""
-        # The share of lost items that is likeliest under it solves 2n q^2 + b q + c = 0.
+        """Standard errors by which the measured difference exceeds a supposed one; falls as the latter rises."""
+        # The likeliest share of lost items under the supposed difference solves 2n q^2 + b q + c = 0.
         b = (2 * items - won + lost) * difference - won - lost
         c = -lost * difference * (1 - difference)
         share = (sqrt(max(0.0, b * b - 8 * items * c)) - b) / (4 * items)
@@ -154,7 +154,7 @@ def paired_difference(won: int, lost: int, items: int) -> tuple[float, float]:
 
 
 def _mean_difference(reference: list[Floats], candidate: list[Floats]) -> tuple[float, float]:
-    """Of the mean of several tasks' shares: the tasks' own intervals put together (MOVER, Zou and Donner 2008)."""
+    """Interval of the mean of several tasks' shares, put together from the tasks' own (MOVER, Zou and Donner 2008)."""
     below = above = middle = 0.0
     for before_N, after_N in zip(reference, candidate, strict=True):
         won, lost, _ = mcnemar_exact(before_N, after_N)
@@ -185,6 +185,6 @@ def _interval(ratio: float, samples_R: Floats, items: int) -> Interval:
     tail = (1 - CONFIDENCE) / 2 * 100
     low, high = np.percentile(samples_R, [tail, 100 - tail])
     beyond = min(int((samples_R <= 1).sum()), int((samples_R >= 1).sum()))
-    # Never zero: a bootstrap of R samples knows nothing of shares below 1 / R.
+    # The p-value is never zero: a bootstrap of R samples knows nothing about shares below 1 / R.
     p_value = min(1.0, 2 * (beyond + 1) / (len(samples_R) + 1))
     return Interval(ratio=ratio, low=float(low), high=float(high), p_value=p_value)

@@ -38,7 +38,7 @@ class Comparison(_Part):
         low: lower end of the ratio's 95 % bootstrap interval; None where the items give none.
         high: upper end.
         p_value: two-sided, of there being no difference; None where there is nothing to test.
-        test: how the p-value was had.
+        test: test that gave the p-value.
         won: items that this model alone got right (McNemar's test only).
         lost: items that the first model alone got right.
     """
@@ -60,7 +60,7 @@ class Result(_Part):
         value: perplexity, a mean score in [0, 1], or for answer_nll nats.
         standard_error: of `value`; for a perplexity, its mean nats' times the value.
         items: rows, windows or questions.
-        tokens: that were scored (perplexity only).
+        tokens: number of scored tokens (perplexity only).
         nll_nats: mean negative log-likelihood of a token (perplexity only).
         nll_standard_error_nats: of that mean, over items.
         retention_percent: of the first model's figure that is kept; where less is better, the inverse ratio.
@@ -86,8 +86,8 @@ class Measure(_Part):
         metric: ppl, acc, acc_norm, answer_nll, or what the task calls its own.
         of: the data or task.
         higher_is_better: whether more is better.
-        settings: what the figure depends on.
-        notes: what a reader must know, such as tasks that are missing from a mean.
+        settings: settings that the figure depends on.
+        notes: notes for the reader, such as tasks that are missing from a mean.
         results: one for each model, in the order given.
     """
 

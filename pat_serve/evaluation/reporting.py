@@ -1,4 +1,4 @@
-"""A report with its date, versions and machine."""
+"""Give a report its date, versions and machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pat_serve.version import __version__
 
 
 def new_report(models: Sequence[Model], measures: Sequence[Measure], gate: Sequence[BoundResult] = ()) -> Report:
-    """A report of what was measured just now on this machine."""
+    """Make a report of figures that this machine has just measured."""
     return Report(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         pat_serve=__version__,

@@ -1,4 +1,4 @@
-"""Tasks whose texts a model cannot look up: refused with the tokens' names, before they end its engine."""
+"""Refuse tasks with tokens that a model cannot look up, by the tokens' names, before they end its engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def refuse_rowless(lm: Any, vocabulary: Vocabulary, name: str) -> None:
     """Have one of lm-eval's models raise a DataError for a token without a row, wherever its request comes from.
 
     Args:
-        lm: that runs a checkpoint here, by transformers or by vLLM.
+        lm: lm-eval's model, which runs a checkpoint here by transformers or by vLLM.
         vocabulary: of the checkpoint.
         name: of the model, for the message.
     """

@@ -1,4 +1,4 @@
-"""A model that is being measured: where it lies, what identifies it, how it is asked."""
+"""A model that is being measured: its place, its identity and its backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Examples = list[dict[str, list[int]]]
 
 
 class Subject:
-    """A model that is being measured; what takes long is done when it is first needed.
+    """A model that is being measured. Slow work is done when it is first needed.
 
     Args:
         name: in the report.
@@ -45,12 +45,12 @@ class Subject:
 
     @cached_property
     def sha256(self) -> str | None:
-        """Of what decides its answers; None for a server."""
+        """SHA-256 of the files that decide the model's answers; None for a server."""
         return None if self.folder is None else checkpoint_sha256(self.folder)
 
     @cached_property
     def lm(self) -> Any:
-        """For lm-eval."""
+        """The model as lm-eval sees it."""
         lm = open_backend(self._source, self.folder, self.backend)
         if self.folder is not None and (rows := self._rows):
             refuse_rowless(lm, Vocabulary.of(self.tokenizer, rows), self.name)
@@ -58,12 +58,12 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer."""
+        """The tokenizer of the model."""
         return self.lm.tokenizer if self.folder is None else self._load_tokenizer(self.folder)
 
     @property
     def positions(self) -> int | None:
-        """Tokens that it was made for and its backend can score; None where nobody says."""
+        """Tokens that the model was made for and its backend can score; None where nobody says."""
         if self.folder is None:
             return int(self.lm.max_length)
         told = read_config(self.folder).get("max_position_embeddings")
@@ -101,7 +101,7 @@ class Subject:
 
     @property
     def _rows(self) -> int:
-        """Of its embedding; 0 where nobody says."""
+        """Rows of the model's embedding; 0 where nobody says."""
         return 0 if self.folder is None else int(read_config(self.folder).get("vocab_size") or 0)
 
     def _require_rows(self, examples: Examples) -> None:
@@ -126,7 +126,7 @@ class Subject:
         self.__dict__.pop("lm", None)
 
     def describe(self) -> Model:
-        """For the report."""
+        """Describe the model for the report."""
         if self.folder is None:
             return Model(name=self.name, sha256=None, parameters=None, hidden_size=None)
         width = int(read_config(self.folder)["hidden_size"])
@@ -134,9 +134,9 @@ class Subject:
 
 
 def _open(source: str) -> tuple[Path, int | None]:
-    """A checkpoint's folder, once everything in it is checked, and how many numbers its weights are.
+    """Check everything in a checkpoint; return its folder and the number of its weights' numbers.
 
-    Quantized weights are not in the architecture table: transformers has to know them, and the count stays out.
+    The architecture table does not have quantized weights: transformers must know them, and the number is None.
     """
     folder = locate(source)
     if "quantization_config" in read_config(folder):

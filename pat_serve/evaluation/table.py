@@ -10,17 +10,17 @@ from rich.table import Column, Table
 from pat_serve.evaluation.gate import describe
 from pat_serve.evaluation.report import Measure, Report, Result
 
-# Where stdout is a file or a pipe and has no width of its own.
+# The width for a file or a pipe, which has none of its own.
 _PLAIN_WIDTH = 140
-# Figures that are no shares.
+# These figures are no shares.
 _NUMBERS = ("ppl", "answer_nll")
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """One table a report: a row for each measure and model, each model against the first; on stdout if not said."""
+    """Print one table for a report: a row for each measure and model, with each model against the first."""
     if console is None:
         console = Console() if Console().is_terminal else Console(width=_PLAIN_WIDTH)
-    # A name that is cut short tells no task from another.
+    # A name that is cut short could be that of another task.
     named = [Column(name, overflow="fold") for name in ("measure", "model")]
     table = Table(*named, "value ± s.e.", "kept", "to the first (95 %)", "p", "items")
     names = short_names([model.name for model in report.models])
@@ -37,13 +37,13 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
-    """The last parts of the models' names, where these tell them apart."""
+    """Shorten the models' names to their last parts, where these tell the models apart."""
     last = [model.rstrip("/").rsplit("/", 1)[-1] for model in models]
     return dict(zip(models, last if len(set(last)) == len(models) else models, strict=True))
 
 
 def cells(measure: Measure, result: Result) -> list[str]:
-    """value ± standard error, retention, ratio with its interval, p-value, items."""
+    """Cells of a row: value ± standard error, retention, ratio with its interval, p-value, items."""
     form = "{:.3f}" if measure.metric in _NUMBERS else "{:.4f}"
     value = form.format(result.value)
     if result.standard_error is not None:

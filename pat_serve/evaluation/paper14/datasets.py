@@ -12,21 +12,21 @@ from pat_serve.evaluation.paper14.questions import SOURCES, Question
 
 
 def load(task: str, task_data: str | None = None) -> list[Question]:
-    """All questions of a task.
+    """Load all questions of a task.
 
     Args:
         task: one of `SOURCES`.
         task_data: folder of local files; None for the hub.
 
     Raises:
-        DataError: the files are not there, or of another form.
+        DataError: the files do not exist or have another form.
         HubError: the hub was not reached and nothing is cached.
     """
     return local_questions(Path(task_data), task) if task_data else _from_hub(task)
 
 
 def dataset(name: str, task_data: str | None = None, **_: Any) -> dict[str, Any]:
-    """What lm-eval reads: a split of rows. It also hands over its own metadata, which is of no use here."""
+    """Give lm-eval a split of rows. lm-eval also hands over its own metadata, which has no use here."""
     from datasets import Dataset
 
     return {"test": Dataset.from_list([question.as_row() for question in load(name, task_data)])}

@@ -1,7 +1,7 @@
 """Items from local files of written-out prompts: `TASK.json`, a mapping of number to `origin_prompt` and `gold`.
 
-That is the form in which the paper's authors' evaluation leaves its predictions behind. The letters before the options
-are read back, so that the same items serve the likelihood tasks too.
+The evaluation of the paper's authors writes its predictions in this form. The parser takes off the letters before the
+options, so that the same items serve the likelihood tasks too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pat_serve.errors import DataError, first_line
 from pat_serve.evaluation.paper14.questions import LETTERS, Question
 from pat_serve.files.strict_json import parse
 
-# The names that such a folder has for our tasks; MMLU has one file a subject.
+# Such a folder has these names for our tasks. MMLU has one file a subject.
 FILES = {
     "arc_challenge": "ARC-c.json",
     "arc_easy": "ARC-e.json",
@@ -40,10 +40,10 @@ def local_files(folder: Path, task: str) -> list[Path]:
 
 
 def local_questions(folder: Path, task: str) -> list[Question]:
-    """All items of a task, in the files' order.
+    """Read all items of a task, in the files' order.
 
     Raises:
-        DataError: no such file, or one of another form.
+        DataError: a file does not exist or has another form.
     """
     paths = local_files(folder, task)
     if not paths:
@@ -54,14 +54,14 @@ def local_questions(folder: Path, task: str) -> list[Question]:
 
 
 def parse_prompt(prompt: str, gold: str) -> Question:
-    """A written-out prompt as a question.
+    """Turn a written-out prompt into a question.
 
     Args:
         prompt: a stem, lines of options that begin with `A. `, `B. ` and so on, and a last line `Answer:`.
         gold: the right letter.
 
     Raises:
-        ValueError: it has another form.
+        ValueError: the prompt has another form.
     """
     end = _ANSWER.search(prompt)
     if end is None:

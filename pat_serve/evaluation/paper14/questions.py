@@ -12,13 +12,13 @@ YES_NO = ("Yes", "No")
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One item.
+    """One item of a task.
 
     Attributes:
-        stem: what is asked, without its options.
+        stem: the question without its options.
         options: the answers to choose from, without letters.
-        gold: index of the right one.
-        answer: what asks for the answer, after the options.
+        gold: index of the right option.
+        answer: text after the options that asks for the answer.
     """
 
     stem: str
@@ -28,17 +28,17 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """With its options, to be answered by a letter."""
+        """The prompt with lettered options, to be answered by a letter."""
         lines = [self.stem, *(f"{letter}. {text}" for letter, text in zip(LETTERS, self.options, strict=False))]
         return "\n".join([*lines, self.answer])
 
     @property
     def cloze(self) -> str:
-        """Without its options, to be continued by one of them."""
+        """The prompt without options, to be continued by one of them."""
         return f"{self.stem}\n{self.answer.rstrip()}"
 
     def as_row(self) -> dict[str, Any]:
-        """A row of the data set that lm-eval's tasks read."""
+        """The item as a row of the data set that lm-eval's tasks read."""
         return {
             **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()},
             "prompt": self.prompt,
@@ -56,7 +56,7 @@ def _yes_or_no(stem: str, *, yes: bool) -> Question:
 
 
 def arc(row: Row) -> Question | None:
-    """None for the few questions that have not four options."""
+    """ARC: a question with four options; None for the few with another number."""
     labels, texts = list(row["choices"]["label"]), row["choices"]["text"]
     if len(texts) != 4:
         return None
@@ -64,12 +64,12 @@ def arc(row: Row) -> Question | None:
 
 
 def boolq(row: Row) -> Question:
-    """Label 1 is yes."""
+    """BoolQ: a passage and a question; label 1 is yes."""
     return _yes_or_no(f"{row['passage']}\nQuestion: {row['question']}", yes=row["label"] == 1)
 
 
 def copa(row: Row) -> Question:
-    """Cause or effect of a premise."""
+    """COPA: cause or effect of a premise."""
     return Question(
         stem=f"{row['premise']}\nQuestion: Which may be the {row['question']}?",
         options=(row["choice1"], row["choice2"]),
@@ -78,7 +78,7 @@ def copa(row: Row) -> Question:
 
 
 def hellaswag(row: Row) -> Question:
-    """How a description goes on."""
+    """HellaSwag: four ways in which a description may go on."""
     return Question(
         stem=f"{row['ctx']}\nQuestion: Which ending makes the most sense?",
         options=tuple(row["endings"]),
@@ -87,20 +87,20 @@ def hellaswag(row: Row) -> Question:
 
 
 def mmlu(row: Row) -> Question:
-    """One of 57 subjects."""
+    """MMLU: a question from one of 57 subjects."""
     subject = str(row["subject"]).replace("_", " ")
     return Question(
         stem=f"There is a single choice question about {subject}. Answer the question by replying A, B, C or D.\n"
         f"Question: {row['question']}",
         options=tuple(row["choices"]),
         gold=int(row["answer"]),
-        # The public prompts have a blank after this one, and after no other task's.
+        # The public prompts have a blank after this question, and after no other task's.
         answer="Answer: ",
     )
 
 
 def multirc(row: Row) -> Question:
-    """Each answer of a question is judged alone."""
+    """MultiRC: each answer to a question is judged alone."""
     return _yes_or_no(
         f"{row['paragraph']}\nQuestion: {row['question']}\nAnswer: {row['answer']}\nIs it true?",
         yes=row["label"] == 1,
@@ -108,7 +108,7 @@ def multirc(row: Row) -> Question:
 
 
 def openbookqa(row: Row) -> Question:
-    """With the fact that it turns on."""
+    """OpenBookQA: a question with the fact that decides it."""
     labels = list(row["choices"]["label"])
     return Question(
         stem=f"Given the fact: {row['fact1']}\nQuestion: {row['question_stem']}",
@@ -118,12 +118,12 @@ def openbookqa(row: Row) -> Question:
 
 
 def piqa(row: Row) -> Question:
-    """A goal and two ways to it."""
+    """PIQA: a goal and two ways to reach it."""
     return Question(stem=row["goal"], options=(row["sol1"], row["sol2"]), gold=int(row["label"]))
 
 
 def rte(row: Row) -> Question:
-    """Label 0 is entailment."""
+    """RTE: two sentences; label 0 is entailment."""
     return _yes_or_no(
         f"{row['premise']}\n{row['hypothesis']}\nIs the sentence below entailed by the sentence above?",
         yes=row["label"] == 0,
@@ -131,7 +131,7 @@ def rte(row: Row) -> Question:
 
 
 def siqa(row: Row) -> Question:
-    """Labels count from 1."""
+    """SIQA: a context and a question with three answers; labels count from 1."""
     return Question(
         stem=f"{row['context']}\nQuestion: {row['question']}",
         options=(row["answerA"], row["answerB"], row["answerC"]),
@@ -140,7 +140,7 @@ def siqa(row: Row) -> Question:
 
 
 def wic(row: Row) -> Question:
-    """Label 1: the word means the same in both. The question's last word is misspelt in the public prompts."""
+    """WiC: label 1 means that a word has one sense in both. The public prompts misspell the question's last word."""
     return _yes_or_no(
         f"Sentence 1: {row['sentence1']}\nSentence 2: {row['sentence2']}\n"
         f"Are '{row['word']}' in the above two sentenses the same?",
@@ -149,14 +149,14 @@ def wic(row: Row) -> Question:
 
 
 def winogrande(row: Row) -> Question:
-    """Who or what fills the blank."""
+    """WinoGrande: two candidates for the blank in a sentence."""
     return Question(
         stem=f"Question: {row['sentence']}", options=(row["option1"], row["option2"]), gold=int(row["answer"]) - 1
     )
 
 
 def wsc(row: Row) -> Question:
-    """The noun stands between stars, the pronoun between hashes, in the passage and in the question."""
+    """WSC: the noun stands between stars and the pronoun between hashes, in the passage and in the question."""
     words = row["text"].split(" ")
     for start, span, mark in (
         (row["span1_index"], row["span1_text"], "*"),
@@ -174,7 +174,7 @@ def wsc(row: Row) -> Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a task's items are on the hub, and how a row becomes a question."""
+    """The place of a task's items on the hub, and the way from a row to a question."""
 
     path: str
     name: str | None

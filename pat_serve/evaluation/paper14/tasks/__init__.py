@@ -1,1 +1,1 @@
-"""YAML files that lm-eval reads, and what they name."""
+"""YAML files that lm-eval reads, and the functions that the files name."""
