@@ -105,7 +105,7 @@ def cut_layers(config: Mapping[str, Any], layers: int, *, load_format: str, name
             found=f"--load-format {load_format}",
             fix="Only random weights can be cut: add --load-format dummy, or leave --layers out.",
         )
-    full = int(config["num_hidden_layers"])
+    full = shape_of(config, name).num_layers
     if not 1 <= layers <= full:
         raise UsageError(
             "--layers",

@@ -6,13 +6,13 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from pat_serve.checkpoints.locate import read_config
 from pat_serve.machine.extras import require
+from pat_serve.machine.hardware import DTYPE_BYTES
 from pat_serve.scores import ScoreRequest, Scores
 from pat_serve.server.engine.workers.process import EngineProcess, start_together
 from pat_serve.server.engine.workers.protocol import Start
+from pat_serve.sizes import shape_of
 
 _BATCH = 4
 _STEP_TOKENS = 512
@@ -54,9 +54,7 @@ def score_with_vllm(request: ScoreRequest) -> Scores:
 
 def _cache_bytes(request: ScoreRequest, longest: int) -> int:
     """Twice what the keys and values of one batch take, and never so little that a block does not fit."""
-    config = read_config(request.model)
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    dtype: torch.dtype = getattr(torch, request.dtype)
-    token_bytes: int = 2 * config["num_hidden_layers"] * heads * head_dim * dtype.itemsize
+    shape = shape_of(read_config(request.model), request.model)
+    # vLLM itself refuses a dtype that has no line there.
+    token_bytes = shape.kv_values_per_token * DTYPE_BYTES.get(request.dtype, 8)
     return max(_LEAST_CACHE_BYTES, 2 * _BATCH * longest * token_bytes)
