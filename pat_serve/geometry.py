@@ -1,7 +1,7 @@
 """Legal and fast widths of the hidden dimension.
 
 Pure arithmetic: which hidden_size a config class accepts, which ones kernels like, and the nearest of them to what the
-user asked for. What an exported shape as a whole is good for is in `fitness.py`.
+user asked for. `fitness.py` judges an exported shape as a whole.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pat_serve.errors import IllegalRatio, IllegalWidth
 
 MAX_RATIO = 0.6
 
-# Matrix tiles want multiples of 64 or more (AMX: 32 bf16 columns, tensor cores: 64); narrow models have few options.
+# Matrix tiles want multiples of 64 or more (AMX: 32 bf16 columns, tensor cores: 64). Narrow models have few widths.
 _GRANULES = (256, 128, 64, 32, 16, 8)
 
 
@@ -30,7 +30,7 @@ def fast_tile(hidden_size: int, num_attention_heads: int, *, hidden_multiple_of_
 def width_step(hidden_size: int, num_attention_heads: int, *, hidden_multiple_of_heads: bool) -> int:
     """Smallest distance between two widths that are legal and fast, and still at most 1/16 of the base's width.
 
-    Where no tile is fine enough, being legal has to do.
+    Where no tile is fine enough, every legal width counts as fast.
     """
     tile = fast_tile(hidden_size, num_attention_heads, hidden_multiple_of_heads=hidden_multiple_of_heads)
     return math.lcm(tile or 1, legal_step(num_attention_heads, hidden_multiple_of_heads=hidden_multiple_of_heads))
@@ -56,7 +56,7 @@ def snap_ratio(
         hidden_multiple_of_heads: the config class wants hidden_size % num_attention_heads == 0.
 
     Returns:
-        the width K nearest to (1 - ratio) * D (the wider of two equally near), and whether it is not exactly that.
+        the width K nearest to (1 - ratio) * D (the wider of two equally near), and whether it differs from that.
 
     Raises:
         IllegalRatio: ratio outside (0, 0.6].
@@ -79,7 +79,7 @@ def snap_ratio(
             found="none",
             fix="Choose a wider base: this one has no narrower width that loads.",
         )
-    # Ties go to the wider: it keeps more quality, and asks for less than the user allowed, not more.
+    # A tie goes to the wider width: it keeps more quality, and cuts less than the user allowed.
     width = min(legal, key=lambda k: (abs(k - wanted), -k))
     return width, not math.isclose(width, wanted)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The scale of an embedding that stays tied: the final norm's gain takes its inverse.
+# The least scale of an embedding that stays tied: the final norm's gain takes the inverse of the scale.
 LEAST_SCALE = 0.1
 
 
@@ -21,7 +21,7 @@ class HybridFold:
 
     Attributes:
         l0_RD: the first low-rank factor; of rank 0 where T is to be diagonal, as on an embedding that stays tied.
-        l1_DR: the second one.
+        l1_DR: the second low-rank factor.
         scale_D: the trainable scale s.
     """
 
@@ -57,5 +57,5 @@ def apply_hybrid(x: Tensor, fold: HybridFold, gate_D: Tensor) -> Tensor:
     """
     if fold.rank:
         x = x + F.linear(F.linear(x, fold.l0_RD.to(x.dtype)), fold.l1_DR.to(x.dtype))
-    # Rounded to bfloat16, a scale near 1 would move in steps of 0.004: the product is taken in the scale's own dtype.
+    # A scale near 1 would move in steps of 0.004 in bfloat16, so the product is taken in the scale's own dtype.
     return (x * (fold.scale_D * gate_D)).to(x.dtype)

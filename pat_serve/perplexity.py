@@ -1,4 +1,4 @@
-"""Perplexity of a checkpoint on labelled token ids, through stock transformers."""
+"""Measure the perplexity of a checkpoint on labelled token ids, through stock transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Perplexity:
     Attributes:
         perplexity: exp of the mean negative log-likelihood per labelled token.
         nll_nats: that mean.
-        nll_standard_error_nats: of the mean, over examples (the tokens of one example are not independent).
+        nll_standard_error_nats: standard error of that mean, over examples (tokens of one example are not independent).
         tokens: labelled tokens.
         examples: rows.
     """
@@ -45,7 +45,7 @@ def measure_perplexity(
 def measure_nll(
     folder: Path, examples: Sequence[dict[str, list[int]]], *, dtype: torch.dtype, batch_size: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of every example, by a checkpoint that AutoModelForCausalLM loads.
+    """Measure the negative log-likelihood of every example with a checkpoint that AutoModelForCausalLM loads.
 
     Args:
         folder: a local checkpoint.
@@ -61,7 +61,7 @@ def measure_nll(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    # Neighbours in length share a batch, so that little is padding.
+    # Examples of like length share a batch, so that little is padding.
     order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     sums_N = torch.zeros(len(examples), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What another runtime says about token ids: the form in which `server` hands it to whoever compares it."""
+"""Scores of token ids by another runtime. `server` returns them in this form, and the caller compares them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-# vLLM lists so many by default, and refuses more unless its engine was told otherwise.
+# vLLM lists so many log-probabilities by default, and refuses more unless its engine was told otherwise.
 LISTED_TOKENS = 20
 
 
@@ -16,7 +16,7 @@ class _Message(BaseModel):
 
 
 class ListedScores(_Message):
-    """A runtime's judgement of one prompt.
+    """The likeliest next tokens at each position of one prompt, by a runtime.
 
     Attributes:
         token_ids: for each position but the last, the likeliest next token first, then others in any order.
@@ -28,10 +28,10 @@ class ListedScores(_Message):
 
 
 class Scores(_Message):
-    """A runtime's answers.
+    """A runtime's answers to a `ScoreRequest`.
 
     Attributes:
-        prompts: judgements of whole prompts.
+        prompts: scores of whole prompts.
         continuations: greedily generated tokens, by continued prompt.
     """
 
@@ -40,14 +40,14 @@ class Scores(_Message):
 
 
 class ScoreRequest(_Message):
-    """What a runtime is asked.
+    """A request to a runtime: prompts to score, and prompts to continue.
 
     Attributes:
         model: folder with config.json and weights.
         dtype: to compute in: float32, bfloat16 or float16.
-        prompts: token ids that are to be judged at every position.
-        continued: token ids that are to be continued greedily.
-        new_tokens: by exactly so many tokens.
+        prompts: token ids to score at every position.
+        continued: token ids to continue greedily.
+        new_tokens: number of tokens of each continuation.
     """
 
     model: Path

@@ -1,1 +1,1 @@
-"""Checkpoints on a disk: found, recognized, checked, and read one tensor at a time."""
+"""Checkpoints on a disk. They are found, recognized, checked, and read one tensor at a time."""

@@ -33,7 +33,7 @@ class Checkpoint:
 
     Attributes:
         source: what the user called it: a folder, a GGUF file or a hub id.
-        revision: the hub's commit, or what was asked for where the folder does not tell it; None for a local folder.
+        revision: the hub's commit, or the requested one where the folder does not tell it; None for a local folder.
         folder: where it lies on disk.
         config: its config.json.
         family: its line in the architecture table.
@@ -54,12 +54,12 @@ class Checkpoint:
 
     @property
     def num_layers(self) -> int:
-        """Number of decoder layers."""
+        """The number of decoder layers."""
         return int(self.config["num_hidden_layers"])
 
     @property
     def num_attention_heads(self) -> int:
-        """Number of query heads."""
+        """The number of query heads in a layer."""
         return int(self.config["num_attention_heads"])
 
     @property
@@ -69,7 +69,7 @@ class Checkpoint:
 
     @property
     def num_key_value_heads(self) -> int:
-        """Number of key-value heads."""
+        """The number of key-value heads in a layer."""
         return int(self._setting("num_key_value_heads") or self.num_attention_heads)
 
     @property
@@ -83,11 +83,11 @@ class Checkpoint:
         return self.tensors[f"{EMBEDDING}.weight"].dtype
 
     def _setting(self, name: str) -> Any:
-        """A setting of config.json, or what the stock class fills in when the file leaves it out."""
+        """Read a setting of config.json, or the stock class's value where the file leaves it out."""
         return self.config.get(name, self.family.defaults.get(name))
 
     def read(self, name: str) -> Tensor:
-        """One tensor, as it is stored."""
+        """Read one tensor, as it is stored."""
         return self.tensors[name].read()
 
     def shards(self) -> list[Path]:
@@ -113,7 +113,7 @@ def tensor_names(shard: Path) -> list[str]:
 
 
 def read_tensor(shard: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file, as it is stored."""
+    """Read one tensor of a safetensors file, as it is stored."""
     with safe_open(shard, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor
@@ -123,10 +123,10 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     """Find a checkpoint and check all that its headers tell.
 
     Raises:
-        MissingModel: it is not there.
+        MissingModel: the model is not there.
         UnsupportedModel: its family is not in the table.
         BrokenCheckpoint: a shard is missing, truncated or damaged, or a tensor is missing or of another shape.
-        UnknownTensor: it holds a tensor that its family does not have.
+        UnknownTensor: the checkpoint holds a tensor that its family does not have.
     """
     if not Path(source).exists():
         # A model that is refused by its config alone need not be downloaded.
@@ -152,7 +152,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
 
 
 def _names(folder: Path, source: str) -> list[str]:
-    """Names of all tensors, or of none when the weights cannot be read."""
+    """List the names of all tensors, or none when the weights cannot be read."""
     try:
         return list(read_tensors(folder, source, lambda _: False))
     except ModelError:
@@ -160,7 +160,7 @@ def _names(folder: Path, source: str) -> list[str]:
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Every tensor is known and of the shape that the config gives it, and none is missing."""
+    """Check that every tensor is known and has the shape that the config gives it, and that none is missing."""
     heads, kv_heads = checkpoint.num_attention_heads, checkpoint.num_key_value_heads
     ffn = int(checkpoint.config["intermediate_size"])
     widths = {

@@ -1,6 +1,6 @@
-"""Whether a config.json can be worked with: sizes, names and rope settings, and nothing that two runtimes read apart.
+"""Check that a config.json can be used: sizes, names, rope settings, and no setting that two runtimes read apart.
 
-What only the stock class can tell is told by `pat_serve.checkpoints.stock_class`, which builds it.
+`pat_serve.checkpoints.stock_class` builds the stock class and checks what only the class can tell.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OF_ONE_RUNTIME: dict[str, Any] = {
 
 
 def check_config(config: Mapping[str, Any], family: Family, folder: Path) -> None:
-    """Everything that training, export and serving read from a config is there and possible.
+    """Check that every setting that training, export and serving read is there and possible.
 
     Args:
         config: the parsed config.json.
@@ -71,7 +71,7 @@ def check_config(config: Mapping[str, Any], family: Family, folder: Path) -> Non
 
 
 def bad_config(path: Path, expected: str, found: object) -> BrokenCheckpoint:
-    """The error of a setting; its value is shown as it stands, and not at any length."""
+    """Make the error of a setting; it shows the value as it stands, cut to a readable length."""
     return broken(path, expected, f"{found!r:.80}", fix=CORRECT)
 
 
@@ -86,7 +86,7 @@ def _check_runtimes_agree(config: Mapping[str, Any], family: Family, path: Path)
             )
     named = config.get("architectures")
     if named and named != [family.architecture]:
-        # vLLM takes this class, transformers that of model_type.
+        # vLLM takes this class, and transformers takes the class of model_type.
         raise UnsupportedModel(
             path,
             expected=f'architectures ["{family.architecture}"], the class of model_type {family.model_type}',
@@ -104,5 +104,5 @@ def _check_runtimes_agree(config: Mapping[str, Any], family: Family, path: Path)
 
 
 def _is_size(value: object) -> bool:
-    """True is an int to Python; numbers beyond 2^31 are no sizes of anything here."""
+    """Tell whether a value is a size. True is an int to Python, and numbers beyond 2^31 are no sizes here."""
     return type(value) is int and 0 < value < 2**31

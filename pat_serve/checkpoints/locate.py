@@ -10,20 +10,20 @@ from typing import Any
 from pat_serve.errors import BrokenCheckpoint, MissingModel, UnsupportedModel, first_line
 from pat_serve.files.strict_json import parse
 
-# What a model needs to be trained, exported and served: no pickles, no code, no other frameworks' weights.
+# These files are enough to train, export and serve a model: no pickles, no code, no other frameworks' weights.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-# "owner/name" or "name"; anything else can only have been meant as a path.
+# A hub id is "owner/name" or "name". Any other text must be a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _GGUF_SUFFIX = ".gguf"
 
 
 def locate(source: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The folder of a model: a local one, the one that a GGUF file is read to, or a snapshot of a hub repository.
+    """Find the folder of a model: a local one, the one that a GGUF file is read to, or a snapshot of a hub repository.
 
     Args:
-        source: a folder, a GGUF file or a hub id; what is on disk wins.
+        source: a folder, a GGUF file or a hub id; a path on the disk wins.
         revision: of the hub repository.
-        weights: fetch everything from the hub; else its config.json alone.
+        weights: fetch everything from the hub; if False, config.json alone.
 
     Raises:
         MissingModel: none exists, or the hub cannot be reached and the model is not in its cache.
@@ -69,7 +69,7 @@ def locate(source: str, revision: str | None = None, *, weights: bool = True) ->
 
 
 def stock_path(source: str) -> str:
-    """What loaders that know nothing of GGUF are to be given: the folder of a GGUF file; all else as it was named.
+    """Give the path for loaders that know nothing of GGUF: a GGUF file's folder, or any other model as it was named.
 
     Raises:
         ModelError: as `locate`.
@@ -78,10 +78,10 @@ def stock_path(source: str) -> str:
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The GGUF file that a path means: itself, or the only one in a folder that holds no other model.
+    """Find the GGUF file that a path means: the path itself, or the only one in a folder that holds no other model.
 
     Raises:
-        MissingModel: the folder holds several.
+        MissingModel: the folder holds several GGUF files.
     """
     if path.is_file():
         return path if is_gguf_name(path) else None
@@ -99,14 +99,14 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def is_gguf_name(path: Path) -> bool:
-    """The name is that of a GGUF file."""
+    """Tell whether a name is that of a GGUF file."""
     return path.suffix.lower() == _GGUF_SUFFIX
 
 
 def absolute(source: str) -> str:
-    """A local path that holds from any folder; a hub id as it is.
+    """Make a local path absolute; leave a hub id as it is.
 
-    A file keeps its name: in the hub's cache it is a link to one that has none.
+    A link is not followed: in the hub's cache it has the name that its target lacks.
     """
     path = Path(source)
     if not path.exists():
@@ -121,22 +121,22 @@ def commit_of(folder: Path) -> str | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json.
+    """Read a folder's config.json.
 
     Raises:
-        BrokenCheckpoint: it is not a JSON object.
+        BrokenCheckpoint: the file is not a JSON object.
     """
     return _read_object(folder / "config.json")
 
 
 def check_plain_folder(folder: Path) -> None:
-    """The folder holds data alone: no code, no call for code, and no file that lies elsewhere.
+    """Check that a folder holds data alone: no code, no call for code, and no file that lies elsewhere.
 
     Nothing here ever runs a model's own code. But a model that comes with code may be another function than the stock
-    class of its name computes, and then everything that is made from it would be wrong.
+    class of its name computes, and then every result of this package would be wrong.
 
     Raises:
-        UnsupportedModel: it has Python files, a file that asks for some (`auto_map`), or an adapter.
+        UnsupportedModel: the folder has Python files, a file that asks for some (`auto_map`), or an adapter.
         BrokenCheckpoint: a file is a link that leads out of the folder.
     """
     entries = sorted(folder.iterdir())
@@ -156,10 +156,10 @@ def check_plain_folder(folder: Path) -> None:
 
 
 def check_no_adapter(folder: Path) -> None:
-    """The folder holds a whole model and no adapter beside it: transformers would add it to the weights, vLLM not.
+    """Check that no adapter lies beside the model: transformers would add it to the weights, and vLLM would not.
 
     Raises:
-        UnsupportedModel: it holds one.
+        UnsupportedModel: the folder holds an adapter.
     """
     name = "adapter_config.json"
     if (folder / name).is_file():
@@ -172,10 +172,10 @@ def check_no_adapter(folder: Path) -> None:
 
 
 def check_inside(folder: Path, files: Iterable[Path]) -> None:
-    """No file is a link that leads out of its folder, but for a hub snapshot's into the blobs of its own repository.
+    """Check that no link leads out of the folder. Links of a hub snapshot may lead to the blobs of its own repository.
 
     Raises:
-        BrokenCheckpoint: one is.
+        BrokenCheckpoint: a link leads out.
     """
     root = folder.resolve()
     allowed = [root]
@@ -193,10 +193,10 @@ def check_inside(folder: Path, files: Iterable[Path]) -> None:
 
 
 def _check_links(folder: Path) -> None:
-    """No file of a model is a link to nothing: a hub snapshot is one of links, and is often copied without the rest.
+    """Check that no link is dead. A hub snapshot consists of links, and is often copied without their targets.
 
     Raises:
-        BrokenCheckpoint: one is.
+        BrokenCheckpoint: a link is dead.
     """
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not path.exists() and any(path.match(pattern) for pattern in HUB_PATTERNS):

@@ -1,7 +1,7 @@
-"""Which family a checkpoint belongs to, or what is unusual about one that belongs to none.
+"""Find the family of a checkpoint, or the unusual parts of a checkpoint that belongs to none.
 
-The reasons are read from config.json and from the names of the tensors, so that a refusal says what stands in the way
-of an exact export and not only that a name is not in a table.
+The reasons come from config.json and from the names of the tensors. So a refusal names the obstacle to an exact export,
+and does not only say that a name is not in a table.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def family_of(config: Mapping[str, Any], source: object, tensor_names: Iterable[str] = ()) -> Family:
-    """The family that a config.json describes.
+    """Find the family that a config.json describes.
 
     Args:
         config: the parsed config.json.
         source: the model's folder or hub id, for the message.
-        tensor_names: of its weights, where they can be had; they tell what is unusual about a model without a family.
+        tensor_names: names of the weights, where they can be read; they show the unusual parts of a model without family.
 
     Raises:
-        UnsupportedModel: no family of the table has this model_type, or the config asks for something that it lacks.
+        UnsupportedModel: no family of the table has this model_type, or the config asks for more than it has.
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
@@ -63,7 +63,7 @@ def family_of(config: Mapping[str, Any], source: object, tensor_names: Iterable[
 
 
 def unusual_parts(config: Mapping[str, Any], tensor_names: list[str]) -> list[str]:
-    """What an exact export does not cover, in words; empty when nothing is known to be unusual."""
+    """Name the parts that an exact export does not cover; empty when nothing is known to be unusual."""
     parts = []
     if wrappers := [name for name in _WRAPPERS if isinstance(config.get(name), dict)]:
         parts.append(f"a multimodal wrapper ({', '.join(wrappers)})")
@@ -98,7 +98,7 @@ def _first(names: list[str], pattern: str) -> list[str]:
 
 
 def _only_norm(names: list[str]) -> list[str]:
-    """The norm of a layer that has one, besides those of its heads."""
+    """Find the norm of a layer that has a single one, besides the norms of its heads."""
     layer = [name for name in names if re.search(r"\.0\.", name)]
     norms = [name for name in layer if _LAYER_NORM.fullmatch(name) and not re.search(r"\.[qk]_(layer)?norm\.", name)]
     has_both = any("attn" in name or "attention" in name for name in layer) and any("mlp" in name for name in layer)

@@ -28,7 +28,7 @@ from pat_serve.files.strict_json import parse
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# As the safetensors library has it; a header of 100 MB names about a million tensors.
+# The safetensors library has the same bound; a header of 100 MB names about a million tensors.
 LONGEST_HEADER_BYTES = 100_000_000
 _FIX = "Copy or download the model again."
 
@@ -51,11 +51,11 @@ class TensorEntry:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk."""
+        """The tensor's size on the disk, in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
-        """Rows start to stop (all by default), as they are stored.
+        """Read the rows from start to stop (all by default), as they are stored.
 
         Args:
             start: first row.
@@ -77,14 +77,14 @@ class TensorEntry:
 
 
 def read_header(shard: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, TensorEntry]:
-    """Every tensor of a safetensors file, in the order of their bytes.
+    """List every tensor of a safetensors file, in the order of their bytes.
 
     Args:
         shard: the file.
-        dtypes: that it may hold, by their names in the header.
+        dtypes: dtypes that the file may hold, by their names in the header.
 
     Raises:
-        BrokenCheckpoint: it is no such file, it is truncated, or its header lies about it.
+        BrokenCheckpoint: the file is of another kind or truncated, or its header is wrong about it.
     """
     size = shard.stat().st_size
     with shard.open("rb") as file:
@@ -117,10 +117,10 @@ def read_header(shard: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict
 
 
 def indexed_shards(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
-    """The weight files that an index names, which are there.
+    """List the weight files that an index names, and check that they are there.
 
     Raises:
-        BrokenCheckpoint: it names a file that is not there, or leads out of its folder.
+        BrokenCheckpoint: the index names a file that is not there, or leads out of its folder.
     """
     names = sorted(set(weight_map.values()))
     for name in names:
@@ -131,17 +131,17 @@ def indexed_shards(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
 
 
 def find_shards(folder: Path, source: object) -> list[Path]:
-    """The weight files of a folder, from its index if it has one.
+    """Find the weight files of a folder, from its index if it has one.
 
     Raises:
-        UnsupportedModel: it has pickled weights or none.
-        BrokenCheckpoint: its index is damaged, names a file that is not there, or leads out of the folder.
+        UnsupportedModel: the folder has pickled weights or none.
+        BrokenCheckpoint: the index is damaged, names a file that is not there, or leads out of the folder.
     """
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file():
         shards = indexed_shards(index, read_index(index))
         if single.is_file() and shards != [single]:
-            # transformers would read the one, others the other.
+            # transformers would read one of them, and other loaders the other.
             raise broken(
                 folder, f"{SINGLE} or {INDEX}", "both", fix="Delete the one that does not belong to the model."
             )
@@ -164,27 +164,27 @@ def find_shards(folder: Path, source: object) -> list[Path]:
 
 
 def runtime_shards(folder: Path) -> list[Path]:
-    """The weight files that vLLM opens in a folder: those that an index names, without one all. They may be none.
+    """List the weight files that vLLM opens in a folder: those that an index names, or all without an index.
 
     Raises:
-        BrokenCheckpoint: an index names a file that is not there, or is none.
+        BrokenCheckpoint: an index names a file that is not there, or is no index.
     """
     if (folder / INDEX).is_file():
-        # As leniently as vLLM reads it.
+        # The index is read as leniently as vLLM reads it.
         return indexed_shards(folder / INDEX, read_index(folder / INDEX, json.loads))
     # Nor does vLLM look at hidden files.
     return sorted(folder.glob("[!.]*.safetensors"))
 
 
 def read_index(index: Path, load: Callable[[bytes], Any] = parse) -> dict[str, str]:
-    """The weight_map of a model.safetensors.index.json: the file of each tensor.
+    """Read the weight_map of a model.safetensors.index.json: the file of each tensor.
 
     Args:
         index: the file.
         load: how its JSON is read; by default no name may come twice.
 
     Raises:
-        BrokenCheckpoint: it has none.
+        BrokenCheckpoint: the index has no weight_map.
     """
     try:
         document = load(index.read_bytes())
@@ -199,16 +199,16 @@ def read_index(index: Path, load: Callable[[bytes], Any] = parse) -> dict[str, s
 def read_tensors(
     folder: Path, source: object, ignored: Callable[[str], bool], dtypes: Mapping[str, torch.dtype] = DTYPES
 ) -> dict[str, TensorEntry]:
-    """Every tensor of a checkpoint's folder by name, in the shards' order.
+    """List every tensor of a checkpoint's folder by name, in the shards' order.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         source: what the user called it.
-        ignored: names that count for nothing: leftovers that no loader reads.
-        dtypes: that the shards may hold, by their names in a header.
+        ignored: names of leftovers that no loader reads.
+        dtypes: dtypes that the shards may hold, by their names in a header.
 
     Raises:
-        UnsupportedModel: as `find_shards`.
+        UnsupportedModel: as `find_shards` does.
         BrokenCheckpoint: a shard is damaged, two hold the same tensor, or index and shards disagree.
     """
     tensors: dict[str, TensorEntry] = {}
@@ -230,14 +230,14 @@ def read_tensors(
 
 
 def broken(path: Path, expected: str, found: str, fix: str = _FIX) -> BrokenCheckpoint:
-    """The error of a damaged file."""
+    """Make the error of a damaged file."""
     return BrokenCheckpoint(path, expected=expected, found=found, fix=fix)
 
 
 def _entry(
     shard: Path, name: str, value: Any, start: int, dtypes: Mapping[str, torch.dtype]
 ) -> tuple[str, TensorEntry]:
-    """One line of a header; `start` is where the data begins in the file."""
+    """Check one entry of a header; `start` is the first byte of the data in the file."""
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         extra = set(value) - {"dtype", "shape", "data_offsets"}

@@ -1,7 +1,7 @@
-"""What the stock class of a config.json computes, and whether the weight files hold exactly its tensors.
+"""Build the stock class of a config.json, and check that the weight files hold exactly its tensors.
 
-transformers and vLLM fill in what a checkpoint lacks and leave out what their class does not have, with a warning at
-best. A model that is loaded so is another one than its files hold, and an export would be made of the files. So the
+transformers and vLLM fill in tensors that a checkpoint lacks and leave out tensors that their class does not have, with
+a warning at best. The loaded model is then not the model of the files, and an export is made from the files. So the
 class is built without weights, from the config alone, and compared with the headers before a weight is read.
 """
 
@@ -25,7 +25,7 @@ _MESSAGE_CHARS = 240
 
 
 def meta_model(config: Any) -> Any:
-    """A causal language model without weights; buffers, such as the rotary frequencies, are real."""
+    """Make a causal language model without weights; buffers, such as the rotary frequencies, are real."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -37,11 +37,11 @@ def check_stock_folder(folder: Path, shards: Iterable[Path]) -> None:
     """Check a folder that a runtime will load by itself, if its family is in the table.
 
     Args:
-        folder: a model folder; where it is quantized, its config alone is looked at.
+        folder: a model folder; if the model is quantized, only its config is checked.
         shards: its weight files, as the runtime chooses them.
 
     Raises:
-        BrokenCheckpoint, UnsupportedModel: the runtimes would compute something else than it holds.
+        BrokenCheckpoint, UnsupportedModel: the runtimes would compute another model than the folder holds.
     """
     config = read_config(folder)
     family = FAMILIES.get(str(config.get("model_type")))
@@ -63,7 +63,7 @@ def check_stock_folder(folder: Path, shards: Iterable[Path]) -> None:
 
 
 def stock_model(config: Mapping[str, Any], folder: Path) -> Any:
-    """The class of a config.json, built without weights, and run once without numbers.
+    """Build the class of a config.json without weights, and run it once without numbers.
 
     Raises:
         BrokenCheckpoint: the class refuses the config, or cannot compute with it.
@@ -88,7 +88,7 @@ def stock_model(config: Mapping[str, Any], folder: Path) -> Any:
         _run_once(model)
     except BrokenCheckpoint:
         raise
-    # The classes raise half a dozen types, those of Python's own operators among them.
+    # The classes raise half a dozen types, among them those of Python's own operators.
     except Exception as error:
         expected = f"settings that the class of model_type {config['model_type']} takes"
         raise broken(path, expected, _told(error), fix=CORRECT) from error
@@ -98,7 +98,7 @@ def stock_model(config: Mapping[str, Any], folder: Path) -> Any:
 def stock_shapes(
     config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], folder: Path
 ) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the config's class, with its shape.
+    """List every tensor of the config's class, with its shape.
 
     Args:
         config: the parsed config.json, checked by `check_config`.
@@ -109,7 +109,7 @@ def stock_shapes(
         BrokenCheckpoint: the class refuses the config, or the files have too few tensors for its layers.
     """
     if config["num_hidden_layers"] > len(tensors):
-        # Before that many are built: a billion of them would take all memory.
+        # This check comes before the layers are built: a billion of them would take all memory.
         expected = f"the tensors of {config['num_hidden_layers']} layers, as config.json says"
         raise broken(folder, expected, f"{len(tensors)} tensors")
     return {name: tuple(value.shape) for name, value in stock_model(config, folder).state_dict().items()}
@@ -122,7 +122,7 @@ def check_stock_tensors(
     tensors: Mapping[str, TensorEntry],
     folder: Path,
 ) -> None:
-    """The weight files hold the tensors of the config's class, no more and no less.
+    """Check that the weight files hold the tensors of the config's class, no more and no less.
 
     Args:
         wanted: from `stock_shapes`.
@@ -132,7 +132,7 @@ def check_stock_tensors(
         folder: of the config.json.
 
     Raises:
-        BrokenCheckpoint: they do not.
+        BrokenCheckpoint: they hold others.
     """
     head, embedding = f"{HEAD}.weight", f"{EMBEDDING}.weight"
     tied = bool(config.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings")))
@@ -163,7 +163,7 @@ def check_stock_tensors(
 
 
 def _check_rope(model: Any, path: Path) -> None:
-    """Frequencies are numbers above zero: others come of settings that no class checks, and make all logits NaN."""
+    """Check that frequencies are above zero: no class checks the settings behind them, and others make logits NaN."""
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and not bool((torch.isfinite(buffer) & (buffer > 0)).all()):
             found = "others; look at rope_theta, rope_scaling and rope_parameters"
@@ -173,14 +173,14 @@ def _check_rope(model: Any, path: Path) -> None:
 def _run_once(model: Any) -> None:
     """Forward a token through shapes alone: sizes that do not fit each other pass every class's own checks.
 
-    In training mode, or a dropout that cannot be would pass; with a cache, or transformers looks into the positions.
+    Training mode catches an impossible dropout. The cache keeps transformers from looking into the positions.
     """
     token_BT = torch.zeros(1, 1, dtype=torch.long, device="meta")
     try:
         with torch.no_grad():
             logits = model.to("meta").train()(token_BT, use_cache=True).logits
     except RuntimeError as error:
-        # What asks for a number (rope of the dynamic kind, for the length so far) cannot be run so far as that.
+        # A model that asks for a number (dynamic rope, for the length so far) can only be run up to there.
         if "meta tensors" not in str(error):
             raise
     else:
@@ -188,7 +188,7 @@ def _run_once(model: Any) -> None:
 
 
 def _biases(names: list[str], config: Mapping[str, Any]) -> str | None:
-    """How to correct a config whose class has other biases than the files."""
+    """Tell how to correct a config whose class has other biases than the files."""
     if not all(name.endswith(".bias") for name in names):
         return None
     flags = sorted({"attention_bias" if ".self_attn." in name else "mlp_bias" for name in names})
@@ -197,9 +197,9 @@ def _biases(names: list[str], config: Mapping[str, Any]) -> str | None:
 
 
 def _equal(one: TensorEntry, other: TensorEntry) -> bool:
-    """Both hold the same bytes; read in runs of rows, and no further than to the first difference.
+    """Compare the bytes of two tensors in runs of rows, up to the first difference.
 
-    Without torch's threads: vLLM may fork this process, and a child of one that has had them can hang.
+    This uses no threads of torch: vLLM may fork this process, and the child of a process that had them can hang.
     """
     if one.dtype != other.dtype:
         return False
@@ -217,7 +217,7 @@ def _more(names: list[str]) -> str:
 
 
 def _told(error: Exception) -> str:
-    """A config class's own message in one line, without the frame that its validators put around it."""
+    """Put a config class's own message into one line, without the frame of its validators."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     framed = "alidation error for" in lines[0] and len(lines) > 1

@@ -1,1 +1,1 @@
-"""Files and folders: written whole or not at all, read as their authors meant them."""
+"""Files and folders. They are written whole or not at all, and read as their authors meant them."""

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent: written beside their target, then renamed."""
+"""Files and folders that are complete or absent: each is written beside its target, then renamed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from pat_serve.errors import OutputExists
 
-# What marks a folder as one that we wrote: a run, an export.
+# These files mark a folder that we wrote: a run, an export.
 OUTPUT_MARKS = ("recipe.yaml", "pat_export.json")
 
 
@@ -38,7 +38,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, indented, atomically."""
+    """Write indented JSON, so that a reader sees the old file or the new one."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -48,9 +48,9 @@ def check_vacant(
     """Refuse an output path that holds something, unless the user forces it and it is ours to replace.
 
     Args:
-        path: where output shall go.
+        path: place of the output.
         force: replace an earlier output.
-        flag: what the user wrote, for the message.
+        flag: flag that the user wrote, for the message.
         folder: the output is a folder; else a file.
         inputs: files and folders that are read; they are never replaced, forced or not.
 
@@ -86,15 +86,15 @@ def check_vacant(
 
 @contextmanager
 def new_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
-    """A folder that appears under its name only when the block ends without an error.
+    """Make a folder that appears under its name only when the block ends without an error.
 
-    What stands at the target when the block begins stays until the new folder is complete, and then gives way (see
-    `check_vacant`). What has come to stand there meanwhile is another process's, and stays. Staging folders that killed
-    processes left behind are deleted first.
+    A folder that stands at the target when the block begins stays until the new folder is complete, and then gives way
+    (see `check_vacant`). A folder that appears there meanwhile is another process's, and stays. Staging folders that
+    killed processes left behind are deleted first.
 
     Args:
         target: the folder.
-        replace: what stands there gives way; else it is another process's, which came after the caller's look at it.
+        replace: a folder at the target gives way; if False, it is another process's, newer than the caller's look.
 
     Yields:
         a staging folder on the same file system.
@@ -129,7 +129,7 @@ def new_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def _locked_staging(target: Path) -> tuple[Path, int]:
-    """A new folder beside the target, and the descriptor whose lock says that its process is alive."""
+    """Make a folder beside the target, with a descriptor whose lock says that its process is alive."""
     while True:
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=_staging_prefix(target)))
         try:
@@ -145,7 +145,7 @@ def _locked_staging(target: Path) -> tuple[Path, int]:
 
 
 def _sweep(target: Path) -> None:
-    """Delete the target's staging folders whose processes have ended: their locks went with them."""
+    """Delete the target's staging folders whose processes, and so whose locks, are gone."""
     name = re.compile(re.escape(_staging_prefix(target)) + r"[a-z0-9_]{8}")
     for path in target.parent.iterdir():
         if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
@@ -156,7 +156,7 @@ def _sweep(target: Path) -> None:
 
 
 def _lock(folder: Path) -> int:
-    """The descriptor of a folder that is locked until it is closed or the process ends."""
+    """Lock a folder until the returned descriptor is closed or the process ends."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,7 +171,7 @@ def _staging_prefix(target: Path) -> str:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What makes a folder the same one, whatever its name; None where there is nothing."""
+    """Identify a folder whatever its name; None where there is nothing."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -181,7 +181,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def _rename_to_vacant(staging: Path, target: Path) -> None:
     try:
-        # Onto a folder with something in it, rename(2) fails.
+        # rename(2) fails onto a folder with something in it.
         rename_durably(staging, target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -192,7 +192,8 @@ def _rename_to_vacant(staging: Path, target: Path) -> None:
 def _exchange(first: Path, second: Path) -> None:
     """Swap two names in one step, so that at every moment something complete stands under both.
 
-    Where the file system cannot, in three: a process killed in between leaves the old content under a hidden name.
+    Where the file system cannot swap, it takes three steps: a process that is killed in between leaves the old content
+    under a hidden name.
     """
     rename_exchange = 2
     library = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,4 @@
-"""Room on a disk: asked for before work begins, and a disk that fills up all the same told as what it is."""
+"""Room on a disk. It is checked before work begins, and a disk that fills up later has an error of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from pat_serve.errors import DiskFull, PatServeError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# How safetensors' Rust and torch's C++ tell the same, the latter without a reason: its writers do nothing but write.
+# safetensors' Rust and torch's C++ say it so. torch names no reason, but its writers do nothing except write.
 _TOLD = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|\(os error (28|122|27)\)"
     r"|(PytorchStreamWriter failed|enforce fail at inline_container\.cc)"
@@ -20,16 +20,16 @@ _TOLD = re.compile(
 
 
 def check_room(out: Path, needed_bytes: int, fix: str, what: str = "") -> None:
-    """The disk has room for so many bytes.
+    """Check that the disk has room for a number of bytes.
 
     Args:
-        out: what is to be written; it need not be there.
-        needed_bytes: of it.
+        out: file or folder to be written; it need not exist.
+        needed_bytes: size of the output.
         fix: the way out.
-        what: that is, for the message.
+        what: name of the output, for the message.
 
     Raises:
-        DiskFull: it has not.
+        DiskFull: the disk has less room.
     """
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
     free_bytes = shutil.disk_usage(place).free
@@ -43,7 +43,7 @@ def check_room(out: Path, needed_bytes: int, fix: str, what: str = "") -> None:
 
 
 def full_disk(error: BaseException) -> str | None:
-    """What a library's error says of a disk that is full, of a quota or of a bound on a file's size; else None."""
+    """Read from a library's error that a disk, a quota or a file's size limit is full; None for other errors."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -58,10 +58,10 @@ def full_disk(error: BaseException) -> str | None:
 
 @contextmanager
 def room_on_disk(out: Path, fix: Callable[[], str]) -> Iterator[None]:
-    """A disk that fills up under the block is an error of its own.
+    """Raise an error of its own when the disk fills up during the block.
 
     Args:
-        out: what is written.
+        out: file or folder that the block writes.
         fix: gives the way out, once the disk is full.
 
     Raises:

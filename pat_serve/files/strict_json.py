@@ -1,6 +1,6 @@
-"""JSON as its authors must have meant it: what two parsers could read differently is an error.
+"""JSON as its authors must have meant it. A document that two parsers could read differently is an error.
 
-Python takes the last of two equal keys, other parsers the first; a header that relies on it deceives one of them.
+Python takes the last of two equal keys, and other parsers take the first. A header with such keys deceives one of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ def parse(text: str | bytes) -> Any:
     """Parse a JSON document.
 
     Raises:
-        ValueError: it is no JSON or no UTF-8, holds a key twice, NaN or infinity, or is nested without end.
+        ValueError: the text is no JSON or no UTF-8, holds a key twice, NaN or infinity, or is nested without end.
     """
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)

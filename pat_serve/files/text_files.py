@@ -1,4 +1,4 @@
-"""Text files that a user has written: UTF-8, with or without the byte-order mark that some editors put before it."""
+"""Text files of users. They are UTF-8, with or without the byte-order mark that some editors put before the text."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class OtherEncodingError(ValueError):
 
 
 def read_utf8(path: Path) -> str:
-    """A file's text without its byte-order mark; line ends become line feeds.
+    """Read a file's text without its byte-order mark; line ends become line feeds.
 
     Raises:
-        OSError: it cannot be read.
-        OtherEncodingError: it begins with the mark of UTF-16 or UTF-32.
-        UnicodeDecodeError: it is no UTF-8.
+        OSError: the file cannot be read.
+        OtherEncodingError: the file begins with the mark of UTF-16 or UTF-32.
+        UnicodeDecodeError: the file is no UTF-8.
     """
     with path.open("rb") as file:
         start = file.read(4)

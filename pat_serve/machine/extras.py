@@ -1,4 +1,4 @@
-"""Packages that only some commands need: whether they are there, and the way to them."""
+"""Packages that only some commands need. A missing one is refused with the command that installs it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pat_serve.errors import MissingExtra
 
 
 def require(module: str, *extras: str, wanted_by: str, otherwise: str = "") -> None:
-    """Refuse what needs a package that is not installed; nothing is imported.
+    """Refuse a command or flag whose package is not installed; nothing is imported.
 
     Args:
         module: name of the package's module.
-        extras: those of this package that bring it, of which one is enough.
-        wanted_by: the command or flag that needs it.
+        extras: extras of this package that bring the module; one is enough.
+        wanted_by: the command or flag that needs the module.
         otherwise: the way to do without, as the end of a sentence after "or".
 
     Raises:
-        MissingExtra: it is not installed.
+        MissingExtra: the package is not installed.
     """
     if find_spec(module) is not None:
         return

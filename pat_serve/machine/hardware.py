@@ -1,4 +1,4 @@
-"""What this machine is, and which number format it can serve a model in.
+"""This machine, and the number format in which it can serve a model.
 
 `serving_dtype` is the one place that turns a `--dtype auto` into a concrete format, for the server and the benchmark.
 torch is imported inside the functions, so that a command's `--help` does not pay for it.
@@ -13,7 +13,7 @@ from pathlib import Path
 from pat_serve.errors import UsageError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# vLLM's other names for two of them.
+# vLLM has other names for two of the formats.
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -23,7 +23,7 @@ _TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx
 
 
 def serving_dtype(requested: str = "auto") -> str:
-    """The number format to serve a model in: `float32`, `bfloat16` or `float16`.
+    """Choose the number format to serve a model in: `float32`, `bfloat16` or `float16`.
 
     `auto` is bfloat16 on a GPU and on a CPU with bfloat16 arithmetic (AVX512-BF16 or AMX; the bf16 extension on ARM),
     and float32 on any other CPU: there bfloat16 matrix products are emulated, and prefill becomes about 100 times
@@ -33,7 +33,7 @@ def serving_dtype(requested: str = "auto") -> str:
         requested: `auto` or one of the three names.
 
     Raises:
-        UsageError: another name.
+        UsageError: `requested` is another name.
     """
     if requested in DTYPE_BYTES:
         return requested
@@ -52,7 +52,7 @@ def serving_dtype(requested: str = "auto") -> str:
 
 
 def describe() -> dict[str, str | int | list[str]]:
-    """The machine and the versions that a measurement depends on, ready for JSON.
+    """Describe the machine and the versions that a measurement depends on, ready for JSON.
 
     Returns:
         cpu_model, cpu_cores (physical ones that this process may use), cpu_flags (those that decide on kernels),
@@ -75,7 +75,7 @@ def describe() -> dict[str, str | int | list[str]]:
 
 
 def compute_cores() -> tuple[int, ...]:
-    """One logical CPU for each physical core that this process may use.
+    """List one logical CPU for each physical core that this process may use.
 
     Two hyper-threads of a core share its vector units, so a second thread adds contention and no speed.
     """
@@ -93,7 +93,7 @@ def available_memory_bytes() -> int:
     available = int(psutil.virtual_memory().available)
     limit, used = _CGROUP_MEMORY / "memory.max", _CGROUP_MEMORY / "memory.current"
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        # Files that were read count as used until somebody needs the room.
+        # Cached files count as used until somebody needs the room.
         statistics = dict(line.split() for line in (_CGROUP_MEMORY / "memory.stat").read_text().splitlines())
         free = int(text) - int(used.read_text()) + int(statistics.get("inactive_file", 0))
         available = min(available, free)
@@ -101,7 +101,7 @@ def available_memory_bytes() -> int:
 
 
 def free_gpu_bytes() -> int | None:
-    """Memory of the first GPU that nobody has taken; None without a GPU."""
+    """Free memory of the first GPU; None without a GPU."""
     import torch
 
     return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else None

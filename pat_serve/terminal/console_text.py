@@ -1,4 +1,4 @@
-"""What a console cannot show is written in signs that it can: no finished work ends in an encoding error."""
+"""Write signs that a console cannot show in signs that it can, so that no finished work ends in an encoding error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PLAIN = {
 
 
 def replace_unknown(error: UnicodeError) -> tuple[str, int]:
-    """An error handler for `str.encode`: a plain sign where there is one, else its number as JSON writes it."""
+    """Error handler for `str.encode`: a plain sign where there is one, or else the number as JSON writes it."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     written = []
@@ -27,7 +27,7 @@ def replace_unknown(error: UnicodeError) -> tuple[str, int]:
 
 
 def use_plain_signs() -> None:
-    """Have stdout and stderr write what their encoding lacks, and parts of names that are no text, in plain signs."""
+    """Make stdout and stderr write plain signs for all that their encoding lacks, and for parts of names without text."""
     codecs.register_error("plain", replace_unknown)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

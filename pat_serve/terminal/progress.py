@@ -23,20 +23,20 @@ from rich.table import Column
 
 T = TypeVar("T")
 
-# Of several processes that train one model the first speaks for all.
+# When several processes train one model, the first speaks for all.
 console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A rich progress display with counts, elapsed and remaining time."""
+    """Make a rich progress display with counts, elapsed and remaining time."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        # A long description takes its room from the other columns.
+        # A long description would take room from the other columns.
         TimeRemainingColumn(table_column=Column(min_width=7, no_wrap=True)),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -51,7 +51,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 @contextmanager
 def byte_progress(description: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A progress display with bytes, bytes per second and time left; yields what is to be called with bytes done."""
+    """Show progress with bytes, bytes per second and time left; yields a function of the number of bytes done."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -65,5 +65,5 @@ def byte_progress(description: str, total_bytes: int) -> Iterator[Callable[[int]
 
 
 def say(message: str) -> None:
-    """One line of news for a person, on stderr so that `--json` on stdout stays clean."""
+    """Tell a person one line of news on stderr, so that `--json` on stdout stays clean."""
     console.print(message, highlight=False, soft_wrap=True, markup=False)

@@ -1,1 +1,1 @@
-"""Tokenizers beside the models that they feed."""
+"""Tokenizers: the tokens that they add, and ids that a model has no row for."""

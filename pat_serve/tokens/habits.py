@@ -1,8 +1,8 @@
-"""What a tokenizer puts around a text by itself: the one rule for the ids that are trained on, evaluated and served.
+"""The tokens that a tokenizer puts around a text by itself: one rule for the ids of training, evaluation and service.
 
-A server sends `tokenizer(prompt)`. Whether that begins with a BOS token is the tokenizer's habit, not the question
-whether it names one: GPT-2's, Qwen's and SmolLM2's name a BOS token and put none before a text, Llama's and Gemma's do.
-A chat is another matter: its template writes every special token, and nothing is added.
+A server sends `tokenizer(prompt)`. The tokenizer's habit decides whether that begins with a BOS token, and not whether
+the tokenizer names one: GPT-2's, Qwen's and SmolLM2's name a BOS token and put none before a text, Llama's and Gemma's
+put one. In a chat the template writes every special token, and nothing is added.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 
 from pat_serve.errors import BrokenCheckpoint
 
-# Texts whose ids are looked for among those with special tokens around them.
+# The ids of these texts are looked for among their ids with special tokens around them.
 _PROBES = ("a", "0", ".")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenHabit:
-    """What a tokenizer adds to a text.
+    """The ids that a tokenizer adds to a text.
 
     Attributes:
         start: ids before it.
         start_text: the same as text, as somebody would type it.
-        end: ids after it. It ends a server's prompts too, so a tokenizer for generation has none.
+        end: ids after it. They would end a server's prompts too, so a tokenizer for generation has none.
     """
 
     start: tuple[int, ...]
@@ -32,7 +32,7 @@ class TokenHabit:
 
 
 def token_habit(tokenizer: Any) -> TokenHabit:
-    """The habit of a Hugging Face tokenizer, seen from what it does.
+    """Find the habit of a Hugging Face tokenizer by trying it.
 
     Raises:
         BrokenCheckpoint: special tokens change the ids of the text between them.
@@ -53,9 +53,9 @@ def token_habit(tokenizer: Any) -> TokenHabit:
 
 
 def text_ids(tokenizer: Any, text: str, habit: TokenHabit) -> list[int]:
-    """Ids of a prompt that is plain text: what a server sends for it.
+    """Ids of a plain-text prompt, as a server sends them.
 
-    A start that somebody typed (`<s>[INST] ...`) is the start, and not a second one.
+    A start that somebody typed (`<s>[INST] ...`) counts as the start, and no second one is added.
     """
     bare: list[int] = tokenizer.encode(text.removeprefix(habit.start_text), add_special_tokens=False)
     return [*habit.start, *bare]

@@ -1,7 +1,7 @@
-"""A tokenizer's tokens beside the rows of a model's embedding.
+"""A tokenizer's tokens, compared with the rows of a model's embedding.
 
-A tokenizer to which tokens were added without resizing the model makes ids that have no row. Looked up, such an id ends
-an engine, or a training with an IndexError; a model never makes one.
+A tokenizer to which tokens were added without resizing the model makes ids that have no row. The lookup of such an id
+ends an engine, or a training with an IndexError. A model never makes such an id.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _RESIZE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """What a model can look up, and what its tokenizer can ask for.
+    """The ids that a model can look up, and the tokens that its tokenizer can ask for.
 
     Attributes:
         rows: of the model's embedding; ids are 0 to rows - 1.
-        rowless: the tokenizer's other tokens by id.
+        rowless: the tokenizer's tokens without a row, by id.
     """
 
     rows: int
@@ -40,7 +40,7 @@ class Vocabulary:
 
     @property
     def warning(self) -> str | None:
-        """One sentence about tokens without a row; None without such tokens."""
+        """A sentence about tokens without a row; None when there are no such tokens."""
         if not self.rowless:
             return None
         return (
@@ -49,23 +49,23 @@ class Vocabulary:
         )
 
     def beyond(self, token_ids: Iterable[int]) -> list[int]:
-        """Those of some ids that have no row, each once."""
+        """Select the ids that have no row, each once."""
         return sorted({token_id for token_id in token_ids if not 0 <= token_id < self.rows})
 
     def names(self, token_ids: Iterable[int]) -> str:
-        """Tokens with their ids, for a message."""
+        """Name tokens with their ids, for a message."""
         found = [f"{self.rowless.get(token_id, 'token')} ({token_id})" for token_id in token_ids]
         return ", ".join(found[:_NAMED]) + (f" and {len(found) - _NAMED} others" if len(found) > _NAMED else "")
 
     def require(self, token_ids: Iterable[int], subject: str) -> None:
-        """All ids of a text have a row.
+        """Check that all ids of a text have a row.
 
         Args:
             token_ids: of the text.
             subject: the text, for the message.
 
         Raises:
-            DataError: one has none.
+            DataError: an id has no row.
         """
         if found := self.beyond(token_ids):
             raise DataError(
@@ -77,12 +77,12 @@ class Vocabulary:
 
 
 def vocabulary_of(folder: Path, rows: int) -> Vocabulary | None:
-    """The tokenizer of a folder beside a model's rows; None where no tokenizer loads."""
+    """Compare a folder's tokenizer with a model's rows; None where no tokenizer loads."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # The libraries raise many types, pyo3's own among them; whoever needs the tokenizer says what is wrong with it.
+    # The libraries raise many types, pyo3's own among them. The code that needs the tokenizer tells what is wrong.
     except Exception:
         return None
     return Vocabulary.of(tokenizer, rows)

@@ -1,8 +1,8 @@
-"""Token ids without a row in the model's embedding, kept away from an engine, which one of them would end.
+"""Keep token ids without a row in the model's embedding away from an engine, which one such id would end.
 
-vLLM takes an id that its tokenizer or its model knows, whichever knows more: of a multimodal model some ids stand for
-images. The guard knows the embedding alone. It sits where all prompts pass, whatever their route: behind the tokenizer,
-so that a stream too is refused before its status is out, and at the engine, for ids that were never a text.
+vLLM takes every id that its tokenizer or its model knows: in a multimodal model some ids stand for images. The guard
+knows the embedding alone. It sits in two places, which all prompts pass whatever their route. Behind the tokenizer it
+refuses a stream before its status is out. At the engine it refuses ids that were never a text.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pat_serve.tokens.vocabulary import Vocabulary
 
 
 def guard(client: Any, vocabulary: Vocabulary, refusal: Callable[[str], Exception]) -> None:
-    """Have an engine's client refuse prompts with an id without a row, and drop such ids from stops and bad words.
+    """Make an engine's client refuse prompts with an id without a row, and drop such ids from stops and bad words.
 
     Args:
         client: vLLM's AsyncLLM or LLMEngine; methods of its renderer and its output_processor are wrapped.
-        vocabulary: of its model.
-        refusal: makes what is raised, of its message.
+        vocabulary: vocabulary of the engine's model.
+        refusal: makes the exception from a message.
     """
     renderer, processor = client.renderer, client.output_processor
     process, process_async = renderer.process_for_engine, renderer.process_for_engine_async
@@ -55,10 +55,10 @@ def guard(client: Any, vocabulary: Vocabulary, refusal: Callable[[str], Exceptio
 
 
 def drop_rowless(params: Any, rows: int) -> None:
-    """Take stops and bad words that no model of so many rows can make out of a request's sampling parameters.
+    """Drop stops and bad words without a row from a request's sampling parameters, since no model can make them.
 
-    A generation config may name end tokens that an embedding does not have; with `min_tokens` vLLM looks their logits
-    up, which do not exist.
+    A generation config may name end tokens that the embedding does not have. With `min_tokens` vLLM looks up their
+    logits, which do not exist.
 
     Args:
         params: vLLM's SamplingParams, the request's own copy.
