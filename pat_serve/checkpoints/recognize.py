@@ -29,7 +29,7 @@ def family_of(config: Mapping[str, Any], source: object, tensor_names: Iterable[
     Args:
         config: the parsed config.json.
         source: the model's folder or hub id, for the message.
-        tensor_names: names of the weights, where they can be read; they show the unusual parts of a model without family.
+        tensor_names: names of the weights, where they can be read; they show what is unusual in a model.
 
     Raises:
         UnsupportedModel: no family of the table has this model_type, or the config asks for more than it has.

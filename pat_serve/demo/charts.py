@@ -17,7 +17,7 @@ _LAYOUT: dict[str, Any] = {
 
 
 def loss_chart(training: dict[str, list[dict[str, float]]]) -> go.Figure:
-    """Cross-entropy over steps, both methods."""
+    """Draw the cross-entropy of both methods over the steps."""
     figure = go.Figure(layout=_LAYOUT)
     for method, title in (("lora", "LoRA, dense"), ("pat", "PAT, pruning")):
         lines = training[method]
@@ -33,7 +33,7 @@ def loss_chart(training: dict[str, list[dict[str, float]]]) -> go.Figure:
 
 
 def losses_chart(lines: list[dict[str, float]]) -> go.Figure:
-    """The terms of one run's loss over its steps."""
+    """Draw the terms of one run's loss over its steps."""
     figure = go.Figure(layout=_LAYOUT)
     for term, title, color in (
         ("cross_entropy", "cross-entropy", COLORS["pat"]),
@@ -53,7 +53,7 @@ def losses_chart(lines: list[dict[str, float]]) -> go.Figure:
 
 
 def axes_chart(importances: list[float], kept: int) -> go.Figure:
-    """Importance of the stream's axes, the strongest first, and where the cut is."""
+    """Draw the importance of the stream's axes, the strongest first, and the place of the cut."""
     figure = go.Figure(layout=_LAYOUT)
     for name, color, first, last in (
         ("kept", COLORS["pat"], 0, kept),
@@ -71,7 +71,7 @@ def axes_chart(importances: list[float], kept: int) -> go.Figure:
 
 
 def speedup_chart(speedup: dict[str, Any]) -> go.Figure:
-    """Median paired ratio with its interval, the ceiling and the claim."""
+    """Draw the median paired ratio with its interval, the ceiling and the claim."""
     figure = go.Figure(layout=_LAYOUT)
     regimes = speedup["regimes"]
     names = [regime["regime"] for regime in regimes]
@@ -102,11 +102,11 @@ def speedup_chart(speedup: dict[str, Any]) -> go.Figure:
 
 
 def quality_chart(quality: dict[str, dict[str, Any]]) -> go.Figure:
-    """Held-out perplexity with two standard errors."""
+    """Draw the held-out perplexity with two standard errors."""
     figure = go.Figure(layout=_LAYOUT | {"showlegend": False})
     names = list(quality)
     values = [quality[name]["perplexity"] for name in names]
-    # exp is steep enough at these widths that the interval's two sides are about the same.
+    # At these widths exp is nearly straight, so both sides of the interval are about the same.
     errors = [2 * quality[name]["nll_standard_error_nats"] * quality[name]["perplexity"] for name in names]
     figure.add_bar(
         x=names, y=values, error_y={"array": errors}, marker={"color": [COLORS[name] for name in names]},

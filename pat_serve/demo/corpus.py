@@ -1,7 +1,7 @@
 """Real text that is on every machine with Python: the language reference and the docstrings of the standard library.
 
 The base model reads documentation; the instruction set asks for a function's first docstring sentence, given its
-signature. Whole modules are held out, from both.
+signature. Whole modules are held out from both texts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HELD_OUT_SHARE = 0.1
-# Short rows of like length, since a batch is padded to its longest.
+# Rows are short and of like length, since a batch is padded to its longest row.
 MAX_SIGNATURE_CHARS = 72
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data"}
 PROMPT = "### Python\n{signature}\n### What it does\n"
@@ -33,7 +33,7 @@ class Documented:
 
     @property
     def first_sentence(self) -> str | None:
-        """The docstring's first sentence, if it is a plain one of reasonable length."""
+        """Return the docstring's first sentence, if it is a plain one of reasonable length."""
         text = " ".join(self.docstring.split("\n\n", 1)[0].split())
         found = re.match(r"[A-Z][^.]{8,100}\.(?=\s|$)", text)
         return found[0] if found and text.isascii() else None
@@ -41,7 +41,7 @@ class Documented:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What the demo learns from and is judged on."""
+    """The texts that the demo trains on, and the texts that judge it."""
 
     base_texts: list[str]
     train_rows: list[dict[str, str]]
@@ -49,9 +49,9 @@ class Corpus:
 
 
 def is_held_out(module: str) -> bool:
-    """A tenth of the top-level modules, chosen by a hash of their name: the same ones on every machine.
+    """Tell whether a top-level module is held out: a hash of its name chooses the same tenth on every machine.
 
-    The salt is one under which those modules hold about a tenth of the rows too (with none, tkinter alone is a fifth).
+    With this salt those modules also hold about a tenth of the rows (without a salt, tkinter alone is a fifth).
     """
     digest = hashlib.sha256(f"h{module.split('.', 1)[0]}".encode()).digest()
     return digest[0] < HELD_OUT_SHARE * 256
@@ -69,7 +69,7 @@ def build_corpus(library: Path | None = None) -> Corpus:
     for item in found:
         sentence = item.first_sentence
         if sentence and len(item.signature) <= MAX_SIGNATURE_CHARS:
-            # Keyed by signature: an inherited or overloaded method counts once.
+            # The signature is the key, so an inherited or overloaded method counts once.
             row = {"prompt": PROMPT.format(signature=item.signature), "completion": sentence}
             rows[is_held_out(item.module)].setdefault(item.signature, row)
     held_out = {signature: row for signature, row in rows[True].items() if signature not in rows[False]}
@@ -84,7 +84,7 @@ def build_corpus(library: Path | None = None) -> Corpus:
 
 
 def first_texts(texts: list[str], characters: int) -> list[str]:
-    """As many of the texts as it takes to have so many characters."""
+    """Take texts from the start until they have the given number of characters."""
     chosen, total = [], 0
     for text in texts:
         if total >= characters:
@@ -95,12 +95,12 @@ def first_texts(texts: list[str], characters: int) -> list[str]:
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    """One JSON object a line."""
+    """Write rows as one JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def language_reference() -> list[str]:
-    """The chapters of Python's language reference that `help()` shows; some distributions leave them out."""
+    """Read the chapters of Python's language reference that `help()` shows; some distributions leave them out."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -109,7 +109,7 @@ def language_reference() -> list[str]:
 
 
 def documented(library: Path) -> Iterator[Documented]:
-    """Every function and class with a docstring in a folder of sources, in the order of the files."""
+    """Find every function and class with a docstring in a folder of sources, in the order of the files."""
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library)
         if _SKIPPED & set(relative.parts):

@@ -1,4 +1,4 @@
-"""What a report is made of: one self-contained page, its tables, notes and charts."""
+"""Parts of a report: one self-contained page, its tables, notes and charts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pre { background: #f6f7f9; border-radius: 8px; padding: .6rem .8rem; overflow-x:
 
 
 def page(title: str, sections: Iterable[str]) -> str:
-    """The document."""
+    """Make the whole HTML document from a title and the body's parts."""
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
@@ -39,7 +39,7 @@ def page(title: str, sections: Iterable[str]) -> str:
 
 
 def cards(items: Iterable[tuple[str, str]]) -> str:
-    """Figures in large, each with what it is; both may be markup."""
+    """Show figures in large type, each with its meaning; both may be markup."""
     html = "".join(f"<div class='card'><b>{value}</b><span>{title}</span></div>" for value, title in items)
     return f"<div class='cards'>{html}</div>"
 
@@ -49,7 +49,7 @@ class Html(str):
 
 
 def table(headers: list[str], rows: list[list[Any]]) -> str:
-    """A table; a header that begins with # is of numbers, aligned to the right."""
+    """Make a table; a header that begins with # marks a column of numbers, aligned to the right."""
     numeric = [header.startswith("#") for header in headers]
 
     def line(tag: str, cells: list[Any]) -> str:
@@ -64,27 +64,27 @@ def table(headers: list[str], rows: list[list[Any]]) -> str:
 
 
 def colored(verdict: str) -> str:
-    """A verdict in its colour."""
+    """Show a verdict in its own colour."""
     return f"<span class='{escape(verdict)}'>{escape(verdict)}</span>"
 
 
 def note(text: str) -> str:
-    """A paragraph in small."""
+    """Make a paragraph in small type."""
     return f"<p class='note'>{escape(text)}</p>"
 
 
 def plain(value: Any) -> str:
-    """A value as a cell."""
+    """Show a value as the text of a cell."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def ms(seconds: float) -> str:
-    """Seconds as milliseconds."""
+    """Show seconds as milliseconds, for a cell."""
     return f"{seconds * 1e3:.2f}"
 
 
 def measured_ratio(regime: dict[str, Any]) -> list[Any]:
-    """Cells of a speed-up check's regime: both medians, the ratio with its interval, ceiling, verdict and reason."""
+    """Make the cells of one regime: both medians, the ratio with its interval, ceiling, verdict and reason."""
     ratio = regime["ratio"]
     return [
         ms(regime["baseline"]["median"]),
@@ -97,7 +97,7 @@ def measured_ratio(regime: dict[str, Any]) -> list[Any]:
 
 
 def figure(figure: go.Figure, *, first_on_page: bool = False) -> str:
-    """A chart; the first brings plotly's script along, so that the page needs no network."""
+    """Embed a chart; the first one brings plotly's script along, so that the page needs no network."""
     html: str = figure.to_html(
         full_html=False, include_plotlyjs=first_on_page, config={"displayModeBar": False, "responsive": True}
     )

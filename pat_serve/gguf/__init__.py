@@ -1,1 +1,1 @@
-"""A GGUF file as a base: read once, checked, and written as a plain folder that everything else works from."""
+"""A GGUF file as a base. It is read once, checked, and written as a plain folder that all other code reads."""

@@ -1,4 +1,4 @@
-"""The plain folder of a GGUF file, written once into a cache and known by the file's SHA-256."""
+"""Write the plain folder of a GGUF file once into a cache, under the file's SHA-256."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from pat_serve.files.atomic import new_folder, write_json
 from pat_serve.machine.extras import require
 from pat_serve.terminal.progress import byte_progress, say
 
-# What is in such a folder beside the model: the file that it was read from.
+# The folder holds this beside the model. It names the file that was read.
 PROVENANCE = "pat_gguf.json"
-# Rises when the same file would be read to other files.
+# The version rises when the same GGUF file would give other files.
 _READER = 2
 _PIECE_BYTES = 1 << 22
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def folder_of(path: Path) -> Path:
-    """The plain folder that a GGUF file is read to; written if it is not there yet.
+    """Find the plain folder of a GGUF file, and write it if it is not there yet.
 
     Several processes may ask at once: one writes, the others wait.
 
     Raises:
         MissingExtra: the gguf package is not there.
-        BrokenCheckpoint: no GGUF file, or a damaged one.
-        UnsupportedModel: an architecture, a setting, a type or a tokenizer that is not covered.
+        BrokenCheckpoint: the file is no GGUF file or is damaged.
+        UnsupportedModel: the architecture, a setting, a type or the tokenizer is not covered.
         DiskFull: the folder does not fit beside the others.
         UsageError: the cache's folder cannot be written.
     """
     require("gguf", "gguf", wanted_by=str(path))
-    # Not the name that a link leads to: a hub's cache keeps files under their hashes.
+    # The link keeps its name, because a hub's cache keeps its target under a hash.
     path = path.parent.resolve() / path.name
     cache = _cache()
     known = _known(cache, path)
@@ -51,7 +51,7 @@ def folder_of(path: Path) -> Path:
     from pat_serve.gguf.header import read_header
     from pat_serve.gguf.weights import stored_dtype
 
-    # What is refused is refused before gigabytes are read.
+    # A file is refused before gigabytes of it are read.
     parts = _Parts(read_header(path))
     with _writable(cache):
         sha256 = known or _hash(cache, path)
@@ -73,7 +73,7 @@ def sha256_of_folder(folder: Path) -> str | None:
 
 
 class _Parts:
-    """A file's config, tokenizer and list of tensors: everything but the weights."""
+    """A file's config, tokenizer and list of tensors: everything except the weights."""
 
     def __init__(self, header: Any) -> None:
         from pat_serve.checkpoints.recognize import family_of
@@ -84,7 +84,7 @@ class _Parts:
         self.header = header
         self.family = family_of_header(header)
         self.config = config_of(header, lambda: read_rows(header, header.tensors[ROPE_FREQUENCIES]))
-        # Settings that a narrower model of the family cannot keep.
+        # A narrower model of the family cannot keep these settings.
         family_of(self.config, header.path)
         self.generation_config = generation_config_of(header)
         self.tensors = stock_tensors(header, self.family, self.config)
@@ -122,12 +122,12 @@ def _write(parts: _Parts, target: Path, sha256: str) -> None:
             {"sha256": sha256, "bytes": header.path.stat().st_size, "types": kinds, "dtype": name},
         )
         require_loadable(staging, parts.tokenizer, header)
-        # Names, shapes and config fit each other, or the folder does not appear.
+        # The folder does not appear unless names, shapes and config fit each other.
         open_checkpoint(str(staging))
 
 
 def _card(metadata: Mapping[str, Any]) -> str:
-    """A model card with the license that the file names, for the card of what is made from it."""
+    """Write a model card with the license that the file names; the card of an export takes it from here."""
     keys = {
         "license": "general.license",
         "license_name": "general.license.name",
@@ -153,7 +153,7 @@ def _finished(cache: Path, sha256: str) -> Path | None:
 
 
 def _identity(path: Path) -> dict[str, Any]:
-    """What changes with a file's content, short of reading it."""
+    """Identify a file's content without reading it: path, size and time."""
     status = path.stat()
     return {"path": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
 
@@ -163,7 +163,7 @@ def _note(cache: Path, path: Path) -> Path:
 
 
 def _known(cache: Path, path: Path) -> str | None:
-    """The SHA-256 that a file of this path, size and time had when it was last read."""
+    """Look up the SHA-256 that a file of this path, size and time had when it was last read."""
     try:
         note = json.loads(_note(cache, path).read_text(encoding="utf-8"))
         sha256 = note.pop("sha256")
@@ -184,7 +184,7 @@ def _hash(cache: Path, path: Path) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; where the file system has no locks, several write and the last one's folder stays."""
+    """Let one process at a time pass. On a file system without locks several write, and the last folder stays."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         with suppress(OSError):

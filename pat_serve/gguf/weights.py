@@ -27,7 +27,7 @@ from pat_serve.gguf.header import GgufHeader, GgufTensor, broken
 _SHARD_BYTES = 5 * 10**9
 _ROWS_BYTES = 2**24
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Precomputed by some conversions and read by no loader.
+# Some conversions precompute these tensors, and no loader reads them.
 _IGNORED = (".attn_rot_embd.weight", ".attn_rot_embd", ".rope_freqs.weight")
 
 
@@ -38,7 +38,7 @@ class StockTensor:
     Attributes:
         name: its stock name.
         shape: its stock shape.
-        source: what it is read from; None for a bias of zeros that the stock class wants and the file leaves out.
+        source: tensor of the file; None for a bias of zeros that the stock class wants and the file leaves out.
         heads: of q and k of a llama, whose rows the file has in another order; None for all others.
     """
 
@@ -49,9 +49,9 @@ class StockTensor:
 
 
 def stored_dtype(header: GgufHeader) -> torch.dtype:
-    """The dtype that the folder is written in: that of the matrices where all have the same float type, else bfloat16.
+    """Choose the folder's dtype: the matrices' own where all have the same float type, else bfloat16.
 
-    So nothing is lost of a float file. bfloat16's rounding (at most 0.2 % of a value) is small beside that of any
+    So a float file loses nothing. bfloat16's rounding (at most 0.2 % of a value) is small beside that of any
     quantised type.
     """
     kinds = {tensor.kind for tensor in header.tensors.values() if len(tensor.shape) > 1}
@@ -59,11 +59,11 @@ def stored_dtype(header: GgufHeader) -> torch.dtype:
 
 
 def stock_tensors(header: GgufHeader, family: Family, config: Mapping[str, Any]) -> list[StockTensor]:
-    """Every tensor that the folder will hold, in the order of layers.
+    """List every tensor that the folder will hold, in the order of layers.
 
     Raises:
         UnsupportedModel: the file has a tensor that the family does not have.
-        BrokenCheckpoint: one is missing or of a type that the gguf package cannot read.
+        BrokenCheckpoint: a tensor is missing or of a type that the gguf package cannot read.
     """
     import gguf
 
@@ -99,10 +99,10 @@ def stock_tensors(header: GgufHeader, family: Family, config: Mapping[str, Any])
 
 
 def read_rows(header: GgufHeader, tensor: GgufTensor, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Rows of a tensor in float32, dequantised.
+    """Read rows of a tensor and dequantise them to float32.
 
     Raises:
-        UnsupportedModel: a type that the gguf package cannot dequantise.
+        UnsupportedModel: the gguf package cannot dequantise the type.
     """
     import gguf
 
@@ -147,7 +147,7 @@ def write_weights(
         advance: called with the bytes of each tensor of the file once it is read.
 
     Raises:
-        BrokenCheckpoint: values that are not finite, in the file or in the dtype.
+        BrokenCheckpoint: values are not finite, in the file or in the dtype.
         UnsupportedModel: as `read_rows`.
     """
     shapes, by_name = {tensor.name: tensor.shape for tensor in tensors}, {tensor.name: tensor for tensor in tensors}
@@ -166,12 +166,12 @@ def write_weights(
 
 
 def _blocks(header: GgufHeader, family: Family, tensor: StockTensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The rows of a tensor in its stock layout, some at a time; a vector is one block."""
+    """Yield the rows of a tensor in its stock layout, some at a time; a vector is one block."""
     if tensor.source is None:
         yield torch.zeros(tensor.shape, dtype=dtype)
         return
     rows, heads = (tensor.shape[0], tensor.heads) if len(tensor.shape) > 1 else (1, None)
-    # Rows of a head change places among themselves, so a head is the least that is read at once.
+    # Rows of a head change places among themselves, so at least a head is read at once.
     unit = rows // heads if heads else 1
     step = unit * max(1, _ROWS_BYTES // (4 * prod(tensor.shape[1:]) * unit))
     for start in range(0, rows, step):
@@ -180,7 +180,7 @@ def _blocks(header: GgufHeader, family: Family, tensor: StockTensor, dtype: torc
         if tensor.heads:
             block = unpermute_rotary(block, (stop - start) // unit if heads else tensor.heads)
         if family.norm_offset and len(tensor.shape) == 1:
-            # llama.cpp stores what is multiplied by.
+            # llama.cpp stores the factor itself, which is 1 + w here.
             block = block - family.norm_offset
         block = block.to(dtype)
         if not bool(torch.isfinite(block).all()):
@@ -189,7 +189,7 @@ def _blocks(header: GgufHeader, family: Family, tensor: StockTensor, dtype: torc
 
 
 def unpermute_rotary(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a llama's q or k, or of its bias, from llama.cpp's order (rotated pairs side by side) to the stock one.
+    """Reorder a llama's q or k, or its bias, from llama.cpp's rows (rotated pairs side by side) to the stock ones.
 
     Args:
         weight: (heads * head_dim, ...).
@@ -206,7 +206,7 @@ def _permuted_heads(family: Family, module: str, config: Mapping[str, Any]) -> i
 
 
 def _wants_bias(module: str, config: Mapping[str, Any]) -> bool:
-    """The stock Llama has biases in all linears of a block or in none."""
+    """Tell whether a linear needs a bias: the stock Llama has biases in all linears of a block or in none."""
     return bool(
         (".self_attn." in module and config.get("attention_bias") and not module.endswith("norm"))
         or (".mlp." in module and config.get("mlp_bias"))

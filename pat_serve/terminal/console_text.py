@@ -27,7 +27,7 @@ def replace_unknown(error: UnicodeError) -> tuple[str, int]:
 
 
 def use_plain_signs() -> None:
-    """Make stdout and stderr write plain signs for all that their encoding lacks, and for parts of names without text."""
+    """Make stdout and stderr write plain signs for all that their encoding lacks, also in names that are no text."""
     codecs.register_error("plain", replace_unknown)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

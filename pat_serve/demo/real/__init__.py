@@ -1,1 +1,1 @@
-"""The demo on a real pretrained chat model."""
+"""The demo that prunes a real pretrained chat model."""

@@ -1,8 +1,8 @@
-"""What fits into the demo's ten minutes on this machine: one measured speed, and arithmetic.
+"""Compute what fits into the demo's ten minutes on this machine, from one measured speed.
 
-Machines differ threefold and more, so the number of training steps follows a probe: a forward and a backward pass of
-the parent over about the tokens of one step. All other costs are told in probes: estimates, until a whole run on an
-idle machine gives better ones (`LOG.md`, 2026-11-29).
+Machines differ threefold and more, so a probe decides the number of training steps: a forward and a backward pass of
+the parent over about the tokens of one step. All other costs are multiples of the probe. They are estimates, until a
+whole run on an idle machine gives better ones (`LOG.md`, 2026-11-29).
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from pathlib import Path
 from statistics import median
 
 TOTAL_S = 600.0
-# A conversation has 100 tokens in the mean; none is longer than a row.
+# A conversation has 100 tokens on average, and none is longer than a row.
 STEP_ROWS = 16
 ROW_TOKENS = 256
 PROBE_TOKENS = 2048
-# In probes of 4.9 s: timings.json of a run on machine Z, 2026-11-29. The start has the probing itself (24 s) and all
-# that pat-train does before its first step (78 s), the end an export, an evaluation and two engines (262 s).
+# The unit is a probe of 4.9 s: timings.json of a run on machine Z, 2026-11-29. The start has the probing itself (24 s)
+# and the work of pat-train before its first step (78 s), the end an export, an evaluation and two engines (262 s).
 START_PROBES = 21.0
 STEP_PROBES = 1.65
 AFTER_PROBES = 54.0
-# Below, nothing is learned and the ten minutes are broken instead; above, the text is read so often that it is learned
-# by heart.
+# Fewer steps teach nothing, so the demo takes longer than ten minutes instead. More steps read the text so often that
+# the model learns it by heart.
 LEAST_STEPS, MOST_STEPS = 16, 240
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What the demo grants the training.
+    """The time and the steps that the demo grants the training.
 
     Attributes:
         probe_s: seconds of a forward and a backward pass of the parent over `PROBE_TOKENS` tokens.
@@ -45,10 +45,10 @@ class Budget:
 
 
 def plan(*, probe_s: float, before_s: float) -> Budget:
-    """The steps that fit.
+    """Plan the number of steps that fit.
 
     Args:
-        probe_s: as measured, greater than 0.
+        probe_s: measured seconds of the probe, greater than 0.
         before_s: seconds that the earlier stages took.
     """
     training_s = TOTAL_S - before_s - (START_PROBES + AFTER_PROBES) * probe_s
@@ -58,22 +58,22 @@ def plan(*, probe_s: float, before_s: float) -> Budget:
 
 
 def probe(model: Path, *, rounds: int = 3) -> float:
-    """Seconds of a forward and a backward pass over `PROBE_TOKENS`, the median of some rounds after a first one.
+    """Time a forward and a backward pass over `PROBE_TOKENS`, in seconds: the median of some rounds after a first one.
 
     Args:
         model: the parent's folder.
-        rounds: timed ones.
+        rounds: number of timed rounds.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from pat_serve.machine.hardware import serving_dtype
 
-    # What pat-train takes by default.
+    # pat-train takes this dtype by default.
     parent = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, serving_dtype()))
     torch.manual_seed(0)
     ids_BT = torch.randint(parent.config.vocab_size, (STEP_ROWS, PROBE_TOKENS // STEP_ROWS))
-    # As LoRA does: the gradient reaches the activations of all layers, and of the weights next to none.
+    # LoRA does the same: the gradient reaches the activations of all layers, and next to no weights.
     parent.requires_grad_(False)
     embedded_BTD = parent.get_input_embeddings()(ids_BT).requires_grad_()
     seconds = []

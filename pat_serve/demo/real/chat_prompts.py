@@ -1,6 +1,6 @@
-"""Varied things to ask a chat model, made of templates and topics: what it answers is the text that it is tuned on.
+"""Varied prompts for a chat model, made of templates and topics. The model is tuned on its answers to them.
 
-The questions that the report shows are in `questions.py`; none of them is here.
+`questions.py` has the questions that the report shows; none of them is here.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-# A template is met by as many of its topics as the number asked for allows.
+# A template gets as many of its topics as the requested number allows.
 _TOPICS: dict[str, tuple[str, ...]] = {
     "country": (
         "Germany", "Italy", "Spain", "Portugal", "Greece", "Norway", "Sweden", "Finland", "Denmark", "Poland",
@@ -113,7 +113,7 @@ _TEMPLATES = (
     "What is {a} minus {b}?",
     "What is {a} times {b}?",
 )
-# Without the sums that the report asks for.
+# The sums that the report asks for are left out.
 _NUMBERS = [(a, b) for a in range(2, 13) for b in range(1, a) if a + b > 5 and (a, b) != (8, 5)]
 _GREETINGS = (
     "Hello!", "Hi, how are you?", "Who are you?", "What can you do?", "Thank you!", "Good morning.", "Goodbye.",
@@ -122,7 +122,7 @@ _GREETINGS = (
 
 
 def chat_prompts(seed: int = 0) -> list[str]:
-    """All prompts, in an order in which any beginning has as many kinds as it can: the same ones on every machine."""
+    """List all prompts in an order in which any beginning has many kinds; the order is the same on every machine."""
     chosen = random.Random(seed)
     kinds = [list(_GREETINGS), *(list(_filled(template)) for template in _TEMPLATES)]
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""Ask the pruned model and its parent the same, each in its own conversation, over HTTP."""
+"""Ask the pruned model and its parent the same questions over HTTP, each in its own conversation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _ANSWER_TOKENS, _FACT_TOKENS = 96, 32
 
 
 def converse(server: Server) -> list[dict[str, Any]]:
-    """Every conversation with both models, greedy.
+    """Hold every conversation with both models, greedily.
 
     Returns:
-        of each: `questions`, and by model the `answers`, with the request's timings.
+        for each conversation `questions`, and by model the `answers` with the request's timings.
     """
     return [
         {
@@ -27,10 +27,10 @@ def converse(server: Server) -> list[dict[str, Any]]:
 
 
 def ask_facts(server: Server) -> list[dict[str, Any]]:
-    """Every question with one right answer, of both models.
+    """Ask both models every question with one right answer.
 
     Returns:
-        of each: `question`, `expected`, and by model its `text` and whether that is `right`.
+        for each question `question`, `expected`, and by model its `text` and whether that is `right`.
     """
     asked = []
     for fact in FACTS:

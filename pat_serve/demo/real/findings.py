@@ -1,4 +1,4 @@
-"""Everything that the demo on the real model measured, read back from its files into one document: report.json."""
+"""Collect all measurements of the demo on the real model from its files into one document: report.json."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from pat_serve.demo.tiny.findings import axis_importances, metrics_of, without_rounds
 from pat_serve.machine.hardware import describe
 
-# In the order in which the demo asks pat-eval.
+# The texts stand in the order in which the demo gives them to pat-eval.
 MEASURED_ON = ("held-out answers", "Python's reference")
 
 
 def collect(out: Path) -> dict[str, Any]:
-    """report.json from a finished demo's folder. Nothing is computed here but sums and ratios of what was measured."""
+    """Make report.json from a finished demo's folder. Only sums and ratios of measured figures are computed here."""
     record = _json(out / "pruned" / "pat_export.json")
     talk = _json(out / "talk.json")
     return {
@@ -52,7 +52,7 @@ def collect(out: Path) -> dict[str, Any]:
 
 
 def summary_lines(out: Path) -> list[str]:
-    """The outcome in a few lines for the terminal."""
+    """Tell the outcome in a few lines for the terminal."""
     findings = _json(out / "report.json")
     models, facts, plan = findings["models"], findings["facts"], findings["plan"]
     lines = [
@@ -77,7 +77,7 @@ def summary_lines(out: Path) -> list[str]:
 
 
 def _results(measure: dict[str, Any]) -> dict[str, Any]:
-    """Of the parent and of the pruned model, in the order in which pat-eval was given them."""
+    """Read the results of the parent and of the pruned model, in the order in which pat-eval got them."""
     return {
         name: {
             "perplexity": result["value"],

@@ -1,6 +1,6 @@
-"""What both models are asked in the report: a short conversation, open questions, and questions with one right answer.
+"""The questions of the report: a short conversation, open questions, and questions with one right answer.
 
-None of it is among the prompts that the training text was made from (`chat_prompts.py`).
+No question is among the prompts that the training text was made from (`chat_prompts.py`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# Each list is one conversation: its turns are asked one after the other, each model with its own answers in between.
+# Each list is one conversation. Its turns are asked one after the other, with each model's own answers in between.
 CONVERSATIONS: tuple[tuple[str, ...], ...] = (
     ("What is the capital of France?", "What can a visitor see there?"),
     ("Why is the sky blue? Answer in two sentences.",),
@@ -31,14 +31,14 @@ class Fact:
 
     Attributes:
         question: as it is asked.
-        answer: a pattern; an answer that it is found in is right. Case does not count.
+        answer: a pattern. An answer that holds it is right; case does not count.
     """
 
     question: str
     answer: str
 
     def right(self, text: str) -> bool:
-        """Whether the answer is in the text, as words of their own."""
+        """Tell whether the answer is in the text, as words of their own."""
         return re.search(rf"\b(?:{self.answer})\b", text, re.IGNORECASE) is not None
 
 

@@ -1,4 +1,4 @@
-"""report.html of the demo on the real model: one self-contained page. Every figure comes from report.json."""
+"""Write report.html of the demo on the real model, one self-contained page. Every figure comes from report.json."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MORE = (
 
 
 def render(findings: dict[str, Any]) -> str:
-    """The page."""
+    """Render the page from the findings."""
     sections = [_head(findings), _cards(findings), _talk(findings), _facts(findings), _quality(findings),
                 _speed(findings), _training(findings), _more(), _method(findings)]  # fmt: skip
     return page("pat-serve demo report", sections)

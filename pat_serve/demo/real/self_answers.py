@@ -1,7 +1,7 @@
-"""The text that the demo tunes on: what the parent itself answers to many prompts, kept in `answers.jsonl`.
+"""The text that the demo tunes on: the parent's own answers to many prompts, kept in `answers.jsonl`.
 
-A chat model that is tuned on other text than it would write becomes that text's model; tuned on its own answers it
-stays what it was, as far as its smaller self can. They are kept, since to write them takes as long as the demo has:
+Tuning on other text makes a chat model write like that text. Tuning on its own answers keeps the model as it was, as
+far as the smaller one can. The answers are kept, because writing them takes as long as the whole demo:
 
     python -m pat_serve.demo.real.self_answers MODEL pat_serve/demo/real/answers.jsonl
 """
@@ -21,19 +21,19 @@ from pat_serve.demo.real.chat_prompts import chat_prompts
 
 _FILE = files("pat_serve.demo.real") / "answers.jsonl"
 MOST_NEW_TOKENS = 128
-# So many words in a row, so many times, are a loop that the model fell into.
+# A model is in a loop when it repeats so many words in a row so many times.
 LOOP_WORDS, LOOP_TIMES = 4, 3
-# The end of a sentence, of a line, of a block of code.
+# A text may end with a sentence, a line or a block of code.
 _END = re.compile(r"[.!?:)\"'`]\s")
 
 
 def kept_answers() -> list[dict[str, Any]]:
-    """Rows of two messages each, in the order of the prompts."""
+    """Read the kept rows of two messages each, in the order of the prompts."""
     return [json.loads(line) for line in _FILE.read_text(encoding="utf-8").splitlines()]
 
 
 def answer_prompts(model: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Let a chat model answer, greedily, in vLLM.
+    """Let a chat model answer prompts greedily in vLLM.
 
     An answer that is longer than `MOST_NEW_TOKENS` ends with its last whole sentence.
 
@@ -42,7 +42,7 @@ def answer_prompts(model: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
         prompts: one message each.
 
     Returns:
-        rows of two messages, in the order of the prompts; without those that got no answer, or one that goes round.
+        rows of two messages, in the order of the prompts, without prompts that got no answer or a looping one.
     """
     from pat_serve.server.engine.offline import offline_llm
 
@@ -64,20 +64,20 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def whole_sentences(text: str) -> str:
-    """A text that was cut off, without the sentence in which it was; empty if it has no other."""
+    """Drop the unfinished last sentence of a text that was cut off; empty if the text has no other."""
     ends = [found.start() + 1 for found in _END.finditer(text)]
     return text[: ends[-1]] if ends else ""
 
 
 def loops(text: str) -> bool:
-    """Whether the text says the same words again and again."""
+    """Tell whether the text says the same words again and again."""
     words = text.split()
     runs = Counter(tuple(words[at : at + LOOP_WORDS]) for at in range(len(words) - LOOP_WORDS + 1))
     return any(times >= LOOP_TIMES for times in runs.values())
 
 
 def main() -> None:
-    """Write the file anew."""
+    """Write `answers.jsonl` anew with the model that the command line names."""
     model, target = map(Path, sys.argv[1:])
     rows = answer_prompts(model, chat_prompts())
     target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

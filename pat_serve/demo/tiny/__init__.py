@@ -1,1 +1,1 @@
-"""The demo that trains its own small model and fetches nothing."""
+"""The demo that trains a small model of its own and fetches nothing."""

@@ -1,4 +1,4 @@
-"""A small Llama, trained from nothing on given texts, so that there is a base model without any download."""
+"""Train a small Llama from nothing on given texts, so that a base model exists without any download."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pat_serve.files.atomic import new_folder
 from pat_serve.terminal.progress import console, progress_bar
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-# What a tokenizer learns from: more text than this changes nothing but the time.
+# A tokenizer learns from so much text. More would only take longer.
 TOKENIZER_CHARACTERS = 12_000_000
 
 
@@ -55,7 +55,7 @@ class BaseSettings:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: every string can be encoded, there is no unknown token."""
+    """Train a byte-level BPE, which encodes every string and has no unknown token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -92,11 +92,11 @@ def train_base(texts: list[str], folder: Path, settings: BaseSettings) -> None:
     set_seed(settings.seed)
     on_gpu = torch.cuda.is_available()
     tokenizer = train_tokenizer(texts, settings.vocab_size)
-    # A server puts before a prompt what the tokenizer puts there by itself: what `pack` trains the base with.
+    # A server puts the tokenizer's own tokens before a prompt, so `pack` trains the base with the same tokens.
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.bos_token_id)]
     )
-    # Qwen3 and Gemma would take heads as wide as their large models'.
+    # The default heads of Qwen3 and Gemma are as wide as those of their large models.
     own = {"head_dim": settings.hidden_size // settings.heads} if settings.model_type in ("qwen3", "gemma") else {}
     config = AutoConfig.for_model(
         settings.model_type,

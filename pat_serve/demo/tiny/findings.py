@@ -1,4 +1,4 @@
-"""Everything that the demo measured, read back from its files into one document: report.json."""
+"""Collect all measurements of the demo from its files into one document: report.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pat_serve.training.model.calibration import Calibration
 
 
 def collect(out: Path) -> dict[str, Any]:
-    """report.json from a finished demo's folder. Nothing is computed here but ratios of what was measured."""
+    """Make report.json from a finished demo's folder. Only ratios of measured figures are computed here."""
     exports = {name: _json(out / name / "pat_export.json") for name in ("dense", "pruned")}
     names = ("base", "dense", "pruned")
     return {
@@ -45,7 +45,7 @@ def collect(out: Path) -> dict[str, Any]:
 
 
 def _perplexities(report: Path) -> list[dict[str, Any]]:
-    """Of each model, from the one measure of pat-eval's report."""
+    """Read each model's perplexity from the one measure of pat-eval's report."""
     [measure] = _json(report)["measures"]
     return [
         {
@@ -58,7 +58,7 @@ def _perplexities(report: Path) -> list[dict[str, Any]]:
 
 
 def axis_importances(run: Path) -> list[float]:
-    """Importance of each axis of the stream, the strongest first, as the run measured it."""
+    """Read the importance of each axis of the stream as the run measured it, the strongest first."""
     calibration = Calibration.load(run)
     assert calibration is not None
     importances: list[float] = calibration.importance_D.sort(descending=True).values.tolist()
@@ -66,7 +66,7 @@ def axis_importances(run: Path) -> list[float]:
 
 
 def summary_lines(out: Path) -> list[str]:
-    """The outcome in a few lines for the terminal."""
+    """Tell the outcome in a few lines for the terminal."""
     findings = _json(out / "report.json")
     models, quality, speedup = findings["models"], findings["quality"], findings["speedup"]
     parity = models["pruned"]["parity"]
@@ -90,13 +90,13 @@ def summary_lines(out: Path) -> list[str]:
 
 
 def metrics_of(path: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl that tell losses."""
+    """Read the lines of a run's metrics.jsonl that have losses."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if "cross_entropy" in line]
 
 
 def without_rounds(result: dict[str, Any]) -> dict[str, Any]:
-    """The rounds' raw timestamps stay in speedup.json; the report has their number."""
+    """Replace the rounds by their number in the report; their raw timestamps stay in speedup.json."""
     return dict(result, rounds=len(result["rounds"]))
 
 

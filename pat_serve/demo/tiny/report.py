@@ -1,4 +1,4 @@
-"""The small demo's report.html: what it found, on one self-contained page. Every figure comes from report.json."""
+"""Write the small demo's report.html, one self-contained page. Every figure comes from report.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pat_serve.demo.report_parts import Html, cards, colored, figure, measured_r
 
 
 def render(findings: dict[str, Any]) -> str:
-    """The page."""
+    """Render the page from the findings."""
     sections = [_head(findings), _cards(findings), _quality(findings), _training(findings), _speedup(findings),
                 _answers(findings), _latency(findings), _method(findings)]  # fmt: skip
     return page("pat-serve demo report", sections)
