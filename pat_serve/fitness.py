@@ -1,4 +1,4 @@
-"""What a model's shape is good for: tensor-parallel degrees, kernels, quantisation groups. Pure arithmetic.
+"""Judge a model's shape: tensor-parallel degrees, kernels, quantisation groups. Pure arithmetic.
 
 The rules are vLLM 0.32's; `tests/test_geometry.py` asks its own functions and kernels.
 """
@@ -123,7 +123,7 @@ def group_sizes(shape: Shape, width: int) -> list[int]:
 
 
 def slow_width(shape: Shape, width: int) -> str | None:
-    """What is slow about a legal width and which are not, in a sentence; None where nothing is.
+    """Say in a sentence why a legal width is slow and which widths are not; None for a fast width.
 
     Narrow bases, and those with an odd number of heads, have too few multiples of 64 to ask for one: there a smaller
     tile is asked for, or nothing but a legal width.
@@ -142,7 +142,7 @@ def slow_width(shape: Shape, width: int) -> str | None:
 
 
 def cautions(shape: Shape, width: int, degrees: tuple[int, ...] = (1,), *, eight_bit: bool = False) -> list[str]:
-    """What loads but runs slowly, or not everywhere, in sentences.
+    """Say in sentences which parts of a shape load but run slowly, or not everywhere.
 
     Args:
         shape: the base's.

@@ -1,4 +1,4 @@
-"""Where each weight of a checkpoint goes in safetensors files: which file, what header, which byte. Pure arithmetic."""
+"""Lay out the weights of a checkpoint in safetensors files: file, header and byte of each. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def index_document(
 def encode_header(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """What a safetensors file begins with, and where each tensor lies behind it: first byte, and one past the last."""
+    """Encode a safetensors header, and give the place of each tensor behind it: first byte, and one past the last."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, tuple[int, int]] = {}
     offset = 0

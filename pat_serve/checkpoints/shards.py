@@ -35,7 +35,7 @@ _FIX = "Copy or download the model again."
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """Where a tensor lies and what it is, from a shard's header.
+    """The place, dtype and shape of a tensor, from a shard's header.
 
     Attributes:
         shard: the file.
@@ -172,7 +172,7 @@ def runtime_shards(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         # The index is read as leniently as vLLM reads it.
         return indexed_shards(folder / INDEX, read_index(folder / INDEX, json.loads))
-    # Nor does vLLM look at hidden files.
+    # vLLM does not look at hidden files either.
     return sorted(folder.glob("[!.]*.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""What all commands share: the `--debug` flag and how an error reaches the user."""
+"""Code that all commands share: the `--debug` flag, and the way of an error to the user."""
 
 from __future__ import annotations
 
