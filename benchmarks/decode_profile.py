@@ -1,11 +1,11 @@
-"""Where a decode step's time goes: matrices, attention, what else torch computes, and what is not torch.
+"""Divide a decode step's time: matrices, attention, the rest of torch, and everything that is not torch.
 
 Example: python -m benchmarks.decode_profile --layers 2 --steps 48 --turns 3 --out profile.json
 
 One vLLM engine a process, in the environment of pat-bench's own; the models take turns, each turn a new engine. Steps
-are timed with the profiler off, then profiled; a kind's time is the sum of its operators' own times, and "between" is
-what a step takes beyond them: scheduling, input preparation, Python, the profiler itself. The ratio of a kind is what
-the narrower model gains in it; the ceiling holds for the products alone.
+are timed with the profiler off, then profiled; a kind's time is the sum of its operators' own times. "between" is
+the rest of a step: scheduling, input preparation, Python, the profiler itself. The ratio of a kind is the narrower
+model's gain in it; the ceiling holds for the products alone.
 """
 
 from __future__ import annotations

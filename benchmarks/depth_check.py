@@ -1,4 +1,4 @@
-"""Does the line through two cut depths lead to the whole model's speed-up? Where all three can be measured.
+"""Check that the line through two cut depths leads to the whole model's speed-up, where all three can be measured.
 
 Example: python -m benchmarks.depth_check --rounds 16 --out depth.json
 
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def check(options: argparse.Namespace, folders: list[Path], out: Path, *cut: str) -> SpeedupResult:
-    """One run of `pat-bench speedup`, in a process of its own; a result that is there is read."""
+    """Run `pat-bench speedup` in a process of its own, or read a result that is there."""
     command = [sys.executable, "-m", "pat_serve.cli.bench", "speedup", "--load-format", "dummy", "--no-roofline",
                "--baseline", str(folders[0]), "--candidate", str(folders[1]), "--out", str(out), *cut]  # fmt: skip
     for name in ("rounds", "prompt_tokens", "batch_size", "claim"):
@@ -77,7 +77,7 @@ def check(options: argparse.Namespace, folders: list[Path], out: Path, *cut: str
 
 
 def rows(predicted: SpeedupResult, measured: SpeedupResult) -> list[dict[str, Any]]:
-    """A row for each phase: what the lines say of the whole models and what these did."""
+    """Make a row for each phase: the lines' prediction for the whole models, and their measurement."""
     found = []
     for line, whole in zip(predicted.extrapolated, measured.regimes, strict=True):
         cut = [depth.regimes[predicted.regimes.index(one)] for depth in predicted.depths for one in predicted.regimes
@@ -103,7 +103,7 @@ def rows(predicted: SpeedupResult, measured: SpeedupResult) -> list[dict[str, An
 
 
 def table(figures: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """Put the rows into a Markdown table."""
     lines = [
         "| | ratio, cut | predicted for the whole | measured whole | ceiling | ms predicted | ms measured | spread |",
         "|---|---|---|---|---|---|---|---|",

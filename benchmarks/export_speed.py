@@ -32,7 +32,7 @@ EXPORT = "from pat_serve.cli.export import main; main()"
 
 
 def make(folder: Path, options: argparse.Namespace) -> None:
-    """Write base/ and run/. In a process of its own, so that the measuring one stays small."""
+    """Write base/ and run/, in a process of its own, so that the measuring process stays small."""
     import torch
     import yaml
     from safetensors.torch import save_file
@@ -58,7 +58,7 @@ def make(folder: Path, options: argparse.Namespace) -> None:
         for module, spec, _ in LLAMA.modules(options.layers)
     }
     torch.manual_seed(0)
-    # The same random rows again and again, cut from another place each time: what they hold changes no time.
+    # The same random rows are cut from another place each time. Their values do not change the time.
     pool = (0.02 * torch.randn(1 << 24)).bfloat16()
     with WeightFiles(base, shapes, torch.bfloat16, SHARD_BYTES) as files:
         for name, shape in shapes.items():
@@ -151,7 +151,7 @@ def export_turn(folder: Path, arguments: list[str]) -> dict[str, float]:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Take turns and sum them up."""
+    """Measure export and copy in turns, and sum the turns up."""
     rounds = []
     for number in range(options.rounds):
         turns = [lambda: copy_turn(folder), lambda: export_turn(folder, options.export)]
@@ -192,7 +192,7 @@ def _memory_gb() -> float:
 
 
 def main() -> None:
-    """Entry point."""
+    """Measure exports and copies in turns, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("export-speed"), help="where to work; deleted at the end")
     parser.add_argument("--layers", type=int, default=32)

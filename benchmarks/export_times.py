@@ -1,9 +1,9 @@
-"""Where the time of an export with its parity gate goes, stage by stage.
+"""Divide the time of an export with its parity gate into stages.
 
 Example: python -m benchmarks.export_times --ckpt run/ --dtypes bfloat16 float16 float32
 
-Each export goes to a temporary folder (`TMPDIR`) in this process. A stage is timed around the function that is its
-work; stages that contain others count what is left. Seconds of wall-clock time and of all cores' time.
+Each export goes to a temporary folder (`TMPDIR`) in this process. A stage is timed around the function that does its
+work; a stage that contains others counts the rest. Seconds of wall-clock time and of all cores' time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a block."""
+        """Time the block as a stage."""
         begin = time.perf_counter(), time.process_time()
         self._inner.append([0.0, 0.0])
         try:

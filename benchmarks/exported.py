@@ -1,4 +1,4 @@
-"""A variant under study as a checkpoint: trained and exported as a user does it."""
+"""Train a variant under study and export it, as a user does."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def train_and_export(settings: dict[str, Any], name: str, run: Path, out: Path) -> dict[str, Any]:
-    """Train and export; what was there before is replaced.
+    """Train and export; earlier folders are replaced.
 
     Args:
-        settings: of the recipe.
-        name: of the recipe, for its errors.
+        settings: settings of the recipe.
+        name: name of the recipe, for its errors.
         run: folder of the run.
         out: folder of the checkpoint.
 
@@ -29,7 +29,7 @@ def train_and_export(settings: dict[str, Any], name: str, run: Path, out: Path) 
 
 
 def export(run: Path, out: Path) -> dict[str, Any]:
-    """Export a finished run; what was at `out` before is replaced.
+    """Export a finished run; an earlier folder at `out` is replaced.
 
     Returns:
         width, parameters, and how far the export is from the trained model.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-# Taken before the heavy imports, which are one of the stages that are timed.
+# This time is taken before the heavy imports, which are one of the timed stages.
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 BEGAN = {name: clock() for name, clock in CLOCKS.items()}
 
@@ -37,7 +37,7 @@ from pat_serve.training.ranks import Ranks  # noqa: E402
 
 IMPORT_S = {name: clock() - BEGAN[name] for name, clock in CLOCKS.items()}
 BAR = 3.0
-# More than a token has in any text and tokenizer.
+# No token has more characters in any text and tokenizer.
 MOST_CHARACTERS_PER_TOKEN = 10
 
 
@@ -62,7 +62,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def time(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, whose seconds count as the stage's."""
+        """Wrap a function so that its seconds count as the stage's."""
 
         def timed(*arguments: Any, **settings: Any) -> Any:
             began = self.clock()
@@ -75,7 +75,7 @@ class Stages:
 
 
 def write_texts(path: Path, rows: int, tokens: int) -> None:
-    """Rows that all have at least so many tokens."""
+    """Write rows that all have at least so many tokens."""
     text = "\n\n".join(build_corpus().base_texts)
     length = tokens * MOST_CHARACTERS_PER_TOKEN
     text *= 1 + rows * length // len(text)
@@ -84,7 +84,7 @@ def write_texts(path: Path, rows: int, tokens: int) -> None:
 
 
 def pass_seconds(prepared: Prepared, clock: Callable[[], float]) -> float:
-    """Seconds of one forward and backward pass of the base over the calibration's batches."""
+    """Time one forward and backward pass of the base over the calibration's batches, in seconds."""
     base = AutoModelForCausalLM.from_pretrained(
         prepared.checkpoint.folder, dtype=getattr(torch, prepared.inputs.dtype), local_files_only=True
     )
@@ -97,7 +97,7 @@ def pass_seconds(prepared: Prepared, clock: Callable[[], float]) -> float:
 
 
 def measure(recipe: TrainRecipe, import_s: float, clock: Callable[[], float]) -> dict[str, Any]:
-    """Seconds of every stage and of the pass."""
+    """Time every stage and the pass, in seconds."""
     stages, ranks = Stages(clock), Ranks(index=0, count=1)
     stages.seconds["import"] = import_s
     prepared = stages.time("prepare", prepare)(recipe, ranks)

@@ -40,7 +40,7 @@ print(json.dumps({"read_s": took, "peak_bytes": peak() - before, "written_bytes"
 
 
 def main() -> None:
-    """Write, read, print."""
+    """Write a GGUF file, read it in another process, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=2048)

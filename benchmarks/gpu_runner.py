@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM, StaticCache
 
 WARMUPS = 3
-# Decode steps in a turn: the cache has room for as many behind the context.
+# A turn has so many decode steps; the cache has room for them behind the context.
 STEPS = 20
 
 
@@ -36,7 +36,7 @@ class Runner:
             self._prefill_graph = self._captured(self._prefill_alone)
 
     def prefill(self) -> None:
-        """The whole prompt, with the last position's logits alone."""
+        """Compute the whole prompt, with the last position's logits alone."""
         if self._prefill_graph is not None:
             self._prefill_graph.replay()
             return
@@ -45,12 +45,12 @@ class Runner:
             self._model(self._prompt, past_key_values=self._cache, logits_to_keep=1)
 
     def rewind(self) -> None:
-        """Back to the end of the prompt."""
+        """Set the cache back to the end of the prompt."""
         for layer in self._cache.layers:
             layer.cumulative_length.fill_(self._context)
 
     def decode(self) -> None:
-        """One step: the next token of every request."""
+        """Compute one step: the next token of every request."""
         if self._graph is None:
             self._step()
         else:
@@ -60,7 +60,7 @@ class Runner:
         self._model(self._token, past_key_values=self._cache)
 
     def _prefill_alone(self) -> None:
-        # With a cache of its own: whether a static one is empty is read from the GPU, which no capture may wait for.
+        # The graph has a cache of its own: a static one asks the GPU if it is empty, which no capture may wait for.
         self._model(self._prompt, use_cache=True, logits_to_keep=1)
 
     def _captured(self, work: Callable[[], None]) -> Any:
@@ -104,7 +104,7 @@ KINDS = {
 
 
 def kernels(runners: dict[str, Runner], phase: str) -> dict[str, dict[str, float]]:
-    """Seconds of a step by kind of kernel, and printed."""
+    """Measure and print the seconds of a step by kind of kernel."""
     found: dict[str, dict[str, float]] = {}
     for name, runner in runners.items():
         turn_s(runner, phase)

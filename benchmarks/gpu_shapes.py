@@ -45,14 +45,14 @@ LEAST_ROUNDS = 6
 
 
 def config(name: str, layers: int | None) -> dict[str, Any]:
-    """A shipped shape."""
+    """Read the config of a shipped shape."""
     text = (files("pat_serve.server.bench") / "shapes" / f"{SHAPES[name]}.json").read_text()
     loaded: dict[str, Any] = json.loads(text)
     return {**loaded, **({"num_hidden_layers": layers} if layers else {})}
 
 
 def build(settings: dict[str, Any], device: str) -> LlamaForCausalLM:
-    """A random model on the GPU, made there: no copy through the host."""
+    """Make a random model on the GPU, without a copy through the host."""
     torch.set_default_dtype(DTYPE)
     try:
         with torch.device(device):
@@ -86,7 +86,7 @@ def measure(runners: dict[str, Runner], phase: str, *, rounds: int, seconds: flo
 
 
 def ceiling_of(shapes: dict[str, ModelShape], phase: str, batch: int, context: int) -> float:
-    """The largest ratio that counted bytes or FLOPs allow."""
+    """Compute the largest ratio that counted bytes or FLOPs allow."""
     pair = (shapes["dense"], shapes["narrow"])
     if phase == "prefill":
         return prefill_ceiling(*pair, batch_size=batch, prompt_tokens=context)
@@ -152,12 +152,12 @@ def cell(
 
 
 def numbers(text: str) -> list[int]:
-    """1,8,32"""
+    """Read numbers from a text such as 1,8,32."""
     return [int(each) for each in text.split(",")]
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=numbers, default="1,8,32")
     parser.add_argument("--context", type=numbers, default="128,1024")

@@ -37,7 +37,7 @@ HIDDEN, WIDTH, LAYERS = 128, 96, 4
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure every line of the table and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="*", default=list(BASES), help="lines of the table, all by default")
     parser.add_argument("--depths", nargs="*", type=int, default=[], help="layers of more lines, of the first base")

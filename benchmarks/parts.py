@@ -1,4 +1,4 @@
-"""Which share of the runs a process does, where several go side by side."""
+"""Divide the runs among processes that go side by side."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import typer
 
 
 def parse(text: str | None) -> tuple[int, int]:
-    """Number and count of a `--part`.
+    """Read number and count of a `--part`.
 
     Raises:
-        typer.BadParameter: it is not of the form 2/8.
+        typer.BadParameter: the text is not of the form 2/8.
     """
     try:
         number, parts = map(int, (text or "1/1").split("/"))

@@ -1,4 +1,4 @@
-"""What `pat-bench plan` says against a measured run: one engine, its grid, then a server under Poisson load.
+"""Compare `pat-bench plan` with a measured run: one engine, its grid, then a server under Poisson load.
 
 Example: python -m benchmarks.plan_check --out plan-check.json
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def check(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All of it, with its files in a folder."""
+    """Do the whole comparison, with its files in a folder."""
     work.mkdir(parents=True, exist_ok=True)
     model = work / "model"
     if not model.exists():

@@ -1,9 +1,9 @@
-"""How far the rounding to 16 bits is from random roundings of the same size: why the gate's factors are what they are.
+"""Compare the rounding to 16 bits with random roundings of the same size: the reason for the gate's factors.
 
 Example: python -m benchmarks.rounding_draws --runs run/ --depths 8 32 80 --draws 6
 
 A run's float32 export is moved at random by up to half a step of the dtype, each time by other numbers, and compared
-with the trained model as the 16-bit files are. Printed are the files' figures, and how they exceed a draw's, from the
+with the trained model as the 16-bit files are. The table has the files' figures and their ratios to a draw's, from the
 least to the most of all draws: the ratio of the largest differences, and the roots of the ratios of the mean and the
 median KL (a KL grows with the square of an error). The runs of --depths are random ones of narrow models with so many
 layers. The models have to be Llamas.
@@ -35,7 +35,7 @@ from tests.tiny_models import save_tiny_llama
 
 
 def main() -> None:
-    """Print a table."""
+    """Measure the draws of every run and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="*", type=Path, default=[], help="finished runs")
     parser.add_argument("--depths", nargs="*", type=int, default=[], help="layers of random runs")

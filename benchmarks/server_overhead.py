@@ -1,4 +1,4 @@
-"""What pat-serve costs over plain vLLM's server: the same model, the same load, both up, in turns.
+"""Measure what pat-serve costs over plain vLLM's server: the same model and load, both up, in turns.
 
 Example: python -m benchmarks.server_overhead --out overhead.json
 
@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         sizes = {"hidden_size": options.hidden_size, "num_hidden_layers": options.layers}
         sizes |= {"intermediate_size": 2 * options.hidden_size, "max_position_embeddings": 2048}
-        # Heads of 32, as vLLM's CPU kernels want them.
+        # vLLM's CPU kernels want heads of 32.
         sizes |= {"num_attention_heads": options.hidden_size // 16, "num_key_value_heads": options.hidden_size // 32}
         model = options.model or save_tiny_llama(Path(scratch) / "model", **sizes)
         figures = measure(model, Path(scratch), options)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure(model: Path, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All three comparisons."""
+    """Measure all three comparisons: throughput, latency, time until ready."""
     ready: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
     tokens: dict[str, list[float]] = {name: [] for name in NAMES}
     latency: dict[str, list[float]] = {name: [] for name in NAMES}
@@ -94,7 +94,7 @@ def measure(model: Path, scratch: Path, options: argparse.Namespace) -> dict[str
         print("throughput:", {name: round(percentile(rates, 50), 1) for name, rates in tokens.items()}, flush=True)
         for name in NAMES:
             cpu[name]["stream"] = (http_cpu_s(up[name]) - spent[name]) / (options.rounds * options.requests)
-        # Not before: a server closes a connection on which nothing happens for 5 s.
+        # The connection is not opened earlier: a server closes a connection on which nothing happens for 5 s.
         clients = {name: Client(up[name].port) for name in NAMES}
         for name in NAMES:
             latencies(clients[name], str(model), 20)
@@ -117,7 +117,7 @@ def summary(
 ) -> dict[str, Any]:
     """Medians, intervals of what is compared, and which bars are met."""
     plain, ours = NAMES
-    # Durations per token: the ratio of vLLM's to ours is that of our throughput to vLLM's.
+    # These are durations per token: the ratio of vLLM's to ours is that of our throughput to vLLM's.
     speed = paired_ratio([1 / rate for rate in tokens[plain]], [1 / rate for rate in tokens[ours]])
     added_s = median_interval([b - a for a, b in zip(latency[plain], latency[ours], strict=True)])
     ready_s = {name: percentile([wall_s for wall_s, _ in starts], 50) for name, starts in ready.items()}

@@ -18,7 +18,7 @@ from typing import Any
 
 KEY = "benchmark-key"
 OURS = "from pat_serve.cli.serve import main; main()"
-# What `vllm serve` runs; the command itself asks for a distribution of that name, which its CPU build does not have.
+# `vllm serve` runs this. The command itself asks for a distribution called vllm, which the CPU build does not have.
 PLAIN = "from vllm.entrypoints.launchers.api_server.entry import main; main()"
 _START_S = 420
 _POLL_S = 0.02
@@ -57,9 +57,9 @@ def serving(name: str, model: Path, log: Path, *, vllm_flags: list[str], flags: 
     common = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
     ours = ["-c", OURS, *common, "--api-key", f"bench={KEY}", *flags, "--", *vllm_flags]
     command = [sys.executable, *(ours if name == "pat-serve" else ["-c", PLAIN, *common, *vllm_flags])]
-    # Whoever ends the measurement ends the server with it.
+    # The end of the measurement ends the server too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    # Left to itself vLLM asks its makers' server what it should know of the user.
+    # By default vLLM reports its use to its makers' server.
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     begun_s = time.monotonic()
     with log.open("wb") as output:
@@ -97,7 +97,7 @@ class Client:
         self.headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 
     def get(self, path: str) -> tuple[int, bytes]:
-        """Status and body."""
+        """Get a path; return status and body."""
         self.connection.request("GET", path, headers=self.headers)
         answer = self.connection.getresponse()
         return answer.status, answer.read()
@@ -110,6 +110,6 @@ class Client:
         return self.connection.getresponse()
 
     def post(self, path: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
-        """Status and body, which a stream ends too."""
+        """Post a body; return status and answer, after a stream's end."""
         answer = self.send(path, body)
         return answer.status, answer.read()

@@ -107,7 +107,7 @@ def engine_excess(samples: Sequence[Sample], plain: Sequence[Sample]) -> Slope:
 
 
 def verdicts(samples: Sequence[Sample], plain: Sequence[Sample] | None = None) -> dict[str, str]:
-    """What each figure says."""
+    """Judge each figure: leak or no leak."""
     kept = settled(samples)
     requests = [sample.requests for sample in kept]
 
@@ -226,7 +226,7 @@ def main() -> None:
 
 
 def report(samples: Sequence[Sample], load: Load, tracebacks: int, *, name: str, plain: Sequence[Sample] | None) -> str:
-    """The run in Markdown."""
+    """Report the run in Markdown."""
     kept, machine = settled(samples), describe()
     requests = [sample.requests for sample in kept]
     grown = {

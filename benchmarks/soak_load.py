@@ -45,7 +45,7 @@ class Load:
             thread.start()
 
     def go(self) -> None:
-        """Let them work."""
+        """Let the clients work again."""
         self._open.set()
 
     def pause(self) -> None:
@@ -55,7 +55,7 @@ class Load:
             self._change.wait_for(lambda: not self._busy, timeout=120)
 
     def end(self) -> None:
-        """End the threads."""
+        """End the threads of all clients."""
         self._ended.set()
         self._open.set()
         for thread in self._threads:

@@ -165,7 +165,7 @@ def summary(times: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, A
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {
         "layers": 2, "hidden": 4096, "ffn": 11008, "heads": 32, "vocab": 32000,

@@ -1,4 +1,4 @@
-"""What the study compares, and the sweeps beside it."""
+"""The methods that the study compares, and the sweeps beside them."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class Job:
 
     @property
     def dense(self) -> bool:
-        """Whether nothing is cut."""
+        """Tell whether the job cuts nothing, as dense LoRA does."""
         return self.method.get("method") == DENSE_METHOD["method"]
 
     def key(self, steps: int) -> tuple[str, float, int, int]:

@@ -43,7 +43,7 @@ def collect(packages: Path, held_out: Iterable[str]) -> Iterator[str]:
 
 
 def read(path: Path) -> list[str]:
-    """What main wrote."""
+    """Read the docstrings that `main` wrote."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 

@@ -16,7 +16,7 @@ Cell = Callable[[list[Line]], str]
 
 
 def read(path: Path) -> list[Line]:
-    """All results so far."""
+    """Read all results so far."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
@@ -50,7 +50,7 @@ def tables(lines: list[Line], operator_costs: Mapping[str, Mapping[str, Any]] | 
 
 
 def of_curve(lines: list[Line]) -> list[Line]:
-    """Those of the curve's methods."""
+    """Select the lines of the curve's methods."""
     return [line for line in lines if line["method"] in (DENSE, BASE, *METHODS)]
 
 
@@ -67,7 +67,7 @@ def table(lines: list[Line], columns: Mapping[str, Cell] | None = None) -> str:
     head = ["cut", "method", "seeds", "parameters", *measures, "times as fast", *columns]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for (ratio, method), every in _groups(lines):
-        # Of a run that diverged there is nothing but that it did.
+        # A run that diverged has no other figure.
         own = [line for line in every if "diverged" not in line]
         counted = str(len(own)) if own == every else f"{len(own)}, and {len(every) - len(own)} diverged"
         cells = [f"{ratio:.1%}", method, counted]

@@ -68,7 +68,7 @@ class SeparateMasks(Pat):
         return hsm
 
     def widths(self) -> dict[str, int]:
-        """K of each writer."""
+        """The kept width K of each writer."""
         if self.profile != "uneven" or not self.scores:
             return dict.fromkeys(self.scores, self.target_width)
         # The trainer counts parameters on the meta device before it builds the model.
@@ -76,11 +76,11 @@ class SeparateMasks(Pat):
             return uneven_widths(self.scores, self.target_width)
 
     def modules(self) -> dict[str, nn.Module]:
-        """The masks too, which have a learning rate of their own."""
+        """The hybrid modules and the masks, which have a learning rate of their own."""
         return {**{f"mask.{site}": mask for site, mask in self.masks.items()}, **self.hsms}
 
     def learning_rates(self) -> dict[str, float]:
-        """The unified mask's, for each."""
+        """Give each mask the unified mask's learning rate."""
         [rate] = super().learning_rates().values()
         return {f"mask.{site}": rate for site in self.masks}
 
@@ -98,7 +98,7 @@ class SeparateMasks(Pat):
             mask.require_open()
 
     def losses(self) -> dict[str, Tensor]:
-        """Each mask feels what the one would."""
+        """Give each mask the losses that the one mask would have."""
         terms = {name: term for name, term in super().losses().items() if name == "identity_loss"}
         if not self.mask.frozen and self.mask.schedule.trains_mask:
             masks = self.masks.values()
@@ -107,7 +107,7 @@ class SeparateMasks(Pat):
         return terms
 
     def metrics(self) -> dict[str, float]:
-        """Means over the masks."""
+        """Figures of the gate, as means over the masks."""
         each = [mask.metrics() for mask in self.masks.values()]
         figures = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
         if self.mask.frozen and self.mask.schedule.trains_mask:
@@ -115,7 +115,7 @@ class SeparateMasks(Pat):
         return figures
 
     def kept_channels(self) -> Tensor:
-        """The stream's: what any writer keeps."""
+        """Channels of the stream: all that any writer keeps."""
         gates_WD = torch.stack([mask.frozen_gate_D for mask in self.masks.values()])
         return gates_WD.amax(0).nonzero().flatten().cpu()
 
