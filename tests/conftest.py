@@ -75,7 +75,7 @@ def finished_run(tiny_base: Path, rows: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def trainings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
-    """Starts real pat-train processes."""
+    """Start real pat-train processes in the tests."""
     server = Trainings(tmp_path_factory.mktemp("trainings") / "stderr")
     yield server
     server.close()

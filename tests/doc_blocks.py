@@ -1,4 +1,4 @@
-"""The blocks of the documentation that a reader would type, and what their pages say about running them.
+"""The blocks of the documentation that a reader would type, and the marks that say how to run them.
 
 A block is a fence, or lines indented by four spaces, whose first word is a command or whose fence says python. It is
 run by tests/test_doc_blocks.py unless an HTML comment before it says otherwise; several may stand there:
@@ -27,13 +27,13 @@ _MARK = re.compile(r"^<!-- (not run|slow|may exit|with)(?: `([^`]+)`)?:? ?(.*?) 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """What stands on a page.
+    """A block of commands or Python on a page.
 
     Attributes:
-        page: relative to the root.
-        line: of the page, its first.
+        page: path of the page, relative to the root.
+        line: number of the block's first line on the page.
         language: shell or python.
-        text: without its indentation.
+        text: the block without its indentation.
         marks: (kind, prefix or command, rest) of the comments before it.
     """
 
@@ -49,7 +49,7 @@ class Block:
 
     @property
     def not_run(self) -> str:
-        """Why nothing of it is run; empty if something is."""
+        """The reason why nothing of it is run; empty if something is."""
         return next((rest for kind, prefix, rest in self.marks if kind == "not run" and not prefix), "")
 
     @property
@@ -63,11 +63,11 @@ class Block:
 
     @property
     def exit_codes(self) -> set[int]:
-        """Those that are outcomes."""
+        """Exit codes that count as outcomes."""
         return {0} | {int(code) for kind, _, rest in self.marks if kind == "may exit" for code in rest.split(",")}
 
     def commands(self) -> list[str]:
-        """Its command lines that are run, each in one piece: a backslash or an indentation continues the one before."""
+        """The command lines that are run, each in one piece: a backslash or an indentation continues a line."""
         lines: list[str] = []
         for line in self.text.splitlines():
             if lines and (lines[-1].endswith("\\") or line.startswith(" ")):
@@ -80,16 +80,16 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """All of a page, in order.
+    """Read all blocks of a page, in order.
 
     Raises:
-        ValueError: a mark that no block follows.
+        ValueError: no block follows a mark.
     """
     return blocks_of(page.read_text(encoding="utf-8"), str(page.relative_to(ROOT)))
 
 
 def blocks_of(content: str, page: str) -> list[Block]:
-    """All blocks of a page's text; errors as above."""
+    """Read all blocks of a page's text; the errors are those of `blocks`."""
     lines = content.splitlines()
     found, marks, at = [], list[tuple[str, str, str]](), 0
     while at < len(lines):

@@ -65,7 +65,7 @@ class Children:
         return self.answer()[0]
 
     def close(self) -> None:
-        """End the process."""
+        """End the process and wait for it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)

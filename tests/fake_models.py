@@ -40,7 +40,7 @@ def fake_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
 
 
 def quiet(*_: Any) -> None:
-    """No progress."""
+    """Show no progress at all in this test."""
 
 
 def check(baseline: str, candidate: str, **settings: Any) -> SpeedupResult:

@@ -53,7 +53,7 @@ class FakeEngine:
 
     @property
     def gpu_memory_bytes(self) -> int | None:
-        """As it was told."""
+        """The bytes that the test has set."""
         return self._truth.get("gpu_memory_bytes")
 
     def rates(self) -> MachineRates:

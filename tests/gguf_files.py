@@ -106,7 +106,7 @@ def gguf_name(name: str) -> str:
 
 
 def permuted(weights: np.ndarray, heads: int) -> np.ndarray:
-    """LlamaModel.permute of convert_hf_to_gguf.py."""
+    """The same as LlamaModel.permute of convert_hf_to_gguf.py."""
     return (
         weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
         .swapaxes(1, 2)
@@ -132,7 +132,7 @@ def add(writer: Any, name: str, values: np.ndarray, kind: str) -> None:
 
 
 def _add_sentencepiece(writer: Any, path: Path) -> None:
-    """As LlamaModel._set_vocab_sentencepiece of convert_hf_to_gguf.py."""
+    """The same as LlamaModel._set_vocab_sentencepiece of convert_hf_to_gguf.py."""
     pieces = SentencePieceProcessor(str(path))
     kinds = {pieces.IsUnknown: 2, pieces.IsControl: 3, pieces.IsUnused: 5, pieces.IsByte: 6}
     ids = range(pieces.vocab_size())

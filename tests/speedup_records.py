@@ -111,7 +111,7 @@ _FLOORS = Floors(shape=DENSE, rates=_RATES, dtype_bytes=4)
 
 
 def speedup_result(*, ratio: float = 1.3, noise: float = 0.03, **settings: object) -> SpeedupResult:
-    """A whole check."""
+    """A whole check with made-up rounds."""
     chosen = pair(**settings)
     measured = rounds(12, ratio=ratio, noise=noise, batch_sizes=chosen.settings.batches)
     regimes = chosen.analyse(measured)
@@ -196,7 +196,7 @@ def latency_result(name: str, *, faster: float = 1.0) -> LatencyResult:
 
 
 def throughput_result(name: str) -> ThroughputResult:
-    """A ladder that saturates."""
+    """A ladder of loads that saturates."""
     settings = ThroughputSettings(prompt_tokens=64, output_tokens=4)
     runs = []
     for concurrency, step_s in ((1, 0.1), (2, 0.11), (4, 0.14), (8, 0.27)):

@@ -87,7 +87,7 @@ def test_files_joined_with_their_byte_order_marks(tmp_path: Path):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 def test_utf_16_is_named(suffix: str, tmp_path: Path):
-    """What Windows' shell writes."""
+    """The shell of Windows writes such files."""
     path = write(tmp_path / f"rows{suffix}", ROWS)
     path.write_text(path.read_text(), encoding="utf-16")
     with pytest.raises(DataError, match="expected a file in UTF-8, found UTF-16"):

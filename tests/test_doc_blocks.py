@@ -1,4 +1,4 @@
-"""What the README and the pages tell a reader to type is typed, in a folder with small stand-ins for what they name."""
+"""Type what the README and the pages tell a reader to type, in a folder with small stand-ins for all that they name."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.test_card import QUALITY, SPEEDUP
 BLOCKS = all_blocks()
 RUN = [block for block in BLOCKS if not block.not_run]
 SLOW = (pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(1800))
-# Folders of the repository that pages name; the commands run elsewhere.
+# The pages name these folders of the repository, and the commands run in another folder.
 LINKED = ("configs", "recipes", "deploy", "monitoring", "examples", "benchmarks")
 _WRITTEN = re.compile(r"--(?:out|html|csv)[ =]([^\s-]\S*)")
 
 
 @pytest.fixture(scope="session")
 def stand_ins(tiny_base: Path, finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that the pages name."""
+    """Make stand-ins for everything that the pages name."""
     from pat_serve.export.exporter import export_run
 
     folder = tmp_path_factory.mktemp("stand-ins")
@@ -41,7 +41,7 @@ def stand_ins(tiny_base: Path, finished_run: Path, tmp_path_factory: pytest.Temp
     export_run(folder / "run", folder / "pruned")
     for name in ("dense", "meta-llama/Llama-2-7b-hf", "BASE", "MODEL"):
         shutil.copytree(tiny_base, folder / name)
-    # Of batches of 128, enough for a schedule.
+    # There are enough batches of 128 rows for a schedule.
     write_rows(folder / "train.jsonl", 600)
     write_rows(folder / "heldout.jsonl", 16)
     text = "\n".join(f"The list of files has a name and a value, number {number}." for number in range(300))
@@ -63,19 +63,19 @@ def stand_ins(tiny_base: Path, finished_run: Path, tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def desk(stand_ins: Path, tmp_path: Path) -> Path:
-    """A copy for one block: what it writes, another must not find."""
+    """Copy the stand-ins for one block, so that another block does not find its files."""
     return Path(shutil.copytree(stand_ins, tmp_path / "desk", symlinks=True))
 
 
 def environment() -> dict[str, str]:
-    # The scripts beside this Python, the modules of these sources; what is not on the desk is not fetched.
+    # Scripts come from beside this Python, and modules from these sources. Nothing is fetched.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     sources = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
     return os.environ | {"PATH": path, "PYTHONPATH": sources, "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"}
 
 
 def vacate(command: str, desk: Path) -> None:
-    """Take away what a stand-in has where the command will write."""
+    """Remove a stand-in's file where the command will write."""
     for name in _WRITTEN.findall(command):
         target = desk / name
         if target.is_dir():
@@ -85,7 +85,7 @@ def vacate(command: str, desk: Path) -> None:
 
 @contextmanager
 def served(command: str, port: int, desk: Path) -> Iterator[None]:
-    """A pat-serve command line, from its being ready until it has ended as it should."""
+    """Run a pat-serve command line from its being ready until it has ended as it should."""
     words = shlex.split(command, comments=True)
     assigned = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     words = words[len(assigned) :]
@@ -110,7 +110,7 @@ def served(command: str, port: int, desk: Path) -> Iterator[None]:
 
 
 def type_all(block: Block, desk: Path) -> None:
-    """Every line, a server in the background until the block's end or the next server."""
+    """Type every line; a server stays in the background until the block's end or the next server."""
     port = free_port()
     commands = [command.replace("8000", str(port)) for command in block.commands()]
     if block.server:

@@ -1,4 +1,4 @@
-"""What the documentation names exists: flags of commands, files, folders of the tree; and the site builds."""
+"""All that the documentation names exists: flags, files, folders of the tree. And the site builds."""
 
 from __future__ import annotations
 

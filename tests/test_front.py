@@ -29,7 +29,7 @@ POLICY = Policy(max_body_bytes=1000, receive_timeout_s=0.2, request_timeout_s=0.
 
 
 class EngineError(Exception):
-    """Of any kind."""
+    """Any error of an engine."""
 
 
 class DeadError(EngineError):

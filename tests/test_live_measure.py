@@ -16,7 +16,7 @@ SHAPE = Shape(prompt_tokens=8, output_tokens=1, vocab_size=100)
 
 
 class Engine:
-    """Keeps the prompts."""
+    """An engine that keeps the prompts."""
 
     def __init__(self) -> None:
         self.prompts: list[list[int]] = []

@@ -32,7 +32,7 @@ RESULTS = {
 
 @contextmanager
 def console_text() -> Iterator[io.StringIO]:
-    """What is printed meanwhile."""
+    """The text that the console prints meanwhile."""
     with redirect_stdout(io.StringIO()) as text:
         yield text
 

@@ -128,7 +128,7 @@ def test_numbers_that_are_not_finite_end_in_an_error(tiny_base: Path, rows: Path
 
 
 def test_a_tokenizer_without_padding(rows: Path, tmp_path: Path):
-    """As Llama-2's."""
+    """Llama-2's tokenizer has none either."""
     base = save_tiny_llama(tmp_path / "base")
     path = base / "tokenizer_config.json"
     settings = json.loads(path.read_text())

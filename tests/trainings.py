@@ -156,5 +156,5 @@ class Trainings:
         return int(self._answer())
 
     def close(self) -> None:
-        """End the server."""
+        """End the server that forks the trainings."""
         self.server.communicate()

@@ -65,7 +65,7 @@ class Nodes:
         return [process for process in self.replicas() if process.ppid() == raylet.process.pid]
 
     def running(self) -> int:
-        """Replicas that take requests."""
+        """The number of replicas that take requests."""
         application = serve.status().applications.get(APPLICATION)
         states = application.deployments["PatServe"].replica_states if application and application.deployments else {}
         return int(states.get("RUNNING", 0))

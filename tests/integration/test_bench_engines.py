@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 def quiet(*_: Any) -> None:
-    """No progress."""
+    """Show no progress at all in these tests."""
 
 
 def shape_folder(folder: Path, **overrides: Any) -> str:

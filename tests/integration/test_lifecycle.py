@@ -94,7 +94,7 @@ class Stream(threading.Thread):
                     self.flowing.set()
 
     def end(self) -> list[str]:
-        """The last two events."""
+        """The last two events of a stream."""
         self.join(HANG_S)
         assert not self.is_alive()
         return self.lines[-2:]
