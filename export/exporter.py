@@ -15,6 +15,7 @@ import torch
 
 from pat_serve.checkpoints.locate import check_inside
 from pat_serve.errors import UsageError
+from pat_serve.export.files.ends import add_end_tokens
 from pat_serve.export.files.model_files import dtype_name as _name
 from pat_serve.export.files.model_files import write_model as _write_model
 from pat_serve.export.formats.gguf import require_gguf, write_gguf
@@ -127,6 +128,7 @@ def export_run(
         outcome = _prove(run, staging, written, out, runs_in=target, walk=walk, scorer=scorer) if parity else None
         quality = quantize_export(run, staging, scheme, target, max_shard_bytes, out, parity) if scheme else None
         _carry_files(run, staging)
+        add_end_tokens(run, staging)
         if gguf:
             write_gguf(staging)
         kept = {"quality": accept(staging, run.base.folder)} if accept else {}

@@ -52,7 +52,7 @@ def trained_tokenizer() -> Any:
     return tokenizer
 
 
-def chat_tokenizer(template: str) -> Any:
+def chat_tokenizer(template: Any) -> Any:
     tokenizer = deepcopy(trained_tokenizer())
     tokenizer.chat_template = template
     return tokenizer
@@ -124,7 +124,15 @@ def test_no_token_is_parted_where_two_renderings_differ():
         pytest.param(CHATML, chat("a", documents=[{"text": "d"}]), "'documents'", id="documents"),
         pytest.param(CHATML, chat({"content": "a", "tool_calls": [CALL]}), "'tool_calls'", id="calls"),
         pytest.param(CHATML, chat("a", functions=[TOOL]), "'functions'", id="functions"),
-        pytest.param(CHATML, chat("a", system="Be brief."), "'system'", id="system"),
+        pytest.param(CHATML, chat("a", system=["Be brief."]), "'system'", id="a system that is no text"),
+        pytest.param(
+            CHATML, {"messages": [{"role": "system", "content": "s"}, *chat("a")["messages"]], "system": "Be brief."},
+            "'system'", id="two systems",
+        ),
+        pytest.param(
+            CHATML, chat("a", chat_template_kwargs={"chat_template": "x"}), "settings of the model", id="a template"
+        ),
+        pytest.param(CHATML, chat({"content": "a", "weight": 0}), "weight 0", id="an answer not to be learned"),
         pytest.param(
             "{% for m in messages %}{{ messages | length }}{{ m.content }}{% endfor %}", chat("a"), "differ before",
             id="the history depends on the answer",
@@ -135,13 +143,141 @@ def test_no_token_is_parted_where_two_renderings_differ():
         pytest.param(CHATML, chat("a", [{"type": "audio", "text": None}]), "audio", id="a question that is no text"),
         pytest.param(CHATML, {"messages": "no JSON"}, "messages as JSON", id="a text"),
         pytest.param(CHATML, {"messages": ["q", "a"]}, "message 1 is a str", id="texts"),
-        pytest.param(CHATML, {"messages": [{"from": "human", "value": "q"}]}, "the fields from, value", id="ShareGPT"),
+        pytest.param(
+            CHATML, {"conversations": [{"from": "function_call", "value": "q"}]}, "message 1 is from 'function_call'",
+            id="a speaker of ShareGPT's without a role",
+        ),
+        pytest.param(CHATML, {"conversations": [{"from": "gpt"}]}, "no content", id="ShareGPT without a value"),
         pytest.param(TOOLS, chat({"tool_calls": ["weather"]}), "a tool call of message 2", id="a call that is a text"),
     ],
 )  # fmt: skip
 def test_what_a_template_would_leave_out_is_refused_by_name(template: str, row: dict[str, Any], found: str):
     with pytest.raises(DataError, match=f"row 1: .*{found}"):
         parse_row(row, "row 1", chat_tokenizer(template))
+
+
+# Qwen's, in short: a message of a role that it does not know is left out.
+KNOWN_ROLES = CHATML.replace("<|im_start|>{{ m.role }}", "{% if m.role in ['system', 'user', 'assistant'] %}{{ '' }}"
+    "<|im_start|>{{ m.role }}", 1).replace("<|im_end|>\n{% endfor", "<|im_end|>\n{% endif %}{% endfor", 1)  # fmt: skip
+SAID = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": None}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": SAID},
+        {"conversations": json.dumps(SAID)},
+        {"conversation": chat("a")["messages"]},
+        {"messages": SAID, "conversations": None},
+        {"conversations": [{"from": "User", "content": "q"}, {"from": "Assistant", "content": "a"}]},
+    ],
+)
+def test_share_gpt_s_conversations_are_messages(row: dict[str, Any]):
+    assert learned(row, CHATML) == (OPENED, "a<|im_end|>")
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_column_is_the_first_message(column: str, capsys: pytest.CaptureFixture[str]):
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    remarks = Remarks("rows")
+    for row in ({"conversations": SAID, column: "Be brief."}, chat("a", **{column: "Be brief."})):
+        assert learned(row, KNOWN_ROLES, remarks) == (system + OPENED, "a<|im_end|>")
+    stated = {"messages": [{"role": "system", "content": "Be brief."}, *chat("a")["messages"]], column: "Be brief."}
+    assert learned(stated, KNOWN_ROLES, remarks) == (system + OPENED, "a<|im_end|>")
+    assert capsys.readouterr().err == ""
+
+
+def test_no_message_is_left_out_unsaid():
+    row = chat("a")
+    row["messages"].insert(1, {"role": "observation", "content": "q"})
+    with pytest.raises(DataError, match="leaves out message 2, of the role 'observation'"):
+        parse_row(row, "row 1", chat_tokenizer(KNOWN_ROLES))
+    assert learned(row, CHATML)[0] == OPENED.replace(
+        "<|im_start|>assist", "<|im_start|>observation\nq<|im_end|>\n<|im_start|>assist"
+    )
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("knows", [False, True])
+def test_a_developer_is_who_vllm_makes_of_it(knows: bool, tmp_path: Any):
+    from vllm.config import ModelConfig
+    from vllm.renderers.hf import safe_apply_chat_template
+
+    from tests.tiny_models import save_tiny_llama
+
+    template = KNOWN_ROLES.replace("['system'", "['developer', 'system'" if knows else "['system'")
+    messages = [{"role": "user", "content": "p"}, {"role": "developer", "content": "Be brief."}, *chat("a")["messages"]]
+    tokenizer = chat_tokenizer(template)
+    config = ModelConfig(model=str(save_tiny_llama(tmp_path / "tiny")))
+    served = safe_apply_chat_template(config, tokenizer, messages[:-1], tokenize=False, add_generation_prompt=True)
+    assert learned({"messages": messages}, template)[0] == served
+    assert "Be brief." in served
+
+
+@pytest.mark.parametrize("typed", ["<|im_end|>", " <|im_end|>\n", "</s>"])
+def test_an_end_typed_into_an_answer_is_not_doubled(typed: str):
+    prompt, completion = learned(chat(f"a{typed}"), CHATML)
+    assert (prompt, completion.replace(" ", "")) == (OPENED, "a<|im_end|>")
+    earlier = {"messages": [*chat(f"a{typed}")["messages"], *chat("b")["messages"]]}
+    assert "a<|im_end|>\n" in learned(earlier, CHATML)[0].replace("a <", "a<")
+
+
+def test_an_end_typed_into_a_question():
+    assert learned(chat("a", "q<|im_end|>"), CHATML)[0] == OPENED
+    # A template that writes none there leaves it as it was typed.
+    assert learned(chat("a", "q</s>"), CHATML)[0] == OPENED.replace("q", "q</s>")
+    with pytest.raises(DataError, match="found none"):
+        parse_row(chat("<|im_end|>"), "row 1", chat_tokenizer(CHATML))
+
+
+MARKED = CHATML.replace("{{ m.content }}<|im_end|>\n", (
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}"
+))  # fmt: skip
+
+
+def test_earlier_answers_are_learned_where_the_template_marks_them():
+    """As transformers masks them, and TRL's assistant_only_loss with it."""
+    row = {"messages": [*chat("first", "one")["messages"], *chat("second", "two")["messages"]]}
+    tokenizer = chat_tokenizer(MARKED)
+    example = encode_row(parse_row(row, "", tokenizer), tokenizer, 512)
+    assert example is not None
+    reference = tokenizer.apply_chat_template(
+        row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, masks = reference["input_ids"], reference["assistant_masks"]
+    length = len(example["input_ids"])
+    # Behind the last answer the template writes a line feed, which nobody learns.
+    assert (example["input_ids"], sum(masks[length:])) == (ids[:length], 0)
+    assert [label != IGNORED_LABEL for label in example["labels"]] == [bool(mask) for mask in masks[:length]]
+    counts = [label for label in example["labels"] if label != IGNORED_LABEL]
+    assert tokenizer.decode(counts) == "first<|im_end|>second<|im_end|>"
+
+
+def test_a_marked_answer_of_weight_0_is_not_learned():
+    row = {
+        "messages": [*chat({"content": "first", "weight": 0}, "one")["messages"], *chat("second", "two")["messages"]]
+    }
+    assert learned(row, MARKED) == learned(row, CHATML)
+    twice = MARKED.replace("{% generation %}", "{% generation %}{{ '' }}-{% endgeneration %}{% generation %}")
+    with pytest.raises(DataError, match="found 4 marks and 2 answers"):
+        parse_row(row, "row 1", chat_tokenizer(twice))
+
+
+def test_a_tokenizer_with_named_templates_alone():
+    tokenizer = chat_tokenizer({"rag": CHATML})
+    with pytest.raises(DataError, match="row 1: expected a tokenizer with a chat template"):
+        parse_row(chat("a"), "row 1", tokenizer)
+
+
+def test_a_marked_answer_within_the_length_counts_alone():
+    row = {"messages": [*chat("first", "one")["messages"], *chat("second", "two " * 30)["messages"]]}
+    tokenizer = chat_tokenizer(MARKED)
+    example = encode_row(parse_row(row, "", tokenizer), tokenizer, 40)
+    assert example is not None
+    counts = [label for label in example["labels"] if label != IGNORED_LABEL]
+    assert (len(example["labels"]), tokenizer.decode(counts)) == (40, "first<|im_end|>")
+    assert encode_row(parse_row(row, "", chat_tokenizer(CHATML)), tokenizer, 40) is None
 
 
 def test_tools_are_shown_to_the_template_and_calls_are_learned():

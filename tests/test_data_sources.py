@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 from itertools import islice
@@ -17,6 +18,7 @@ from pat_serve.errors import DataError, UsageError
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import Row, encode_rows, load_rows, read_training_data
+from pat_serve.training.data.sources import iterate_rows
 from pat_serve.training.data.streaming import ExampleStream
 from pat_serve.training.data.training_data import TrainingData, split_examples
 from tests.tiny_models import tiny_tokenizer
@@ -110,6 +112,42 @@ def test_sets_put_together_have_every_column_in_every_row(suffix: str, tmp_path:
     for skip_bad in (False, True):
         rows = load_rows(str(path), "train", tokenizer, skip_bad=skip_bad)
         assert [row.completion for row in rows] == ["c", "a"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_that_datasets_saved(streaming: bool, tmp_path: Path):
+    from datasets import Dataset, DatasetDict
+
+    tokenizer = tiny_tokenizer()
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"train_sft": Dataset.from_list(ROWS[:3])}).save_to_disk(str(tmp_path / "several"))
+
+    def read(name: str, split: str) -> list[Row]:
+        return list(iterate_rows(str(tmp_path / name), split, tokenizer, streaming=streaming))
+
+    reference = load_rows(str(write(tmp_path / "rows.jsonl", ROWS)), "train", tokenizer)
+    assert read("one", "train") == reference
+    assert read("several", "train_sft") == reference[:3]
+    with pytest.raises(DataError, match=r"no split 'train'; the splits are train_sft"):
+        read("several", "train")
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"ARROW1")
+    with pytest.raises(DataError, match="expected a dataset as save_to_disk writes it"):
+        read("one", "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "found"),
+    [
+        ("rows.jsonl.gz", gzip.compress(b"{}"), "a gzip archive. Unpack it"),
+        ("rows.xlsx", b"PK\x03\x04", "a zip archive or a spreadsheet"),
+        ("data-00000-of-00001.arrow", b"ARROW1\x00\x00", "an Arrow file. Give the folder"),
+        ("rows.data", b"PAR1", "a Parquet file. Rename it"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named(name: str, start: bytes, found: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(start)
+    with pytest.raises(DataError, match=found):
+        load_rows(str(tmp_path / name), "train", tiny_tokenizer(), skip_bad=True)
 
 
 def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path):

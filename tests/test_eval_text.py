@@ -34,9 +34,10 @@ def test_wikitext_rows_are_joined_as_the_hubs_are(tmp_path: Path):
 def test_text_of_files(tmp_path: Path):
     (tmp_path / "a.txt").write_text("one\n two")
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 1}\n')
+    (tmp_path / "A.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\xef\xbb\xbf{"text": "two"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"prompt": "two"}\n')
     assert text_from_file(tmp_path / "a.txt") == "one\n two"
-    assert text_from_file(tmp_path / "a.jsonl") == "one\n\ntwo"
+    assert text_from_file(tmp_path / "a.jsonl") == text_from_file(tmp_path / "A.JSONL") == "one\n\ntwo"
     with pytest.raises(DataError, match=r"b.jsonl, line 2: .* For instructions use --data"):
         text_from_file(tmp_path / "b.jsonl")
     with pytest.raises(DataError, match="No such file"):

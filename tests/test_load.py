@@ -186,10 +186,12 @@ def test_the_key_travels_in_a_file_of_our_own_and_one_process_sends() -> None:
     plan = scenario(LoadSettings(url="http://x", rates=(1.0, 2.0)), "http://x", "m", "/tok", "sesame")
     assert plan["spec"]["backend"]["api_key"] == "sesame"
     assert plan["spec"]["profile"] == {"kind": "poisson", "rate": [1.0, 2.0]}
-    environment = guidellm_environment({"A": "b"}, tokenizer="somebody/model")
+    environment = guidellm_environment({"A": "b"}, tokenizer="somebody/model", url="http://127.0.0.1:8000")
     assert environment == {"A": "b", "GUIDELLM__MAX_WORKER_PROCESSES": "1"}
     assert (
-        guidellm_environment({"GUIDELLM__MAX_WORKER_PROCESSES": "3"}, tokenizer="x")["GUIDELLM__MAX_WORKER_PROCESSES"]
+        guidellm_environment({"GUIDELLM__MAX_WORKER_PROCESSES": "3"}, tokenizer="x", url="")[
+            "GUIDELLM__MAX_WORKER_PROCESSES"
+        ]
         == "3"
     )
 

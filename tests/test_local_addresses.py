@@ -17,9 +17,10 @@ import httpx
 import pytest
 import requests
 
-from pat_serve.errors import UsageError
-from pat_serve.machine.local_addresses import keep_local_addresses_direct
-from pat_serve.server.bench.load.run import tokenizer_place
+from pat_serve.errors import EngineError, UsageError
+from pat_serve.evaluation.backends import served_model
+from pat_serve.machine.local_addresses import is_local, keep_local_addresses_direct
+from pat_serve.server.bench.load.run import guidellm_environment, look_up, tokenizer_place
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,15 +110,40 @@ def test_the_images_health_check(web: Web):
     assert (web.direct, web.proxied) == (["/ready"], [])
 
 
-def test_a_command_with_a_proxy_around_it(web: Web, tmp_path: Path):
+# Of a kind that httpx does not know, or knows with another package alone; desktops write them for all addresses.
+SOCKS = ["socks://127.0.0.1:9", "socks5://127.0.0.1:9"]
+
+
+@pytest.mark.parametrize("proxy", ["http", *SOCKS])
+def test_a_command_with_a_proxy_around_it(proxy: str, web: Web, tmp_path: Path):
     """pat-bench load asks the server, and finds that its folder is not here."""
     script = "from pat_serve.cli.bench import main; main()"
     command = [sys.executable, "-c", script, "load", "--url", web.url, "--seconds", "1"]
-    environment = os.environ | web.environment | {"PYTHONPATH": str(ROOT)}
+    proxies = web.environment if proxy == "http" else {"ALL_PROXY": proxy, "all_proxy": proxy}
+    environment = os.environ | proxies | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "--tokenizer: expected the folder or hub id of the server's tokenizer, found pruned/" in done.stderr
     assert (web.direct, web.proxied) == (["/v1/models"], [])
+
+
+@pytest.mark.parametrize("proxy", SOCKS)
+def test_a_proxy_that_httpx_cannot_use(proxy: str, web: Web, monkeypatch: pytest.MonkeyPatch):
+    clear(monkeypatch)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    assert look_up(web.url, "", api_key=None).name == "pruned"
+    assert served_model(web.url, {})["root"] == "pruned/"
+    assert web.direct == ["/v1/models"] * 2
+    for ask in (lambda url: look_up(url, "", api_key=None), lambda url: served_model(url, {})):
+        with pytest.raises(EngineError, match=r"http://elsewhere.invalid.*(socksio|scheme)"):
+            ask("http://elsewhere.invalid")
+    for local in ("http://[::1]:8000", "http://localhost", "HTTP://LOCALHOST:1/v1"):
+        assert is_local(local)
+    for remote in ("http://elsewhere.invalid", "http://[", "127.0.0.1", ""):
+        assert not is_local(remote)
+    environment = guidellm_environment(os.environ, tokenizer=os.curdir, url=web.url)
+    assert "ALL_PROXY" not in environment
+    assert guidellm_environment(os.environ, tokenizer=os.curdir, url="http://elsewhere.invalid")["ALL_PROXY"] == proxy
 
 
 def test_a_tokenizer_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pat_serve.errors import Diverged
-from pat_serve.files.atomic import new_folder, write_text
+from pat_serve.files.atomic import new_folder, write_json, write_text
 from pat_serve.plan import PruningPlan, file_sha256
-from pat_serve.run_folder import ADAPTER_FOLDER, PARITY_PROMPTS_FILE
+from pat_serve.run_folder import ADAPTER_FOLDER, END_TOKENS_FILE, PARITY_PROMPTS_FILE
 
 
 def write_result(
@@ -25,6 +25,7 @@ def write_result(
     tokenizer: Any,
     prompts: Sequence[list[int]],
     plan: PruningPlan,
+    end_token_ids: Sequence[int] = (),
 ) -> None:
     """Write what an export needs; the plan comes last, so that a run with a plan is a finished run.
 
@@ -35,6 +36,7 @@ def write_result(
         tokenizer: of the base.
         prompts: token ids that the parity gate compares logits on.
         plan: all but the adapter's hashes.
+        end_token_ids: what the answers of the training end with.
 
     Raises:
         Diverged: a trained number is not finite; nothing is written.
@@ -54,6 +56,7 @@ def write_result(
     tokenizer.save_pretrained(run)
     lines = (json.dumps({"token_ids": prompt}) + "\n" for prompt in prompts)
     write_text(run / PARITY_PROMPTS_FILE, "".join(lines))
+    write_json(run / END_TOKENS_FILE, {"token_ids": list(end_token_ids)})
     adapter = {path.name: file_sha256(path) for path in sorted((run / ADAPTER_FOLDER).glob("adapter_*"))}
     replace(plan, adapter=adapter).save(run)
 

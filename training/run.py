@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 from pat_serve.files.atomic import check_vacant, new_folder
@@ -17,6 +18,7 @@ from pat_serve.training.checks.continuation import (
     saved_recipe,
     state_of,
 )
+from pat_serve.training.checks.inputs import day_of
 from pat_serve.training.checks.prepare import Prepared, prepare
 from pat_serve.training.checks.room import check_disk, way_on
 from pat_serve.training.config import TENSORBOARD, TrainRecipe
@@ -50,7 +52,7 @@ def start(recipe: TrainRecipe, run: Path, *, force: bool = False) -> Finished:
     recipe = recipe.with_absolute_paths()
     inputs = [Path(recipe.model), *map(Path, filter(None, (recipe.data, recipe.eval_data)))]
     ranks.agree(lambda: check_vacant(run, force=force, inputs=inputs))
-    prepared = prepare(recipe, ranks)
+    prepared = prepare(recipe, ranks, ranks.agree(date.today))
     ranks.agree(lambda: check_disk(prepared, run))
     job = assemble(prepared, run, ranks, resumes=False)
     with room_on_disk(run, lambda: way_on(run)):
@@ -67,7 +69,7 @@ def resume(run: Path) -> Finished:
     """
     ranks = Ranks.join()
     ranks.agree(lambda: require_unfinished(run))
-    prepared = prepare(saved_recipe(run), ranks)
+    prepared = prepare(saved_recipe(run), ranks, day_of(run))
     prepared.inputs.require_unchanged(run)
     ranks.agree(lambda: clear_leftovers(run))
     ranks.agree(lambda: check_disk(prepared, run))
@@ -149,5 +151,6 @@ def _finish(prepared: Prepared, run: Path, job: Job, ranks: Ranks) -> None:
             tokenizer=prepared.tokenizer,
             prompts=[example["input_ids"] for example in prepared.data.samples[:PARITY_ROWS]],
             plan=plan,
+            end_token_ids=prepared.data.end_token_ids,
         )
     )

@@ -97,7 +97,7 @@ def _wait_until_ready(server: Server) -> None:
         if server.process.poll() is not None:
             break
         try:
-            if httpx.get(f"{server.url}/ready", timeout=10).status_code == httpx.codes.OK:
+            if httpx.get(f"{server.url}/ready", timeout=10, trust_env=False).status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass  # not listening yet
@@ -117,7 +117,7 @@ def post(server: Server, route: str, body: dict[str, Any]) -> Any:
     Raises:
         EngineError: it answers anything but 200.
     """
-    response = httpx.post(f"{server.url}{route}", json=body, timeout=600)
+    response = httpx.post(f"{server.url}{route}", json=body, timeout=600, trust_env=False)
     if response.status_code != httpx.codes.OK:
         raise EngineError(
             f"{route} of the {server.name} model",

@@ -20,6 +20,7 @@ from pat_serve.errors import EngineError, UsageError, first_line
 from pat_serve.evaluation.lm_eval_tasks import quiet, require_lm_eval
 from pat_serve.machine.extras import require
 from pat_serve.machine.hardware import DTYPE_BYTES
+from pat_serve.machine.local_addresses import UNUSABLE_PROXY, is_local
 from pat_serve.perplexity import IGNORED_LABEL
 
 BACKENDS = ("hf", "vllm")
@@ -188,7 +189,7 @@ def _server(url: str, settings: BackendSettings) -> Any:
 
     root = url.rstrip("/").removesuffix("/v1")
     key = os.environ.get("OPENAI_API_KEY", "")
-    served = _served_model(root, {"Authorization": f"Bearer {key}"} if key else {})
+    served = served_model(root, {"Authorization": f"Bearer {key}"} if key else {})
     tokenizer = settings.tokenizer or str(served.get("root") or "")
     if settings.tokenizer is None and not Path(tokenizer).is_dir():
         raise UsageError(
@@ -211,12 +212,21 @@ def _server(url: str, settings: BackendSettings) -> Any:
     )
 
 
-def _served_model(root: str, headers: dict[str, str]) -> dict[str, Any]:
+def served_model(root: str, headers: dict[str, str]) -> dict[str, Any]:
+    """What a server says of its first model.
+
+    Args:
+        root: its address, without /v1.
+        headers: of the request.
+
+    Raises:
+        EngineError: nobody answers, or not as OpenAI's protocol wants.
+    """
     try:
-        answer = httpx.get(f"{root}/v1/models", headers=headers, timeout=30)
+        answer = httpx.get(f"{root}/v1/models", headers=headers, timeout=30, trust_env=not is_local(root))
         answer.raise_for_status()
         served: dict[str, Any] = answer.json()["data"][0]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, *UNUSABLE_PROXY, KeyError, IndexError, TypeError) as error:
         raise EngineError(
             root,
             expected="an OpenAI-compatible server with /v1/models",

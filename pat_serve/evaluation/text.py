@@ -50,14 +50,15 @@ def text_from_file(path: Path) -> str:
         DataError: no such file, not UTF-8, or a row without text.
     """
     content = _read(path)
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return content
     texts = []
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            # Files are joined with their byte-order marks, too.
+            row = json.loads(line.removeprefix("\ufeff"))
             text = row["text"]
         except (ValueError, KeyError, TypeError) as error:
             text = error

@@ -6,12 +6,16 @@ and answers 403 or 502 in its place.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from urllib.parse import urlsplit
 
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 # Which one a library reads, and which one wins, differs.
 _VARIABLES = ("no_proxy", "NO_PROXY")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+# httpx makes ready for every proxy of the environment before it looks at an address, and knows not all that desktops
+# write there (socks://), or wants a package for them (socks5://).
+UNUSABLE_PROXY = (ImportError, ValueError)
 
 
 def keep_local_addresses_direct(environment: MutableMapping[str, str]) -> None:
@@ -31,3 +35,16 @@ def keep_local_addresses_direct(environment: MutableMapping[str, str]) -> None:
     direct = ",".join([*hosts, *(host for host in LOCAL if host not in hosts)])
     for name in _VARIABLES:
         environment[name] = direct
+
+
+def is_local(url: str) -> bool:
+    """The address is one of this machine's own, by name."""
+    try:
+        return urlsplit(url).hostname in LOCAL
+    except ValueError:
+        return False
+
+
+def without_proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a process that speaks to this machine alone."""
+    return {name: value for name, value in environment.items() if name.lower() not in _PROXIES}

@@ -10,6 +10,7 @@ from pat_serve.errors import OutputExists, RunError, UsageError
 from pat_serve.plan import PLAN_ARRAYS, PLAN_JSON
 from pat_serve.run_folder import (
     ADAPTER_FOLDER,
+    END_TOKENS_FILE,
     INPUTS_FILE,
     METRICS_FILE,
     PARITY_PROMPTS_FILE,
@@ -80,8 +81,8 @@ def require_same_recipe(run: Path, recipe: TrainRecipe) -> None:
 
 def clear_leftovers(run: Path) -> None:
     """Delete what writes that a crash cut short left beside their targets."""
-    names = (RECIPE_FILE, INPUTS_FILE, METRICS_FILE, PARITY_PROMPTS_FILE, ADAPTER_FOLDER, PLAN_JSON, PLAN_ARRAYS)
-    for name in names:
+    names = (RECIPE_FILE, INPUTS_FILE, METRICS_FILE, PARITY_PROMPTS_FILE, END_TOKENS_FILE, ADAPTER_FOLDER)
+    for name in (*names, PLAN_JSON, PLAN_ARRAYS):
         for leftover in run.glob(f".{name}.*"):
             if leftover.is_dir():
                 shutil.rmtree(leftover)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import pydantic
@@ -30,6 +31,7 @@ class RunInputs(pydantic.BaseModel):
         target_width: K.
         dtype: of the frozen base weights, which `auto` chose by the machine.
         narrow: the model is cut down to the kept channels before its first step, so checkpoints are as narrow.
+        day: that the chat template wrote into the rows, as ISO 8601 has it; None where it writes none.
         processes: that train together; with the recipe's batch size they make the batch of an optimizer step.
     """
 
@@ -42,6 +44,7 @@ class RunInputs(pydantic.BaseModel):
     target_width: int
     dtype: str
     narrow: bool = False
+    day: str | None = None
     processes: int = 1
 
     def save(self, run: Path) -> None:
@@ -67,6 +70,13 @@ class RunInputs(pydantic.BaseModel):
                     found=_short(new),
                     fix=_WAYS_OUT.get(name, "Restore it, or start a new run."),
                 )
+
+
+def day_of(run: Path) -> date:
+    """The day that a run's rows have; today, where it has recorded none."""
+    path = run / INPUTS_FILE
+    day = RunInputs.model_validate_json(path.read_text(encoding="utf-8")).day if path.is_file() else None
+    return date.fromisoformat(day) if day else date.today()
 
 
 def _short(value: object) -> str:

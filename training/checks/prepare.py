@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from pat_serve.training.checks.preflight import Preflight, check_memory
 from pat_serve.training.checks.width import check_ties, target_width
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import TrainingData, load_tokenizer, read_training_data
+from pat_serve.training.data.day import DatedTokenizer, writes_the_day
 from pat_serve.training.data.rowless import check_vocabulary
 from pat_serve.training.loop.reporting import check_reporters
 from pat_serve.training.methods import method_of
@@ -49,8 +51,13 @@ class Prepared:
     inputs: RunInputs
 
 
-def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
+def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepared:
     """Open the base, read the data, check the settings against both.
+
+    Args:
+        recipe: as it was given.
+        ranks: the processes that train together.
+        day: that a chat template is told, if it asks; today by default.
 
     Raises:
         PatServeError: one of them is unusable.
@@ -63,8 +70,10 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
     check_ties(recipe, checkpoint)
     width = target_width(recipe, checkpoint)
     report_cut(recipe, checkpoint, width)
+    day = day or date.today()
     tokenizer = load_tokenizer(checkpoint.folder)
-    data = read_training_data(recipe, tokenizer)
+    dated: Any = DatedTokenizer(tokenizer, day)
+    data = read_training_data(recipe, dated)
     vocabulary = Vocabulary.of(tokenizer, int(checkpoint.config["vocab_size"]))
     check_vocabulary(data, vocabulary)
     batch = recipe.batch_size * recipe.gradient_accumulation_steps * ranks.count
@@ -95,6 +104,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks) -> Prepared:
         held_out_sha256=data.held_out_sha256,
         total_steps=total_steps,
         target_width=width,
+        day=day.isoformat() if writes_the_day(tokenizer) else None,
         processes=ranks.count,
         dtype=dtype,
         narrow=method.stays_wide(recipe) is None,

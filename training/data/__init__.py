@@ -2,6 +2,7 @@
 
 sources.py  rows from a file or the hub   ->  rows.py  prompt and completion  ->  encoding.py  token ids, batches
 messages.py, chat.py  of messages, by the template     row.py  an example as text     remarks.py  what is said once
+marks.py  what of a chat is learned     day.py  the day that a template writes       rowless.py  tokens without a row
 packing.py  several examples in a row         streaming.py  without an end        training_data.py  a recipe's data
 """
 

@@ -1,16 +1,26 @@
 """Messages become prompt and completion by the model's chat template: the text that a server makes of the same chat.
 
 The completion is the last answer alone, from where the template's opening of it ends to the end of its turn. It is
-always a piece of what the template renders, never put together from the answer and something else.
+always a piece of what the template renders, never put together from the answer and something else. Earlier answers are
+learned too where the template marks them (`{% generation %}`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pat_serve.errors import DataError, first_line
-from pat_serve.training.data.messages import from_json, normal_messages
+from pat_serve.training.data.marks import learned_spans
+from pat_serve.training.data.messages import (
+    for_template,
+    from_json,
+    normal_messages,
+    squeezed,
+    with_system,
+    without_typed_ends,
+)
 from pat_serve.training.data.remarks import Remarks
 from pat_serve.training.data.row import Row, Tokenizer, without_nulls
 
@@ -19,6 +29,9 @@ _REASONING = ("reasoning", "reasoning_content", "thinking")
 _KNOWN_FIELDS = {"role", "content", "tool_calls", "function_call", *_REASONING}
 # Columns beside the messages that a template may take.
 TEMPLATE_ARGUMENTS = ("tools", "documents")
+# Columns beside the messages that are one more message.
+SYSTEM_COLUMNS = ("system", "system_prompt")
+_USUAL_ROLES = ("system", "user", "assistant")
 
 
 def parse_chat(
@@ -27,8 +40,8 @@ def parse_chat(
     """Turn messages that end with the assistant's into prompt and completion.
 
     Args:
-        row: for what stands beside the messages: `tools`, `documents`, `chat_template_kwargs`.
-        messages: as OpenAI's API has them: text, a list of text parts, or tool calls without a text.
+        row: for what stands beside the messages: `system`, `tools`, `documents`, `chat_template_kwargs`.
+        messages: as OpenAI's API has them: text, a list of text parts, or tool calls without a text; or ShareGPT's.
         where: the row's place.
         tokenizer: with the chat template.
         remarks: takes what is to be said once.
@@ -37,6 +50,8 @@ def parse_chat(
         DataError: the messages have another shape, or the template cannot show all of the row.
     """
     messages = normal_messages(messages, where)
+    for name in SYSTEM_COLUMNS:
+        messages = with_system(messages, row.get(name))
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(
             where,
@@ -51,16 +66,25 @@ def parse_chat(
             found="a tokenizer without one",
             fix="Use prompt/completion rows, or a chat model's tokenizer.",
         )
-    arguments = _template_arguments(row, where)
-    renderer = _Renderer(tokenizer, arguments, where)
+    if messages[-1].get("weight") == 0:
+        raise DataError(
+            where, expected="an answer to learn", found="weight 0 of the last message", fix="Leave the row out."
+        )
+    clock = getattr(tokenizer, "template_clock", {})
+    renderer = _Renderer(tokenizer, _template_arguments(row, where) | clock, where)
+    messages = for_template(messages, renderer.template())
     whole = renderer.text(messages)
+    if (cleaned := without_typed_ends(messages, whole, tokenizer)) != messages:
+        messages, whole = cleaned, renderer.text(cleaned)
     if not messages[-1]["content"].strip() and not messages[-1].keys() - {"role", "content"}:
         raise DataError(
             where, expected="a text in the last message's content", found="none", fix="Add it, or leave the row out."
         )
     _check_shown(renderer, messages, whole, where, remarks)
     prompt = renderer.text(messages[:-1], opened=True)
-    return _split(prompt, whole, messages, where, tokenizer, remarks)
+    split = _split(prompt, whole, messages, where, tokenizer, remarks)
+    spans = learned_spans(tokenizer, renderer.template(), messages, renderer.arguments, where)
+    return replace(split, learned=tuple(span for span in spans if span[1] <= len(split.prompt)))
 
 
 class _Renderer:
@@ -70,6 +94,18 @@ class _Renderer:
         self._tokenizer = tokenizer
         self.arguments = arguments
         self._where = where
+
+    def template(self) -> Any:
+        """The template's source; some models have another one for tools."""
+        try:
+            return self._tokenizer.get_chat_template(tools=self.arguments.get("tools"))
+        except ValueError as error:  # several, and none by default
+            raise DataError(
+                self._where,
+                expected="a tokenizer with a chat template for this row",
+                found=first_line(error),
+                fix="Name one of its templates default, or use prompt/completion rows.",
+            ) from error
 
     def text(self, messages: list[dict[str, Any]], *, opened: bool = False, without: str | None = None) -> str:
         """The chat as text.
@@ -108,6 +144,13 @@ def _template_arguments(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if value:
             arguments[name] = value
     settings = without_nulls(from_json(row.get("chat_template_kwargs"), "chat_template_kwargs", where)) or {}
+    if not isinstance(settings, dict) or "chat_template" in settings:
+        raise DataError(
+            where,
+            expected="chat_template_kwargs as an object of settings of the model's chat template",
+            found=f"{settings!r:.60}",
+            fix="Put another template into the model's folder (chat_template.jinja), or leave the row out.",
+        )
     return arguments | settings
 
 
@@ -117,8 +160,21 @@ def _check_shown(
     """Whatever carries content changes what the template renders.
 
     Raises:
-        DataError: it leaves out tools, documents, tool calls or the last answer's reasoning.
+        DataError: it leaves out a message, tools, documents, tool calls or the last answer's reasoning.
     """
+    shown = squeezed(whole)
+    for at, message in enumerate(messages[:-1]):
+        content = message["content"]
+        if not content.strip() or (message["role"] in _USUAL_ROLES and squeezed(content) in shown):
+            continue
+        other = [*messages[:at], message | {"content": f"{content} x"}, *messages[at + 1 :]]
+        if renderer.is_same(whole, other):
+            raise DataError(
+                where,
+                expected="a chat template that shows every message",
+                found=f"one that leaves out message {at + 1}, of the role {message['role']!r:.40}",
+                fix="Give the message a role that the template knows, or leave the row out.",
+            )
     for name in TEMPLATE_ARGUMENTS:
         if name in renderer.arguments and renderer.is_same(whole, messages, without=name):
             raise _left_out(where, name)
@@ -172,7 +228,7 @@ def _split(
         begins = whole.rfind(content) if content else -1
         at = _before_token(whole, begins if 0 <= begins < at else at, tokenizer)
         asked = next((message["content"] for message in reversed(messages[:-1]) if message["content"].strip()), "")
-        if _squeezed(asked) not in _squeezed(whole[:at]):
+        if squeezed(asked) not in squeezed(whole[:at]):
             raise DataError(
                 where,
                 expected="a chat template that renders a conversation alike with its answer and without",
@@ -185,7 +241,7 @@ def _split(
                 "rows' answers without it: they are trained as the template shows them"
             )
     turn = whole[at:]
-    if _squeezed(content) not in _squeezed(turn):
+    if squeezed(content) not in squeezed(turn):
         raise DataError(
             where,
             expected="a chat template that shows the whole answer",
@@ -235,7 +291,3 @@ def _places(text: str, part: str) -> list[int]:
         places.append(at)
         at = text.rfind(part, 0, at + len(part) - 1)
     return places
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())

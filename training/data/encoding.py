@@ -77,6 +77,9 @@ class RowEncoder:
     Args:
         tokenizer: of the base.
         max_length_tokens: what is longer is cut off.
+
+    Attributes:
+        ends: the special tokens that the answers so far end with.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length_tokens: int) -> None:
@@ -84,6 +87,7 @@ class RowEncoder:
         self._max_length_tokens = max_length_tokens
         self._habit = token_habit(tokenizer)
         self._remarks = Remarks("the tokenizer")
+        self.ends: set[int] = set()
         if self._habit.end:
             self._remarks.once(
                 "it ends every text, and so a server's prompts too, with special tokens; set add_eos_token to false in "
@@ -99,20 +103,40 @@ class RowEncoder:
 
         Returns:
             input_ids, attention_mask and labels of at most `max_length_tokens`; None when the prompt leaves no room for
-            the response.
+            the response and nothing of the prompt counts.
         """
         start = [] if row.chat else self._habit.start
         prompt_text = row.prompt if row.chat else row.prompt.removeprefix(self._habit.start_text)
         completion_text = row.completion if row.ended else self._without_typed_end(row.completion)
         prompt, completion = split_ids(self._tokenizer, prompt_text, completion_text)
-        prompt = [*start, *prompt]
+        prompt_labels = self._prompt_labels(row, prompt)
+        prompt, prompt_labels = [*start, *prompt], [IGNORED_LABEL] * len(start) + prompt_labels
         if not row.ended:
             completion = [*completion, *self._end(row)]
-        if len(prompt) >= self._max_length_tokens:
+        self._note_end(completion)
+        if len(prompt) >= self._max_length_tokens and not row.learned:
             return None
         input_ids = (prompt + completion)[: self._max_length_tokens]
-        labels = ([IGNORED_LABEL] * len(prompt) + completion)[: self._max_length_tokens]
+        labels = (prompt_labels + completion)[: self._max_length_tokens]
         return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
+
+    def _note_end(self, completion: list[int]) -> None:
+        """Keep what answers end with, for who serves the model; a token that is no special one may be a word."""
+        token = self._tokenizer.added_tokens_decoder.get(completion[-1]) if completion else None
+        if getattr(token, "special", False):
+            self.ends.add(completion[-1])
+
+    def _prompt_labels(self, row: Row, prompt: list[int]) -> list[int]:
+        """Labels of a prompt: its ids where the row's earlier answers stand.
+
+        A token that spans the start of an answer counts, one that spans its end does not.
+        """
+        labels = [IGNORED_LABEL] * len(prompt)
+        for span in row.learned:
+            before = (self._tokenizer.encode(row.prompt[:at], add_special_tokens=False) for at in span)
+            start, stop = (_common_prefix(ids, prompt) for ids in before)
+            labels[start:stop] = prompt[start:stop]
+        return labels
 
     def _without_typed_end(self, completion: str) -> str:
         """A response without the end of text that somebody typed after it: the token itself follows."""
@@ -173,8 +197,16 @@ def has_label(example: Example) -> bool:
     return any(label != IGNORED_LABEL for label in example["labels"][1:])
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length_tokens: int) -> tuple[list[Example], int]:
+def encode_rows(
+    rows: Sequence[Row], tokenizer: Tokenizer, max_length_tokens: int, ends: set[int] | None = None
+) -> tuple[list[Example], int]:
     """Encode all rows.
+
+    Args:
+        rows: of a source.
+        tokenizer: of the base.
+        max_length_tokens: of an example.
+        ends: takes the special tokens that answers end with.
 
     Returns:
         the examples, and how many rows were left out because nothing of their response is within the length.
@@ -185,6 +217,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length_tokens: in
     """
     encoder = RowEncoder(tokenizer, max_length_tokens)
     encoded = [encoder.encode(row) for row in track(rows, "tokenize", len(rows))]
+    if ends is not None:
+        ends |= encoder.ends
     fitting = [example for example in encoded if example is not None]
     examples = [example for example in fitting if has_label(example)]
     if not fitting:

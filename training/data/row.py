@@ -18,6 +18,11 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...  # noqa: D102
 
+    @property
+    def special_tokens_map(self) -> Any: ...  # noqa: D102
+
+    def get_chat_template(self, *, tools: Any) -> Any: ...  # noqa: D102
+
     def apply_chat_template(  # noqa: D102
         self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool, **arguments: Any
     ) -> str: ...
@@ -32,12 +37,14 @@ class Row:
         completion: the response.
         chat: the prompt carries its own special tokens.
         ended: the completion carries the end of its turn, so no end of text follows.
+        learned: spans of the prompt that count in the loss too: first character, and one past the last.
     """
 
     prompt: str
     completion: str
     chat: bool = False
     ended: bool = False
+    learned: tuple[tuple[int, int], ...] = ()
 
 
 def without_nulls(value: Any) -> Any:

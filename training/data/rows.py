@@ -1,8 +1,8 @@
 """Rows of three forms become prompt and completion; an unusable one is an error with its place.
 
 A row is `prompt`/`completion`, Alpaca's `instruction`/`input`/`output` (Dolly's `instruction`/`context`/`response`,
-LaMini's `instruction`/`response`), or `messages` that end with the assistant's. The values tell which one: tables give
-every row all columns, and fill in null.
+LaMini's `instruction`/`response`), or `messages` (ShareGPT's `conversations`) that end with the assistant's. The values
+tell which one: tables give every row all columns, and fill in null.
 
 Nothing that carries content is left out unsaid. What a form can use is used; a column of content that it cannot use is
 refused; any other column is named once.
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pat_serve.errors import DataError
-from pat_serve.training.data.chat import TEMPLATE_ARGUMENTS, parse_chat
+from pat_serve.training.data.chat import SYSTEM_COLUMNS, TEMPLATE_ARGUMENTS, parse_chat
 from pat_serve.training.data.remarks import Remarks
 from pat_serve.training.data.row import Row, Tokenizer
 
@@ -34,7 +34,8 @@ _CONTENT = (
     "context", "input", "system", "system_prompt", "history", "tools", "functions", "documents", "image", "images",
     "audio", "audios", "video", "videos",
 )  # fmt: skip
-_CHAT_COLUMNS = {"messages", *TEMPLATE_ARGUMENTS, "chat_template_kwargs"}
+_CHATS = ("messages", "conversations", "conversation")
+_CHAT_COLUMNS = {*TEMPLATE_ARGUMENTS, "chat_template_kwargs"}
 _ANSWERS = ("response", "output")
 _EMPTY_JSON = ("[]", "{}", "null")
 
@@ -70,8 +71,11 @@ def _parse(
     answer = next((name for name in _ANSWERS if name in filled), None)
     has_prompt = "prompt" in filled and "completion" in filled
     has_instruction = "instruction" in filled and answer is not None
-    if "messages" in filled:
-        return parse_chat(filled, filled["messages"], where, tokenizer, remarks), _CHAT_COLUMNS
+    chat = next((name for name in _CHATS if name in filled), None)
+    if chat is not None:
+        parsed = parse_chat(filled, filled[chat], where, tokenizer, remarks)
+        shown = {name for name in SYSTEM_COLUMNS if name in filled and _holds(parsed.prompt, filled[name])}
+        return parsed, {chat, *shown, *_CHAT_COLUMNS}
     # A row that lacks its answer is told so by the form that it begins.
     if has_prompt or ("prompt" in filled and not has_instruction):
         if isinstance(filled["prompt"], list) and isinstance(filled.get("completion"), list):
@@ -88,7 +92,7 @@ def _parse(
         return Row(prompt=prompt, completion=_text(row, answer, where)), {"instruction", about, answer}
     raise DataError(
         where,
-        expected="the fields prompt/completion, instruction/output, or messages",
+        expected="the fields prompt/completion, instruction/output, or messages (ShareGPT's conversations)",
         found=f"the fields {', '.join(sorted(filled)) or '(none)'}"
         + (f", and without a value {', '.join(sorted(set(row) - set(filled)))}" if len(row) > len(filled) else ""),
         fix="Rename the fields.",
@@ -116,7 +120,7 @@ def _account_for(filled: Mapping[str, Any], used: set[str], parsed: Row, where: 
         if name not in _CONTENT or (isinstance(value, str) and value.strip() in _EMPTY_JSON):
             continue
         # Some sets have a row's parts beside the text that was made of them.
-        if not (isinstance(value, str) and re.search(rf"(?<!\w){re.escape(value.strip())}(?!\w)", text)):
+        if not _holds(text, value):
             raise DataError(
                 where,
                 expected=f"a row without {name!r}, which this form has no place for",
@@ -125,6 +129,11 @@ def _account_for(filled: Mapping[str, Any], used: set[str], parsed: Row, where: 
             )
     if remarks is not None:
         remarks.name_once(unused, "columns that are not used")
+
+
+def _holds(text: str, value: Any) -> bool:
+    """A value is a text that stands in another one, not as a part of a word."""
+    return isinstance(value, str) and bool(re.search(rf"(?<!\w){re.escape(value.strip())}(?!\w)", text))
 
 
 def _empty(value: Any) -> bool:

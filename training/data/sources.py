@@ -1,4 +1,4 @@
-"""Where rows come from: JSONL, JSON, CSV and Parquet files, hub datasets and folders laid out like one.
+"""Where rows come from: JSONL, JSON, CSV and Parquet files, hub datasets, folders laid out or saved like one.
 
 Everything is read row by row, so that a stream and a whole read share one path and one numbering.
 """
@@ -20,6 +20,16 @@ from pat_serve.training.data.row import Row, Tokenizer
 from pat_serve.training.data.rows import parse_row
 
 SHOWN_REASONS = 3
+# What a file that is no text begins with, and the way to rows.
+_NO_TEXT = {
+    b"\x1f\x8b": ("a gzip archive", "Unpack it (gunzip)."),
+    b"\x28\xb5\x2f\xfd": ("a Zstandard archive", "Unpack it (unzstd)."),
+    b"PK\x03\x04": ("a zip archive or a spreadsheet", "Unpack it, or save the spreadsheet as CSV."),
+    b"ARROW1": ("an Arrow file", "Give the folder that datasets' save_to_disk wrote, or save it as Parquet."),
+    b"PAR1": ("a Parquet file", "Rename it to end with .parquet."),
+}
+# datasets' save_to_disk leaves one of them, of a set and of several splits.
+_SAVED = ("state.json", "dataset_dict.json")
 _FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 # A place to show ("rows.jsonl, line 3") and the row, or what is wrong with it.
 RawRow = tuple[str, dict[str, Any] | DataError]
@@ -116,7 +126,7 @@ def is_file(source: str) -> bool:
 def _raw_rows(source: str, split: str, flag: str, streaming: bool) -> Iterator[RawRow]:
     path = Path(source)
     if path.is_file():
-        _require_utf8(path)
+        _require_text(path)
         readers = {".parquet": _parquet_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".json": _json_rows}
         yield from readers.get(path.suffix.lower(), _jsonl_rows)(path)
         return
@@ -124,13 +134,17 @@ def _raw_rows(source: str, split: str, flag: str, streaming: bool) -> Iterator[R
         raise DataError(
             f"{flag} {source}", expected="a data file or a hub id", found="no such file", fix="Check the path."
         )
-    yield from _hub_rows(source, split, flag, streaming)
+    saved = any((path / name).is_file() for name in _SAVED)
+    yield from (_saved_rows(path, split, flag) if saved else _hub_rows(source, split, flag, streaming))
 
 
-def _require_utf8(path: Path) -> None:
+def _require_text(path: Path) -> None:
     with path.open("rb") as file:
-        mark = file.read(2)
-    if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        start = file.read(8)
+    for mark, (found, fix) in _NO_TEXT.items():
+        if start.startswith(mark) and not (mark == b"PAR1" and path.suffix.lower() == ".parquet"):
+            raise DataError(path, expected="a file in the form of its name, or JSONL", found=found, fix=fix)
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise DataError(
             path, expected="a file in UTF-8", found="UTF-16, by its byte-order mark", fix="Save it as UTF-8."
         )
@@ -215,6 +229,29 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
             found=first_line(error),
             fix="Copy the file again.",
         ) from error
+
+
+def _saved_rows(path: Path, split: str, flag: str) -> Iterator[RawRow]:
+    """Rows of a folder that datasets' save_to_disk wrote; a set without splits is read whole."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(path))
+    # The library raises what it meets in the files.
+    except Exception as error:
+        raise DataError(
+            f"{flag} {path}",
+            expected="a dataset as save_to_disk writes it",
+            found=first_line(error),
+            fix="Save it again.",
+        ) from error
+    if isinstance(loaded, DatasetDict):
+        if split not in loaded:
+            found = f"no split {split!r}; the splits are {', '.join(loaded)}"
+            raise DataError(f"{flag} {path}", expected="a split of the dataset", found=found, fix="Name one of them.")
+        loaded = loaded[split]
+    for number, row in enumerate(loaded, start=1):
+        yield f"{path}, row {number}", dict(row)
 
 
 def _hub_rows(source: str, split: str, flag: str, streaming: bool) -> Iterator[RawRow]:

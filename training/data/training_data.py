@@ -37,6 +37,7 @@ class TrainingData:
         longest_tokens: of a training row; of a stream, the most that one may have.
         train_sha256: of the training rows; of a stream, its name and the hash of its first 1,000 examples.
         held_out_sha256: likewise, None without an evaluation.
+        end_token_ids: the special tokens that training answers end with; of a stream, those of its first examples.
     """
 
     train: list[Example] | ExampleStream
@@ -45,6 +46,7 @@ class TrainingData:
     longest_tokens: int
     train_sha256: str
     held_out_sha256: str | None
+    end_token_ids: tuple[int, ...]
 
     def rows(self) -> int | None:
         """How many rows an epoch has; None of a stream."""
@@ -69,7 +71,8 @@ def read_training_data(recipe: TrainRecipe, tokenizer: Tokenizer) -> TrainingDat
     if recipe.streaming:
         return _stream(recipe, tokenizer, held_out)
     rows = load_rows(recipe.data, recipe.data_split, tokenizer, skip_bad=recipe.skip_bad_rows)
-    examples, dropped = encode_rows(rows, tokenizer, recipe.max_length_tokens)
+    ends: set[int] = set()
+    examples, dropped = encode_rows(rows, tokenizer, recipe.max_length_tokens, ends)
     if dropped:
         say(f"{dropped} of {len(rows)} rows left out: their prompt alone fills {recipe.max_length_tokens} tokens")
     if recipe.eval_share is not None:
@@ -85,6 +88,7 @@ def read_training_data(recipe: TrainRecipe, tokenizer: Tokenizer) -> TrainingDat
         longest_tokens=max(len(example["input_ids"]) for example in train),
         train_sha256=examples_sha256(train),
         held_out_sha256=examples_sha256(held_out) if held_out is not None else None,
+        end_token_ids=tuple(sorted(ends)),
     )
 
 
@@ -146,4 +150,5 @@ def _stream(recipe: TrainRecipe, tokenizer: Tokenizer, held_out: list[Example] |
         longest_tokens=recipe.max_length_tokens,
         train_sha256=identity,
         held_out_sha256=examples_sha256(held_out) if held_out is not None else None,
+        end_token_ids=tuple(sorted(stream.encoder.ends)),
     )

@@ -24,8 +24,9 @@ from pat_serve.errors import EngineError, UsageError, want
 from pat_serve.files.atomic import write_json
 from pat_serve.machine.extras import require
 from pat_serve.machine.hardware import describe
-from pat_serve.server.bench.load import client
+from pat_serve.machine.local_addresses import UNUSABLE_PROXY, is_local, without_proxies
 from pat_serve.server.bench.load.result import SLO_NAMES, LoadResult, LoadSettings, read_guidellm
+from pat_serve.server.bench.load.run import client
 
 _LOOK_TIMEOUT_S = 10.0
 # For guidellm to import, to make its prompts and to write its report, beside the runs themselves.
@@ -135,8 +136,8 @@ def look_up(url: str, model: str, *, api_key: str | None) -> Served:
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=_LOOK_TIMEOUT_S)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=_LOOK_TIMEOUT_S, trust_env=not is_local(url))
+    except (httpx.HTTPError, httpx.InvalidURL, *UNUSABLE_PROXY) as error:
         raise EngineError(
             f"--url {url}",
             expected="a server that answers",
@@ -198,8 +199,8 @@ def scenario(settings: LoadSettings, url: str, model: str, tokenizer: str, api_k
     }
 
 
-def guidellm_environment(environ: Mapping[str, str], *, tokenizer: str) -> dict[str, str]:
-    """guidellm's environment; values that the user has set win.
+def guidellm_environment(environ: Mapping[str, str], *, tokenizer: str, url: str) -> dict[str, str]:
+    """guidellm's environment; values that the user has set win, but for a proxy before a server of this machine.
 
     One worker process, which is enough for hundreds of requests a second: the machine is the server's. Whether the
     client kept its schedule is in `LoadRun.late_s`.
@@ -207,6 +208,8 @@ def guidellm_environment(environ: Mapping[str, str], *, tokenizer: str) -> dict[
     ours = {"GUIDELLM__MAX_WORKER_PROCESSES": "1"}
     if Path(tokenizer).is_dir():
         ours["HF_HUB_OFFLINE"] = "1"
+        if is_local(url):
+            environ = without_proxies(environ)
     return ours | dict(environ)
 
 
@@ -225,7 +228,7 @@ def _run_guidellm(
             done = subprocess.run(
                 command,
                 cwd=scratch,
-                env=guidellm_environment(os.environ, tokenizer=tokenizer),
+                env=guidellm_environment(os.environ, tokenizer=tokenizer, url=url),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -1,0 +1,31 @@
+"""The day that a chat template writes into a conversation, as Llama 3.2's does: a run's rows have the day it began."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Any
+
+from pat_serve.training.data.row import Tokenizer
+
+
+def writes_the_day(tokenizer: Tokenizer) -> bool:
+    """One of the tokenizer's chat templates asks what day it is."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+class DatedTokenizer:
+    """A tokenizer whose chat template is told a day of ours in the place of today.
+
+    Args:
+        tokenizer: of the base; everything else is its own.
+        day: that is told.
+    """
+
+    def __init__(self, tokenizer: Any, day: date) -> None:
+        self._tokenizer = tokenizer
+        self.template_clock = {"strftime_now": day.strftime}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_tokenizer", "template_clock"):  # not set yet, as while this is unpickled
+            raise AttributeError(name)
+        return getattr(self._tokenizer, name)
