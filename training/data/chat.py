@@ -173,7 +173,7 @@ def _check_shown(
                 where,
                 expected="a chat template that shows every message",
                 found=f"one that leaves out message {at + 1}, of the role {message['role']!r:.40}",
-                fix="Give the message a role that the template knows, or leave the row out.",
+                fix="Write it into a message that the template shows, or leave the row out.",
             )
     for name in TEMPLATE_ARGUMENTS:
         if name in renderer.arguments and renderer.is_same(whole, messages, without=name):
