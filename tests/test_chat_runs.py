@@ -46,7 +46,7 @@ def chats(tmp_path: Path) -> Path:
 
 
 def short_recipe(base: Path, data: Path, **settings: Any) -> TrainRecipe:
-    return tiny_recipe(base, data, **({"max_steps": 6, "save_steps": 2} | settings))
+    return tiny_recipe(base, data, **({"max_steps": 12} | settings))
 
 
 def live_on(day: date, patch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_an_export_stops_where_its_training_s_answers_end(
 def test_what_the_base_stops_at_stays(known: Any, ends: Any, base: Path, chats: Path, tmp_path: Path):
     run, out, path = tmp_path / "run", tmp_path / "out", base / "generation_config.json"
     path.unlink() if known is None else path.write_text(json.dumps(known))
-    start(short_recipe(base, chats, max_steps=2), run)
+    start(short_recipe(base, chats), run)
     export_run(run, out, parity=False)
     found = json.loads((out / "generation_config.json").read_text())
     assert found["eos_token_id"] == ends

@@ -25,8 +25,8 @@ from pat_serve.files.atomic import write_json
 from pat_serve.machine.extras import require
 from pat_serve.machine.hardware import describe
 from pat_serve.machine.local_addresses import UNUSABLE_PROXY, is_local, without_proxies
+from pat_serve.server.bench.load import client
 from pat_serve.server.bench.load.result import SLO_NAMES, LoadResult, LoadSettings, read_guidellm
-from pat_serve.server.bench.load.run import client
 
 _LOOK_TIMEOUT_S = 10.0
 # For guidellm to import, to make its prompts and to write its report, beside the runs themselves.
