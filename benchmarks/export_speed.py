@@ -40,9 +40,11 @@ def make(folder: Path, options: argparse.Namespace) -> None:
     from pat_serve.architectures import LLAMA
     from pat_serve.checkpoints.checkpoint import open_checkpoint
     from pat_serve.checkpoints.shard_layout import index_document
+    from pat_serve.cuts import AxisCut, Cuts
     from pat_serve.export.files.writer import WeightFiles
     from pat_serve.hybrid import HybridFold
-    from pat_serve.plan import AxisCut, PruningPlan, file_sha256
+    from pat_serve.plan import PruningPlan, file_sha256
+    from pat_serve.sizes import ModelSizes
 
     base, run = folder / "base", folder / "run"
     base.mkdir(parents=True)
@@ -52,11 +54,8 @@ def make(folder: Path, options: argparse.Namespace) -> None:
         "num_key_value_heads": HEADS, "vocab_size": VOCAB, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
     }  # fmt: skip
     (base / "config.json").write_text(json.dumps(config, indent=2))
-    widths = {"hidden": HIDDEN, "vocab": VOCAB, "heads": HIDDEN, "kv_heads": HIDDEN, "ffn": FFN}
-    shapes = {
-        f"{module}.weight": tuple(widths[axis.partition(".")[0]] for axis in spec.axes)
-        for module, spec, _ in LLAMA.modules(options.layers)
-    }
+    sizes = ModelSizes.of(config, LLAMA)
+    shapes = {f"{module}.weight": spec.shape("weight", sizes) for module, spec, _ in LLAMA.modules(options.layers)}
     torch.manual_seed(0)
     # The same random rows are cut from another place each time. Their values do not change the time.
     pool = (0.02 * torch.randn(1 << 24)).bfloat16()
@@ -97,7 +96,7 @@ def make(folder: Path, options: argparse.Namespace) -> None:
     PruningPlan(
         method="pat",
         base=checkpoint.reference(),
-        axes={"hidden": AxisCut(width=HIDDEN, kept=torch.randperm(HIDDEN)[: HIDDEN * 3 // 4].sort().values)},
+        cuts=Cuts({"hidden": AxisCut(width=HIDDEN, kept=torch.randperm(HIDDEN)[: HIDDEN * 3 // 4].sort().values)}),
         folds=folds,
         rotation=torch.linalg.qr(torch.randn(HIDDEN, HIDDEN)).Q.contiguous() if options.rotate else None,
         adapter={path.name: file_sha256(path) for path in adapter.iterdir()},

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pydantic
 import torch
 
-from pat_serve.architectures import HIDDEN
+from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.locate import read_config
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, MissingModel, UsageError, first_line
 from pat_serve.export.files.model_files import write_model
@@ -191,7 +191,7 @@ def _check_files(folder: Path, record: _Record) -> list[str]:
 
 def _check_origin(folder: Path, record: _Record, run: Run) -> None:
     same_base = record.base.sha256 == run.plan.base.sha256
-    if not same_base or record.kept_channels != run.plan.axes[HIDDEN].kept.tolist():
+    if not same_base or record.kept_channels != run.plan.cuts[HIDDEN].kept.tolist():
         raise BrokenPlan(
             run.folder,
             expected=f"the run that {folder} was exported from",

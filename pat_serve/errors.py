@@ -4,6 +4,7 @@
     ├── UsageError                exit 2   a flag or argument is wrong
     │   ├── IllegalRatio                   --ratio outside (0, 0.6]
     │   ├── IllegalWidth                   a hidden_size that the architecture or a kernel refuses
+    │   ├── IllegalShape                   counts that a base does not have, or that no stock class takes together
     │   ├── OutputExists                   --out is there already and --force was not given
     │   └── PortInUse                      the address is taken
     ├── ModelError                exit 1   a base model or checkpoint folder
@@ -76,6 +77,9 @@ class IllegalRatio(UsageError): ...
 
 
 class IllegalWidth(UsageError): ...
+
+
+class IllegalShape(UsageError): ...
 
 
 class OutputExists(UsageError): ...

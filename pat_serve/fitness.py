@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pat_serve.architectures import EMBEDDING, HIDDEN
+from pat_serve.architectures import EMBEDDING
 from pat_serve.geometry import fast_tile, legal_step, name_widths, widths_around
 
 if TYPE_CHECKING:
@@ -68,11 +68,10 @@ def shape_of(checkpoint: Checkpoint, *, unties_head: bool = False) -> Shape:
     per_channel = other = 0
     for name, entry in checkpoint.tensors.items():
         spec, _, kind = checkpoint.family.match(name)
-        axes = spec.axes if kind == "weight" else spec.axes[:1]
         size = 1
         for length in entry.shape:
             size *= length
-        if HIDDEN in axes:
+        if spec.has_hidden(kind):
             per_channel += size // checkpoint.hidden_size
         else:
             other += size
@@ -83,8 +82,8 @@ def shape_of(checkpoint: Checkpoint, *, unties_head: bool = False) -> Shape:
         num_attention_heads=checkpoint.num_attention_heads,
         num_key_value_heads=checkpoint.num_key_value_heads,
         head_dim=checkpoint.head_dim,
-        ffn=int(checkpoint.config["intermediate_size"]),
-        vocab=int(checkpoint.config["vocab_size"]),
+        ffn=checkpoint.sizes.ffn,
+        vocab=checkpoint.sizes.vocab,
         hidden_multiple_of_heads=checkpoint.family.hidden_multiple_of_heads,
         parameters_per_channel=per_channel,
         other_parameters=other,

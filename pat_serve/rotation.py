@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pat_serve.architectures import HIDDEN, Family, TensorSpec
+from pat_serve.family import Family, TensorSpec
 
 # Of a weight, or columns, that are changed in a wider dtype.
 ROWS_AT_ONCE = 4096
@@ -55,9 +55,9 @@ def rotate_tensor(
     if spec.hidden_norm:
         # The gain is in the readers now; what is stored means a gain of one.
         return torch.full_like(tensor, 1.0 - family.norm_offset)
-    if spec.axes[0] == HIDDEN:
+    if spec.hidden_dimension == 0:
         return rotation_DD.T @ tensor
-    if tensor.dim() == 2 and spec.axes[1] == HIDDEN:
+    if tensor.dim() == 2 and spec.hidden_dimension == 1:
         return (tensor if gain_D is None else tensor * gain_D) @ rotation_DD
     return tensor
 
@@ -90,7 +90,7 @@ def rotate_model(model: Any, family: Family, num_layers: int, rotation_DD: Tenso
             gain_D = gains[spec.norm.format(i=i)].to(compute) if spec.norm and kind == "weight" else None
             rotation = rotation_DD.to(parameter.device, compute)
             # In pieces across the axis that is turned: whole, a 16-bit head would be held three times in float32.
-            across = int(spec.axes[0] == HIDDEN)
+            across = int(spec.hidden_dimension == 0)
             for piece in parameter.split(ROWS_AT_ONCE, dim=across) if parameter.dim() == 2 else [parameter]:
                 piece.copy_(rotate_tensor(piece.to(compute), spec, family, rotation, gain_D))
 

@@ -10,6 +10,7 @@ METRICS_FILE = "metrics.jsonl"
 PARITY_PROMPTS_FILE = "parity_prompts.jsonl"
 END_TOKENS_FILE = "end_tokens.json"
 ADAPTER_FOLDER = "adapter"
+WEIGHTS_FOLDER = "weights"
 CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
 

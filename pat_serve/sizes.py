@@ -1,13 +1,104 @@
-"""A model's sizes and what follows from them alone: parameters, KV cache, bytes of a decode step. Pure arithmetic."""
+"""A model's sizes and what follows from them alone: parameters, KV cache, bytes of a decode step. Pure arithmetic.
+
+`ModelSizes.of` is the one reader of the sizes in a config.json.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pat_serve.architectures import FAMILIES
+from pat_serve.axes import FFN, HIDDEN, KV_GROUPS, LAYERS
 from pat_serve.errors import BrokenCheckpoint
+from pat_serve.family import Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """The sizes of a Llama-like decoder.
+
+    Attributes:
+        hidden: width of the residual stream.
+        layers: number of decoder layers.
+        heads: query heads of a layer.
+        kv_heads: key-value heads of a layer, each with `heads_per_group` query heads.
+        head_dim: of one head.
+        ffn: channels of the feed-forward part of a layer.
+        vocab: rows of the embedding.
+        tied: the output head is the embedding.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.heads // self.kv_heads
+
+    @staticmethod
+    def of(config: Mapping[str, Any], family: Family | None, source: object = "the model") -> ModelSizes:
+        """Read the sizes from a parsed config.json.
+
+        Args:
+            config: the parsed config.json of a Llama-like decoder.
+            family: its line in the architecture table, whose defaults fill in what config.json leaves out.
+            source: its path or name, for the message.
+
+        Raises:
+            BrokenCheckpoint: a size is missing or no positive integer.
+        """
+        defaults = {} if family is None else family.defaults
+
+        def size(key: str, default: int | None = None) -> int:
+            # A class's default fills in what is not there; where null is written, the size follows from others.
+            value = config.get(key, defaults.get(key))
+            if value is None:
+                value = default
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise BrokenCheckpoint(
+                    f"{source}: config.json",
+                    expected=f"{key} as a positive integer",
+                    found="no such entry" if value is None else repr(value),
+                    fix="Point at the config.json of a Llama-like decoder.",
+                )
+            return value
+
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        return ModelSizes(
+            hidden=hidden,
+            layers=size("num_hidden_layers"),
+            heads=heads,
+            kv_heads=size("num_key_value_heads", heads),
+            head_dim=size("head_dim", hidden // heads),
+            ffn=size("intermediate_size"),
+            vocab=size("vocab_size"),
+            tied=bool(config.get("tie_word_embeddings", defaults.get("tie_word_embeddings"))),
+        )
+
+    def with_counts(self, counts: Mapping[str, int]) -> ModelSizes:
+        """The sizes of a model that keeps so many indices of each axis; heads keep their size.
+
+        Args:
+            counts: by axis (`hidden`, `layers`, `ffn`, `kv_groups`); an axis without a line is whole.
+        """
+        groups = counts.get(KV_GROUPS, self.kv_heads)
+        return replace(
+            self,
+            hidden=counts.get(HIDDEN, self.hidden),
+            layers=counts.get(LAYERS, self.layers),
+            ffn=counts.get(FFN, self.ffn),
+            kv_heads=groups,
+            heads=groups * self.heads_per_group,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,34 +166,16 @@ def shape_of(config: Mapping[str, Any], source: object) -> ModelShape:
     Raises:
         BrokenCheckpoint: a size is missing or no positive integer.
     """
-
-    family = FAMILIES.get(str(config.get("model_type")))
-    defaults = {} if family is None else family.defaults
-
-    def size(key: str, default: int | None = None) -> int:
-        # A class's default fills in what is not there; where null is written, the size follows from others.
-        value = config.get(key, defaults.get(key))
-        if value is None:
-            value = default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise BrokenCheckpoint(
-                f"{source}: config.json",
-                expected=f"{key} as a positive integer",
-                found="no such entry" if value is None else repr(value),
-                fix="Point at the config.json of a Llama-like decoder.",
-            )
-        return value
-
-    hidden_size, num_heads = size("hidden_size"), size("num_attention_heads")
+    sizes = ModelSizes.of(config, FAMILIES.get(str(config.get("model_type"))), source)
     return ModelShape(
-        hidden_size=hidden_size,
-        num_layers=size("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=size("num_key_value_heads", num_heads),
-        head_dim=size("head_dim", hidden_size // num_heads),
-        ffn_size=size("intermediate_size"),
-        vocab_size=size("vocab_size"),
-        tied_head=bool(config.get("tie_word_embeddings", defaults.get("tie_word_embeddings"))),
+        hidden_size=sizes.hidden,
+        num_layers=sizes.layers,
+        num_heads=sizes.heads,
+        num_kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        ffn_size=sizes.ffn,
+        vocab_size=sizes.vocab,
+        tied_head=sizes.tied,
         linear_bytes=_linear_bytes(config),
     )
 

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pat_serve.checkpoints.checkpoint import open_checkpoint
+from pat_serve.cuts import AxisCut, Cuts
 from pat_serve.files.atomic import write_text
 from pat_serve.hybrid import HybridFold
-from pat_serve.plan import AxisCut, PruningPlan, file_sha256
+from pat_serve.plan import PruningPlan, file_sha256
 
 PROMPT = torch.randint(384, (3, 40), generator=torch.Generator().manual_seed(5))
 
@@ -59,9 +60,9 @@ def random_run(
         )
         for site in checkpoint.family.residual_writers(checkpoint.num_layers)
     }
-    axes = {"hidden": AxisCut(width=D, kept=kept)}
+    cuts = Cuts({"hidden": AxisCut(width=D, kept=kept)})
     write_text(folder / "recipe.yaml", "method: pat\n")
     write_text(folder / "parity_prompts.jsonl", json.dumps({"token_ids": PROMPT[0].tolist()}) + "\n")
     adapter = {path.name: file_sha256(path) for path in (folder / "adapter").glob("adapter_*")}
-    PruningPlan(method="pat", base=checkpoint.reference(), axes=axes, folds=folds, adapter=adapter).save(folder)
+    PruningPlan(method="pat", base=checkpoint.reference(), cuts=cuts, folds=folds, adapter=adapter).save(folder)
     return folder

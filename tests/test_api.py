@@ -98,7 +98,7 @@ def test_a_stock_trainer_comes_to_what_the_command_comes_to(
 
     ours, reference = (PruningPlan.load(tmp_path / name) for name in ("notebook", "command"))
     assert ours.base == reference.base
-    assert torch.equal(ours.axes["hidden"].kept, reference.axes["hidden"].kept)
+    assert torch.equal(ours.cuts["hidden"].kept, reference.cuts["hidden"].kept)
     for site, fold in reference.folds.items():
         for name, tensor in vars(fold).items():
             torch.testing.assert_close(getattr(ours.folds[site], name), tensor, rtol=1e-3, atol=1e-5)

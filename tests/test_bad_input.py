@@ -212,7 +212,7 @@ def test_not_a_run(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("plan.json", "{"), ("plan.json", '{"version": 2}'), ("plan.safetensors", "damaged")],
+    [("plan.json", "{"), ("plan.json", '{"version": 3}'), ("plan.safetensors", "damaged")],
 )
 def test_a_damaged_plan(file: str, content: str, run: Path, tmp_path: Path):
     (run / file).write_text(content)

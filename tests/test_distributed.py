@@ -68,7 +68,7 @@ def test_two_ranks_train_what_one_does(
     assert curve(run) == [pytest.approx(line, rel=1e-4) for line in expected]
     # At the freeze every rank holds its mask against rank 0's (same_on_all), so one file speaks for both.
     ours, reference = PruningPlan.load(run), PruningPlan.load(alone)
-    assert ours.axes["hidden"].kept.tolist() == reference.axes["hidden"].kept.tolist()
+    assert ours.cuts["hidden"].kept.tolist() == reference.cuts["hidden"].kept.tolist()
     sharded = (run / "checkpoints/step-13/optimizer_0").is_dir()
     assert sharded == (config == "fsdp2.yaml"), "FSDP alone shards the optimizer's state"
     outcome = export_run(run, tmp_path / "pruned")
@@ -105,7 +105,7 @@ def test_two_ranks_train_one_mask_after_one_teacher(
     assert expected[0]["count_loss"] > 1
     assert expected[-1]["distillation"] > 1e-3
     assert curve(two) == [pytest.approx(line, rel=1e-4) for line in expected]
-    kept = [PruningPlan.load(run).axes["hidden"].kept.tolist() for run in (one, two)]
+    kept = [PruningPlan.load(run).cuts["hidden"].kept.tolist() for run in (one, two)]
     assert kept[0] == kept[1]
 
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from pat_serve.architectures import EMBEDDING, FAMILIES, HEAD, HIDDEN
+from pat_serve.architectures import EMBEDDING, FAMILIES, HEAD
+from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import BrokenPlan, PatServeError, UsageError
 from pat_serve.export.exporter import export_run
@@ -85,7 +86,7 @@ def test_every_reader_names_the_norm_that_feeds_it(model_type: str):
     family = FAMILIES[model_type]
     norms = {spec.module for spec in family.tensors if spec.hidden_norm}
     for spec in family.tensors:
-        reads = len(spec.axes) == 2 and spec.axes[1] == HIDDEN and not spec.writes_residual
+        reads = spec.hidden_dimension == 1 and not spec.writes_residual
         assert (spec.norm in norms) if reads else (spec.norm is None), spec.module
     assert {spec.norm for spec in family.tensors} - {None} == norms
 
@@ -129,7 +130,7 @@ def test_gemma_in_16_bit_is_rescaled_for_the_factor_that_16_bit_models_use(dtype
     run = random_run(tmp_path / "run", base)
     done = export_run(run, tmp_path / "out", dtype=dtype)
     plan = PruningPlan.load(run)
-    fold, kept = plan.folds[EMBEDDING], plan.axes[HIDDEN].kept
+    fold, kept = plan.folds[EMBEDDING], plan.cuts[HIDDEN].kept
     raw = load_file(base / "model.safetensors")[f"{EMBEDDING}.weight"].double()
     moved = ((raw + raw @ fold.l0_RD.double().T @ fold.l1_DR.double().T) * fold.scale_D)[:, kept]
     factor = {"bfloat16": 8 / 6.9375, "float32": 8 / 48**0.5}[dtype]
@@ -296,7 +297,7 @@ def test_untied_on_request(rows: Path, tmp_path: Path):
     start(short_recipe(base, rows, tied_embeddings="untie"), tmp_path / "run")
     done = export_run(tmp_path / "run", tmp_path / "out")
     head = load_file(done.out / "model.safetensors")[f"{HEAD}.weight"]
-    kept = PruningPlan.load(tmp_path / "run").axes[HIDDEN].kept
+    kept = PruningPlan.load(tmp_path / "run").cuts[HIDDEN].kept
     assert torch.equal(head, load_file(base / "model.safetensors")[f"{EMBEDDING}.weight"][:, kept])
 
 

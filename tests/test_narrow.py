@@ -94,8 +94,8 @@ def test_narrow_training_is_wide_training(name: str, rows: Path, tmp_path: Path,
     ours, reference = (load_file(run / "adapter/adapter_model.safetensors") for run in (narrow, wide))
     assert {key: tensor.shape for key, tensor in ours.items()} == {key: t.shape for key, t in reference.items()}
     ours_plan, plan = PruningPlan.load(narrow), PruningPlan.load(wide)
-    kept = plan.axes["hidden"].kept
-    assert torch.equal(ours_plan.axes["hidden"].kept, kept)
+    kept = plan.cuts["hidden"].kept
+    assert torch.equal(ours_plan.cuts["hidden"].kept, kept)
     gone = torch.ones(64, dtype=torch.bool).index_fill_(0, kept, False)
     for site, fold in plan.folds.items():
         torch.testing.assert_close(ours_plan.folds[site].scale_D, fold.scale_D, rtol=1e-4, atol=1e-5)

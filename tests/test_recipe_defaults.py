@@ -104,7 +104,7 @@ def test_default_run_resumes_and_exports(rows: Path, tiny_base: Path, tmp_path: 
     whole, again = PruningPlan.load(tmp_path / "whole"), PruningPlan.load(tmp_path / "run")
     assert whole.rotation is not None
     assert whole.adapter == again.adapter
-    assert whole.axes["hidden"].kept.equal(again.axes["hidden"].kept)
+    assert whole.cuts["hidden"].kept.equal(again.cuts["hidden"].kept)
     exported = export_run(tmp_path / "run", tmp_path / "pruned")
     assert exported.parity is not None
     assert exported.parity.max_abs_over_std < 1e-4

@@ -49,7 +49,7 @@ def test_resumed_equals_uninterrupted(crash_step: int, finished_run: Path, tiny_
 
 def test_the_width_that_was_trained_is_the_width_that_was_asked_for(finished_run: Path):
     plan = PruningPlan.load(finished_run)
-    assert len(plan.axes["hidden"].kept) == 48
+    assert len(plan.cuts["hidden"].kept) == 48
     lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     frozen = [line for line in lines if line["step"] > 8 and "gate_kept" in line]
     assert frozen

@@ -61,7 +61,7 @@ def test_the_export_is_the_model_with_its_trained_gains(name: str, rows: Path, t
     start(asked(base, rows, **settings), run)
     plan = PruningPlan.load(run)
     assert sorted(plan.norms) == sorted(NORMS), "norms over the heads are not trained"
-    kept = plan.axes["hidden"].kept
+    kept = plan.cuts["hidden"].kept
     stored = load_file(base / "model.safetensors")
     offset = FAMILIES[model_type].norm_offset
     for module, gain in plan.norms.items():
@@ -89,7 +89,7 @@ def test_narrow_training_is_wide_training_with_gains(rows: Path, tmp_path: Path)
         start(asked(base, rows, narrow=narrow, lr_scale={"norms": 2.0}), tmp_path / narrow)
     assert losses(tmp_path / "auto") == [pytest.approx(line, rel=1e-4) for line in losses(tmp_path / "off")]
     ours, wide = (PruningPlan.load(tmp_path / narrow) for narrow in ("auto", "off"))
-    kept = wide.axes["hidden"].kept
+    kept = wide.cuts["hidden"].kept
     for module, gain in wide.norms.items():
         torch.testing.assert_close(ours.norms[module][kept], gain[kept], rtol=1e-3, atol=1e-4)
         assert ours.norms[module].shape == (64,)

@@ -23,7 +23,7 @@ def test_pruned_channels_are_zero_through_every_norm_and_layer(tmp_path: Path):
                 parameter.normal_()
     method.on_step(method.mask.schedule.freeze_step)
     pruned = torch.ones(64, dtype=torch.bool)
-    pruned[method.axes()["hidden"].kept] = False
+    pruned[method.cuts()["hidden"].kept] = False
     assert pruned.sum() == 16
 
     seen = 0

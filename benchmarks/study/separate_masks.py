@@ -15,9 +15,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pat_serve.architectures import HIDDEN, Family
+from pat_serve.axes import HIDDEN
+from pat_serve.cuts import AxisCut, Cuts
+from pat_serve.family import Family
 from pat_serve.hybrid import HybridFold
-from pat_serve.plan import AxisCut, PruningPlan
+from pat_serve.plan import PruningPlan
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods.base import Method
 from pat_serve.training.methods.pat.hsm import HybridModule, SharedMask
@@ -119,11 +121,12 @@ class SeparateMasks(Pat):
         gates_WD = torch.stack([mask.frozen_gate_D for mask in self.masks.values()])
         return gates_WD.amax(0).nonzero().flatten().cpu()
 
-    def axes(self) -> dict[str, AxisCut]:
+    def cuts(self) -> Cuts:
         """The whole axis, unless the masks are all the same."""
         kept = self.kept_channels()
         whole = torch.arange(self.hidden_size)
-        return {HIDDEN: AxisCut(width=self.hidden_size, kept=kept if len(kept) == self.target_width else whole)}
+        kept = kept if len(kept) == self.target_width else whole
+        return Cuts({HIDDEN: AxisCut(width=self.hidden_size, kept=kept)})
 
     def folds(self) -> dict[str, HybridFold]:
         """Each operator with its own gate in its scale."""
@@ -185,11 +188,11 @@ def align(run: Path, aligned: Path, width: int, scores: Mapping[str, Tensor]) ->
     """
     plan = PruningPlan.load(run)
     kept = common_channels([fold.scale_D for fold in plan.folds.values()], width, scores)
-    axes = {HIDDEN: AxisCut(width=plan.axes[HIDDEN].width, kept=kept)}
+    cuts = Cuts({HIDDEN: AxisCut(width=plan.cuts[HIDDEN].width, kept=kept)})
     folds = dict(plan.folds.items())
     shutil.rmtree(aligned, ignore_errors=True)
     shutil.copytree(run, aligned)
-    replace(plan, axes=axes, folds=folds).save(aligned)
+    replace(plan, cuts=cuts, folds=folds).save(aligned)
 
 
 def writer_scores(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pat_serve.architectures import HIDDEN
+from pat_serve.axes import HIDDEN
 from pat_serve.export.files.model_files import dtype_name
 from pat_serve.export.parity.answers import Answers
 from pat_serve.export.parity.comparison import (
@@ -261,7 +261,7 @@ def _name(yardstick: Comparison | None) -> str | None:
 
 def family_notes(run: Run, runs_in: torch.dtype) -> tuple[str, ...]:
     """What is particular about the base's family, in sentences for the parity report."""
-    cut = run.plan.axes[HIDDEN]
+    cut = run.plan.cuts[HIDDEN]
     notes = []
     if cut.is_identity:
         return ()

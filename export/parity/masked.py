@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pat_serve.architectures import HIDDEN
+from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.checkpoints.recognize import family_of
 from pat_serve.checkpoints.stock_class import meta_model
@@ -102,7 +102,7 @@ def apply_plan(modules: dict[str, nn.Module], plan: PruningPlan, dtype: torch.dt
         dtype: of the model. The operators keep float32 at least: rounded to bfloat16, a scale near 1 would move in
             steps of 0.004, and that is no rounding that an export has.
     """
-    cut = plan.axes[HIDDEN]
+    cut = plan.cuts[HIDDEN]
     dtype = torch.promote_types(dtype, torch.float32)
     gate_D = torch.zeros(cut.width, dtype=dtype).index_fill_(0, cut.kept, 1.0)
     for site, fold in plan.folds.items():

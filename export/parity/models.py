@@ -87,7 +87,7 @@ class Models(Protocol):
 def must_walk(run: Run, prompts: Prompts, dtype: torch.dtype) -> bool:
     """The wide model and the logits of both do not fit into the memory that is free now."""
     weights_bytes = sum(prod(entry.shape) for entry in run.base.tensors.values()) * dtype.itemsize
-    logits_bytes = 2 * answers_bytes(prompts.whole, int(run.base.config["vocab_size"]), dtype)
+    logits_bytes = 2 * answers_bytes(prompts.whole, run.base.sizes.vocab, dtype)
     return weights_bytes + logits_bytes + _LOADING_BYTES > available_memory_bytes()
 
 

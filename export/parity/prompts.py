@@ -90,7 +90,7 @@ def parity_prompts(run: Run, *, new_tokens: int = NEW_TOKENS) -> Prompts:
         BrokenPlan: the run has lost its examples, or they are not token ids of its base.
     """
     own = _own_prompts(run)
-    vocab = int(run.base.config["vocab_size"])
+    vocab = run.base.sizes.vocab
     # vLLM refuses what is longer than the model's positions; a prompt and its continuation must fit.
     longest = int(run.base.config.get("max_position_embeddings") or LONGEST_PROMPT_TOKENS + NEW_TOKENS) - NEW_TOKENS
     longest = max(1, longest)
@@ -118,7 +118,7 @@ def _own_prompts(run: Run) -> list[list[int]]:
         prompts = [json.loads(line)["token_ids"] for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _broken(path, first_line(error)) from error
-    vocab = int(run.base.config["vocab_size"])
+    vocab = run.base.sizes.vocab
     for number, prompt in enumerate(prompts, 1):
         legal = isinstance(prompt, list) and all(type(token) is int and 0 <= token < vocab for token in prompt)
         if not legal or not prompt:

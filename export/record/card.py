@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pat_serve.architectures import HIDDEN
+from pat_serve.axes import HIDDEN
 from pat_serve.export.formats.quality import QuantizationQuality
 from pat_serve.export.formats.schemes import SCHEMES, Scheme
 from pat_serve.export.parity.comparison import Parity
@@ -48,7 +48,7 @@ def provenance(
     fitness: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Content of pat_export.json: where the model comes from, what was cut, and how it was checked."""
-    cut = run.plan.axes[HIDDEN]
+    cut = run.plan.cuts[HIDDEN]
     base_parameters = sum(prod(entry.shape) for entry in run.base.tensors.values())
     return {
         "version": 1,

@@ -13,14 +13,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, TensorSpec
+from pat_serve.architectures import EMBEDDING, FINAL_NORM, HEAD
+from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.shards import TensorEntry, broken
+from pat_serve.cuts import AxisCut
 from pat_serve.errors import UsageError
 from pat_serve.export.rewrite.rewrite import Fused, fuse, rewrite_tensor
 from pat_serve.export.run.adapter import LoraUpdate
 from pat_serve.export.run.reader import Run
+from pat_serve.family import TensorSpec
 from pat_serve.hybrid import HybridFold
-from pat_serve.plan import AxisCut
 from pat_serve.rotation import effective_gain, rotate_tensor
 
 # 1 MB in float32: what the caches of a core hold, and what malloc keeps instead of giving it back to the kernel, which
@@ -86,7 +88,7 @@ class Rewriting:
         self._block_numbers = _BLOCK_NUMBERS if device != "meta" else 1 << 62
         self._product_numbers = max(_PRODUCT_NUMBERS, self._block_numbers)
         self._compute = torch.float64 if torch.float64 in (run.base.dtype, dtype) else torch.float32
-        cut = run.plan.axes[HIDDEN]
+        cut = run.plan.cuts[HIDDEN]
         self._cut = AxisCut(width=cut.width, kept=cut.kept.to(device))
         self._kept_first = AxisCut(width=cut.width, kept=torch.arange(len(cut.kept), device=device))
         self._embedding = embedding
@@ -115,7 +117,7 @@ class Rewriting:
         raw_head = name == f"{HEAD}.weight" and self._unties_head
         entry = run.base.tensors[f"{EMBEDDING}.weight" if raw_head else name]
         job = self._job(name)
-        if job.spec.axes[0] != HIDDEN and len(entry.shape) == 2:
+        if job.spec.hidden_dimension != 0 and len(entry.shape) == 2:
             rows = max(1, (self._product_numbers if job.thick else self._block_numbers) // entry.shape[1])
             for start in range(0, entry.shape[0], rows):
                 stop = min(start + rows, entry.shape[0])
@@ -183,7 +185,6 @@ class Rewriting:
         update = _update_on(update, self._device, self._compute) if update else None
         gain = run.plan.norms.get(module) if kind == "weight" else None
         gain_D, rotation, cut = None, self._rotation, self._cut
-        axes = spec.axes if kind == "weight" else spec.axes[:1]
         if rotation is not None and kind == "weight" and not spec.hidden_norm:
             if spec.norm is not None:
                 norm = f"{spec.norm.format(i=layer)}.weight"
@@ -195,7 +196,7 @@ class Rewriting:
         return _Job(
             spec=spec,
             cut=cut,
-            fused=fuse(spec, cut.kept, fold, update) if HIDDEN in axes and not spec.hidden_norm else None,
+            fused=fuse(spec, cut.kept, fold, update) if spec.has_hidden(kind) and not spec.hidden_norm else None,
             rotation=rotation,
             gain_D=gain_D,
             tied_scale_K=self._tied_scale() if module == FINAL_NORM else None,
@@ -277,6 +278,6 @@ def _cut_fold(fold: HybridFold, kept: Tensor) -> HybridFold:
 
 def _cut_update(update: LoraUpdate, spec: TensorSpec, kept: Tensor) -> LoraUpdate:
     """The update of a weight that has only the kept channels of its hidden axis."""
-    if spec.axes[0] == HIDDEN:
+    if spec.hidden_dimension == 0:
         return replace(update, b_OR=update.b_OR[kept])
     return replace(update, a_RI=update.a_RI[:, kept])

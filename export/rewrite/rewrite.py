@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, HIDDEN, TensorSpec
+from pat_serve.architectures import EMBEDDING
+from pat_serve.cuts import AxisCut
 from pat_serve.export.run.adapter import LoraUpdate
+from pat_serve.family import TensorSpec
 from pat_serve.hybrid import HybridFold
-from pat_serve.plan import AxisCut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +87,12 @@ def fuse(spec: TensorSpec, kept: Tensor, fold: HybridFold | None, update: LoraUp
     """What `Fused` needs, computed once for a weight.
 
     Args:
-        spec: the weight's line in the architecture table; one of its axes is the hidden one.
+        spec: the weight's line in the architecture table; one of its dimensions is the hidden one.
         kept: int64 indices of the hidden axis.
         fold: the operator that follows the module, for a residual writer; in the dtype to compute in.
         update: the LoRA update of the module, in the dtype to compute in; never for a bias.
     """
-    first = spec.axes[0] == HIDDEN
+    first = spec.hidden_dimension == 0
     ranked = fold if fold is not None and fold.rank else None
     along = across = None
     if update is not None:

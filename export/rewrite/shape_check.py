@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pat_serve.architectures import HIDDEN
+from pat_serve.axes import HIDDEN
 from pat_serve.errors import IllegalWidth, UsageError
 from pat_serve.export.formats.schemes import Scheme
 from pat_serve.export.rewrite.target import unties_head
@@ -42,7 +42,7 @@ def check_fitness(run: Run, degrees: tuple[int, ...], scheme: Scheme | None) -> 
         IllegalWidth: a width that the config class or the kernels refuse.
         UsageError: a degree that the model cannot be split by.
     """
-    cut = run.plan.axes[HIDDEN]
+    cut = run.plan.cuts[HIDDEN]
     shape, width = shape_of(run.base, unties_head=unties_head(run)), len(cut.kept)
     step = legal_step(shape.num_attention_heads, hidden_multiple_of_heads=shape.hidden_multiple_of_heads)
     if not cut.is_identity and width % step:

@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN, ExportAs
+from pat_serve.architectures import EMBEDDING, HEAD
+from pat_serve.axes import HIDDEN
+from pat_serve.cut_config import cut_config
 from pat_serve.errors import BrokenPlan, first_line
 from pat_serve.export.rewrite.blocks import Rewriting, Scratch
 from pat_serve.export.rewrite.rewrite import embedding_factor, narrow_eps
 from pat_serve.export.run.reader import Run
+from pat_serve.family import ExportAs
+from pat_serve.slicing import targets
 
 _EMBEDDING_WEIGHT = f"{EMBEDDING}.weight"
 _HEAD_WEIGHT = f"{HEAD}.weight"
@@ -20,16 +24,8 @@ _HEAD_WEIGHT = f"{HEAD}.weight"
 
 def narrow_config(run: Run, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of the exported model: a stock config with the new width, eps and an explicit head_dim."""
-    cut = run.plan.axes[HIDDEN]
-    config = dict(run.base.config)
-    if other := other_class(run):
-        config = {name: value for name, value in config.items() if name not in other.dropped}
-        config |= {"model_type": other.model_type, **other.settings}
-    config["architectures"] = [architecture(run)]
-    config["hidden_size"] = len(cut.kept)
-    config["head_dim"] = run.base.head_dim
-    config["num_key_value_heads"] = run.base.num_key_value_heads
-    config["rms_norm_eps"] = narrow_eps(float(config["rms_norm_eps"]), cut)
+    config = cut_config(run.base.config, run.base.family, run.plan.cuts)
+    config["rms_norm_eps"] = narrow_eps(float(config["rms_norm_eps"]), run.plan.cuts[HIDDEN])
     config["tie_word_embeddings"] = run.base.tied and not unties_head(run)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -40,8 +36,9 @@ def narrow_config(run: Run, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def other_class(run: Run) -> ExportAs | None:
-    """The stock class of the export, where a narrower model needs another one than the base's."""
-    return None if run.plan.axes[HIDDEN].is_identity else run.base.family.export_as
+    """The stock class of the export, where a cut model needs another one than the base's."""
+    base = run.base.sizes
+    return run.base.family.class_of_export(base, run.plan.cuts.sizes(base), run.base.config)
 
 
 def architecture(run: Run) -> str:
@@ -62,13 +59,9 @@ def unties_head(run: Run) -> bool:
 
 def narrow_shapes(run: Run) -> dict[str, tuple[int, ...]]:
     """Every tensor of the exported model with its shape, without reading a weight, in the order of the layers."""
-    cut = run.plan.axes[HIDDEN]
-    shapes = {}
-    for name, entry in run.base.tensors.items():
-        spec, _, kind = run.base.family.match(name)
-        axes = spec.axes if kind == "weight" else spec.axes[:1]
-        sizes = zip(axes, entry.shape, strict=True)
-        shapes[name] = tuple(len(cut.kept) if axis == HIDDEN else size for axis, size in sizes)
+    cut = run.plan.cuts[HIDDEN]
+    found = targets(run.base.family, run.plan.cuts, run.base.sizes, run.base.tensors)
+    shapes = {target.name: target.shape for target in found.values() if target}
     shapes |= {name: (len(cut.kept),) for name in _zero_biases(run)}
     if unties_head(run):
         shapes[_HEAD_WEIGHT] = shapes[_EMBEDDING_WEIGHT]
@@ -114,7 +107,7 @@ def rewriting_of(run: Run, dtype: torch.dtype, runs_in: torch.dtype | None = Non
         runs_in: dtype in which the model will run, which rounds the factor of a scaled embedding; `dtype` by default.
         device: "meta" computes shapes and dtypes alone, and reads no weight.
     """
-    embedding = embedding_factor(run.plan.axes[HIDDEN], runs_in or dtype) if run.base.family.scaled_embedding else 1.0
+    embedding = embedding_factor(run.plan.cuts[HIDDEN], runs_in or dtype) if run.base.family.scaled_embedding else 1.0
     return Rewriting(
         run, dtype, embedding=embedding, unties_head=unties_head(run), zero_biases=_zero_biases(run), device=device
     )

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from pat_serve.architectures import EMBEDDING, HIDDEN
+from pat_serve.architectures import EMBEDDING
+from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import BrokenPlan, MissingModel, RunError, UnfinishedRun, first_line
 from pat_serve.export.run.adapter import LoraUpdate, read_adapter
@@ -110,7 +111,7 @@ def _check_base(plan: PruningPlan, base: Checkpoint, hash_weights: bool) -> None
         )
     hashed = plan.base.sha256 if hash_weights else {"config.json": plan.base.sha256["config.json"]}
     _check_hashes(base.folder, hashed, OTHER_BASE)
-    cut = plan.axes.get(HIDDEN)
+    cut = plan.cuts.get(HIDDEN)
     if cut is None or cut.width != base.hidden_size:
         raise BrokenPlan(
             PLAN_JSON,
@@ -118,13 +119,20 @@ def _check_base(plan: PruningPlan, base: Checkpoint, hash_weights: bool) -> None
             found="none" if cut is None else f"width {cut.width}",
             fix="Repeat the training.",
         )
-    unknown = set(plan.axes) - {HIDDEN}
+    unknown = set(plan.cuts) - {HIDDEN}
     if unknown:
         raise BrokenPlan(
             PLAN_JSON,
             expected=f"a cut of {HIDDEN} alone",
             found=f"cuts of {', '.join(sorted(unknown))}",
             fix="This version of pat-export cuts the hidden axis only.",
+        )
+    if plan.weights:
+        raise BrokenPlan(
+            PLAN_JSON,
+            expected="the base's own weights with an adapter",
+            found=f"replaced ones in {sorted(plan.weights)[0]!r:.80}",
+            fix="This version of pat-export replaces no weights.",
         )
     widths = {site: plan.folds[site].l0_RD.shape[1] for site in plan.folds}
     widths |= {"rotation": len(plan.rotation)} if plan.rotation is not None else {}

@@ -7,6 +7,7 @@ unknown or of the wrong shape is an error of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, FAMILIES, Family
+from pat_serve.architectures import EMBEDDING, FAMILIES
 from pat_serve.checkpoints.config_check import check_config
 from pat_serve.checkpoints.locate import absolute, check_plain_folder, commit_of, locate, read_config
 from pat_serve.checkpoints.recognize import family_of
 from pat_serve.checkpoints.shards import DTYPES, TensorEntry, broken, read_tensors
 from pat_serve.checkpoints.stock_class import check_stock_tensors, stock_shapes
 from pat_serve.errors import ModelError
+from pat_serve.family import Family
 from pat_serve.gguf.folder import sha256_of_folder
 from pat_serve.plan import BaseReference, file_sha256
+from pat_serve.sizes import ModelSizes
 
 __all__ = ["DTYPES", "Checkpoint", "TensorEntry", "open_checkpoint", "read_tensor", "tensor_names"]
 
@@ -47,44 +50,45 @@ class Checkpoint:
     family: Family
     tensors: dict[str, TensorEntry]
 
+    @cached_property
+    def sizes(self) -> ModelSizes:
+        """Its sizes, explicit or by the config class's rules."""
+        return ModelSizes.of(self.config, self.family, self.folder)
+
     @property
     def hidden_size(self) -> int:
         """Width D of the residual stream."""
-        return int(self.config["hidden_size"])
+        return self.sizes.hidden
 
     @property
     def num_layers(self) -> int:
         """The number of decoder layers."""
-        return int(self.config["num_hidden_layers"])
+        return self.sizes.layers
 
     @property
     def num_attention_heads(self) -> int:
         """The number of query heads in a layer."""
-        return int(self.config["num_attention_heads"])
+        return self.sizes.heads
 
     @property
     def head_dim(self) -> int:
         """Size of one attention head, explicit or by the config class's rule."""
-        return int(self._setting("head_dim") or self.hidden_size // self.num_attention_heads)
+        return self.sizes.head_dim
 
     @property
     def num_key_value_heads(self) -> int:
         """The number of key-value heads in a layer."""
-        return int(self._setting("num_key_value_heads") or self.num_attention_heads)
+        return self.sizes.kv_heads
 
     @property
     def tied(self) -> bool:
         """The output head is the embedding table."""
-        return bool(self._setting("tie_word_embeddings"))
+        return self.sizes.tied
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of its weights (the embedding's, when they differ)."""
         return self.tensors[f"{EMBEDDING}.weight"].dtype
-
-    def _setting(self, name: str) -> Any:
-        """Read a setting of config.json, or the stock class's value where the file leaves it out."""
-        return self.config.get(name, self.family.defaults.get(name))
 
     def read(self, name: str) -> Tensor:
         """Read one tensor, as it is stored."""
@@ -161,25 +165,12 @@ def _names(folder: Path, source: str) -> list[str]:
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
     """Check that every tensor is known and has the shape that the config gives it, and that none is missing."""
-    heads, kv_heads = checkpoint.num_attention_heads, checkpoint.num_key_value_heads
-    ffn = int(checkpoint.config["intermediate_size"])
-    widths = {
-        "hidden": checkpoint.hidden_size,
-        "vocab": int(checkpoint.config["vocab_size"]),
-        "head": checkpoint.head_dim,
-        "heads": heads * checkpoint.head_dim,
-        "kv_heads": kv_heads * checkpoint.head_dim,
-        "qkv": (heads + 2 * kv_heads) * checkpoint.head_dim,
-        "ffn": ffn,
-        "gate_up": 2 * ffn,
-    }
     for name, entry in checkpoint.tensors.items():
         spec, layer, kind = checkpoint.family.match(name)
         if layer is not None and layer >= checkpoint.num_layers:
             raise broken(entry.shard, f"{checkpoint.num_layers} layers, as config.json says", f"the tensor {name}")
         if name != f"{spec.module.format(i=layer)}.{kind}":
             raise broken(entry.shard, f"{spec.module.format(i=layer)}.{kind}", f"the tensor {name}")
-        axes = spec.axes if kind == "weight" else spec.axes[:1]
-        shape = tuple(widths[axis.partition(".")[0]] for axis in axes)
+        shape = spec.shape(kind, checkpoint.sizes)
         if entry.shape != shape:
             raise broken(entry.shard, f"{name} of shape {shape}, by config.json", str(entry.shape))

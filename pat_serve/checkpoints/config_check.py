@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pat_serve.architectures import Family
 from pat_serve.checkpoints.shards import broken
 from pat_serve.errors import BrokenCheckpoint, UnsupportedModel
+from pat_serve.family import Family
 
 CONFIG = "config.json"
 CORRECT = "Correct the file, or download it again."

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pat_serve.architectures import FAMILIES, LLAMA, Family
+from pat_serve.architectures import FAMILIES, LLAMA
 from pat_serve.errors import UnknownTensor, UnsupportedModel
+from pat_serve.family import Family
 
 _WRAPPERS = ("text_config", "vision_config", "audio_config", "thinker_config")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pat_serve.architectures import FAMILIES, Family
+from pat_serve.architectures import FAMILIES
 from pat_serve.errors import UnsupportedModel
+from pat_serve.family import Family
 from pat_serve.gguf.header import GgufHeader, broken
 
 ROPE_FREQUENCIES = "rope_freqs.weight"

@@ -130,7 +130,7 @@ def test_separate_masks_are_kept_apart_and_aligned(
     assert facts["parity_max_abs_over_std"] < 1e-3
     plan = PruningPlan.load(tmp_path / "run")
     kept = {site: int(fold.scale_D.count_nonzero()) for site, fold in plan.folds.items()}
-    hidden = plan.axes["hidden"].width
+    hidden = plan.cuts["hidden"].width
     width = hidden * 3 // 4
     if "uneven" in name:
         assert sum(kept.values()) == len(kept) * width

@@ -110,7 +110,7 @@ def apply_pat(
     width = target_width(recipe, checkpoint)
     report_cut(recipe, checkpoint, width)
     examples = [_example(entry) for entry in calibration or ()]
-    vocabulary = Vocabulary(rows=int(checkpoint.config["vocab_size"]), rowless={})
+    vocabulary = Vocabulary(rows=checkpoint.sizes.vocab, rowless={})
     vocabulary.require((token_id for example in examples for token_id in example["input_ids"]), "calibration")
     batches = calibration_batches(examples, CALIBRATION_BATCH)
     measured = _measure(model, checkpoint, recipe, batches) if method_of(recipe).wants_calibration(recipe) else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN
+from pat_serve.architectures import EMBEDDING, HEAD
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.rotation import ROWS_AT_ONCE
@@ -54,8 +54,8 @@ def base_parameters(checkpoint: Checkpoint, recipe: TrainRecipe, hidden: int) ->
         shapes[f"{HEAD}.weight"] = shapes[f"{EMBEDDING}.weight"]
     count = 0
     for name, shape in shapes.items():
-        axes = checkpoint.family.match(name)[0].axes
-        count += math.prod(hidden if axis == HIDDEN else size for axis, size in zip(axes, shape, strict=False))
+        at = checkpoint.family.match(name)[0].hidden_dimension
+        count += math.prod(hidden if dimension == at else size for dimension, size in enumerate(shape))
     return count
 
 
@@ -90,13 +90,13 @@ def dense_bytes_per_token(checkpoint: Checkpoint, width: int, hidden: int) -> in
 def _branches_bytes_per_token(checkpoint: Checkpoint, width: int) -> tuple[int, int]:
     """Of an attention and of an MLP, without their norms."""
     attention = 4 * checkpoint.num_attention_heads * checkpoint.head_dim * width  # q, k, v (repeated), the output
-    mlp = 3 * int(checkpoint.config["intermediate_size"]) * width  # gate before and after the activation, up
+    mlp = 3 * checkpoint.sizes.ffn * width  # gate before and after the activation, up
     return attention, mlp
 
 
 def tuning_bytes_per_token(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, device: str, hidden: int) -> int:
     """What LoRA and the method add to that."""
-    ffn, heads = int(checkpoint.config["intermediate_size"]), checkpoint.num_attention_heads * checkpoint.head_dim
+    ffn, heads = checkpoint.sizes.ffn, checkpoint.num_attention_heads * checkpoint.head_dim
     inputs = 5 * hidden + heads + ffn  # of the seven linears that LoRA adapts
     # What LoRA's A gets, and what dropout remembers: bits as bytes on a GPU, float32 factors on a CPU.
     dropout = (1 if device == "cuda" else 4) if recipe.lora_dropout else 0
@@ -146,12 +146,12 @@ def _measuring_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, si
     # A second moment in float32 and float64, and its sum before and after; of the gradient, the energy's sum too.
     moments = (36 if recipe.rotate == "loss" else 28) * hidden * hidden
     # The log-probabilities and two gradients in float32.
-    logits = 12 * int(checkpoint.config["vocab_size"]) * size.labelled_tokens
+    logits = 12 * checkpoint.sizes.vocab * size.labelled_tokens
     if recipe.rotate == "loss":
         return tokens * layers * layer + logits + moments
     if recipe.mask_start == "gradient":
         # Weights that get one keep their inputs, and norms' the normalized stream.
-        layer += width * (4 * hidden + int(checkpoint.config["intermediate_size"]))
+        layer += width * (4 * hidden + checkpoint.sizes.ffn)
         # The largest one's gradient, its product with the weight, and that one's size.
         largest = 12 * hidden * _most_outputs(checkpoint)
         return tokens * (layers * layer + 2 * width * hidden) + max(logits, largest)
@@ -189,4 +189,4 @@ def _masked(size: BatchSize, window: int | None) -> bool:
 
 def _most_outputs(checkpoint: Checkpoint) -> int:
     """Of the weights that read or write the residual stream."""
-    return max(int(checkpoint.config["vocab_size"]), int(checkpoint.config["intermediate_size"]))
+    return max(checkpoint.sizes.vocab, checkpoint.sizes.ffn)

@@ -200,7 +200,7 @@ def estimate_training(
     # The log-probabilities and two gradients in float32; of a 16-bit head its own gradient as well.
     # To distil: both models' log-probabilities, the teacher's logits, and what the divergence keeps of each.
     distilled = 16 + width if recipe.distillation_weight else 0
-    logits = tokens * int(checkpoint.config["vocab_size"]) * (12 + (width if width < 4 else 0) + distilled)
+    logits = tokens * checkpoint.sizes.vocab * (12 + (width if width < 4 else 0) + distilled)
     preparing = 0
     if calibration and not (sharded_by_fsdp() and device == "cuda"):
         preparing = preparing_bytes(checkpoint, recipe, width, target_width, calibration, adapter)

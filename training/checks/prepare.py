@@ -74,7 +74,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     tokenizer = load_tokenizer(checkpoint.folder)
     dated: Any = DatedTokenizer(tokenizer, day)
     data = read_training_data(recipe, dated)
-    vocabulary = Vocabulary.of(tokenizer, int(checkpoint.config["vocab_size"]))
+    vocabulary = Vocabulary.of(tokenizer, checkpoint.sizes.vocab)
     check_vocabulary(data, vocabulary)
     batch = recipe.batch_size * recipe.gradient_accumulation_steps * ranks.count
     rows = data.rows()

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pat_serve.architectures import Family
+from pat_serve.cuts import Cuts
+from pat_serve.family import Family
 from pat_serve.hybrid import HybridFold
-from pat_serve.plan import AxisCut, BaseReference, PruningPlan
+from pat_serve.plan import BaseReference, PruningPlan
 from pat_serve.training.model.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -118,15 +119,15 @@ class Method(ABC):
         return {}
 
     @abstractmethod
-    def axes(self) -> dict[str, AxisCut]:
-        """The plan's axes after the last step."""
+    def cuts(self) -> Cuts:
+        """The plan's cuts after the last step."""
 
     def plan(self, base: BaseReference) -> PruningPlan:
         """What an export needs after the last step, all but the adapter's hashes; all ranks must ask."""
-        return PruningPlan(method=self.name, base=base, axes=self.axes(), folds=self.folds(), rotation=self.rotation())
+        return PruningPlan(method=self.name, base=base, cuts=self.cuts(), folds=self.folds(), rotation=self.rotation())
 
     def rotation(self) -> Tensor | None:
-        """The rotation (D, D) of the residual stream that the folds and axes refer to."""
+        """The rotation (D, D) of the residual stream that the folds and cuts refer to."""
         return None if self.calibration is None else self.calibration.rotation_DD
 
     def folds(self) -> dict[str, HybridFold]:

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from pat_serve.architectures import HIDDEN
-from pat_serve.plan import AxisCut
+from pat_serve.axes import HIDDEN
+from pat_serve.cuts import AxisCut, Cuts
 from pat_serve.training.methods.base import Method
 
 
@@ -25,6 +25,6 @@ class LoraOnly(Method):
         """None."""
         return {}
 
-    def axes(self) -> dict[str, AxisCut]:
+    def cuts(self) -> Cuts:
         """The whole hidden axis."""
-        return {HIDDEN: AxisCut(width=self.hidden_size, kept=torch.arange(self.hidden_size))}
+        return Cuts({HIDDEN: AxisCut(width=self.hidden_size, kept=torch.arange(self.hidden_size))})

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from pat_serve.architectures import HIDDEN, Family
+from pat_serve.family import Family
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.rotation import effective_gain, principal_axes
 from pat_serve.training.data import PadBatch
@@ -165,10 +165,10 @@ def gradient_importance(model: Any, family: Family, num_layers: int, batches: It
         for name, spec, _ in family.modules(num_layers):
             weight: Any = model.get_submodule(name).weight
             # A tied head is the embedding, and its gradient has both parts.
-            if HIDDEN in spec.axes and not any(weight is other for other in touched):
+            if spec.hidden_dimension is not None and not any(weight is other for other in touched):
                 weight.requires_grad_(True)
                 touched.append(weight)
-                dimension = spec.axes.index(HIDDEN)
+                dimension = spec.hidden_dimension
                 handles.append(weight.register_post_accumulate_grad_hook(lambda w, d=dimension: take(w, d)))
         for batch in batches:
             _loss(model, batch, backward=True)

@@ -25,7 +25,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from pat_serve.architectures import Family
+from pat_serve.family import Family
 from pat_serve.rotation import ROWS_AT_ONCE
 from pat_serve.terminal.progress import track
 from pat_serve.training.methods.base import Method

@@ -8,9 +8,10 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from pat_serve.architectures import HEAD, Family
+from pat_serve.architectures import HEAD
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.errors import MissingExtra
+from pat_serve.family import Family
 from pat_serve.rotation import rotate_model
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import Method, method_of

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pat_serve.architectures import Family
+from pat_serve.family import Family
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import Method
 from pat_serve.training.model.calibration import Calibration

@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pat_serve.architectures import HIDDEN
-
 if TYPE_CHECKING:
     from pat_serve.training.methods import Method
 
@@ -55,11 +53,11 @@ def narrow_model(model: Any, method: Method, num_layers: int, kept_K: Tensor) ->
         inner = getattr(module, "base_layer", module)
         for parameter in inner.parameters(recurse=False):
             # A bias runs along the weight's first axis.
-            if HIDDEN in (axes := spec.axes[: parameter.dim()]):
-                cut(parameter, axes.index(HIDDEN))
-        for half, axis, dimension in (("lora_A", spec.axes[-1], 1), ("lora_B", spec.axes[0], 0)):
+            if spec.hidden_dimension is not None and spec.hidden_dimension < parameter.dim():
+                cut(parameter, spec.hidden_dimension)
+        for half, dimension in (("lora_A", 1), ("lora_B", 0)):
             for factor in getattr(module, half, {}).values():
-                if axis == HIDDEN:
+                if spec.hidden_dimension == dimension:
                     cut(factor.weight, dimension)
                     _say_shape(factor)
         _say_shape(inner)
@@ -88,8 +86,8 @@ def wide_adapter(lora: Mapping[str, Tensor], method: Method) -> dict[str, Tensor
         found = _FACTOR.fullmatch(name)
         assert found is not None, name
         spec, _, _ = method.family.match(f"{found['module']}.weight")
-        axis, dimension = (spec.axes[-1], 1) if found["half"] == "A" else (spec.axes[0], 0)
-        if axis == HIDDEN:
+        dimension = 1 if found["half"] == "A" else 0
+        if spec.hidden_dimension == dimension:
             wide[name] = scatter(tensor, method.narrowed_to, method.hidden_size, dimension)
     return wide
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from pat_serve.architectures import EMBEDDING, HEAD, HIDDEN
+from pat_serve.architectures import EMBEDDING, HEAD
+from pat_serve.axes import HIDDEN
+from pat_serve.cuts import AxisCut, Cuts
 from pat_serve.hybrid import HybridFold
-from pat_serve.plan import AxisCut
 from pat_serve.terminal.progress import say
 from pat_serve.training.methods.base import Method
 from pat_serve.training.methods.pat.hsm import HybridModule, SharedMask
@@ -167,10 +168,10 @@ class Pat(Method):
         """The gate and the logits behind it; all ranks must ask."""
         return {"gate": self.mask.gate().detach().cpu(), "mask_logits": snapshot(self.mask.logits_D)}
 
-    def axes(self) -> dict[str, AxisCut]:
+    def cuts(self) -> Cuts:
         """The K channels that the mask keeps."""
         assert self.mask.frozen
-        return {HIDDEN: AxisCut(width=self.hidden_size, kept=self.mask.kept_indices())}
+        return Cuts({HIDDEN: AxisCut(width=self.hidden_size, kept=self.mask.kept_indices())})
 
     def folds(self) -> dict[str, HybridFold]:
         """Every HSM's operator; all ranks must ask, since each may hold a shard."""
