@@ -1,4 +1,4 @@
-"""The layout of run/, a training run's folder: what training writes and an export reads beside the plan."""
+"""The layout of run/, a training run's folder: the files that training writes and an export reads beside the plan."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The optimizer step of checkpoints/step-N."""
+    """Read the optimizer step from a checkpoint's name, checkpoints/step-N."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """A run's complete checkpoints, oldest first."""
+    """List a run's complete checkpoints, oldest first."""
     found = [path for path in (run / CHECKPOINTS_FOLDER).glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(found, key=checkpoint_step)

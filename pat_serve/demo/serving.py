@@ -1,4 +1,4 @@
-"""Serve the dense and the pruned model with the real server, ask both the same questions, and take their latencies."""
+"""Serve the dense and the pruned model with the real server, ask both the same questions, and time them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KV_CACHE_GIB = "0.25"
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A running pat-serve process."""
+    """A running pat-serve process and its address."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -40,11 +40,11 @@ def servers(models: dict[str, list[str]], logs: Path) -> Iterator[dict[str, Serv
     """Start one pat-serve a model, together, and stop them all at the end, whatever happens.
 
     Args:
-        models: checkpoints by name, each with further flags behind it.
+        models: checkpoints by name, each followed by further flags.
         logs: folder for their output.
 
     Raises:
-        EngineError: one of them did not get ready.
+        EngineError: a server did not get ready.
     """
     started: dict[str, Server] = {}
     try:
@@ -60,19 +60,19 @@ def servers(models: dict[str, list[str]], logs: Path) -> Iterator[dict[str, Serv
             try:
                 server.process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                # Its own group, so that no engine process is left behind.
+                # The server has its own group, so that no engine process is left behind.
                 os.killpg(server.process.pid, signal.SIGKILL)
 
 
 def ask(server: Server, prompt: str) -> dict[str, Any]:
-    """One greedy completion over /generate, to the end of its line."""
+    """Ask for one greedy completion over /generate, to the end of its line."""
     body = {"prompt": prompt, "max_tokens": 48, "temperature": 0.0, "stop": ["\n"]}
     answer: dict[str, Any] = post(server, "/generate", body)
     return answer
 
 
 def latency(server: Server) -> dict[str, Any]:
-    """TTFT and TPOT over /benchmark/latency, in seconds."""
+    """Measure TTFT and TPOT over /benchmark/latency, in seconds."""
     body = {"batch_size": 1, "prompt_tokens": 128, "output_tokens": 32, "rounds": 5, "warmup": 1}
     figures: dict[str, Any] = post(server, "/benchmark/latency", body)
     return figures
@@ -112,10 +112,10 @@ def _wait_until_ready(server: Server) -> None:
 
 
 def post(server: Server, route: str, body: dict[str, Any]) -> Any:
-    """The JSON that a server answers to a POST.
+    """Post to a server and return its JSON answer.
 
     Raises:
-        EngineError: it answers anything but 200.
+        EngineError: the answer is not 200.
     """
     response = httpx.post(f"{server.url}{route}", json=body, timeout=600, trust_env=False)
     if response.status_code != httpx.codes.OK:

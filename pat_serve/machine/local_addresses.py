@@ -1,4 +1,4 @@
-"""Requests to this machine itself never go through a proxy, whatever the environment says of others.
+"""Keep requests to this machine itself away from proxies, whatever the environment says.
 
 A company's `http_proxy` is meant for the world outside. It cannot reach a server that listens on this machine alone,
 and answers 403 or 502 in its place.
@@ -10,7 +10,7 @@ from collections.abc import Mapping, MutableMapping
 from urllib.parse import urlsplit
 
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
-# Which one a library reads, and which one wins, differs.
+# Libraries differ in which of them they read, and which one wins.
 _VARIABLES = ("no_proxy", "NO_PROXY")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 # httpx makes ready for every proxy of the environment before it looks at an address, and knows not all that desktops
@@ -19,9 +19,9 @@ UNUSABLE_PROXY = (ImportError, ValueError)
 
 
 def keep_local_addresses_direct(environment: MutableMapping[str, str]) -> None:
-    """Except this machine's addresses from every proxy, for this process and those that it starts.
+    """Except this machine's addresses from every proxy, for this process and its children.
 
-    httpx, requests, aiohttp, urllib and what stands on them read the same variables. Nothing is set without a proxy.
+    httpx, requests, aiohttp, urllib and their users read the same variables. Without a proxy nothing is set.
 
     Args:
         environment: the process's own.
