@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pat_serve.checkpoints.locate import check_inside
+from pat_serve.checkpoints.shards import require_no_pattern
 from pat_serve.errors import UsageError
 from pat_serve.export.files.ends import add_end_tokens
 from pat_serve.export.files.model_files import dtype_name as _name
@@ -107,6 +108,8 @@ def export_run(
         raise UsageError(
             "--parity-vllm", expected="unquantized files", found=f"--quantize {quantize}", fix="Leave one of them out."
         )
+    if scorer is not None:
+        require_no_pattern(out.resolve())
     if scheme and parity:
         require_compressed_tensors()
     run = open_run(ckpt, base, hash_weights=False)

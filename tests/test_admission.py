@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import BrokenCheckpoint, MissingModel, UnsupportedModel
+from pat_serve.export.exporter import export_run
+from pat_serve.server.bench.model_source import resolve
 from pat_serve.server.engine.serve import parse_serve_arguments
 from pat_serve.server.http.admission import Admission
 from pat_serve.server.http.errors import HttpError
@@ -112,6 +115,24 @@ def test_a_cut_off_weight_file_is_told_before_the_engine_starts(whole: Path) -> 
     shard.write_bytes(shard.read_bytes()[:5000])
     with pytest.raises(BrokenCheckpoint, match=r"model.safetensors: expected a whole safetensors file"):
         check_weights(whole)
+
+
+@pytest.mark.parametrize("name", ["model [v2]", "what?", "a*b"])
+def test_a_folder_that_vllm_would_take_for_a_pattern(
+    name: str, whole: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    """Everything but vLLM reads it; a link of another name is enough."""
+    odd = whole.rename(tmp_path / name)
+    told = r"expected a path without \*, \? and \[, which vLLM takes for a pattern"
+    with pytest.raises(UnsupportedModel, match=told):
+        check_weights(odd)
+    with pytest.raises(UnsupportedModel, match=told):
+        resolve(str(odd), flag="--candidate", load_format="auto", layers=None, scratch=tmp_path)
+    with pytest.raises(UnsupportedModel, match=told):
+        export_run(finished_run, odd / "out", scorer=lambda _: pytest.fail("asked vLLM"))
+    (tmp_path / "link").symlink_to(odd)
+    check_weights(tmp_path / "link")
+    assert open_checkpoint(str(odd)).num_layers == 2
 
 
 @pytest.fixture

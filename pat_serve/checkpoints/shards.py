@@ -9,6 +9,7 @@ the map lives, so a map of the largest tensor would cost its size in memory.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import struct
@@ -168,12 +169,29 @@ def runtime_shards(folder: Path) -> list[Path]:
 
     Raises:
         BrokenCheckpoint: an index names a file that is not there, or is no index.
+        UnsupportedModel: vLLM finds no file in a folder of this name.
     """
+    require_no_pattern(folder)
     if (folder / INDEX).is_file():
         # The index is read as leniently as vLLM reads it.
         return indexed_shards(folder / INDEX, read_index(folder / INDEX, json.loads))
     # vLLM does not look at hidden files either.
     return sorted(folder.glob("[!.]*.safetensors"))
+
+
+def require_no_pattern(folder: Path) -> None:
+    """Refuse a path with signs of a pattern: vLLM looks for weight files by a pattern that begins with the path.
+
+    Raises:
+        UnsupportedModel: the path has such a sign.
+    """
+    if glob.has_magic(str(folder)):
+        raise UnsupportedModel(
+            folder,
+            expected="a path without *, ? and [, which vLLM takes for a pattern",
+            found="a path with one of them",
+            fix="Rename the folder, or give a link to it that has another name.",
+        )
 
 
 def read_index(index: Path, load: Callable[[bytes], Any] = parse) -> dict[str, str]:

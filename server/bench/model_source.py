@@ -80,7 +80,7 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
         )
     if layers is not None:
         config = cut_layers(config, layers, load_format=load_format, name=f"{flag} {name}")
-    if load_format != "dummy" and on_disk and (shards := runtime_shards(folder)):
+    if load_format != "dummy" and on_disk and (shards := runtime_shards(folder.resolve())):
         check_stock_folder(folder, shards)
     if shipped or layers is not None:
         path, on_disk = str(scratch), True
