@@ -69,9 +69,9 @@ class PruningPlan:
     A model is made of a plan in this order, each step on what the ones before left:
 
     1. stored: the base's tensors.
-    2. replaced: `weights` take the place of tensors of the same names, in the base's shapes and coordinates.
-    3. rotated: `rotation` turns the residual stream, and the norms over it give their gains to their readers.
-    4. norms: trained gains take the place of those of the turned model.
+    2. rotated: `rotation` turns the residual stream, and the norms over it give their gains to their readers.
+    3. replaced: `weights` take the place of the turned model's tensors of the same names, in the base's shapes.
+    4. norms: trained gains take the place of the turned model's.
     5. adapter: LoRA is merged.
     6. fold: the operators follow the modules that write to the stream.
     7. cut: what `cuts` does not keep is left out.

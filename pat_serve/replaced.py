@@ -1,7 +1,8 @@
-"""Replaced weights of a run: tensors in `run/weights/` in place of the base's, in its shapes and coordinates.
+"""Replaced weights of a run: tensors in `run/weights/` in place of the base's, in its shapes.
 
-A plan names their files by SHA-256 (`PruningPlan.weights`). They come first: a rotation, an adapter and all that
-follows see them as if the base had been stored so.
+A plan names their files by SHA-256 (`PruningPlan.weights`). Where the residual stream is turned they belong to the
+turned model, as trained gains, adapter and operators do, and are turned no more: a refitted reader may read a channel
+whose gain is zero in the base, and no tensor in the base's own coordinates could say so.
 """
 
 from __future__ import annotations

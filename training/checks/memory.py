@@ -169,7 +169,7 @@ def _compensating_bytes(
         size.tokens * (2 * hidden * width + (size.length_tokens if _masked(size, window) else 0))
         for size in calibration
     )
-    outputs = int(config["vocab_size"]) if recipe.lora_head else int(config["intermediate_size"])
+    outputs = checkpoint.sizes.vocab if recipe.lora_head else checkpoint.sizes.ffn
     # What the largest reader lacks, in float32; a piece of its 16-bit rows in float32, or its random projection.
     piece = 4 * min(ROWS_AT_ONCE, outputs) * hidden if width < 4 else 0
     change = 4 * outputs * kept + max(piece, 8 * outputs * recipe.lora_rank)
