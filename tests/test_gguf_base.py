@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.checkpoints.locate import locate, stock_path
-from pat_serve.errors import BrokenCheckpoint, MissingExtra, MissingModel, UnsupportedModel, UsageError
+from pat_serve.errors import BrokenCheckpoint, MissingExtra, MissingModel, ModelError, UnsupportedModel, UsageError
 from pat_serve.gguf import folder as gguf_folder
+from pat_serve.gguf.folder import _Parts
+from pat_serve.gguf.header import read_header
 from pat_serve.plan import file_sha256
 from tests.gguf_files import add, write_gguf
 from tests.tiny_models import SENTENCES, save_tiny_family, save_tiny_llama
@@ -94,6 +98,13 @@ def test_what_is_no_whole_file_is_refused(tmp_path: Path):
     file.write_bytes(b"GGML" + whole[4:])
     with pytest.raises(BrokenCheckpoint, match="expected a GGUF file, found one that begins with b'GGML'"):
         locate(str(file))
+    for change in (
+        lambda writer: writer.add_key_value("split.count", 1.5, gguf.GGUFValueType.FLOAT32),
+        lambda writer: writer.add_key_value("split.count", "two", gguf.GGUFValueType.STRING),
+    ):
+        write_gguf(base, file, "F32", change=change)
+        with pytest.raises(BrokenCheckpoint, match=r"split\.count as an integer, found"):
+            locate(str(file))
     (tmp_path / "part").mkdir()
     part = tmp_path / "part/model-00001-of-00002.gguf"
     part.write_bytes(whole)
@@ -211,6 +222,11 @@ def test_llama_3_keeps_its_rope(factor: float, tmp_path: Path):
         (lambda writer: writer.add_sliding_window(64), "without a sliding window, found one of 64 tokens"),
         (lambda writer: writer.add_logit_scale(0.5), "without logit_scale, found logit_scale 0.5"),
         (lambda writer: writer.add_rope_dimension_count_swa(16), None),
+        (lambda writer: writer.add_causal_attention(True), None),
+        (
+            lambda writer: writer.add_causal_attention(False),
+            "a model whose tokens see the ones before them alone, found attention.causal False",
+        ),
         (
             lambda writer: (writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), writer.add_rope_scaling_factor(4)),
             "an unscaled or a linearly scaled rope, or Llama 3's, found yarn by 4.0",
@@ -221,7 +237,7 @@ def test_llama_3_keeps_its_rope(factor: float, tmp_path: Path):
         ),
         (lambda writer: add(writer, "blk.0.attn_sinks.weight", np.ones(4), "F32"), r"found blk\.0\.attn_sinks\.weight"),
     ],
-    ids=["experts", "window", "logit scale", "harmless", "yarn", "long rope", "tensor"],
+    ids=["experts", "window", "logit scale", "harmless", "causal", "both ways", "yarn", "long rope", "tensor"],
 )
 def test_what_would_be_another_model_is_refused(change: Any, message: str | None, tmp_path: Path):
     file = write_gguf(save_tiny_llama(tmp_path / "base"), tmp_path / "model.gguf", "F32", change=change)
@@ -230,6 +246,50 @@ def test_what_would_be_another_model_is_refused(change: Any, message: str | None
         return
     with pytest.raises(UnsupportedModel, match=message):
         locate(str(file))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tokenizer.ggml.token_type", 1, "a type for each of 384 tokens, found 1"),
+        ("tokenizer.ggml.token_type", [1, 2], "a type for each of 384 tokens, found 2 types"),
+        ("tokenizer.ggml.merges", ["zz qq"], "a whole tokenizer in its metadata, found .*out of vocabulary"),
+        ("llama.rope.freq_base", 0.0, r"llama\.rope\.freq_base as a positive number, found 0"),
+        ("llama.rope.freq_base", float("nan"), r"llama\.rope\.freq_base as a positive number, found nan"),
+        ("llama.attention.layer_norm_rms_epsilon", "1e-5", "layer_norm_rms_epsilon as a number, found '1e-5'"),
+    ],
+)
+def test_metadata_that_makes_no_sense_is_refused(key: str, value: object, message: str, tmp_path: Path):
+    header = read_header(write_gguf(save_tiny_llama(tmp_path / "base"), tmp_path / "model.gguf", "F32"))
+    with pytest.raises(BrokenCheckpoint, match=message):
+        _Parts(replace(header, metadata=header.metadata | {key: value}))
+
+
+def test_an_id_that_is_no_tokens_is_passed_over(tmp_path: Path):
+    header = read_header(write_gguf(save_tiny_llama(tmp_path / "base"), tmp_path / "model.gguf", "F32"))
+    for name, found in (("bos", -1), ("eos", -(2**63)), ("padding", 384)):
+        header = replace(header, metadata=header.metadata | {f"tokenizer.ggml.{name}_token_id": found})
+    parts = _Parts(header)
+    assert not {"bos_token_id", "eos_token_id", "pad_token_id"} & set(parts.config | parts.generation_config)
+    assert (parts.tokenizer.bos_token, parts.tokenizer.eos_token, parts.tokenizer.pad_token) == (None, None, None)
+
+
+def test_a_damaged_header_is_refused_in_one_line(tmp_path: Path):
+    file = write_gguf(save_tiny_llama(tmp_path / "base"), tmp_path / "model.gguf", "F32")
+    whole, draw, told = file.read_bytes(), random.Random(0), []
+    # From the magic to the tokens, and from there to the tensor table.
+    data = min(tensor.offset_bytes for tensor in read_header(file).tensors.values())
+    edges = [whole.index(b"tokenizer.ggml.tokens"), whole.index(b"tokenizer.ggml.bos_token_id"), data]
+    for _ in range(80):
+        damaged = bytearray(whole)
+        damaged[draw.choice([draw.randrange(edges[0]), draw.randrange(*edges[:2]), draw.randrange(*edges[1:])])] ^= 255
+        file.write_bytes(damaged)
+        try:
+            _Parts(read_header(file))
+        except ModelError as error:
+            told.append(str(error))
+    assert 20 < len(told) < 80
+    assert not [message for message in told if "\n" in message]
 
 
 def test_a_linear_rope_is_kept(tmp_path: Path):

@@ -32,7 +32,6 @@ _UNUSUAL = (
     "residual_scale",
     "attention.scale",
     "attention.clamp_kqv",
-    "attention.causal",
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "rope.scaling.yarn_log_multiplier",
@@ -62,11 +61,13 @@ class _Settings:
             raise broken(self.header.path, f"{self.header.architecture}.{name} as a positive integer", f"{value!r:.40}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(self, name: str, default: float | None = None, *, may_be_zero: bool = True) -> float:
         value = self.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e30:
-            raise broken(self.header.path, f"{self.header.architecture}.{name} as a number", f"{value!r:.40}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30
+        if not is_number or (value == 0 and not may_be_zero):
+            expected = f"{self.header.architecture}.{name} as a {'' if may_be_zero else 'positive '}number"
+            raise broken(self.header.path, expected, f"{value!r:.40}")
         # 1e-5 is stored as the float32 next to it, 9.999999747378752e-06. The shortest decimal for it is the original.
         return float(str(np.float32(value)))
 
@@ -132,7 +133,7 @@ def config_of(header: GgufHeader, frequencies: Callable[[], np.ndarray]) -> dict
         "hidden_act": "silu",
         "max_position_embeddings": settings.size("context_length"),
         "rms_norm_eps": settings.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": settings.number("rope.freq_base", 10000.0),
+        "rope_theta": settings.number("rope.freq_base", 10000.0, may_be_zero=False),
         "vocab_size": header.tensors[_EMBEDDING].shape[0],
         "tie_word_embeddings": _HEAD not in header.tensors,
         "attention_dropout": 0.0,
@@ -182,8 +183,10 @@ def _of_family(settings: _Settings, family: Family, config: Mapping[str, Any]) -
 def _refuse_unusual(settings: _Settings) -> None:
     for name in _UNUSUAL:
         value = settings.get(name)
-        if value and not (name == "attention.causal" and value is True):
+        if value:
             raise settings.unsupported(f"a {settings.header.architecture} model without {name}", f"{name} {value}")
+    if (causal := settings.get("attention.causal")) not in (None, True):
+        raise settings.unsupported("a model whose tokens see the ones before them alone", f"attention.causal {causal}")
     for tensor in ("rope_factors_long.weight", "rope_factors_short.weight"):
         if tensor in settings.header.tensors:
             raise settings.unsupported("a rope without factors for long contexts", f"the tensor {tensor}")
@@ -238,4 +241,4 @@ def _token_ids(header: GgufHeader) -> dict[str, Any]:
 
 def _token_id(header: GgufHeader, name: str) -> int | None:
     value = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
-    return value if type(value) is int and value < header.tensors[_EMBEDDING].shape[0] else None
+    return value if type(value) is int and 0 <= value < header.tensors[_EMBEDDING].shape[0] else None

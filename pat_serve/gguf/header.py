@@ -91,7 +91,10 @@ def read_header(path: Path) -> GgufHeader:
         except (struct.error, ValueError, OverflowError, MemoryError, RecursionError) as error:
             found = f"an end at byte {len(data)}" if isinstance(error, struct.error) else first_line(error)
             raise broken(path, "a whole GGUF header", f"{found} (truncated or damaged)") from error
-        if int(metadata.get("split.count") or 0) > 1:
+        parts = metadata.get("split.count", 0)
+        if not isinstance(parts, int):
+            raise broken(path, "split.count as an integer", f"{parts!r:.40}")
+        if parts > 1:
             raise _split(path)
         if not isinstance(metadata.get("general.architecture"), str):
             raise broken(path, "general.architecture in its metadata", "none")

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from pat_serve.errors import UnsupportedModel, first_line
+from pat_serve.errors import PatServeError, UnsupportedModel, first_line
 from pat_serve.gguf.header import GgufHeader, broken
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -58,19 +58,14 @@ def tokenizer_of(header: GgufHeader) -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
-    kind, fields = header.metadata.get("tokenizer.ggml.model"), _Fields(header)
+    fields = _Fields(header)
     try:
-        if kind == "gpt2":
-            backend = _byte_level(fields)
-        elif kind == "llama":
-            backend = _sentencepiece(fields)
-        else:
-            raise _unsupported(header, f"the tokenizer {kind}")
+        backend = _backend(fields)
+    except PatServeError:
+        raise
     # The tokenizers library raises bare Exceptions for merges that no vocabulary holds, and for the like.
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except Exception as error:
         raise broken(header.path, "a whole tokenizer in its metadata", first_line(error)) from error
-    _add_tokens(backend, fields)
-    _set_template(backend, fields)
     special = {
         f"{name}_token": fields.tokens[index]
         for name, index in (("bos", fields.id("bos")), ("eos", fields.id("eos")), ("unk", fields.id("unknown")))
@@ -90,6 +85,19 @@ def tokenizer_of(header: GgufHeader) -> Any:
     return tokenizer
 
 
+def _backend(fields: _Fields) -> Tokenizer:
+    kind = fields.header.metadata.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        backend = _byte_level(fields)
+    elif kind == "llama":
+        backend = _sentencepiece(fields)
+    else:
+        raise _unsupported(fields.header, f"the tokenizer {kind}")
+    _add_tokens(backend, fields)
+    _set_template(backend, fields)
+    return backend
+
+
 class _Fields:
     """The tokenizer's part of the metadata."""
 
@@ -100,8 +108,9 @@ class _Fields:
         self.tokens: list[str] = self._strings("tokens")
         self.pre = str(self._metadata.get("tokenizer.ggml.pre", "default"))
         kinds = self._metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(self.tokens)
-        if len(kinds) != len(self.tokens):
-            raise broken(self.path, f"a type for each of {len(self.tokens)} tokens", f"{len(kinds)} types")
+        if not isinstance(kinds, list) or len(kinds) != len(self.tokens):
+            found = f"{len(kinds)} types" if isinstance(kinds, list) else f"{kinds!r:.40}"
+            raise broken(self.path, f"a type for each of {len(self.tokens)} tokens", found)
         self.kinds: list[int] = kinds
 
     def _strings(self, name: str) -> list[str]:
@@ -112,7 +121,8 @@ class _Fields:
 
     def id(self, name: str) -> int | None:
         value = self._metadata.get(f"tokenizer.ggml.{name}_token_id")
-        return value if type(value) is int and value < len(self.tokens) else None
+        # llama.cpp too passes over an id that is no token's.
+        return value if type(value) is int and 0 <= value < len(self.tokens) else None
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._metadata.get(f"tokenizer.ggml.{name}")
