@@ -87,6 +87,19 @@ def test_a_file_is_read_once_and_known_by_its_hash(tmp_path: Path, capsys: pytes
     assert locate(str(file)) != folder
 
 
+def test_a_folder_of_the_cache_that_has_lost_files_is_written_anew(tmp_path: Path):
+    file = write_gguf(save_tiny_llama(tmp_path / "base", seed=6), tmp_path / "model.gguf", "Q8_0")
+    folder = locate(str(file))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "pat_gguf.json"} < set(before)
+    for name in before:
+        (folder / name).unlink()
+        assert locate(str(file)) == folder
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "model.safetensors").write_bytes(before["model.safetensors"][:-1])
+    assert (locate(str(file)) / "model.safetensors").read_bytes() == before["model.safetensors"]
+
+
 def test_what_is_no_whole_file_is_refused(tmp_path: Path):
     base = save_tiny_llama(tmp_path / "base")
     file = write_gguf(base, tmp_path / "model.gguf", "Q8_0")

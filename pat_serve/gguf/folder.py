@@ -58,7 +58,7 @@ def folder_of(path: Path) -> Path:
         dtype = str(stored_dtype(parts.header)).removeprefix("torch.")
         target = cache / f"{sha256}-{dtype}-{_READER}"
         with _locked(cache / f"{sha256}.lock"):
-            if not (target / PROVENANCE).is_file():
+            if not _whole(target):
                 _write(parts, target, sha256)
     return target
 
@@ -119,7 +119,13 @@ def _write(parts: _Parts, target: Path, sha256: str) -> None:
         write_json(staging / "config.json", parts.config | {"dtype": name})
         write_json(
             staging / PROVENANCE,
-            {"sha256": sha256, "bytes": header.path.stat().st_size, "types": kinds, "dtype": name},
+            {
+                "sha256": sha256,
+                "bytes": header.path.stat().st_size,
+                "types": kinds,
+                "dtype": name,
+                "files": {path.name: path.stat().st_size for path in staging.iterdir() if path.is_file()},
+            },
         )
         require_loadable(staging, parts.tokenizer, header)
         # The folder does not appear unless names, shapes and config fit each other.
@@ -147,9 +153,18 @@ def _cache() -> Path:
 
 def _finished(cache: Path, sha256: str) -> Path | None:
     for folder in cache.glob(f"{sha256}-*-{_READER}"):
-        if (folder / PROVENANCE).is_file():
+        if _whole(folder):
             return folder
     return None
+
+
+def _whole(folder: Path) -> bool:
+    """Every file is as long as it was written: what empties caches by age takes files, and not folders."""
+    try:
+        files = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == size_bytes for name, size_bytes in files.items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
 
 
 def _identity(path: Path) -> dict[str, Any]:
