@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pat_serve.axes import AXES
+from pat_serve.axes import AXES, HIDDEN, KV_GROUPS
 from pat_serve.errors import IllegalShape
 from pat_serve.family import Family
-from pat_serve.sizes import ModelSizes
+from pat_serve.geometry import count_parameters
+from pat_serve.sizes import ModelShape, ModelSizes
 
 _EXAMPLE = "Try --shape layers=24,ffn=1280."
 
@@ -61,8 +62,43 @@ def check_shape(
     if cut == base:
         raise _illegal("a count below the base's", "a shape that changes nothing")
     if obstacles := family.obstacles(base, cut, config):
-        raise _illegal("sizes that a stock class takes", "; ".join(obstacles), "Choose another width or group count.")
+        near = [
+            f"{shape_text(shape)} ({count_parameters(ModelShape.of(base.with_counts(shape)).parameters)} parameters)"
+            for shape in nearest_legal(counts, base, family, config)
+        ]
+        fix = f"Nearest legal shapes: {', '.join(near)}." if near else "Leave hidden and kv_groups whole."
+        raise _illegal("sizes that a stock class takes", "; ".join(obstacles), fix)
     return cut
+
+
+def shape_text(counts: Mapping[str, int]) -> str:
+    """Counts as `--shape` takes them."""
+    return ",".join(f"{axis}={count}" for axis, count in counts.items())
+
+
+def nearest_legal(
+    counts: Mapping[str, int], base: ModelSizes, family: Family, config: Mapping[str, Any] | None = None
+) -> list[dict[str, int]]:
+    """Shapes that a stock class takes, with one count of an illegal shape changed: the next below and above.
+
+    Width and groups alone decide whether a class takes a shape.
+
+    Args:
+        counts: of the illegal shape, each one possible by itself.
+        base: sizes of the base.
+        family: of the base.
+        config: of the base; a plain one by default.
+    """
+    found = []
+    for axis in (HIDDEN, KV_GROUPS):
+        length = AXES[axis].length(base)
+        asked = counts.get(axis, length)
+        for others in (range(asked - 1, 0, -1), range(asked + 1, length + 1)):
+            shapes = ({**counts, axis: count} for count in others)
+            sized = ((shape, base.with_counts(shape)) for shape in shapes)
+            fine = (one for one, cut in sized if cut != base and not family.obstacles(base, cut, config))
+            found += [one for one in (next(fine, None),) if one]
+    return found
 
 
 def _illegal(expected: str, found: str, fix: str = _EXAMPLE) -> IllegalShape:

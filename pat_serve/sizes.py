@@ -119,6 +119,21 @@ class ModelShape:
     tied_head: bool
     linear_bytes: float | None = None
 
+    @staticmethod
+    def of(sizes: ModelSizes, linear_bytes: float | None = None) -> ModelShape:
+        """The same sizes, with what the layers' matrices are stored in."""
+        return ModelShape(
+            hidden_size=sizes.hidden,
+            num_layers=sizes.layers,
+            num_heads=sizes.heads,
+            num_kv_heads=sizes.kv_heads,
+            head_dim=sizes.head_dim,
+            ffn_size=sizes.ffn,
+            vocab_size=sizes.vocab,
+            tied_head=sizes.tied,
+            linear_bytes=linear_bytes,
+        )
+
     @property
     def layer_weights(self) -> int:
         """Weights of one layer's matrices: q and o, k and v, and the three of the FFN."""
@@ -167,17 +182,7 @@ def shape_of(config: Mapping[str, Any], source: object) -> ModelShape:
         BrokenCheckpoint: a size is missing or no positive integer.
     """
     sizes = ModelSizes.of(config, FAMILIES.get(str(config.get("model_type"))), source)
-    return ModelShape(
-        hidden_size=sizes.hidden,
-        num_layers=sizes.layers,
-        num_heads=sizes.heads,
-        num_kv_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
-        ffn_size=sizes.ffn,
-        vocab_size=sizes.vocab,
-        tied_head=sizes.tied,
-        linear_bytes=_linear_bytes(config),
-    )
+    return ModelShape.of(sizes, _linear_bytes(config))
 
 
 def _linear_bytes(config: Mapping[str, Any]) -> float | None:

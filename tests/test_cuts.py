@@ -136,7 +136,7 @@ def test_a_shape_is_read():
         ("ffn", "found ''"),
         ("ffn=11", "ffn between 1 and the base's 10, found 11"),
         ("hidden=12,layers=3", "found a shape that changes nothing"),
-        ("kv_groups=2,hidden=9", "multiple of its 4 heads, not 9"),
+        ("kv_groups=2,hidden=9", "multiple of its 4 heads, not 9.*Nearest legal shapes: kv_groups=2,hidden=8 "),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(text: str, found: str):

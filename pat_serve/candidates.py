@@ -1,0 +1,205 @@
+"""Counts by axis that cut a share of all parameters, or that make a model fast enough. Pure arithmetic.
+
+A search goes over the counts that are fast (`axis_grid`) and asks a stock class whether it takes them together. A mix
+that meets a share is the most even one: every axis gives about the same share of itself.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from pat_serve.axes import AXES, FFN, HIDDEN
+from pat_serve.errors import IllegalRatio
+from pat_serve.family import Family
+from pat_serve.geometry import MAX_RATIO, fast_tile, legal_widths, width_step
+from pat_serve.sizes import ModelShape, ModelSizes
+
+# A mix that comes so near to the share that was asked for has met it.
+TOLERANCE = 0.01
+# Tiles of 64 are filled by tensor cores and AMX; vectors of 8 are the least that vLLM's CPU kernels take.
+_TILE, _VECTOR = 64, 8
+# How many of the nearest counts are tried where a class refuses the nearest.
+_TRIES = 4
+
+
+def axis_grid(axis: str, base: ModelSizes, family: Family) -> list[int]:
+    """Counts of an axis that are fast and below the base's, ascending; a cut of 60 % is the largest.
+
+    Layers and KV groups go one by one, FFN channels in tiles of 64 (in smaller ones where the base is narrow), and the
+    stream in the steps of `width_step`. Empty where the base has too few.
+    """
+    length = AXES[axis].length(base)
+    step = 1
+    if axis == FFN:
+        step = min(_TILE, fast_tile(length, 1, hidden_multiple_of_heads=False) or _VECTOR)
+    elif axis == HIDDEN:
+        step = width_step(length, base.heads, hidden_multiple_of_heads=family.hidden_multiple_of_heads)
+    return legal_widths(step, length)
+
+
+def exported_sizes(base: ModelSizes, counts: Mapping[str, int], *, unties: bool = False) -> ModelSizes:
+    """Sizes of an export with these counts.
+
+    Args:
+        base: sizes of the base.
+        counts: to keep, by axis.
+        unties: a cut of the stream gives a tied base a head of its own.
+    """
+    sizes = base.with_counts(counts)
+    return replace(sizes, tied=base.tied and not (unties and HIDDEN in counts))
+
+
+def parameters_of(sizes: ModelSizes) -> int:
+    """Parameters of a model: matrices, norms over the stream, and tables. Biases and norms over heads are left out."""
+    return ModelShape.of(sizes).parameters
+
+
+def share_cut(base: ModelSizes, exported: ModelSizes) -> float:
+    """The share of all of a base's parameters that an export lacks; below 0 where it has more."""
+    return 1 - parameters_of(exported) / parameters_of(base)
+
+
+def counts_for_ratio(
+    base: ModelSizes,
+    family: Family,
+    ratio: float,
+    axes: Sequence[str],
+    *,
+    config: Mapping[str, Any] | None = None,
+    unties: bool = False,
+    takes: Callable[[ModelSizes], bool] = lambda _: True,
+) -> dict[str, int] | None:
+    """Counts along some axes that cut a share of all parameters.
+
+    Of all mixes within 1 % of the share the most even one is taken, and the nearest to the share where none is within.
+    `share_cut` tells which of both it was.
+
+    Args:
+        base: sizes of the base.
+        family: of the base.
+        ratio: share of all parameters to cut, in (0, 0.6].
+        axes: to cut along, every one of them.
+        config: of the base; a plain one by default.
+        unties: a cut of the stream gives a tied base a head of its own.
+        takes: further wishes of an export's sizes, such as a tensor-parallel degree.
+
+    Returns:
+        counts by axis; None where no stock class takes any of them.
+
+    Raises:
+        IllegalRatio: the share is outside (0, 0.6].
+    """
+    check_ratio(ratio)
+    wanted = (1 - ratio) * parameters_of(base)
+    best: tuple[tuple[bool, float], dict[str, int]] | None = None
+    for others, finest, grid in _mixes(axes, base, family):
+
+        def sized(count: int, others: Mapping[str, int] = others, finest: str = finest) -> ModelSizes:
+            return exported_sizes(base, {**others, finest: count}, unties=unties)
+
+        at = bisect_left(grid, wanted, key=lambda count: parameters_of(sized(count)))
+        for place in _around(at, len(grid)):
+            sizes = sized(grid[place])
+            counts = {**others, finest: grid[place]}
+            off = abs(share_cut(base, sizes) - ratio)
+            missed = off > TOLERANCE
+            rank = (missed, off if missed else _unevenness(counts, base) + off)
+            if (best is None or rank < best[0]) and _legal(base, sizes, family, config) and takes(sizes):
+                best = rank, counts
+    return _in_order(best[1]) if best else None
+
+
+def counts_for_speedup(
+    base: ModelSizes,
+    family: Family,
+    wanted: float,
+    axes: Sequence[str],
+    speedup: Callable[[ModelSizes], float],
+    *,
+    config: Mapping[str, Any] | None = None,
+    unties: bool = False,
+    takes: Callable[[ModelSizes], bool] = lambda _: True,
+) -> dict[str, int] | None:
+    """Counts along some axes that are fast enough with the fewest parameters cut.
+
+    Args:
+        base: sizes of the base.
+        family: of the base.
+        wanted: the speed-up to reach, above 1.
+        axes: to cut along, every one of them.
+        speedup: of an export's sizes over the base; it rises with every cut.
+        config: of the base; a plain one by default.
+        unties: a cut of the stream gives a tied base a head of its own.
+        takes: further wishes of an export's sizes.
+
+    Returns:
+        counts by axis; None where no cut that a stock class takes is fast enough.
+    """
+    best: tuple[tuple[int, float], dict[str, int]] | None = None
+    for others, finest, grid in _mixes(axes, base, family):
+
+        def sized(count: int, others: Mapping[str, int] = others, finest: str = finest) -> ModelSizes:
+            return exported_sizes(base, {**others, finest: count}, unties=unties)
+
+        if best and parameters_of(sized(grid[-1])) < -best[0][0]:
+            continue
+        fast = bisect_right(grid, -wanted, key=lambda count: -speedup(sized(count)))
+        for count in reversed(grid[max(0, fast - _TRIES) : fast]):
+            sizes, counts = sized(count), {**others, finest: count}
+            if _legal(base, sizes, family, config) and takes(sizes):
+                rank = (-parameters_of(sizes), _unevenness(counts, base))
+                if best is None or rank < best[0]:
+                    best = rank, counts
+                break
+    return _in_order(best[1]) if best else None
+
+
+def check_ratio(ratio: float) -> None:
+    """Refuse a share that no cut has.
+
+    Raises:
+        IllegalRatio: it is outside (0, 0.6].
+    """
+    if not 0 < ratio <= MAX_RATIO:
+        raise IllegalRatio(
+            "--ratio",
+            expected=f"a share of all parameters to cut, in (0, {MAX_RATIO}]",
+            found=f"{ratio}",
+            fix="Try --ratio 0.25.",
+        )
+
+
+def _mixes(axes: Sequence[str], base: ModelSizes, family: Family) -> Iterator[tuple[dict[str, int], str, list[int]]]:
+    """Every mix of all axes but the finest, with that axis and its counts."""
+    grids = {axis: axis_grid(axis, base, family) for axis in axes}
+    if not grids or not all(grids.values()):
+        return
+    finest = max(grids, key=lambda axis: len(grids[axis]))
+    coarse = [axis for axis in grids if axis != finest]
+    for counts in product(*(grids[axis] for axis in coarse)):
+        yield dict(zip(coarse, counts, strict=True)), finest, grids[finest]
+
+
+def _around(at: int, length: int) -> range:
+    """Places of a grid around the border between two of them."""
+    return range(max(0, at - _TRIES), min(length, at + _TRIES))
+
+
+def _legal(base: ModelSizes, sizes: ModelSizes, family: Family, config: Mapping[str, Any] | None) -> bool:
+    return not family.obstacles(base, sizes, config)
+
+
+def _unevenness(counts: Mapping[str, int], base: ModelSizes) -> float:
+    """Standard deviation of the shares that the axes give."""
+    shares = [1 - count / AXES[axis].length(base) for axis, count in counts.items()]
+    mean = sum(shares) / len(shares)
+    return math.sqrt(sum((share - mean) ** 2 for share in shares) / len(shares))
+
+
+def _in_order(counts: Mapping[str, int]) -> dict[str, int]:
+    return {axis: counts[axis] for axis in AXES if axis in counts}
