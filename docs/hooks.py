@@ -54,7 +54,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: MkDocsConfig, files: F
         markdown,
     )
     # README's links and pictures start at the root of the tree.
-    return _LIST.sub(r"\1\n\n", linked.replace("](docs/", "]("))
+    linked = linked.replace("](docs/", "](").replace("](CONTRIBUTING.md)", "](contributing.md)")
+    return _LIST.sub(r"\1\n\n", linked)
 
 
 def _help(command: str, module: str, function: str | None) -> str:

@@ -24,6 +24,7 @@ _PATH = re.compile(
     r"`((?:pat_serve|training|export|server|tests|benchmarks|configs|deploy|docker|docs|examples|monitoring|recipes|"
     r"requirements)/[\w./-]*)(?:::\w+)?`"
 )
+_LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)(?:#[\w-]+)?\)")
 README_LINES = 120
 _LINE = re.compile(rf"(?:^ *|`|\$ |&& )(pat-(?:train|export|serve|bench|eval|demo)\b{_WORDS}(?:\\\n{_WORDS})*)", re.M)
 
@@ -122,6 +123,12 @@ def test_every_path_in_the_documentation_exists() -> None:
     paths = [(page.name, path) for page in PAGES for path in _PATH.findall(page.read_text(encoding="utf-8"))]
     assert len(paths) > 100
     assert not [f"{page}: {path}" for page, path in paths if not (ROOT / path).exists()]
+
+
+def test_every_link_leads_to_a_file() -> None:
+    links = [(page, link) for page in PAGES for link in _LINK.findall(page.read_text(encoding="utf-8"))]
+    assert len(links) > 20
+    assert not [f"{page.name}: {link}" for page, link in links if not (page.parent / link).is_file()]
 
 
 def test_the_readme_is_short() -> None:
