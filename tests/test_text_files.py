@@ -12,6 +12,8 @@ import pytest
 from pat_serve.cli.bench.speculative import _prompts
 from pat_serve.errors import DataError, UsageError
 from pat_serve.evaluation.text import text_from_file, wikitext2_from_file
+from pat_serve.server.bench.planning.result import PlanSettings
+from pat_serve.server.bench.planning.run import read_mix
 from pat_serve.server.http.keys import collect_keys, first_key
 
 ROWS = '{"text": "eins ü"}\n{"text": "zwei"}\n'
@@ -46,6 +48,18 @@ def test_keys_and_prompts_behind_a_mark(tmp_path: Path):
     assert first_key(keys) == "secret-1"
     prompts.write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
     assert _prompts(prompts) == ["a"]
+
+
+def test_a_prompt_ends_with_its_line(tmp_path: Path):
+    """Unicode's line separators are signs of the text, and files are joined with their marks."""
+    rows = [f'{{"prompt": "{text}"}}\n' for text in ("a\u2028b", "c\x85d")]
+    (tmp_path / "prompts.JSONL").write_text("\ufeff".join(["", *rows]), encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("a\u2028b\r\n\ufeffc\x0cd\n", encoding="utf-8")
+    assert _prompts(tmp_path / "prompts.JSONL") == ["a\u2028b", "c\x85d"]
+    assert _prompts(tmp_path / "prompts.txt") == ["a\u2028b", "c\x0cd"]
+    (tmp_path / "lengths.jsonl").write_text('\ufeff{"prompt_tokens": 2, "output_tokens": 3}\n' * 2, encoding="utf-8")
+    mix = read_mix(PlanSettings.model_construct(lengths=str(tmp_path / "lengths.jsonl")))
+    assert (mix.prompt_tokens, mix.output_tokens) == ((2,), (3,))
 
 
 def run(script: str, *arguments: str, encoding: str) -> subprocess.CompletedProcess[bytes]:

@@ -29,3 +29,14 @@ def read_utf8(path: Path) -> str:
         if start.startswith(marks):
             raise OtherEncodingError(f"a file in {name}, by its byte-order mark")
     return path.read_text(encoding="utf-8-sig")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read a file's lines without the byte-order marks that some begin with where files were joined.
+
+    Line feeds alone part lines: JSON and prose may hold the other signs that Python's `splitlines` takes for ends.
+
+    Raises:
+        OSError, OtherEncodingError, UnicodeDecodeError: as `read_utf8`.
+    """
+    return [line.removeprefix("\ufeff") for line in read_utf8(path).split("\n")]

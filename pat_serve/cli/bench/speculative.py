@@ -22,7 +22,7 @@ from pat_serve.cli.bench.options import (
     write_report,
 )
 from pat_serve.errors import UsageError
-from pat_serve.files.text_files import read_utf8
+from pat_serve.files.text_files import read_lines
 
 
 def speculative(
@@ -80,8 +80,8 @@ def speculative(
 
 def _prompts(file: Path) -> list[str]:
     try:
-        lines = [line for line in read_utf8(file).splitlines() if line.strip()]
-        texts = [str(json.loads(line)["prompt"]) for line in lines] if file.suffix == ".jsonl" else lines
+        lines = [line for line in read_lines(file) if line.strip()]
+        texts = [str(json.loads(line)["prompt"]) for line in lines] if file.suffix.lower() == ".jsonl" else lines
     except OSError as error:
         raise UsageError(
             f"--prompts {file}",
@@ -94,7 +94,9 @@ def _prompts(file: Path) -> list[str]:
     if not texts:
         raise UsageError(
             f"--prompts {file}",
-            expected='an object with a "prompt" a line' if file.suffix == ".jsonl" else "a prompt a line, in UTF-8",
+            expected='an object with a "prompt" a line'
+            if file.suffix.lower() == ".jsonl"
+            else "a prompt a line, in UTF-8",
             found="nothing or something else",
             fix="Mend the file, or leave the flag out for random tokens.",
         )

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pat_serve.errors import UsageError, want
 from pat_serve.files import strict_json
-from pat_serve.files.text_files import read_utf8
+from pat_serve.files.text_files import read_lines
 from pat_serve.machine.hardware import DTYPE_BYTES
 from pat_serve.server.analysis.capacity import capacity
 from pat_serve.server.bench.latency.result import Distribution, distribution
@@ -102,7 +102,7 @@ def read_mix(settings: PlanSettings) -> Mix:
         return crossed(settings.prompt_tokens, settings.output_tokens)
     path, counts = Path(settings.lengths), dict[tuple[int, int], int]()
     try:
-        lines = read_utf8(path).splitlines()
+        lines = read_lines(path)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"--lengths {path}", expected="a JSONL file", found=str(error), fix="Name a file that can be read."
