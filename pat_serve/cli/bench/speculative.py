@@ -79,9 +79,10 @@ def speculative(
 
 
 def _prompts(file: Path) -> list[str]:
+    is_jsonl = file.suffix.lower() == ".jsonl"
     try:
         lines = [line for line in read_lines(file) if line.strip()]
-        texts = [str(json.loads(line)["prompt"]) for line in lines] if file.suffix.lower() == ".jsonl" else lines
+        texts = [str(json.loads(line)["prompt"]) for line in lines] if is_jsonl else lines
     except OSError as error:
         raise UsageError(
             f"--prompts {file}",
