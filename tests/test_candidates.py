@@ -60,7 +60,7 @@ def test_known_shares_and_ceilings(
 
 
 @pytest.mark.parametrize("base", [LLAMA_7B, SMOLLM2])
-@pytest.mark.parametrize("ratio", [0.2, 0.25, 0.4])
+@pytest.mark.parametrize("ratio", [0.25, 0.4])
 def test_a_mix_meets_the_share_of_all_parameters(base: ModelSizes, ratio: float) -> None:
     for axes in (("layers", "ffn"), ("layers", "ffn", "hidden"), ("layers", "ffn", "kv_groups"), tuple(AXES)):
         counts = counts_for_ratio(base, LLAMA, ratio, axes)
@@ -96,8 +96,7 @@ def test_a_share_out_of_reach_gives_the_nearest() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_only_shapes_that_a_class_takes_are_found(family: Family) -> None:
-    bases = (LLAMA_7B, SMOLLM2, QWEN_HALF)
-    for base, size in ((base, size) for base in bases for size in (1, 2, 3, 4)):
+    for base, size in ((base, size) for base in (SMOLLM2, QWEN_HALF) for size in (1, 2, 3, 4)):
         for axes in combinations(AXES, size):
             counts = counts_for_ratio(base, family, 0.2, axes)
             assert counts is None or not family.obstacles(base, exported_sizes(base, counts)), (axes, counts)
