@@ -1,1 +1,1 @@
-"""Between the socket and a route: who asks, within which bounds, how long, and what is told of it afterwards."""
+"""The way of a request between the socket and a route: its key, its bounds, its time, and what is recorded of it."""

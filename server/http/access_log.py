@@ -1,7 +1,7 @@
 """One line for each request: JSON for machines, or text for people.
 
-What a client chooses freely (its path) is escaped to printable ASCII, so that a line is one line and a terminal is not
-steered by it; everything else has been checked or is our own.
+A client chooses its path freely, so the path is escaped to printable ASCII: a line stays one line, and steers no
+terminal. Everything else in a line has been checked or is our own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from pat_serve.server.http.exchange import Exchange
 
-# Of a path that is not a route's; routes are shorter.
+# A path that is no route's is cut to so many characters. Routes are shorter.
 MAX_PATH_CHARS = 256
 _DIGITS = 6
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("pat_serve.access")
 
 
 class LogFormat(StrEnum):
-    """How a line of the access log looks."""
+    """The form of a line in the access log."""
 
     TEXT = "text"
     JSON = "json"
@@ -34,7 +34,7 @@ def start_log() -> None:
     """Write the access log to stdout, whatever other logs do there."""
     if logger.handlers:
         return
-    # A descriptor of its own: vLLM may put its process's name before what is written to sys.stdout.
+    # The log has a descriptor of its own, because vLLM may put its process's name before what is written to sys.stdout.
     handler = logging.StreamHandler(os.fdopen(os.dup(1), "w", encoding="ascii", errors="backslashreplace"))
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
@@ -43,11 +43,11 @@ def start_log() -> None:
 
 
 class AccessLog:
-    """Writes the lines.
+    """The access log of a server.
 
     Args:
-        form: of a line.
-        quiet: paths that get none.
+        form: the form of a line.
+        quiet: paths whose requests get no line.
     """
 
     def __init__(self, form: LogFormat, quiet: Collection[str] = ()) -> None:
@@ -55,13 +55,13 @@ class AccessLog:
         self._quiet = frozenset(quiet)
 
     def write(self, exchange: Exchange) -> None:
-        """Write a request's line."""
+        """Write the line of one request."""
         if exchange.path not in self._quiet:
             logger.info(self._line(fields(exchange)))
 
 
 def fields(exchange: Exchange) -> dict[str, Any]:
-    """What a line holds, in its order. Sizes are in bytes, times in seconds; what there was none of is left out."""
+    """The fields of a line, in their order: sizes in bytes, times in seconds. A field without a value is left out."""
     known = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "request_id": exchange.request_id,

@@ -1,4 +1,4 @@
-"""Who may use the engine now: a bounded number of sequences, a bounded number of requests for each key."""
+"""Admission to the engine: a bounded number of sequences, and a bounded number of requests for each key."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ RETRY_AFTER_STOP_S = 5
 
 
 class Admission:
-    """Counts what is under way. Lives on the event loop; only `draining` is set from elsewhere.
+    """Counts the requests under way. Lives on the event loop; only `draining` is set from elsewhere.
 
-    A request beyond the bound is refused at once, before the engine hears of it: a queue that nobody will live to see
-    the end of helps nobody.
+    A request beyond the bound is refused at once, before the engine hears of it: a client that would wait too long is
+    better told so.
 
     Args:
         capacity: sequences that run or wait in the engine.
@@ -29,7 +29,7 @@ class Admission:
         self.draining = False
         self.sequences = 0
         self.requests = 0
-        # Since the start.
+        # All requests since the start.
         self.admitted = 0
         self._by_key: Counter[str] = Counter()
         # Called whenever a place was taken or given back.

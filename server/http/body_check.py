@@ -1,8 +1,8 @@
-"""What a JSON body may ask of the routes that are vLLM's, before vLLM parses it.
+"""Bounds for the JSON bodies of vLLM's own routes, checked before vLLM parses them.
 
-vLLM checks types and lets sizes pass: `n`, stops and prompts are unbounded there, and numbers may come as strings. The
-check goes by field names, so that it holds for every route that generates, whatever its path. Messages name fields and
-bounds, never what was sent.
+vLLM checks types and no sizes: it leaves `n`, stops and prompts unbounded, and takes numbers as strings. The check goes
+by field names, so that it holds for every route that generates, whatever its path. Messages name fields and bounds, and
+repeat nothing of the body.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from pat_serve.server.http.policy import MAX_REQUEST_ID_CHARS, Policy
 MAX_LOGPROBS = 20
 MAX_NAME_CHARS = 256
 MAX_TOKEN_RULES = 1024
-# Lists and objects: a megabyte of empty ones holds up the event loop, and with it every stream, for most of a second.
+# Lists and objects are counted: a megabyte of empty ones holds up the event loop, and every stream with it, for most of
+# a second.
 MAX_CONTAINERS = 50_000
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 _STOPS = ("stop", "stop_sequences", "bad_words")
 _TOKEN_RULES = ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids")
 _NAMES = ("model", "user", "cache_salt", "session_id", "role")
-# Whatever stands after a quote, it matches, a string without an end too, and goes back for nothing: its time grows with
-# the body's length and not with its square.
+# The pattern matches whatever stands after a quote, even a string without an end, and never goes back. So its time
+# grows with the body's length and not with the square of the length.
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBounds:
-    """What the served model bounds: its context in tokens, its vocabulary in ids."""
+    """The bounds of the served model: its context in tokens, its vocabulary in ids."""
 
     max_model_len: int
     vocab_size: int
@@ -52,7 +53,7 @@ def check_containers(body: bytes) -> None:
     """Refuse JSON of more lists and objects than any request needs, before it is parsed.
 
     Raises:
-        InvalidRequestError: it is.
+        InvalidRequestError: the body has too many of them.
     """
     if _containers(body) > MAX_CONTAINERS and _containers(_STRINGS.sub(b"", body)) > MAX_CONTAINERS:
         raise InvalidRequestError(f"the body holds more than {MAX_CONTAINERS} lists and objects")
@@ -71,13 +72,13 @@ def check_body(body: bytes, policy: Policy, model: ModelBounds) -> int:
         model: the served model's sizes.
 
     Returns:
-        number of sequences that it makes the engine generate.
+        number of sequences that the engine has to generate for the body.
 
     Raises:
-        InvalidRequestError: it is no JSON object, or a field is out of bounds or not allowed.
+        InvalidRequestError: the body is no JSON object, or a field is out of bounds or not allowed.
     """
     try:
-        # Stricter than Python's parser: no NaN, no lone surrogates, nesting and digits of a number are bounded.
+        # This parser is stricter than Python's: it takes no NaN and no lone surrogates, and bounds nesting and digits.
         fields = from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from error

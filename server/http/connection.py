@@ -1,4 +1,4 @@
-"""What a closed connection does: the work for it stops."""
+"""A closed connection stops the work that is done for it."""
 
 from __future__ import annotations
 
@@ -51,9 +51,10 @@ class EventStream(StreamingResponse):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
+        """Send the events, and close their generator afterwards."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            # Starlette cancels the sending when the client leaves; between two events the generator does not see that.
+            # Starlette cancels the sending when the client leaves. A generator that is between two events does not see
+            # that.
             await self._events.aclose()

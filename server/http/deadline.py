@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pat_serve.server.http.errors import HttpError
 
-# What the app may take to notice that its client, as it sees it, has gone.
+# Seconds that the app has to notice that its client, as the app sees it, has gone.
 _END_S = 5.0
 
 
@@ -22,7 +22,8 @@ async def within_deadline(app: ASGIApp, scope: Scope, receive: Receive, send: Se
 
 
 class _Deadline:
-    # Timers rather than tasks that race: this runs for every request, and most of them never come near their deadline.
+    # Timers are cheaper than tasks that race. Every request passes here, and most requests never come near their
+    # deadline.
 
     def __init__(self, timeout_s: float, receive: Receive, send: Send) -> None:
         self._timeout_s = timeout_s
@@ -81,7 +82,7 @@ class _Deadline:
         await self._send(message)
 
     def _expire(self, scope: Scope, limit: asyncio.Timeout) -> None:
-        """The time is over: the app sees its client leave, and the client gets our end of the answer."""
+        """End the request's time: the app sees its client leave, and the client gets our end of the answer."""
         if self._complete:
             return
         self._expired = True
@@ -96,7 +97,7 @@ class _Deadline:
         if self._start is None:
             await error.response()(scope, self._receive, self._send)
             return
-        # The status line is out. In a stream an event can still say it; another body can only be cut off.
+        # The status line is out. A stream can still tell the error in an event; another body can only be cut off.
         headers = dict(self._start.get("headers", []))
         streaming = headers.get(b"content-type", b"").startswith(b"text/event-stream")
         event = f"data: {json.dumps(error.body().model_dump())}\n\ndata: [DONE]\n\n" if streaming else ""

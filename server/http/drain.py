@@ -1,4 +1,4 @@
-"""From the first signal until the engine may go: what is under way finishes, nothing new begins."""
+"""The time from the first signal until the engine may go: requests under way finish, and no new request begins."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _POLL_S = 0.05
 
 
 class Drain:
-    """Made on the event loop; `wait` is called once, from another thread.
+    """The drain of a server. It is made on the event loop; `wait` is called once, from another thread.
 
     Args:
-        admission: counts what is under way.
-        grace_s: what that may take.
+        admission: counts the requests under way.
+        grace_s: time in seconds that these requests may take.
     """
 
     def __init__(self, admission: Admission, *, grace_s: float) -> None:
@@ -32,7 +32,7 @@ class Drain:
         self._parent = os.getppid()
 
     def wait(self) -> None:
-        """Refuse new requests, and return when none is under way, the time is over, or a second signal came."""
+        """Refuse new requests, and return when no request is under way, the time is over, or a second signal came."""
         self._admission.draining = True
         # vLLM's own handlers take the first signal and ignore all others.
         self._loop.call_soon_threadsafe(self._listen)

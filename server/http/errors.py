@@ -1,4 +1,4 @@
-"""How an error leaves the server: one JSON shape, on every route of ours.
+"""An error leaves the server in one JSON shape, on every route of ours.
 
     {"error": {"type": "invalid_request", "message": "max_tokens: ...", "param": "max_tokens"}}
 
@@ -41,7 +41,7 @@ _RETRY = {"Retry-After": str(RETRY_AFTER_S)}
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """The error in the body of an answer."""
 
     type: str
     message: str
@@ -82,11 +82,11 @@ class HttpError(Exception):
         super().__init__(message)
 
     def body(self) -> ErrorBody:
-        """The answer's body."""
+        """The body of this error's answer."""
         return ErrorBody(error=ErrorDetail(type=self.kind, message=self.message, param=self.param))
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """The answer that tells a client of this error."""
         return JSONResponse(self.body().model_dump(), status_code=self.status, headers=self.headers)
 
 
@@ -176,11 +176,11 @@ def shape_vllm_errors(app: FastAPI, faults: Mapping[type[Exception], Callable[[]
 
     @app.exception_handler(RequestValidationError)
     async def wrong_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        # Of several, as of a text or a list of texts, a bound says more than a type.
+        # Where a field may be one of several types (a text, or a list of texts), a bound says more than a wrong type.
         first = next((one for one in error.errors() if one["type"] == "too_long"), error.errors()[0])
         if isinstance(first, str):
             return InvalidRequestError("the body must be sent as Content-Type: application/json").response()
-        # Further parts of the place name the branches of vLLM's types.
+        # The first name is the field's; further parts of the place name the branches of vLLM's types.
         param = next((part for part in _place(first) if isinstance(part, str)), None)
         if first["type"] == "json_invalid":
             return explain([first], None).response()
@@ -189,8 +189,8 @@ def shape_vllm_errors(app: FastAPI, faults: Mapping[type[Exception], Callable[[]
 
     @app.exception_handler(Exception)
     async def defect(request: Request, _: Exception) -> JSONResponse:
-        # Starlette raises it again behind the answer, so that uvicorn logs it. Its own part is outside of the one that
-        # adds the id to every answer, and gave every request one.
+        # Starlette raises the error again behind the answer, so that uvicorn logs it. This handler runs outside of the
+        # observer, which adds the request's id to every other answer, so the id is added here.
         told, name = "the server failed; its log has the reason", "X-Request-Id"
         headers = {name: request.headers[name]} if name in request.headers else {}
         return HttpError(500, "internal_error", told, headers=headers).response()
@@ -198,7 +198,7 @@ def shape_vllm_errors(app: FastAPI, faults: Mapping[type[Exception], Callable[[]
     for kind, fault in faults.items():
         theirs = next(app.exception_handlers[base] for base in kind.__mro__ if base in app.exception_handlers)
         app.exception_handler(kind)(_after(theirs, fault))
-    # A part of vLLM's has built the stack, with the handlers of that moment in it.
+    # vLLM has already built the stack of middlewares, with the handlers of that moment in it.
     app.middleware_stack = app.build_middleware_stack()
 
 
@@ -242,6 +242,9 @@ def explain(errors: Sequence[Any], model: type[BaseModel] | None) -> InvalidRequ
 
 
 def _place(error: Any) -> tuple[str | int, ...]:
-    """Where in the body it is: names of fields, indices of lists. An unknown field's name is the client's own text."""
+    """The place of an error in the body, as names of fields and indices of lists.
+
+    The name of an unknown field is left out, because it is the client's own text.
+    """
     inside: tuple[str | int, ...] = error["loc"][1:]
     return inside[:-1] if error["type"] == "extra_forbidden" else inside

@@ -16,17 +16,17 @@ NO_KEY = "none"
 
 @dataclass(kw_only=True, slots=True)
 class Exchange:
-    """What is known of a request so far. Times are on the monotonic clock, in seconds; sizes in bytes.
+    """A request and what is known of it so far. Times are on the monotonic clock, in seconds; sizes in bytes.
 
     Attributes:
         route: template of the route, or one of the few other labels of `RouteNames`.
         request_id: the client's, if it may go into logs, or one of ours.
         key: name of the API key.
-        status: of the answer; 0 while there is none.
+        status: HTTP status of the answer; 0 while there is none.
         error: `error.type` of the answer, or of an error event in a stream.
         complete: the last byte of the answer has been handed over.
-        duration_s: from its arrival until its end, once it is closed.
-        work: what engines have done for it.
+        duration_s: from the request's arrival until its end, once the exchange is closed.
+        work: the work of engines for this request.
     """
 
     method: str
@@ -50,7 +50,7 @@ class Exchange:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing of what comes now belongs to it."""
+        """Whether the exchange has ended; nothing that comes later belongs to it."""
         return self.work.closed
 
     @property

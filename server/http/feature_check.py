@@ -1,4 +1,4 @@
-"""What of a JSON body makes the server run what its client wrote, and so needs the operator's --allow."""
+"""Fields of a JSON body that make the server run what its client wrote; each needs the operator's --allow."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ _GRAMMARS = (
     "structured_outputs", "structural_tag", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
     "guided_decoding_backend", "output_format",
 )  # fmt: skip
-# OpenAI says a word, Anthropic an object.
+# OpenAI's clients send a word here, Anthropic's an object.
 _FREE_CHOICES = ("none", "auto")
 _MEDIA_FIELDS = ("mm_processor_kwargs", "media_io_kwargs", "multi_modal_data", "mm_payload", "return_mm_kwargs")
-# They name other engines, which this one would fetch keys and values from.
+# These fields name other engines, from which this one would fetch keys and values.
 _TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
 _SAID = ("messages", "input", "system", "previous_input_messages")
-# Where a message, or a part of one, holds further parts. Arguments of a tool are not among them: they are any JSON.
+# Fields in which a message, or a part of a message, holds further parts. Arguments of a tool are any JSON, and not
+# among them.
 _HOLDS_PARTS = ("content", "output", "outputs", "summary")
 _TEXT_PARTS = frozenset(
     {
@@ -31,10 +32,10 @@ _MEDIA = re.compile("image|audio|video|vision|file|media|screenshot", re.IGNOREC
 
 
 def check_features(fields: Mapping[str, Any], allowed: Collection[Feature]) -> None:
-    """Refuse what the operator has not allowed.
+    """Refuse a body that asks for a feature which the operator has not allowed.
 
     Raises:
-        InvalidRequestError: there is some of it.
+        InvalidRequestError: the body asks for such a feature.
     """
     for name in _TRANSFERS:
         arguments = fields.get("vllm_xargs")
@@ -56,7 +57,7 @@ def _asked(fields: Mapping[str, Any]) -> Iterator[tuple[Feature, str]]:
     for name, form in (("response_format", fields.get("response_format")), ("text", _inner(fields.get("text")))):
         if isinstance(form, dict) and form.get("type", "text") != "text":
             yield Feature.STRUCTURED_OUTPUT, name
-    # Anthropic's has no form for plain text.
+    # Anthropic's field has no form for plain text.
     if _inner(fields.get("output_config")) is not None:
         yield Feature.STRUCTURED_OUTPUT, "output_config"
     choice = fields.get("tool_choice")
@@ -88,7 +89,7 @@ def _is_strict(tool: Any) -> bool:
 
 
 def _said(said: Any, *, part: bool) -> Iterator[Feature]:
-    """What messages, or the parts of one, ask for, however deep it is: the parser has bounded the depth."""
+    """The features that messages, or parts of a message, ask for at any depth. The parser has bounded the depth."""
     for item in _items(said):
         if isinstance(item, list):
             yield from _said(item, part=part)

@@ -1,6 +1,6 @@
-"""The first thing that sees a request: key, headers, body, place in the queue, deadline, in this order.
+"""The front sees every request first: key, headers, body, place in the queue, deadline, in this order.
 
-A plain ASGI class: a function middleware would hide a client's disconnect from the routes.
+The front is a plain ASGI class, because a function middleware would hide a client's disconnect from the routes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class OwnRoutes:
 
 
 class Gate:
-    """What the front needs to know of the running server; made when the engine is up."""
+    """The front's knowledge of the running server; made when the engine is up."""
 
     def __init__(self, policy: Policy, admission: Admission, model: ModelBounds, own: OwnRoutes) -> None:
         self.policy = policy
@@ -48,7 +48,7 @@ class Gate:
         self._tokenizing = Admission(capacity=MAX_TOKENIZING, per_key=admission.per_key)
 
     def lane(self, path: str) -> Admission:
-        """Where a request for that path takes its place."""
+        """The admission in which a request for a path takes its place."""
         if path not in TOKENIZING:
             return self.admission
         self._tokenizing.draining = self.admission.draining
@@ -56,9 +56,10 @@ class Gate:
 
 
 class Front:
-    """Refuses what is not to come in; tells the routes behind it nothing but the request.
+    """Refuses requests that are not to come in, and hands the others on unchanged.
 
-    Reads `app.state.pat_serve_gate`. What it refuses has the shape of all errors and repeats nothing of the request.
+    The front reads `app.state.pat_serve_gate`. Its refusals have the shape of all errors and repeat nothing of the
+    request.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -70,7 +71,7 @@ class Front:
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
-            # No route of ours is a WebSocket, so there is nothing to guard but the door.
+            # No route of ours is a WebSocket, so every one is closed.
             await send({"type": "websocket.close", "code": 1008})
             return
         gate: Gate = scope["app"].state.pat_serve_gate
@@ -93,7 +94,7 @@ class Front:
 
     async def _admitted(self, gate: Gate, key: str, scope: Scope, receive: Receive, send: Send) -> None:
         policy, path, posted = gate.policy, scope["path"], scope["method"] == "POST"
-        # No other request has use for one, and who needs no key must not have us hold anything.
+        # Only a POST has use for a body, and a client that needs no key must not make the server hold one.
         max_bytes = policy.max_body_bytes if posted and path not in policy.open_paths else 0
         with gate.bodies.share() as take:
             body = await read_body(scope, receive, max_bytes=max_bytes, timeout_s=policy.receive_timeout_s, take=take)
@@ -120,13 +121,13 @@ class Front:
 
 
 def authorize(scope: Scope, policy: Policy) -> str:
-    """Name of the key that a request bears; "none" where none is asked for.
+    """The name of the key that a request bears; "none" where no key is asked for.
 
-    By the decoded path that routing sees, and only if it is an open one to the letter: whatever `//health`, `/health/`
-    or a Host header may lead to, it asks for the key.
+    The path that counts is the decoded one, which routing sees. A path is open only if it is one of the open paths to
+    the letter: `//health` and `/health/` ask for the key, whatever they may lead to.
 
     Raises:
-        HttpError: 401.
+        HttpError: 401, the request bears no key of this server.
     """
     if not policy.keys.keys or scope["path"] in policy.open_paths:
         return NO_KEY

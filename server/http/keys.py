@@ -1,4 +1,4 @@
-"""API keys: where they come from, what is kept of them, and whose a request is."""
+"""API keys: their sources, the digests that are kept of them, and the owner of a request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from pat_serve.errors import UsageError
 from pat_serve.files.text_files import OtherEncodingError, read_utf8
 
-# Read once and removed, so that no child process inherits them. vLLM's own variable keeps working.
+# These variables are read once and removed, so that no child process inherits them. vLLM's own variable keeps working.
 ENVIRONMENT = ("PAT_SERVE_API_KEYS", "VLLM_API_KEY")
 # A name ends at the first "="; what follows must be more than the padding at the end of a base64 key.
 _NAMED = re.compile(r"([A-Za-z][A-Za-z0-9_.-]{0,63})=(?!=*$)(.+)")
@@ -20,7 +20,7 @@ _NAMED = re.compile(r"([A-Za-z][A-Za-z0-9_.-]{0,63})=(?!=*$)(.+)")
 
 @dataclass(frozen=True, kw_only=True)
 class ApiKey:
-    """What the server keeps of a key: the name that logs show, and a SHA-256 digest."""
+    """An API key as the server keeps it: the name that logs show, and a SHA-256 digest."""
 
     name: str
     digest: bytes
@@ -28,14 +28,15 @@ class ApiKey:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyRing:
-    """All keys that open the server; without any it is open to everybody who reaches it."""
+    """All keys that open the server. A server without keys is open to everybody who reaches it."""
 
     keys: tuple[ApiKey, ...] = ()
 
     def owner(self, authorization: bytes | None) -> str | None:
-        """Name of the key in an Authorization header; None if it bears none of the keys.
+        """The name of the key in an Authorization header; None if the header bears none of the keys.
 
-        Takes the same time whichever key matches and however near a wrong one comes: digests are compared, all of them.
+        The search takes the same time whichever key matches, and however near a wrong key comes: all digests are
+        compared.
         """
         scheme, _, given = (authorization or b"").partition(b" ")
         digest = hashlib.sha256(given.strip()).digest()
@@ -61,8 +62,8 @@ def collect_keys(flags: Sequence[str], *, environment: MutableMapping[str, str],
     """
     variables = {name: environment.pop(name) for name in ENVIRONMENT if name in environment}
     listed = variables.get(ENVIRONMENT[0], "").split(",")
-    # A source that is there and empty is most often a variable of the caller's that was not set, and a server without
-    # keys is open to all.
+    # A source that is there and empty is most often a variable that the caller forgot to set. It is refused, because a
+    # server without keys is open to all.
     for source, empty in (
         ("--api-key", any(not text.strip() for text in flags)),
         *((name, not value.strip(", \t\r\n")) for name, value in variables.items()),
@@ -91,16 +92,16 @@ def collect_keys(flags: Sequence[str], *, environment: MutableMapping[str, str],
 
 
 def first_key(file: Path) -> str:
-    """The first key of a key file, without its name: for a client of the server that reads the same file.
+    """The first key of a key file, without its name, for a client that reads the same file as the server.
 
     Raises:
-        UsageError: an unreadable file, or none in it.
+        UsageError: the file is unreadable, or holds no key.
     """
     return _split(_lines(file)[0])[1]
 
 
 def _split(text: str) -> tuple[str | None, str]:
-    """Name, if there is one, and key."""
+    """Part a flag or a line into the name, if there is one, and the key."""
     named = _NAMED.fullmatch(text.strip())
     return (named[1], named[2]) if named else (None, text.strip())
 

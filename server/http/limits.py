@@ -1,4 +1,5 @@
-"""What the server refuses before the engine sees it: fixed bounds of the fields, and checks against the model."""
+"""Requests that are refused before the engine sees them: fixed bounds of the fields, and checks against the model.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ MAX_MESSAGES = 4096
 MAX_MODEL_TOKENS = 2_000_000
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
-# The bound of vLLM's and OpenAI's own routes.
+# vLLM's and OpenAI's own routes have the same bound.
 MAX_TEMPERATURE = 2.0
 # Seeds travel to the engine as signed 64-bit integers.
 MAX_SEED = 2**63 - 1
@@ -20,9 +21,9 @@ MAX_ROUNDS = 100
 MAX_WARMUP = 10
 MAX_REQUESTS = 10_000
 MAX_DURATION_S = 600.0
-# Of a benchmark's prompts: 40 bytes each in this process. More than most engines have room for.
+# All prompts of a benchmark together. A token takes 40 bytes in this process; most engines have room for fewer tokens.
 MAX_TOKENS_AT_ONCE = 2**22
-# A benchmark holds the engine and a connection; one that takes longer belongs into pat-bench.
+# A benchmark holds the engine and a connection. A longer benchmark belongs into pat-bench.
 BENCHMARK_TIMEOUT_S = 900.0
 
 
@@ -54,7 +55,7 @@ def output_budget(prompt_tokens: int, max_tokens: int | None, *, max_model_len: 
 
     Args:
         prompt_tokens: length of the prompt in tokens.
-        max_tokens: what was asked for; None means what fits, at most `DEFAULT_MAX_TOKENS`.
+        max_tokens: the number that was asked for; None takes as many as fit, at most `DEFAULT_MAX_TOKENS`.
         max_model_len: tokens of prompt and output together that the engine serves.
         param: the field that holds the prompt.
 

@@ -1,7 +1,7 @@
 """Our own Prometheus metrics, beside vLLM's on `/metrics`. docs/observability.md lists them.
 
-They live in prometheus_client's default registry, which vLLM exposes; where PROMETHEUS_MULTIPROC_DIR is set both are
-kept in files there, so nothing here may rely on a callback at the moment of a scrape.
+Our metrics live in prometheus_client's default registry, which vLLM exposes. Where PROMETHEUS_MULTIPROC_DIR is set, all
+metrics are kept in files there, so nothing here may rely on a callback at the moment of a scrape.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _BY = ("route", "key")
 
 
 class ServerMetrics:
-    """Made once in a process.
+    """All metrics of ours. A process makes them once.
 
     Args:
-        registry: prometheus_client's default one but in tests.
+        registry: takes the metrics; tests give one of their own.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
@@ -54,9 +54,9 @@ class ServerMetrics:
         self._registry = registry
 
     def model(self, labels: Mapping[str, str]) -> None:
-        """Say what is served, as the labels of a gauge that is 1."""
+        """Name the served model, in the labels of a gauge that is 1."""
         told = "What is served: the model, its base, width and pruning method, and the version of pat-serve."
-        # Not prometheus_client's Info, which several processes cannot share.
+        # A gauge takes the place of prometheus_client's Info, which several processes cannot share.
         info = Gauge(
             "pat_serve_model_info", told, tuple(labels), registry=self._registry, multiprocess_mode="mostrecent"
         )
@@ -88,7 +88,7 @@ class ServerMetrics:
         if exchange.work.prompt_tokens:
             self._prompt_tokens.labels(*by).inc(exchange.work.prompt_tokens)
             self._output_tokens.labels(*by).inc(exchange.work.output_tokens)
-        # Whoever left has seen the first token all the same, and the latencies of those who leave are no better.
+        # A client that left has seen the first token all the same, and its latencies count as well.
         for seen, value in (
             (self._ttft, exchange.ttft_s),
             (self._queue, exchange.work.queue_s),

@@ -1,4 +1,4 @@
-"""The outermost part of the server: sees every request and every byte of its answer, and adds one header."""
+"""The outermost part of the server: it sees every request and every byte of its answer, and adds one header."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pat_serve.server.http.metrics import ServerMetrics
 from pat_serve.server.http.route_names import UNPARSED, RouteNames
 
 REQUEST_ID = b"x-request-id"
-# How an error begins in a stream of ours or vLLM's; text that a model makes stands further in.
+# An error begins so in a stream of ours and of vLLM's. Text that a model makes stands further in.
 _ERROR_EVENT = b'data: {"error"'
 _REASON = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _UNTOLD = "untold"
 
 
 class Observation:
-    """What is done with what was seen.
+    """Turns what the observer sees into metrics and lines of the log.
 
     Args:
-        metrics: counts it.
-        log: writes it down; None writes nothing.
+        metrics: counts requests and observes their times.
+        log: writes a line for each request; None writes nothing.
         routes: names of the app's routes.
     """
 
@@ -38,11 +38,15 @@ class Observation:
         self.routes = routes
 
     def begin(self, scope: Scope) -> Exchange:
-        """A request has come. Its id is told to what is behind, so that vLLM's own log has the same."""
+        """Begin the exchange of a request that has come.
+
+        The id of the request is put into its headers, so that vLLM's own log has the same id.
+        """
         given = next((value for name, value in scope["headers"] if name == REQUEST_ID), None)
         request_id = given.decode("latin-1") if given is not None else ""
         if not valid_request_id(request_id):
-            # One that came and is not valid stays where it is, to be refused.
+            # An id that the client sent and that is not valid stays in the headers: the front refuses the request for
+            # it.
             request_id = uuid4().hex
         if given is None:
             scope["headers"] = [*scope["headers"], (REQUEST_ID, request_id.encode())]
@@ -50,14 +54,14 @@ class Observation:
         return Exchange(method=scope["method"], path=path, route=self.routes.name(path), request_id=request_id)
 
     def end(self, exchange: Exchange) -> None:
-        """Its answer has ended, or the client has left."""
+        """Record an exchange whose answer has ended, or whose client has left."""
         exchange.close()
         self.metrics.record(exchange)
         if self.log is not None:
             self.log.write(exchange)
 
     def refused(self, error: HttpError) -> None:
-        """The connection has been refused before there was a request."""
+        """Record a connection that was refused before there was a request."""
         self.metrics.record_unparsed(error.status, error.kind)
         if self.log is not None:
             exchange = Exchange(method="-", path=UNPARSED, route=UNPARSED, request_id="-")
@@ -66,13 +70,13 @@ class Observation:
 
 
 class Observer:
-    """Reads `app.state.pat_serve_observation`."""
+    """The middleware that observes. It reads `app.state.pat_serve_observation`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and what comes back."""
+        """Pass the request on, and the answer back."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -98,7 +102,8 @@ class Observer:
                 exchange.response_bytes += len(body)
                 exchange.complete = not message.get("more_body", False)
                 if exchange.complete:
-                    # Before the client can know that it is over: who asks for the metrics next finds it counted.
+                    # The request is counted before its client can know that it is over, so a client that asks for the
+                    # metrics next finds it counted.
                     end()
             await send(message)
 
@@ -112,7 +117,7 @@ class Observer:
         try:
             await self.app(scope, observed_receive, observed_send)
         except Exception:
-            # Starlette's outermost part answers it, if it still can.
+            # Starlette's outermost part answers the request, if it still can.
             exchange.status, exchange.error = exchange.status or 500, "internal_error"
             raise
         finally:
@@ -124,7 +129,7 @@ class Observer:
 
 
 def error_type(body: bytes) -> str:
-    """`error.type` of an error's body or event; "untold" where there is none that can be a label."""
+    """The `error.type` of an error's body or event; "untold" where it has none that can be a label."""
     try:
         document = from_json(body.removeprefix(b"data: ").split(b"\n", 1)[0])
         kind = document["error"]["type"]

@@ -1,4 +1,4 @@
-"""What the server lets through: every bound of a request, in one place. docs/serving.md lists them."""
+"""Every bound of a request, in one place. docs/serving.md lists them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pat_serve.server.http.web_page import PAGE_PATHS
 
 MIB = 2**20
 
-# More than any client or proxy sends; uvicorn's parser itself has no bound.
+# No client or proxy sends more. uvicorn's parser itself has no bound.
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 1024
 MAX_URL_BYTES = 8 * 1024
@@ -18,10 +18,10 @@ MAX_REQUEST_ID_CHARS = 128
 
 
 class Feature(StrEnum):
-    """What a request may ask for only if the operator allows it.
+    """A feature that a request may ask for only if the operator allows it.
 
-    Each is a way to make the server run what the client wrote: a grammar's compiler, a template engine, a fetch from
-    the server's network, the model without its embedding.
+    Each feature makes the server run what the client wrote: a grammar's compiler, a template engine, a fetch from the
+    server's network, the model without its embedding.
     """
 
     STRUCTURED_OUTPUT = "structured-output"
@@ -35,21 +35,21 @@ class Policy:
     """Bounds of the HTTP side.
 
     Attributes:
-        keys: who may come in.
+        keys: the API keys that open the server.
         public_metrics: `/metrics` asks for no key.
         public_page: the page's files ask for no key; what it shows still does.
-        max_body_bytes: of a request's body.
-        max_bodies_bytes: of all bodies that are held at once; of one of the largest at least.
+        max_body_bytes: size of a request's body.
+        max_bodies_bytes: size of all bodies that are held at once; one body of the largest size always has room.
         max_sequences: prompts times `n` of one request.
         max_queue: sequences that wait beyond those that the engine runs at once; None is four times those.
         max_concurrency_per_key: requests of one key under way; None is unbounded.
-        request_timeout_s: from a complete body to the end of the answer.
-        receive_timeout_s: for a request's headers, and again for its body.
-        send_timeout_s: for a client that has stopped reading.
-        max_connections: open at once.
-        shutdown_timeout_s: what requests under way may take after SIGTERM.
-        allowed: see `Feature`.
-        benchmarks: `/benchmark/*` can be asked to measure.
+        request_timeout_s: time from a complete body to the end of the answer.
+        receive_timeout_s: time for a request's headers, and again for its body.
+        send_timeout_s: time for a client that has stopped reading to begin again.
+        max_connections: connections that are open at once.
+        shutdown_timeout_s: time that requests under way may take after SIGTERM.
+        allowed: the features that a request may ask for.
+        benchmarks: `/benchmark/*` measures when it is asked to.
     """
 
     keys: KeyRing = field(default_factory=KeyRing)

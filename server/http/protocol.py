@@ -1,8 +1,8 @@
-"""uvicorn's HTTP protocol with bounds on what happens before and after a request is one.
+"""uvicorn's HTTP protocol, with bounds on a connection before a request is complete and after its answer.
 
-uvicorn hands a request on when its headers are complete, so nothing behind it sees headers that never end, a
-connection on which nothing happens, or a client that does not read. httptools is vLLM's parser too; h11, uvicorn's
-other one, bounds the headers' size, and costs more time than all the rest of the front.
+uvicorn hands a request on when its headers are complete, so nothing behind it sees headers that never end, a connection
+on which nothing happens, or a client that does not read. The parser is httptools, as in vLLM. uvicorn's other parser,
+h11, bounds the headers' size, but costs more time than all the rest of the front.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from pat_serve.server.http.errors import HttpError
 from pat_serve.server.http.policy import MAX_HEADER_BYTES, MAX_HEADERS, Policy
 
-# A refused client may be sending still; closed at once, it would see a reset in place of the answer.
+# A refused client may still be sending. If its connection were closed at once, it would see a reset in place of the
+# answer.
 _LINGER_S = 2.0
-# Between the last request and the end of the process: answers that nobody reads are not waited for.
+# Seconds between the last request and the end of the process. The server does not wait for answers that nobody reads.
 CONNECTIONS_END_S = 4
 
 
@@ -33,7 +34,7 @@ def bounded_protocol(
         policy: bounds of a connection.
         guarded: whether the app behind it has its `Front`. vLLM goes on without a plugin that it cannot load, and would
             serve with neither keys nor bounds: no connection is taken then.
-        refused: is told of what the app never hears of.
+        refused: is called with each refusal that the app never hears of.
     """
     settings = {"policy": policy, "guarded": staticmethod(guarded), "refused": staticmethod(refused)}
     return type("BoundedProtocol", (_BoundedProtocol,), settings)
@@ -48,7 +49,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._in_headers = False
         self._in_body = False
-        # While a body comes: since its last piece, so of trailers and of chunks' extensions.
+        # While a body comes, this counts the bytes since its last piece: trailers and chunks' extensions.
         self._header_bytes = 0
         self._trailers = 0
         self._refused = False
@@ -57,7 +58,7 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the clock of the first request."""
-        # asyncio's own signature; uvicorn's names the kind that a server's connections are.
+        # The signature is asyncio's own. uvicorn's names the kind that a server's connections are.
         super().connection_made(cast(asyncio.Transport, transport))
         if len(self.connections) > self.policy.max_connections or not self.guarded():
             self.connections.discard(self)
@@ -73,16 +74,17 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count what is no body."""
+        """Count the bytes that belong to no body."""
         if self._refused:
             return
         begun = self._in_headers or self._in_body
         if begun:
-            # A piece of the body that is in it sets this to 0.
+            # A piece of a body among the data sets this to 0.
             self._header_bytes += len(data)
         super().data_received(data)
         if not begun and self._in_headers:
-            # Where in it they begin the parser does not say; what is pipelined behind a body may count as theirs.
+            # The parser does not say where in the data the headers begin, so bytes that are pipelined behind a body may
+            # count as theirs.
             self._header_bytes = len(data)
         reading = self._in_headers or self._in_body
         if reading and (self._header_bytes > MAX_HEADER_BYTES or self._trailers > MAX_HEADERS):
@@ -93,7 +95,7 @@ class _BoundedProtocol(HttpToolsProtocol):
             self._await_request()
 
     def on_message_begin(self) -> None:
-        """A request has begun; its headers have a time."""
+        """Begin a request, whose headers have a time to arrive in."""
         super().on_message_begin()
         self._in_headers = True
         self._trailers = 0
@@ -107,7 +109,7 @@ class _BoundedProtocol(HttpToolsProtocol):
             self._trailers += 1
 
     def on_headers_complete(self) -> None:
-        """From here on the body's reader keeps the time."""
+        """End the headers; from here on the body's reader keeps the time."""
         self._in_headers = False
         self._in_body = True
         self._header_bytes = 0
@@ -115,36 +117,37 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
+        """Take a piece of the body."""
         self._header_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
+        """End the request's body."""
         self._in_body = False
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP."""
+        """Answer data that is not HTTP."""
         self.refused(HttpError(400, "not_http", msg))
         self._write(400, b"text/plain; charset=utf-8", msg.encode())
         self.transport.close()
 
     def shutdown(self) -> None:
-        """The server stops. What is not over in its time is cut off, and its request ends as if the client had left.
+        """Stop serving this connection, and cut it off when its time is over.
 
-        uvicorn would cancel the request, and log that with a traceback.
+        A request that is cut off ends as if its client had left. uvicorn would cancel the request, and log that with a
+        traceback.
         """
         super().shutdown()
         self.loop.call_later(CONNECTIONS_END_S, self.transport.abort)
 
     def pause_writing(self) -> None:
-        """The client has stopped reading, or is slower than the answer."""
+        """Start the clock of a client that has stopped reading, or is slower than the answer."""
         super().pause_writing()
         self._start_send_timer()
 
     def resume_writing(self) -> None:
-        """It has read."""
+        """Stop the clock of a client that reads again."""
         super().resume_writing()
         self._stop_timer("_send_timer")
 
@@ -165,7 +168,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._refuse(HttpError(408, "headers_timeout", f"headers took over {self.policy.receive_timeout_s:g} s"))
 
     def _refuse(self, error: HttpError) -> None:
-        """Answer without an app; what still comes is thrown away."""
+        """Answer without an app, and throw away what still comes."""
         self._refused = True
         self._stop_timer("_receive_timer")
         self.refused(error)
@@ -173,7 +176,7 @@ class _BoundedProtocol(HttpToolsProtocol):
             return
         if self.cycle is not None and not self.cycle.response_complete:
             begun = self.cycle.response_started
-            # The app sees its client leave, and what it still says is not sent.
+            # The app sees its client leave, and nothing that it still says is sent.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             if begun:
@@ -185,9 +188,9 @@ class _BoundedProtocol(HttpToolsProtocol):
         self.loop.call_later(_LINGER_S, self.transport.abort)
 
     def _write(self, status: int, kind: bytes, body: bytes) -> None:
-        """An answer that no app gives, and the last one."""
+        """Write the last answer of a connection, which no app gives."""
         fields = b"content-type: %b\r\ncontent-length: %d\r\n" % (kind, len(body))
-        # What the client sent as its id may be what is refused.
+        # The client's own request id may be the reason for the refusal, so the answer has an id of ours.
         fields += b"x-request-id: %b\r\nconnection: close\r\n\r\n" % uuid4().hex.encode()
         self.transport.write(STATUS_LINE[status] + fields + body)
 

@@ -1,4 +1,4 @@
-"""Reading a request within bounds: its headers, its size, the time that it takes to arrive."""
+"""Bounds on reading a request: its headers, its size, the time that it takes to arrive."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pat_serve.server.http.body_check import valid_request_id
 from pat_serve.server.http.errors import RETRY_AFTER_S, HttpError, InvalidRequestError
 from pat_serve.server.http.policy import MAX_HEADER_BYTES, MAX_HEADERS, MAX_REQUEST_ID_CHARS, MAX_URL_BYTES
 
-# What is left of a body that nobody wants would be read for as long as the client sends it.
+# The rest of a body that nobody wants would otherwise be read for as long as the client sends it.
 _CLOSE = {"Connection": "close"}
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:
-    """The first header of that name, which is in lower case."""
+    """The first header of a name, which is given in lower case."""
     return next((value for key, value in scope["headers"] if key == name), None)
 
 
@@ -25,7 +25,7 @@ def check_headers(scope: Scope) -> None:
     """Refuse a URL or headers that are too large or too many, or a request id that does not belong into logs.
 
     Raises:
-        HttpError: 414, 431 or 400.
+        HttpError: 414 the URL is too long, 431 the headers are too large, 400 the request id is not valid.
     """
     if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL_BYTES:
         raise HttpError(414, "url_too_long", f"at most {MAX_URL_BYTES} bytes of URL are allowed", headers=_CLOSE)
@@ -40,10 +40,10 @@ def check_headers(scope: Scope) -> None:
 
 
 class BodyBudget:
-    """Bytes of all bodies that are held at once, each until its answer has ended. Lives on the event loop.
+    """A budget for the bytes of all bodies, each held until its answer has ended. Lives on the event loop.
 
     Args:
-        capacity: how many they may be.
+        capacity: bytes that all bodies together may have.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -52,7 +52,8 @@ class BodyBudget:
 
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
-        """One request's share: to be called with the size of what is held more; raises 503 where there is no room."""
+        """The share of one request: a function that takes each further number of bytes, or raises 503 for want of room.
+        """
         taken = 0
 
         def take(size: int) -> None:
@@ -75,21 +76,22 @@ async def read_body(
     """The whole body; None if the client left before its end.
 
     Args:
-        scope: of the request.
-        receive: of the request.
-        max_bytes: that it may have; 0 for a request that takes none.
-        timeout_s: that it may take to arrive.
+        scope: the request's scope.
+        receive: gives the request's messages.
+        max_bytes: size that the body may have; 0 for a request that takes none.
+        timeout_s: time that the body may take to arrive.
         take: is called with the size of each piece before it is kept; see `BodyBudget.share`.
 
     Raises:
-        HttpError: 413 it is too large, whatever its length was said to be; 408 it takes too long; 503 no room for it.
+        HttpError: 413 the body is too large, whatever length was announced; 408 it takes too long; 503 there is no room
+            for it.
     """
     told = header(scope, b"content-length")
     if told is None and header(scope, b"transfer-encoding") is None:
         return b""
     bound = f"the body is larger than {max_bytes} bytes" if max_bytes else "this request takes no body; leave it out"
     too_large = HttpError(413, "body_too_large", bound, headers=_CLOSE)
-    # The parser has seen to it that a length is digits.
+    # The parser has made sure that a length is digits.
     if told is not None and int(told) > max_bytes:
         raise too_large
     chunks, size = [], 0
@@ -112,10 +114,10 @@ async def read_body(
 
 
 def check_length(scope: Scope, body: bytes) -> None:
-    """Refuse a body that is shorter or longer than was said.
+    """Refuse a body that is shorter or longer than was announced.
 
     Raises:
-        InvalidRequestError: it is.
+        InvalidRequestError: the body has another length than Content-Length says.
     """
     told = header(scope, b"content-length")
     if told is not None and header(scope, b"transfer-encoding") is None and int(told) != len(body):
@@ -123,7 +125,7 @@ def check_length(scope: Scope, body: bytes) -> None:
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body, then what the connection says."""
+    """A `receive` that gives the body first, then the messages of the connection."""
     given = False
 
     async def receive_again() -> Message:

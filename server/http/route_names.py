@@ -1,4 +1,4 @@
-"""The template of a request's route, for labels: a client can send any path, and must not make a label of each."""
+"""The templates of routes, for labels: a client can send any path, and must not make a label of each."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable
 
 OTHER = "other"
-# Refused before there was a path.
+# The name for connections that were refused before there was a path.
 UNPARSED = "unparsed"
 
 
 class RouteNames:
-    """From a path to one of a fixed set of names.
+    """Maps each path to one of a fixed set of names.
 
     Args:
         templates: paths of all routes, with their parameters in braces.
@@ -31,7 +31,7 @@ class RouteNames:
 
 def _pattern(template: str) -> re.Pattern[str]:
     parts = re.split(r"\{[^}:]*(:path)?\}", template)
-    # re.split gives the text and the group in turn.
+    # re.split gives the text and the matched group in turn.
     return re.compile(
         "".join(
             re.escape(part or "") if index % 2 == 0 else (".+" if part else "[^/]+") for index, part in enumerate(parts)

@@ -1,7 +1,7 @@
-"""Which of vLLM's routes are served: those of this list, so that one that is new or only sometimes there is not.
+"""The list of vLLM's routes that are served. A route that is new, or only sometimes there, is not served.
 
-The others steer the engine (sleep, weights, adapters, profiles, other people's requests, all of VLLM_SERVER_DEV_MODE),
-hand work between engines, or take bodies whose sequences the front cannot count.
+vLLM's other routes steer the engine (sleep, weights, adapters, profiles, other people's requests, all of
+VLLM_SERVER_DEV_MODE), hand work between engines, or take bodies whose sequences the front cannot count.
 """
 
 from __future__ import annotations
@@ -24,6 +24,6 @@ TOKENIZING = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"}
 
 
 def keep_served(app: FastAPI, ours: Collection[str] = ()) -> None:
-    """Take away every route that is neither on the list nor ours; its path is then one that does not exist."""
+    """Take away every route that is neither on the list nor ours; its path then does not exist."""
     served = VLLMS.union(ours)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in served]

@@ -1,7 +1,7 @@
-"""The web page at `/`: the files in `web/` as they are, and what they need to know of this server.
+"""The web page at `/`: the files in `web/` as they are, and the facts about this server that they need.
 
-The files hold no secret, the page asks for a key itself; `--public-page` opens them to a browser, which can send none
-when it opens an address. What the page shows comes from routes that ask for the key as ever.
+The files hold no secret. `--public-page` opens them without a key, because a browser can send none when it opens an
+address. The page then asks its user for a key: everything that it shows comes from routes that ask for one.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ _FILES: Mapping[str, Path] = {
     if path.suffix in _TYPES
 }
 _ACCESS = "/page/access"
-# All paths that the page is made of, to the letter.
+# All paths of the page, to the letter.
 PAGE_PATHS = frozenset(_FILES) | {_ACCESS}
 
-# Nothing inline, nothing from elsewhere, in nobody's frame: text that slipped through as markup could still do nothing.
+# The page runs nothing inline, loads nothing from elsewhere and stands in nobody's frame, so text that slipped through
+# as markup could still do nothing.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -46,9 +47,9 @@ _MAX_CARD_CHARS = 200_000
 
 
 class PageModel(BaseModel):
-    """`GET /page/model`: what is served, and its card as the README.md of its folder has it.
+    """`GET /page/model`: the served model, and its card as the README.md of its folder has it.
 
-    `has_chat`: the model, and its baseline if there is one, has a chat template.
+    `has_chat` says whether the model, and its baseline if there is one, have a chat template.
     """
 
     model: str
@@ -60,7 +61,7 @@ class PageModel(BaseModel):
 
 
 def page_router() -> APIRouter:
-    """Routes of the files. Not in the OpenAPI document: they are for browsers."""
+    """The routes of the files. They are for browsers, and not in the OpenAPI document."""
     router = APIRouter(include_in_schema=False)
     for path in _FILES:
         router.add_api_route(path, _file, methods=["GET", "HEAD"])

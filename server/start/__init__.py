@@ -1,1 +1,1 @@
-"""From the command line to a running server: model, address and processes are checked, watched and ended."""
+"""The way from the command line to a running server, and to its end."""

@@ -12,8 +12,8 @@ def check_draft(model: str, draft: str) -> None:
 
     Raises:
         MissingModel: no such folder, or no such model on the hub.
-        UnsupportedModel: it brings pickles or code.
-        UsageError: its vocabulary is another one.
+        UnsupportedModel: the draft brings pickles or code.
+        UsageError: the draft's vocabulary is another one.
     """
     folder = locate(draft, weights=False)
     check_trusted(draft, folder)

@@ -1,4 +1,4 @@
-"""What the launcher and the plugin tell each other through vLLM's server, which hands its `args` to both."""
+"""The handover between the launcher and the plugin, by way of vLLM's server, which hands its `args` to both."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pat_serve.server.http.policy import Policy
 
 @dataclass(kw_only=True)
 class Handover:
-    """The one thing of ours on vLLM's `args`.
+    """The settings that the launcher gives, and the news that the plugin gives back.
 
     Attributes:
         policy: bounds of the HTTP side.
-        log_format: of the access log.
+        log_format: form of a line in the access log.
         baseline: the dense parent that runs beside the model; None without.
         life: takes the note of how the served engine ended.
         observation: set by the plugin, and with it the front is in place; None until then.
@@ -40,7 +40,7 @@ class Handover:
 
     @staticmethod
     def given(args: Namespace) -> Handover | None:
-        """What the launcher has put there; None in a plain vLLM server, which has no launcher of ours."""
+        """The handover on vLLM's arguments; None in a plain vLLM server, which has no launcher of ours."""
         found = getattr(args, "pat_serve", None)
         assert found is None or isinstance(found, Handover)
         return found

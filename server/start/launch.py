@@ -35,8 +35,8 @@ from pat_serve.server.start.whole_model import check_whole_models
 
 GIB = 2**30
 DEFAULT_KV_CACHE_GIB = 4.0
-# vLLM's own 5 s are those after which httpx, and so the openai client, gives an idle connection up: a client that uses
-# it in that instant loses the race. Load balancers keep theirs for a minute.
+# vLLM closes an idle connection after 5 s, as httpx and so the openai client do: a client that uses the connection in
+# that instant loses the race. Load balancers keep idle connections for a minute.
 KEEP_ALIVE_S = 75
 # Formats that open pickles if they find nothing else.
 _UNSAFE_LOAD_FORMATS = ("auto", "hf", "pt", "npcache")
@@ -44,7 +44,7 @@ _UNSAFE_LOAD_FORMATS = ("auto", "hf", "pt", "npcache")
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """What the command line says.
+    """The settings of the command line.
 
     Attributes:
         model: a folder, a GGUF file or a hub id.
@@ -53,12 +53,12 @@ class ServeSettings:
         kv_cache_gib: memory for keys and values; None chooses by the machine's memory (CPU) or leaves it to vLLM.
         compiled: let torch compile the model at the start (CPU only; vLLM decides elsewhere).
         draft: folder or hub id of a smaller model that proposes tokens for this one to check; None without.
-        draft_tokens: that it proposes a step.
+        draft_tokens: tokens that the draft proposes in a step.
         vllm_flags: handed to vLLM's own parser.
         policy: bounds of the HTTP side; its keys are added by `run`.
         api_keys: KEY or NAME=KEY each; never shown.
         api_key_file: file with one key a line.
-        log_format: of the access log.
+        log_format: form of a line in the access log.
         baseline: dense parent that runs beside the model; folder or hub id.
     """
 
@@ -86,22 +86,22 @@ def run(settings: ServeSettings) -> None:
 
     Raises:
         MissingModel: no such folder, no such model on the hub, or one without weights or a tokenizer.
-        BrokenCheckpoint: its weights or its tokenizer are damaged.
-        UnsupportedModel: it brings pickles or code.
+        BrokenCheckpoint: the weights or the tokenizer are damaged.
+        UnsupportedModel: the model brings pickles or code.
         PortInUse: the address is taken or not ours.
         UsageError: a flag, a key or a certificate is wrong.
         EngineError: the engine did not start, or died.
-        SystemExit: in the calling process always; in the server 0, a signal came while it was starting.
+        SystemExit: the calling process always ends so; the server does, with 0, when a signal comes while it starts.
     """
     supervise(grace_s=settings.policy.shutdown_timeout_s)
-    # Until the server listens; vLLM's own handlers take over then.
+    # These handlers hold until the server listens; vLLM's own take over then.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     adopt_orphans()
     try:
         keys = collect_keys(settings.api_keys, environment=os.environ, file=settings.api_key_file)
         settings = with_stock_folders(settings)
-        # Before vLLM spends half a minute on a model that is not there.
+        # These checks come before vLLM spends half a minute on a model that is not there.
         for model in filter(None, (settings.model, settings.baseline)):
             check_trusted(model, locate(model, weights=False))
         if settings.baseline is not None:
@@ -115,11 +115,11 @@ def run(settings: ServeSettings) -> None:
         check_flags(args, settings)
         check_whole_models(args, settings.model, baseline=settings.baseline, draft=settings.draft)
         if settings.baseline is not None and is_cpu_backend():
-            # Elsewhere vLLM itself refuses an engine for which the accelerator has no room.
+            # On an accelerator vLLM itself refuses an engine for which there is no room.
             kv_cache_bytes = args.kv_cache_memory_bytes or int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0) * GIB
             check_memory(settings.model, settings.baseline, dtype=args.dtype, kv_cache_bytes=kv_cache_bytes)
         check_certificate(args.ssl_certfile, args.ssl_keyfile)
-        # vLLM would guard some routes only, and keep the keys as they are.
+        # vLLM would guard some routes only, and would keep the keys in plain text.
         more = collect_keys([f"vllm-{index}={key}" for index, key in enumerate(args.api_key or [], 1)], environment={})
         args.api_key = None
         policy = replace(settings.policy, keys=KeyRing(keys=keys.keys + more.keys))
@@ -135,11 +135,12 @@ def run(settings: ServeSettings) -> None:
 
 
 def with_stock_folders(settings: ServeSettings) -> ServeSettings:
-    """The same settings with the folder of a GGUF file in its place, served under the name that the user gave.
+    """The same settings, with the folder of a GGUF file in the place of the file.
 
-    A folder's name is served without the slash that may stand behind it, and with it.
+    The model is served under the name that the user gave. A folder's name is served without the slash that may stand
+    behind it, and with the slash.
 
-    The baseline keeps its name, under which it is shown; its engine looks for the folder itself.
+    The baseline keeps the name under which it is shown: its engine looks for the folder itself.
 
     Raises:
         ModelError: the file is damaged or not covered.
@@ -148,10 +149,11 @@ def with_stock_folders(settings: ServeSettings) -> ServeSettings:
     draft = None if settings.draft is None else stock_path(settings.draft)
     flags = settings.vllm_flags
     if model != settings.model:
-        # First, so that a name of the user's own wins.
+        # Our flag comes first, so that a name of the user's own wins.
         flags = ("--served-model-name", settings.model, *flags)
     elif Path(model).is_dir() and (name := model.rstrip("/")) not in ("", model) and not _is_named(flags):
-        # As a shell completes a folder's name. The server is known by the name, and knows the other.
+        # A shell completes a folder's name with a slash. The server shows the name without the slash, and answers to
+        # both.
         flags = ("--served-model-name", name, model, *flags)
     return replace(settings, model=model, draft=draft, vllm_flags=flags)
 
@@ -161,7 +163,7 @@ def _is_named(flags: tuple[str, ...]) -> bool:
 
 
 def check_plugin() -> None:
-    """Refuse to start where vLLM would not find or not load our part, and serve without it.
+    """Refuse to start where vLLM would not find or not load our plugin, and serve without it.
 
     Raises:
         EngineError: the package is not installed as it should be.
@@ -179,7 +181,7 @@ def check_plugin() -> None:
 
 
 def uvicorn_options(handover: Handover) -> dict[str, Any]:
-    """What uvicorn is told beside what vLLM tells it."""
+    """The options of uvicorn beside those that vLLM sets."""
     from pat_serve.server.http.protocol import CONNECTIONS_END_S, bounded_protocol
 
     def refused(error: HttpError) -> None:
@@ -189,7 +191,7 @@ def uvicorn_options(handover: Handover) -> dict[str, Any]:
     protocol = bounded_protocol(handover.policy, guarded=lambda: handover.guarded, refused=refused)
     return {
         "http": protocol,
-        # No route of ours is one.
+        # No route of ours is a WebSocket.
         "ws": "none",
         "server_header": False,
         # The protocol has ended all connections by then; uvicorn would do so with a traceback.
@@ -201,7 +203,7 @@ def check_flags(args: Namespace, settings: ServeSettings) -> None:
     """Refuse flags for vLLM that would be ignored here, or would undo what this server promises.
 
     Raises:
-        UsageError: there is one.
+        UsageError: there is such a flag.
     """
     wrong = {
         "--model, --host or --port": (args.model, args.host, args.port)
@@ -252,7 +254,7 @@ def check_address(host: str, port: int) -> None:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            # As vLLM's own socket: a port in TIME_WAIT is free.
+            # vLLM's own socket has the same option: a port in TIME_WAIT is free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
@@ -265,7 +267,7 @@ def check_address(host: str, port: int) -> None:
 
 
 def warn_if_open(host: str, policy: Policy) -> None:
-    """Say so when other machines may use the server without a key. In an image nothing else can be the default."""
+    """Warn when other machines may use the server without a key. An image can have no other default."""
     addresses = {str(address[0]).split("%")[0] for *_, address in socket.getaddrinfo(host, None)}
     if not policy.keys.keys and not all(ip_address(address).is_loopback for address in addresses):
         sys.stderr.write(
@@ -275,12 +277,12 @@ def warn_if_open(host: str, policy: Policy) -> None:
 
 
 def prepare_environment(environment: MutableMapping[str, str]) -> None:
-    """Set what vLLM reads from the environment; what the user has set stays."""
+    """Set the variables that vLLM reads; a variable that the user has set stays."""
     plugins = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name]
     if "pat_serve" not in plugins:
         plugins.append("pat_serve")
     environment["VLLM_PLUGINS"] = ",".join(plugins)
-    # Four by default, whose refusal speaks of a type.
+    # vLLM allows four by default, and its refusal speaks of a type.
     environment.setdefault("VLLM_MAX_STOP_STRINGS", str(MAX_STOPS))
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
     environment.setdefault("DO_NOT_TRACK", "1")
@@ -312,7 +314,7 @@ def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
         available_gib = available_memory_bytes() / GIB / (1 if settings.baseline is None else 2)
         arguments += ["--kv-cache-memory-bytes", str(int(default_kv_cache_gib(available_gib) * GIB))]
     if settings.baseline is not None and not on_cpu:
-        # Of all its memory, for each of the two engines.
+        # The share counts all memory of the GPU, and each of the two engines takes it.
         arguments += ["--gpu-memory-utilization", "0.45"]
     if on_cpu and not settings.compiled:
         # Measured on 2 busy cores, float32: a first start takes 160 s compiled and 48 s eager (a second one 88 s and
@@ -323,7 +325,7 @@ def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
 
 
 def default_kv_cache_gib(available_gib: float) -> float:
-    """Memory for keys and values where the user names none: 4 GiB, but at most a quarter of what is free.
+    """Memory for keys and values where the user names none: 4 GiB, but at most a quarter of the free memory.
 
     vLLM by default takes nine tenths of the machine on a CPU, which a laptop or a shared server does not have.
     """
@@ -331,5 +333,5 @@ def default_kv_cache_gib(available_gib: float) -> float:
 
 
 def _stop(*_: object) -> NoReturn:
-    # To be asked to stop is no failure. Not KeyboardInterrupt, which vLLM swallows in places.
+    # A server that is asked to stop has not failed. KeyboardInterrupt would not do, because vLLM swallows it in places.
     sys.exit(0)

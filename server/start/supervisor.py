@@ -1,9 +1,9 @@
-"""The process that a user starts: it watches the server, and sees to it that nothing is left.
+"""The process that a user starts: it watches the server, and leaves no process behind.
 
-The server runs in a child with a process group of its own. Ctrl-C in a terminal reaches all processes of a group, so
-the engine would die of it before the requests under way have finished; here it reaches this process alone, which tells
-the server. When this process is killed the kernel tells the server; when the server is killed, this process, which is
-the next of kin of all orphans, ends them.
+The server runs in a child with a process group of its own. Ctrl-C in a terminal reaches all processes of a group, and
+an engine that gets it dies before the requests under way have finished. Here Ctrl-C reaches this process alone, which
+tells the server. When this process is killed, the kernel tells the server. When the server is killed, this process
+adopts the orphans and ends them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import psutil
 
 # A child that has not ended by then is killed.
 CHILD_EXIT_S = 5.0
-# What an orderly end may take beyond the grace of the requests; the whole of it after a second signal.
+# Seconds that an orderly end may take beyond the grace of the requests, and that all of it may take after a second
+# signal.
 _END_S = 30
 _HURRIED_END_S = 10
 _PR_SET_PDEATHSIG = 1
@@ -30,7 +31,7 @@ def supervise(*, grace_s: float) -> None:
     """Go on in a child process, the server; the calling process stays behind and watches it.
 
     Args:
-        grace_s: what requests under way may take once a signal has come.
+        grace_s: time that requests under way may take once a signal has come.
 
     Raises:
         SystemExit: in the calling process, with the server's exit code (128 + N when signal N killed it).
@@ -65,14 +66,14 @@ def _watch(server: int, grace_s: float) -> int:
             os.kill(server, signal.SIGKILL)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # What whoever started this has ignored is not for us: so nohup keeps a server at the end of its terminal.
+        # A signal that our parent ignores is left ignored: this is how nohup keeps a server at the end of its terminal.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, pass_on)
     signal.signal(signal.SIGALRM, give_up)
     status = None
     while status is None:
         ended, code = os.waitpid(-1, 0)
-        # Anything else is an orphan that was adopted.
+        # Any other process that ends is an orphan that was adopted.
         status = os.waitstatus_to_exitcode(code) if ended == server else None
     signal.alarm(0)
     end_children()

@@ -1,6 +1,6 @@
-"""What a model folder must not make the server do: run code of its own.
+"""A model folder must not make the server run code of its own.
 
-A pickle runs code when it is opened, `auto_map` names Python files that transformers would import. Both are refused
+A pickle runs code when it is opened, and `auto_map` names Python files that transformers would import. Both are refused
 before vLLM sees the folder, and vLLM is told to open safetensors only.
 """
 
@@ -21,10 +21,10 @@ def check_trusted(model: str, folder: Path) -> None:
 
     Args:
         model: as the user named it.
-        folder: what of it is on this disk; of a hub model perhaps its config.json alone.
+        folder: the part of the model that is on this disk; for a hub model perhaps its config.json alone.
 
     Raises:
-        UnsupportedModel: it is one.
+        UnsupportedModel: the model is such a one.
     """
     safe = any(folder.glob("*.safetensors"))
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)

@@ -1,4 +1,4 @@
-"""What a local model folder lacks, told before vLLM spends half a minute on finding out, or ends in tracebacks."""
+"""Checks of a local model folder, before vLLM spends half a minute on it or ends in tracebacks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOKENIZERS = (
     "tekken.json",
     "*.tiktoken",
 )
-# vLLM's names for what transformers loads; its other modes look for other files.
+# vLLM's names for tokenizers that transformers loads. Its other modes look for other files.
 _TOKENIZER_MODES = ("auto", "hf")
 
 
@@ -29,11 +29,11 @@ def check_whole_models(args: Namespace, model: str, *, baseline: str | None, dra
     """Refuse folders whose weights are cut off, not there or not those of their config, and tokenizers that are broken.
 
     Args:
-        args: vLLM's, parsed; with a format of weights other than safetensors, or a tokenizer from elsewhere, the
-            folders' own are not looked at.
-        model: as the user named it; one from the hub is not looked at, since perhaps not all of it has come.
+        args: vLLM's parsed arguments. With another format of weights than safetensors, or a tokenizer from elsewhere,
+            the folders' own files are not looked at.
+        model: as the user named it. A model from the hub is not looked at, since perhaps not all of it has come.
         baseline: its dense parent, whose engine takes no tokenizer but its own.
-        draft: what proposes tokens to it, which needs no tokenizer.
+        draft: the model that proposes tokens; it needs no tokenizer.
 
     Raises:
         BrokenCheckpoint: a file is damaged, an index names one that is not there, or the config is of other weights.
@@ -60,7 +60,7 @@ def check_weights(folder: Path) -> list[Path]:
         the files.
 
     Raises:
-        BrokenCheckpoint: one is damaged, or an index names one that is not there.
+        BrokenCheckpoint: a file is damaged, or an index names a file that is not there.
         MissingModel: there is none.
     """
     from safetensors import SafetensorError, safe_open
@@ -85,10 +85,10 @@ def check_weights(folder: Path) -> list[Path]:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """One is there, and is JSON if it should be.
+    """Refuse a folder without a tokenizer, or with one that is no JSON where it should be.
 
     Raises:
-        BrokenCheckpoint: it is not.
+        BrokenCheckpoint: tokenizer.json is no JSON.
         MissingModel: there is none.
     """
     fix = "Copy the base's tokenizer files into it, or name another after --: --tokenizer FOLDER."
