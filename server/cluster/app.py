@@ -1,4 +1,4 @@
-"""The Ray Serve application: replicas of pat-serve. The only file that imports ray.
+"""The Ray Serve application: replicas of pat-serve. No other file imports ray.
 
 serve run pat_serve.server.cluster.app:build model=/models/pruned
 serve run deploy/serve_config.yaml
@@ -32,7 +32,7 @@ except ImportError as error:
 # Ray Serve logs to files by this name.
 logger = logging.getLogger("ray.serve")
 
-# Between the server's end and the replica's: the answers to those who waited must leave.
+# Seconds between the server's end and the replica's, in which the answers to waiting clients leave.
 _LAST_ANSWERS_S = 1.0
 
 
@@ -43,15 +43,15 @@ class _Relayed(Response):
         self._server = server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer."""
+        """Give the other application's answer."""
         await self._server.relay(scope, receive, send)
 
 
 class Replica:
-    """A replica: its own pat-serve process, and the way to it.
+    """A replica: a pat-serve process of its own, and the relay to it.
 
     Args:
-        settings: of `ReplicaSettings`, checked by `build`.
+        settings: fields of `ReplicaSettings`, checked by `build`.
     """
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits it
@@ -66,7 +66,7 @@ class Replica:
         return _Relayed(self._server)
 
     async def check_health(self) -> None:
-        """Ray Serve replaces a replica whose check fails three times, or whose process has ended.
+        """Check the server. Ray Serve replaces a replica whose check fails three times, or whose process has ended.
 
         Raises:
             EngineError: the engine does not answer.
@@ -74,7 +74,7 @@ class Replica:
         await self._server.check()
 
     async def __del__(self) -> None:
-        """Ray Serve's destructor: called when all requests of the replica have ended."""
+        """Stop the server. Ray Serve calls this when all requests of the replica have ended."""
         self._stopping = True
         await self._server.stop()
 
@@ -82,13 +82,13 @@ class Replica:
         await self._server.ended.wait()
         if self._stopping:
             return
-        # A replica without a server answers at once, and so would look like the idlest of all.
+        # A replica without a server answers at once, and would look like the idlest of all.
         logger.error("the server of this replica has ended; the replica ends too")
         await asyncio.sleep(_LAST_ANSWERS_S)
         os._exit(1)
 
 
-# The defaults of `serve run IMPORT_PATH`; deploy/serve_config.yaml explains and overrides them.
+# These are the defaults of `serve run IMPORT_PATH`; deploy/serve_config.yaml explains and overrides them.
 PatServe: Any = serve.deployment(
     name="PatServe",
     max_ongoing_requests=64,
@@ -101,11 +101,11 @@ PatServe: Any = serve.deployment(
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """The application, from `args:` of a configuration or from KEY=VALUE after `serve run`.
+    """Build the application, from `args:` of a configuration or from KEY=VALUE after `serve run`.
 
     Raises:
         UsageError: an argument is wrong.
         MissingModel: no such folder, or no such model on the hub.
-        UnsupportedModel: it brings pickles or code.
+        UnsupportedModel: the model brings pickles or code.
     """
     return PatServe.bind(read_settings(arguments).model_dump())

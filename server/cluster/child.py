@@ -1,4 +1,4 @@
-"""Run a command as the child of a Ray replica: it is told to end when the replica does, however that ends.
+"""Run a command as the child of a Ray replica. The child is told to end when the replica does, however that ends.
 
     python -m pat_serve.server.cluster.child PARENT_PID COMMAND ...
 
@@ -16,15 +16,15 @@ from pat_serve.server.start.supervisor import end_with_parent
 
 
 def main() -> None:
-    """Entry point."""
+    """Prepare this process, and become the command."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
-    # What Ray's workers block or ignore would be inherited.
+    # The command would inherit the signals that Ray's workers block or ignore.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    # Kept by exec. The kernel goes by the thread that started this process: the replica's loop, which stays.
+    # exec keeps this setting. The kernel watches the thread that started this process: the replica's loop, which stays.
     end_with_parent()
-    # It may have died before the kernel was told.
+    # The replica may have died before the kernel was told.
     if os.getppid() != parent:
         sys.exit(1)
     os.execv(command[0], command)

@@ -1,4 +1,4 @@
-"""Server-sent events that break off: whole events are handed on, and the last one says what happened."""
+"""A stream of server-sent events may break off: whole events are handed on, and the last event says what happened."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 
 class WholeEvents:
-    """Cuts a stream of bytes after each event, so that one that breaks off in the middle does no harm."""
+    """Cuts a stream of bytes after each event, so that an event that breaks off in the middle does no harm."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -25,7 +25,7 @@ class WholeEvents:
         return data[:end]
 
     def rest(self) -> bytes:
-        """What followed the last whole event."""
+        """The bytes after the last whole event."""
         rest, self._rest = self._rest, b""
         return rest
 
@@ -36,5 +36,5 @@ def is_event_stream(headers: Headers) -> bool:
 
 
 def error_event(error: HttpError) -> bytes:
-    """An error as the last event of a stream: the shape of an error's body."""
+    """An error as the last event of a stream, in the shape of an error's body."""
     return f"data: {error.body().model_dump_json()}".encode() + _END

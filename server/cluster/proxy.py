@@ -1,8 +1,8 @@
-"""In Ray Serve's HTTP proxies: a request whose replica was lost is repeated once, or gets an answer that says so.
+"""A middleware of Ray Serve's HTTP proxies: it repeats a request whose replica was lost, or answers that it was lost.
 
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=pat_serve.server.cluster.proxy:middlewares ray start ...
 
-Without it Ray Serve answers 500 in plain text for a replica that died, and breaks a stream off.
+Ray Serve by itself answers 500 in plain text for a replica that died, and breaks a stream off.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from pat_serve.server.http.request_bounds import BodyBudget, check_headers, chec
 logger = logging.getLogger("ray.serve")
 
 MAX_BODY_VARIABLE = "PAT_SERVE_RAY_MAX_BODY_MIB"
-# A replica whose server has died ends itself after a second or two; until then it would be chosen again.
+# A replica whose server has died ends itself after a second or two. Until then Ray Serve would choose it again.
 REPEAT_AFTER_S = 3.0
-# Ray Serve's own routes.
+# The paths of Ray Serve's own routes.
 _SERVE_ROUTES = "/-/"
 _MAX_HELD_BYTES = 64 * 1024
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray Serve's proxies put around themselves."""
+    """The middlewares that Ray Serve's proxies put around themselves."""
     return [Middleware(RepeatLost, policy=proxy_policy(os.environ))]
 
 
 def proxy_policy(environment: MutableMapping[str, str]) -> Policy:
-    """Bounds of the requests that a proxy holds, to be able to repeat them.
+    """The bounds of the requests that a proxy holds, to be able to repeat them.
 
     Raises:
         UsageError: the variable is no size.
@@ -61,7 +61,7 @@ def proxy_policy(environment: MutableMapping[str, str]) -> Policy:
 
 
 class RepeatLost:
-    """Takes in the whole request, gives it to Ray Serve, and once more if its replica was lost before it answered.
+    """Takes in the whole request, gives it to Ray Serve, and gives it again if its replica was lost before it answered.
 
     Args:
         app: Ray Serve's proxy.
@@ -106,7 +106,7 @@ class RepeatLost:
         for left in reversed(range(tries)):
             answer = _HeldAnswer(send, request_id)
             connection = _Connection(receive)
-            # Ray Serve changes what it is given.
+            # Ray Serve changes the scope that it is given.
             again = {**scope, "headers": list(headers)}
             try:
                 await self.app(again, replay(body, connection), answer)
@@ -121,7 +121,7 @@ class RepeatLost:
 
 
 class _Connection:
-    """A `receive` that remembers that the client has left."""
+    """A `receive` that remembers whether the client has left."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -134,7 +134,7 @@ class _Connection:
 
 
 class _HeldAnswer:
-    """A `send` that holds back what may have to be said in another way: errors, and a start without a body."""
+    """A `send` that holds back messages which may have to be replaced: errors, and a start without a body."""
 
     def __init__(self, send: Send, request_id: bytes) -> None:
         self._send = send
@@ -166,7 +166,7 @@ class _HeldAnswer:
 
     @property
     def lost(self) -> bool:
-        """Whether nothing has been sent, and nothing that is worth sending has come."""
+        """Whether nothing has been sent, and nothing has come that is worth sending."""
         if self._passing:
             return False
         if self._start is None or not self._held_whole:
@@ -174,12 +174,13 @@ class _HeldAnswer:
         return says_gone(self._start["status"], self._held) or (self._start["status"] == 500 and not self._is_json())
 
     async def end(self) -> None:
-        """Send what was held back, in our shape; end a stream that broke off."""
+        """Send the messages that were held back, in our shape, and end a stream that broke off."""
         if self._complete:
             return
         if self._passing:
             assert self._start is not None
-            # Of anything else the rest is missing, and uvicorn closes the connection: the client sees that it is short.
+            # Any other answer lacks its rest. uvicorn closes its connection, and the client sees that the answer is
+            # short.
             if is_event_stream(self._start["headers"]):
                 last = error_event(replica_lost())
                 await self._send({"type": "http.response.body", "body": last, "more_body": False})

@@ -1,4 +1,4 @@
-"""Hands a request on to the server of this replica, and its answer back, as they come."""
+"""The relay hands a request on to the server of this replica, and the answer back, as they come."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pat_serve.server.cluster.events import WholeEvents, error_event, is_event_s
 from pat_serve.server.cluster.repeat import replica_lost
 
 _CONNECT_S = 10.0
-# Sooner than the server, whose VLLM_HTTP_TIMEOUT_KEEP_ALIVE may be vLLM's own 5 s.
+# The relay gives up an idle connection sooner than the server, which may do so after vLLM's own 5 s
+# (VLLM_HTTP_TIMEOUT_KEEP_ALIVE).
 _KEEP_ALIVE_S = 2.0
-# Of a connection, not of a message. Ray Serve answers with the request's id itself.
+# These headers are about a connection, not about a message. Ray Serve answers with the request's id itself.
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )
@@ -25,20 +26,20 @@ _HOP_BY_HOP = frozenset(
 class Relay:
     """An ASGI application whose answers are those of another server.
 
-    What the server itself says passes unchanged: keys, bounds and deadlines are its own. When the server is lost,
+    Answers of the server pass unchanged: keys, bounds and deadlines are the server's own. When the server is lost,
     clients get 503 with Retry-After, or an error event at the end of their stream. Cancelling the call, which is what
     Ray Serve does when the client leaves, closes the connection, and the server stops the work.
 
     Args:
-        url: of the server, without a path.
+        url: address of the server, without a path.
     """
 
     def __init__(self, url: str) -> None:
         self._url = httpx.URL(url)
-        # How long an answer may take is the server's to say.
+        # The server itself bounds the time of an answer.
         timeout = httpx.Timeout(None, connect=_CONNECT_S)
         limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S)
-        # No proxy of the environment's: the server is on this machine.
+        # A proxy that the environment names is not used: the server is on this machine.
         self._client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
 
     async def ready(self, timeout_s: float) -> bool:
@@ -50,7 +51,7 @@ class Relay:
         return answer.status_code == httpx.codes.OK
 
     async def aclose(self) -> None:
-        """Close the connections."""
+        """Close the connections to the server."""
         await self._client.aclose()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,7 +74,8 @@ class Relay:
             else:
                 await _whole(answer, scope, receive, send)
         finally:
-            # Also of a call that is being cancelled: the server must hear at once that nobody waits.
+            # The answer is closed also for a call that is being cancelled: the server must hear at once that nobody
+            # waits.
             with suppress(httpx.TransportError):
                 await asyncio.shield(answer.aclose())
 
@@ -93,7 +95,7 @@ async def _stream(answer: httpx.Response, send: Send) -> None:
 
 
 async def _whole(answer: httpx.Response, scope: Scope, receive: Receive, send: Send) -> None:
-    # In one piece: nothing is sent of an answer that breaks off, so that it can be asked for again.
+    # The answer is read in one piece. Nothing is sent of an answer that breaks off, so that it can be asked for again.
     try:
         body = b"".join([chunk async for chunk in answer.aiter_raw()])
     except httpx.TransportError:

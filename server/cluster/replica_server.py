@@ -29,7 +29,8 @@ _BOX = " \t\n│╭╮╰╯─"
 class ReplicaServer:
     """A pat-serve process of its own on a free port of this machine, which ends with this process.
 
-    Call it in the thread of an event loop that lasts: the kernel ends the server with the thread that started it.
+    Make it in the thread of an event loop that lasts, because the kernel ends the server with the thread that started
+    it.
     """
 
     def __init__(self, settings: ReplicaSettings) -> None:
@@ -53,7 +54,7 @@ class ReplicaServer:
         """Wait for the engine's first token.
 
         Raises:
-            EngineError: the server ended, with its own last words; or it took too long.
+            EngineError: the server ended, and the error has its last words; or the server took too long.
         """
         deadline_s = time.monotonic() + self._settings.start_timeout_s
         while not await self.relay.ready(_READY_S):
@@ -78,7 +79,7 @@ class ReplicaServer:
         """Ask whether the engine answers.
 
         Raises:
-            EngineError: it does not, or the server has ended.
+            EngineError: the engine does not answer, or the server has ended.
         """
         if self.ended.is_set() or not await self.relay.ready(_READY_S):
             raise EngineError(
@@ -89,7 +90,7 @@ class ReplicaServer:
             )
 
     async def stop(self) -> None:
-        """Let it end what is under way (its --shutdown-timeout), and wait for it."""
+        """Let the server end the requests under way (its --shutdown-timeout), and wait for its end."""
         if not self.ended.is_set():
             self._process.terminate()
             await self.ended.wait()
@@ -114,7 +115,8 @@ class ReplicaServer:
 
 
 def _free_port() -> int:
-    # Somebody else may take it before the server does; then the server says so, and Ray Serve starts another replica.
+    # Another program may take the port before the server does. The server then says so, and Ray Serve starts another
+    # replica.
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         port: int = listener.getsockname()[1]

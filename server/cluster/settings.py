@@ -1,4 +1,4 @@
-"""What a Ray Serve application is told, under `args:` of serve_config.yaml or as KEY=VALUE after `serve run`."""
+"""The arguments of a Ray Serve application, under `args:` of serve_config.yaml or as KEY=VALUE after `serve run`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pat_serve.checkpoints.locate import absolute, locate
 from pat_serve.errors import UsageError
 from pat_serve.server.start.trusted_model import check_trusted
 
-# The application's own.
+# These flags are set by the application.
 _TAKEN = ("--model", "--host", "--port")
-# Ray keeps the arguments and shows them; vLLM's parser takes this one behind -- too, with _ for - and cut short.
+# Ray keeps the arguments and shows them. vLLM's parser takes this flag behind -- too, with _ for - and cut short.
 _SECRET = "--api-key"
 
 
@@ -26,14 +26,14 @@ class ReplicaSettings(BaseModel):
     Attributes:
         model: model folder or GGUF file, at the same path on every node, or hub id.
         flags: further flags of pat-serve as one string; those for vLLM after `--`.
-        start_timeout_s: until a replica's server is ready; loading a large model takes minutes.
+        start_timeout_s: time until a replica's server must be ready; loading a large model takes minutes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
     flags: str = ""
-    # `serve run` hands everything on as text.
+    # `serve run` hands all values on as text.
     start_timeout_s: float = Field(default=1800.0, gt=0)
 
 
@@ -85,7 +85,7 @@ def server_command(settings: ReplicaSettings, *, port: int, parent: int) -> list
 
     Args:
         settings: the application's.
-        port: of 127.0.0.1, to listen on.
+        port: port of 127.0.0.1 to listen on.
         parent: process id of the replica; the server ends with it.
     """
     command = [sys.executable, "-m", "pat_serve.server.cluster.child", str(parent)]

@@ -1,1 +1,1 @@
-"""vLLM, and what knows it. The only folder that imports or patches it; it knows no HTTP."""
+"""vLLM, and the code that knows it. This folder alone imports or patches vLLM, and it knows no HTTP."""

@@ -1,4 +1,4 @@
-"""`--baseline`: the dense parent as a second engine beside the served one, to be asked and to be compared with."""
+"""`--baseline`: the dense parent runs as a second engine beside the served one, to answer and to be compared with."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _WATCH_S = 0.5
 class Baseline:
     """The running baseline.
 
-    Its death is no reason to end the server: what needs it answers 503 from then on.
+    The death of the baseline does not end the server: requests that need it are refused from then on.
 
     Args:
         engine: its engine.
-        processes: those of its engine.
-        start_s: what its start took.
+        processes: the processes of its engine.
+        start_s: seconds that its start took.
     """
 
     def __init__(self, engine: Engine, processes: ProcessGroup, start_s: float) -> None:
@@ -45,7 +45,7 @@ class Baseline:
         self._watcher = asyncio.create_task(self._watch())
 
     def stop(self) -> None:
-        """End it, from another thread than the loop's."""
+        """End the baseline, from another thread than the loop's."""
         self._stopping = True
         self.engine.stop(self._loop)
 
@@ -53,17 +53,19 @@ class Baseline:
         while not self._stopping:
             if self.engine.dead:
                 logger.error("the baseline's engine has died; the server goes on without it")
-                # Its worker may be left, with the model in memory.
+                # The engine's worker may be left, with the model in memory.
                 await asyncio.to_thread(self.processes.end)
                 return
             await asyncio.sleep(_WATCH_S)
 
 
 def start_baseline(args: Namespace, model: str) -> Baseline:
-    """Start the baseline's engine with the flags of the served one; blocks the event loop, before anything listens.
+    """Start the baseline's engine with the flags of the served one.
+
+    The start blocks the event loop, before anything listens.
 
     Raises:
-        EngineError: it does not start.
+        EngineError: the engine does not start.
     """
     before = {process.pid for process in children()}
     engine = second_engine(args, model)
@@ -73,7 +75,7 @@ def start_baseline(args: Namespace, model: str) -> Baseline:
 
 
 def available(baseline: Baseline | None) -> Baseline:
-    """The baseline, if it can be asked.
+    """Give the baseline back, if it can answer.
 
     Raises:
         BaselineMissing: there is none.
@@ -91,7 +93,7 @@ def check_comparable(model: str, baseline: str) -> None:
 
     Raises:
         UsageError: different vocabularies.
-        ModelError: one is not there or not readable.
+        ModelError: a model is not there or not readable.
     """
     vocabularies = [_shape(name).vocab_size for name in (model, baseline)]
     if vocabularies[0] != vocabularies[1]:
@@ -107,10 +109,10 @@ def check_memory(model: str, baseline: str, *, dtype: str, kv_cache_bytes: int) 
     """Refuse to start two engines that this machine's memory does not hold.
 
     Args:
-        model: the served one.
+        model: the served model.
         baseline: its dense parent.
-        dtype: of both.
-        kv_cache_bytes: of each.
+        dtype: of both models.
+        kv_cache_bytes: size of each engine's KV cache.
 
     Raises:
         EngineError: with both amounts.

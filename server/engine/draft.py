@@ -1,4 +1,7 @@
-"""A smaller model that proposes tokens for a larger one to check: lossless, and fast where it is often right."""
+"""A draft is a smaller model that proposes tokens for a larger one to check.
+
+The result is the larger model's own, and comes faster where the draft is often right.
+"""
 
 from __future__ import annotations
 

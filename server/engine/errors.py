@@ -1,4 +1,4 @@
-"""What an engine says in place of tokens.
+"""The faults that an engine reports in place of tokens.
 
     EngineFault
     ├── RequestRefused     the engine can never serve this request; `param` names the field at fault
@@ -9,7 +9,7 @@
     ├── GenerationFailed   a defect of the engine on one request
     └── NotReady           it produces no tokens
 
-Nothing here knows HTTP. `server/http/errors.py` has the table that gives each of them its status and headers.
+Nothing here knows HTTP. `server/http/errors.py` has the table that gives each fault its status and headers.
 """
 
 from __future__ import annotations

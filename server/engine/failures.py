@@ -1,4 +1,4 @@
-"""An engine that does not start is told in one line, and one that ends as it should is not told at all."""
+"""One line for an engine that does not start, and none for an engine that ends as it should."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def starting(what: str, *, expected: str, fix: str) -> Iterator[None]:
 def expect_its_end() -> None:
     """Keep vLLM from logging an orderly end as an error, with a traceback.
 
-    Its reader of an engine's output may see the engine go before it is stopped itself.
+    vLLM reads an engine's output in a task, which may see the engine go before the task itself is stopped.
     """
     logging.getLogger("vllm.v1.engine.async_llm").addFilter(lambda record: record.levelno < logging.ERROR)
 

@@ -1,4 +1,4 @@
-"""What a generation is, apart from the engine that runs it: its settings, its pieces, its times."""
+"""A generation, apart from the engine that runs it: its settings, its pieces, its times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose the next token, and when to stop.
+    """The rule for choosing the next token, and for stopping.
 
     Attributes:
         max_tokens: tokens to generate at most.
@@ -35,11 +35,11 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineTimes:
-    """What the engine's own clock says about a finished request, in seconds.
+    """The times of a finished request on the engine's own clock, in seconds.
 
     Attributes:
-        queue_s: from its entry into the queue until it was first scheduled.
-        decode_s: from its first token until its last.
+        queue_s: from the request's entry into the queue until it was first scheduled.
+        decode_s: from the request's first token until its last.
     """
 
     queue_s: float
@@ -57,7 +57,7 @@ class Piece:
 
 
 class TokenEngine(Protocol):
-    """What a generation needs of an engine."""
+    """An engine, as far as a generation needs one."""
 
     def generate(self, prompt_token_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[Piece]:
         """Generate; closing the generator or cancelling its consumer aborts the request in the engine."""
@@ -66,7 +66,7 @@ class TokenEngine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RequestTimes:
-    """A finished request's timestamps on the server's monotonic clock, and what the engine measured itself.
+    """A finished request's timestamps on the server's monotonic clock, and the engine's own measurements.
 
     The engine's clock is preferred where it sees more: queueing, and the pace of decoding without the jitter of the
     event loop. First token and end are what a caller experiences, so tokenisation and hand-over belong to them.
@@ -80,12 +80,12 @@ class RequestTimes:
 
     @property
     def queue_s(self) -> float | None:
-        """Time in the engine's queue."""
+        """Time that the request waited in the engine's queue; None without the engine's statistics."""
         return self.engine.queue_s if self.engine else None
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token."""
+        """Time from the request's arrival until its first token; None without tokens."""
         return None if self.first_token_s is None else self.first_token_s - self.arrival_s
 
     @property
@@ -119,7 +119,7 @@ class TimedGeneration:
         self._prompt = prompt
         self._sampling = sampling
         self._arrival_s = time.monotonic() if arrival_s is None else arrival_s
-        # When tokens came, and how many.
+        # The time of each arrival, and the number of tokens that came with it.
         self._arrivals: list[tuple[float, int]] = []
         self._last: Piece | None = None
 
@@ -141,7 +141,7 @@ class TimedGeneration:
 
     @property
     def finish_reason(self) -> str | None:
-        """Why it ended; None while it runs, and where an engine that was shut down ended it."""
+        """The reason for the generation's end; None while it runs, and where an engine that was shut down ended it."""
         return None if self._last is None else self._last.finish_reason
 
     @property
@@ -160,7 +160,10 @@ class TimedGeneration:
         )
 
     def token_times_s(self) -> list[float]:
-        """When each token came. Tokens that came together are spread evenly over the time since the one before."""
+        """The time at which each token came.
+
+        Tokens that came together are spread evenly over the time since the token before them.
+        """
         times_s: list[float] = []
         for at_s, tokens in self._arrivals:
             before_s = times_s[-1] if times_s else at_s

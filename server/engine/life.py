@@ -17,7 +17,7 @@ from pat_serve.server.engine.patches import replace_shutdown
 
 @dataclass(kw_only=True)
 class EngineLife:
-    """How the served engine ended.
+    """The end of the served engine.
 
     Attributes:
         died: whether the engine was dead when it was shut down; None before its shutdown.

@@ -1,4 +1,4 @@
-"""The memory that an engine takes, expected before one is started, and the memory that this machine has left."""
+"""The memory that an engine is expected to take, and the memory that this machine has left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pat_serve.sizes import ModelShape
 
 # A step takes up at most so many tokens: larger batches are prefilled in pieces.
 MAX_STEP_TOKENS = 16384
-# What an engine takes beside weights and KV cache: Python, torch and vLLM themselves.
+# Memory of an engine beside weights and KV cache: Python, torch and vLLM themselves.
 PROCESS_BYTES = 1 << 30
 # While a CPU's kernels repack a matrix, it exists twice; freed pieces are not all given back.
 WEIGHT_COPIES = 1.4
@@ -21,7 +21,7 @@ _KV_BLOCK_TOKENS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The most that an engine has to hold at once.
+    """The largest batch that an engine has to hold.
 
     Attributes:
         requests: under way together.
@@ -35,7 +35,7 @@ class Batch:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of the widest step: all prompts at once, as far as that is sensible."""
+        """Tokens of the widest step: all prompts at once, up to `MAX_STEP_TOKENS`."""
         return min(self.requests * self.prompt_tokens, MAX_STEP_TOKENS)
 
 

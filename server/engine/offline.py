@@ -1,4 +1,4 @@
-"""A vLLM engine that runs in the caller's own process, and what `workers/` asks of it."""
+"""A vLLM engine that runs in the caller's own process, and the questions that `workers/` has for it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 
 
 def offline_llm(model: str, **options: Any) -> Any:
-    """A vllm.LLM. It runs in this process where the environment has VLLM_ENABLE_V1_MULTIPROCESSING=0.
+    """Make a vllm.LLM.
+
+    The engine runs in this process where the environment has VLLM_ENABLE_V1_MULTIPROCESSING=0.
 
     Args:
         model: folder or hub id.
-        options: those of vllm.LLM.
+        options: further options of vllm.LLM.
     """
     from vllm import LLM
 
@@ -20,10 +22,11 @@ def offline_llm(model: str, **options: Any) -> Any:
 
 
 def own_products(llm: Any) -> list[tuple[int, int, Callable[[Any], Any]]]:
-    """The matrices of an `offline_llm` that runs in this process: columns, weights, and how it multiplies rows by each.
+    """The matrices of an `offline_llm` that runs in this process, with the kernels that multiply by them.
 
-    Those of the layers and the output head, in the order of the model; none of a quantized model, whose matrices take
-    other bytes than its number format's.
+    Each matrix is given as its columns, its number of weights, and the function that multiplies rows by it. The
+    matrices are those of the layers and of the output head, in the order of the model. A quantized model gives none,
+    because its matrices take other bytes than its number format's.
     """
     if llm.llm_engine.model_config.quantization is not None:
         return []
@@ -48,9 +51,9 @@ def own_products(llm: Any) -> list[tuple[int, int, Callable[[Any], Any]]]:
 def submit(
     llm: Any, request_id: str, prompt: Sequence[int], *, output_tokens: int, prompt_logprobs: int | None = None
 ) -> None:
-    """Queue one request of a `offline_llm`: greedy, of exactly so many tokens, which are not turned into text.
+    """Queue one request of an `offline_llm`: greedy, of exactly so many tokens, which are not turned into text.
 
-    Not through LLM.enqueue, which reports a request only when it has finished: its steps would stay unseen.
+    LLM.enqueue would not do: it reports a request only when it has finished, and its steps would stay unseen.
     """
     from vllm import SamplingParams
     from vllm.inputs.engine import tokens_input

@@ -1,4 +1,4 @@
-"""The running engine of a server: vLLM's asynchronous client, behind the few things that the routes ask of it."""
+"""The running engine of a server: vLLM's asynchronous client, behind the few operations that the routes need."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class Engine:
         self.dtype = str(client.model_config.dtype).removeprefix("torch.")
         self.quantized = client.model_config.quantization is not None
         self.eager = bool(client.model_config.enforce_eager)
-        # Makes the answer to what is asked of a dead engine.
+        # Makes the fault that is raised for requests to this engine once it is dead.
         self.death: Callable[[], EngineFault] = EngineDead
         self._renders: bool | None = None
-        # Called once, in a thread of its own, before a signal's shutdown stops the engine; may block.
+        # This is called once, in a thread of its own, before a signal's shutdown stops the engine. It may block.
         self.before_stop: Callable[[], None] = lambda: None
 
     @property
     def last_token_s(self) -> float | None:
-        """When its last token arrived, whoever asked for it, on the monotonic clock; None before the first."""
+        """The time of the engine's last token, whoever asked for it, on the monotonic clock; None before the first."""
         return self._watch.last_token_s
 
     @property
@@ -65,19 +65,22 @@ class Engine:
         return bool(self._client.errored)
 
     def abort_all(self) -> None:
-        """End all its requests, on the event loop; vLLM stops reading an engine's output before it has said so."""
+        """End all requests of the engine, on the event loop.
+
+        vLLM stops reading an engine's output before the engine has said that its requests have ended.
+        """
         requests = self._client.output_processor
         requests.abort_requests(list(requests.request_states), internal=True)
 
     def stop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """End its requests and its processes, from another thread than the loop's."""
+        """End the engine's requests and its processes, from another thread than the loop's."""
         expect_its_end()
         with suppress(RuntimeError):  # the loop has ended: nobody waits
             loop.call_soon_threadsafe(self.abort_all)
         self._client.shutdown(timeout=0)
 
     async def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, whole and with the special tokens that the tokenizer adds. Off the event loop."""
+        """Token ids of a text, whole and with the special tokens that the tokenizer adds; made off the event loop."""
         from vllm.renderers import TokenizeParams
 
         # Without a bound vLLM's tokenizer does not cut the text, so that an error can give the prompt's true length.
@@ -100,7 +103,8 @@ class Engine:
         from vllm.utils.mistral import is_mistral_tokenizer
 
         renderer = self._client.renderer
-        # Text rather than ids, which the tokenizer would cut at the model's length; Mistral's own writes ids alone.
+        # The template writes text, because the tokenizer would cut ids at the model's length. Mistral's own template
+        # writes ids alone.
         chat = self._chat.with_defaults({"tokenize": is_mistral_tokenizer(renderer.tokenizer)})
         try:
             _, text = await renderer.render_messages_async([dict(message) for message in messages], chat)
@@ -115,7 +119,7 @@ class Engine:
         return list(prompt["prompt_token_ids"])
 
     async def has_chat_template(self) -> bool:
-        """Whether a conversation can be rendered; asked of the renderer once."""
+        """Whether a conversation can be rendered. The renderer is asked once."""
         if self._renders is None:
             try:
                 await self.render([{"role": "user", "content": "a"}])
@@ -129,9 +133,9 @@ class Engine:
 
         Raises:
             RequestRefused: the engine can never serve the request.
-            EngineOverloaded: its queue is full.
-            EngineFault: it is dead (`death` says whose end that is).
-            GenerationFailed: it failed on this request.
+            EngineOverloaded: the engine's queue is full.
+            EngineFault: the engine is dead; `death` makes the fault.
+            GenerationFailed: the engine failed on this request.
         """
         from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMError
         from vllm.inputs.engine import tokens_input
@@ -175,13 +179,15 @@ def _sampling_params(sampling: Sampling) -> Any:
         ignore_eos=sampling.ignore_eos,
         detokenize=sampling.detokenize,
         skip_reading_prefix_cache=not sampling.read_prefix_cache,
-        # Deltas also where the whole text is wanted: the moment of the first token is then seen by our own clock.
+        # Deltas are asked for also where the whole text is wanted, so that our own clock sees the moment of the first
+        # token.
         output_kind=RequestOutputKind.DELTA,
     )
 
 
 def _engine_times(metrics: Any) -> EngineTimes | None:
-    # None with --disable-log-stats; a request that ended before its first token has no such timestamps.
+    # There are no metrics with --disable-log-stats, and a request that ended before its first token has no such
+    # timestamps.
     if metrics is None or not metrics.first_token_ts:
         return None
     return EngineTimes(
@@ -190,7 +196,7 @@ def _engine_times(metrics: Any) -> EngineTimes | None:
 
 
 def chat_settings(args: Namespace) -> Any:
-    """vLLM's parameters of rendering a conversation, from the flags that its own chat route goes by."""
+    """vLLM's parameters for rendering a conversation, from the same flags as its own chat route."""
     from vllm.renderers import ChatParams
     from vllm.renderers.chat_utils import load_chat_template
 

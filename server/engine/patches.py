@@ -1,7 +1,7 @@
-"""Everything of vLLM that is changed while it runs: the server wraps vLLM's functions here and nowhere else.
+"""All changes to vLLM while it runs: the server wraps vLLM's functions here and nowhere else.
 
-What the guard of token ids does stands in `pat_serve/tokens/vocabulary_guard.py`, because `pat-eval` puts the same
-guard before its own engines.
+The guard of token ids itself stands in `pat_serve/tokens/vocabulary_guard.py`, because `pat-eval` puts the same guard
+before its own engines.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def guard_vocabulary(client: Any, rows: int) -> Vocabulary:
 
     tokenizer = client.renderer.tokenizer
     vocabulary = Vocabulary(rows=rows, rowless={}) if tokenizer is None else Vocabulary.of(tokenizer, rows)
-    # Some ids of a multimodal model are no rows: they stand for what is put in their place.
+    # Some ids of a multimodal model are no rows: they stand for images and sounds that are put in their place.
     if not client.model_config.is_multimodal_model:
         guard(client, vocabulary, VLLMValidationError)
     return vocabulary
@@ -78,7 +78,7 @@ def replace_shutdown(client: Any, shutdown: Callable[[Callable[..., None], float
 
 
 def engine_faults() -> dict[type[Exception], Callable[[], EngineFault]]:
-    """The errors of vLLM's engine that its routes let through, and what each of them means."""
+    """The errors of vLLM's engine that its routes let through, each with the fault that it means."""
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     return {EngineDeadError: EngineDead, EngineGenerateError: GenerationFailed}
@@ -87,7 +87,7 @@ def engine_faults() -> dict[type[Exception], Callable[[], EngineFault]]:
 def let_engine_errors_through() -> None:
     """Have vLLM's /v1/messages leave the engine's errors to the handlers of the app.
 
-    vLLM's other routes do so by themselves; those of /v1/messages catch every error and log it with its traceback.
+    vLLM's other routes do so by themselves. Those of /v1/messages catch every error, and log it with its traceback.
     """
     from vllm.entrypoints.anthropic import api_router
 
@@ -111,7 +111,7 @@ def let_engine_errors_through() -> None:
 
 
 def bound_message_queues(max_chunk_bytes: int) -> None:
-    """Bound the chunks of the queues that this process makes from now on; a queue has ten of them.
+    """Bound the chunks of the queues that this process makes from now on. A queue has ten chunks.
 
     Args:
         max_chunk_bytes: size of a chunk at most.

@@ -1,4 +1,4 @@
-"""Whether the engine answers: a token from real traffic, or else from a probe, not long ago."""
+"""An engine is ready when it produced a token not long ago, for real traffic or else for a probe."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Readiness:
         ages_s = [self._age_s(), beside._age_s() if beside is not None else None]
         age_s = min((age_s for age_s in ages_s if age_s is not None), default=None)
         if age_s is None or age_s > FRESH_S:
-            # One probe at a time, shared by all who ask; it outlives the one who asked first.
+            # There is one probe at a time, shared by all who ask. It outlives the client that asked first.
             if self._probe is None or self._probe.done():
                 self._probe = asyncio.create_task(self._generate_one_token())
             await asyncio.shield(self._probe)

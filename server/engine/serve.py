@@ -20,7 +20,7 @@ def is_cpu_backend() -> bool:
     """Whether the installed vLLM runs its models on the CPU.
 
     Raises:
-        EngineError: it was built for an accelerator, and finds none.
+        EngineError: vLLM was built for an accelerator, and finds none.
     """
     import vllm
     from vllm.platforms import current_platform
@@ -47,7 +47,7 @@ def parse_serve_arguments(argv: Sequence[str]) -> Namespace:
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM's sources are not followed by mypy
         def error(self, message: str) -> NoReturn:
-            # argparse would print the usage of two hundred flags and exit.
+            # argparse itself would print the usage of two hundred flags and exit.
             raise UsageError(
                 "flags after --",
                 expected="flags of vLLM's server",
@@ -56,7 +56,7 @@ def parse_serve_arguments(argv: Sequence[str]) -> Namespace:
             )
 
     args: Namespace = make_arg_parser(Parser(prog="pat-serve --")).parse_args(list(argv))
-    # As vLLM takes it, later than it is looked at here.
+    # vLLM turns it into lower case too, but later than the launcher looks at it.
     args.load_format = args.load_format.lower()
     try:
         validate_parsed_serve_args(args)
@@ -73,9 +73,9 @@ def serve(args: Namespace, life: EngineLife, uvicorn_options: Mapping[str, Any])
     The signal handlers that are set stay in force until the server listens; vLLM's own then take over.
 
     Args:
-        args: as `parse_serve_arguments` makes it; reaches the plugin as `app.state.args`.
+        args: as `parse_serve_arguments` makes them; they reach the plugin as `app.state.args`.
         life: says afterwards whether the engine died.
-        uvicorn_options: for uvicorn.Config, beside what vLLM sets.
+        uvicorn_options: options of uvicorn.Config beside those that vLLM sets.
 
     Raises:
         EngineError: the engine did not start, or died while serving.
@@ -95,7 +95,7 @@ def serve(args: Namespace, life: EngineLife, uvicorn_options: Mapping[str, Any])
         # vLLM's run_server does the same steps, but first makes SIGTERM a KeyboardInterrupt, which vLLM swallows
         # while it waits for the engine's process (zmq_socket_ctx): the start would then hang for ten minutes.
         address, listener = setup_server(args, reuse_port=False)
-        # Inherited by every connection. Left alone the kernel keeps megabytes for a client that does not read.
+        # Every connection inherits this bound. Without it the kernel keeps megabytes for a client that does not read.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         uvloop.run(run_server_worker(address, listener, args, **uvicorn_options))
     if life.died:
@@ -108,12 +108,13 @@ def serve(args: Namespace, life: EngineLife, uvicorn_options: Mapping[str, Any])
 
 
 def second_engine(args: Namespace, model: str) -> Engine:
-    """Start another model in processes of its own, with the flags of the server's. Blocks; on the event loop.
+    """Start another model in processes of its own, with the flags of the served one.
 
-    It keeps the statistics of each request, as the first does, and reports no metrics: vLLM's have one engine's place.
+    The start blocks, and must be made on the event loop. The second engine keeps the statistics of each request, as the
+    first does. It reports no metrics, because vLLM's metrics have a place for one engine.
 
     Raises:
-        EngineError: it does not start.
+        EngineError: the engine does not start.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
@@ -121,7 +122,7 @@ def second_engine(args: Namespace, model: str) -> Engine:
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     class Silent(PrometheusStatLogger):  # type: ignore[misc]  # vLLM's sources are not followed by mypy
-        """In the place of vLLM's own, which would unregister the first engine's metrics."""
+        """A logger of statistics that reports nothing: vLLM's own would unregister the first engine's metrics."""
 
         def __init__(self, *_: Any, **__: Any) -> None: ...
 

@@ -72,7 +72,7 @@ class TokenWatch:
     def __init__(self, states: Mapping[str, Any]) -> None:
         self._states = states
         self._sequences: dict[str, _Sequence] = {}
-        # Of any request, whichever route it came by; on the monotonic clock.
+        # The last token of any request, whichever route it came by, on the monotonic clock.
         self.last_token_s: float | None = None
 
     def __len__(self) -> int:
@@ -137,7 +137,7 @@ def _note(sequence: _Sequence, tokens: int, now_s: float, state: Any) -> None:
     sequence.first_token_s = now_s
     if work.first_token_s is None:
         work.first_token_s = now_s
-    # None with --disable-log-stats.
+    # There are no statistics with --disable-log-stats.
     stats = getattr(state, "stats", None)
     if stats is not None and stats.scheduled_ts:
         waited_s = stats.scheduled_ts - stats.queued_ts

@@ -1,5 +1,4 @@
-"""Requests that are refused before the engine sees them: fixed bounds of the fields, and checks against the model.
-"""
+"""Requests that are refused before the engine sees them: fixed bounds of the fields, and checks against the model."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Engines in processes of their own, stepped by hand, and what the machine does meanwhile."""
+"""Engines in processes of their own, stepped by hand, and a watch on the machine meanwhile."""

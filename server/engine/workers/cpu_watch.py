@@ -1,4 +1,4 @@
-"""Who used the CPU while engines took turns: the one whose turn it was, the one that should wait, or somebody else."""
+"""The CPU time of engines that take turns: the engine at work, the engine that should wait, and everybody else."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import psutil
 
 
 class Runner(Protocol):
-    """Processes whose CPU time can be told."""
+    """Processes whose CPU time can be read."""
 
     def cpu_s(self) -> float:
-        """CPU seconds that they have used so far."""
+        """CPU seconds that the processes have used so far."""
         ...
 
 
 class CpuWatch:
-    """Adds up CPU time over turns. The kernel counts in ticks of about 10 ms: too coarse for a few tiny turns.
+    """Adds up CPU time over turns.
+
+    The kernel counts in ticks of about 10 ms, which is too coarse for a few tiny turns.
 
     Args:
-        front: works for whichever engine has its turn, so its time is nobody else's.
+        front: works for whichever engine has its turn, so its time counts as that engine's.
     """
 
     def __init__(self, front: Runner | None = None) -> None:
@@ -31,7 +33,7 @@ class CpuWatch:
 
     @contextmanager
     def turn(self, running: Runner, waiting: Runner) -> Iterator[None]:
-        """One engine's turn."""
+        """Count the CPU time of one engine's turn."""
         begun_s, before = time.monotonic(), self._count(running, waiting)
         yield
         busy_s, running_s, waiting_s = (

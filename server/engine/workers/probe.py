@@ -1,12 +1,13 @@
-"""What this machine can do, in a few seconds: bytes read and operations a second.
+"""A probe of this machine, in a few seconds: bytes that it reads and operations that it makes in a second.
 
 Both are measured where the engine runs and as it runs: in its own process, with its threads, their binding and its
-number format, on its own matrices through its own kernels, and beside that on a buffer far larger than any cache and
-on square matrices. The best of all tries counts: whatever disturbs one only makes it slower, and a floor that another
-kernel beats is none.
+number format, on its own matrices through its own kernels. Beside that they are measured on a buffer far larger than
+any cache and on square matrices. The best of all tries counts, because a disturbance only makes a try slower, and
+because a floor that another kernel beats is no floor.
 
-The numbers are random: a GPU draws less power for constants, and is faster for it. There a try is many calls between
-two events on its own clock, as an engine queues them, and not one between two looks at the host's.
+The numbers are random, because a GPU draws less power for constants and is then faster. A try on a GPU is many calls
+between two events on the GPU's own clock, as an engine queues them. One call between two looks at the host's clock
+would measure the wait for the host.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Most rows of activations in the products that operations are counted by: beyond, no CPU's kernel gets quicker.
+# The most rows of activations in the products by which operations are counted. No CPU's kernel is quicker with more
+# rows.
 PROBE_ROWS = 512
 _WIDE = 4096
 _SECONDS, _LEAST_TRIES = 0.4, 3
@@ -27,12 +29,12 @@ _KIB = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much work a try is.
+    """The amount of work in a try.
 
     Attributes:
-        weight_bytes: of the matrix that is read; far more than any cache holds.
+        weight_bytes: size of the matrix that is read; far more than any cache holds.
         square: rows and columns of the matrices that are multiplied.
-        calls: in a try, one after the other.
+        calls: calls in a try, one after the other.
     """
 
     weight_bytes: int
@@ -40,8 +42,8 @@ class Sizes:
     calls: int
 
 
-# On a CPU the largest matrix of Llama-2-7B twice over in float32, and a product of some milliseconds. A GPU of 3 TB/s
-# and 1 PFLOP/s takes a millisecond for its own, so that starting a kernel and filling the chip do not show.
+# A CPU reads twice the size of Llama-2-7B's largest matrix in float32, and makes a product of some milliseconds. A GPU
+# of 3 TB/s and 1 PFLOP/s takes a millisecond for its sizes, so that starting a kernel and filling the chip do not show.
 SIZES = {
     "cpu": Sizes(weight_bytes=1 << 29, square=2048, calls=1),
     "cuda": Sizes(weight_bytes=1 << 31, square=8192, calls=20),
@@ -50,12 +52,12 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """A matrix of an engine's and how the engine multiplies by it.
+    """A matrix of an engine, and the engine's own kernel for it.
 
     Attributes:
-        columns: of the matrix, the length of an input row.
-        weights: numbers in it.
-        run: multiplies rows of activations, [rows, columns], by it.
+        columns: columns of the matrix, which are the length of an input row.
+        weights: numbers in the matrix.
+        run: multiplies rows of activations, [rows, columns], by the matrix.
     """
 
     columns: int
@@ -65,14 +67,14 @@ class Product:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineRates:
-    """The two roofs.
+    """The two roofs of a machine: bytes and operations a second.
 
     Attributes:
         dtype: number format of the matrices.
-        bytes_per_s: read, by the quickest of the ways that were tried.
-        flops_per_s: operations of matrix products, likewise.
-        cache_bytes: of the CPU's last-level cache; None on a GPU, and where the system does not tell.
-        own_weights: numbers in the engine's own matrices that were among what was read and multiplied.
+        bytes_per_s: bytes read in a second, in the quickest of the ways that were tried.
+        flops_per_s: operations of matrix products in a second, in the quickest of the ways.
+        cache_bytes: size of the CPU's last-level cache; None on a GPU, and where the system does not tell.
+        own_weights: numbers in the engine's own matrices, where these were read and multiplied too.
     """
 
     dtype: str
@@ -82,12 +84,12 @@ class MachineRates:
     own_weights: int = 0
 
     def floor_s(self, *, read_bytes: float, flops: float) -> float:
-        """The least time that work can take: whichever roof is met first."""
+        """The least time in seconds that work can take: the roof that is met first decides."""
         return max(read_bytes / self.bytes_per_s, flops / self.flops_per_s)
 
 
 def best_rates(probes: Sequence[MachineRates]) -> MachineRates | None:
-    """The higher of each roof over several probes; None for no probes."""
+    """The highest of each roof over several probes; None without probes."""
     if not probes:
         return None
     return MachineRates(
@@ -107,8 +109,8 @@ def measure_rates(
     Args:
         dtype: float32, bfloat16 or float16.
         products: an engine's own matrices.
-        rows: of activations by which these are multiplied where operations are counted: the tokens of a prefill.
-        sizes: of the work beside them; the device's own unless given.
+        rows: rows of activations in the products by which operations are counted: the tokens of a prefill.
+        sizes: sizes of the other work; the device's own unless given.
     """
     import torch
 
@@ -150,7 +152,7 @@ def _reading(row: Any, weight: Any, best_s: Callable[[Callable[[], Any]], float]
 
     ways: list[Callable[[], Any]] = [lambda: torch.nn.functional.linear(row, weight)]
     if weight.device.type == "cpu":
-        # A product with one row need not read the fastest: in 16 bits torch's own converts as it goes.
+        # A product with one row is not always the fastest read: in 16 bits torch's own kernel converts as it goes.
         ways.append(lambda: torch.max(weight.view(torch.int32)))
     return [weight.numel() * weight.element_size() / best_s(way) for way in ways]
 
@@ -166,7 +168,7 @@ def last_level_cache_bytes(caches: str = _CACHES) -> int | None:
 
 
 def host_time_s(work: Callable[[], Any], calls: int) -> float:
-    """Seconds of a call, of so many."""
+    """Mean seconds of a call, on the host's clock."""
     begun_s = time.perf_counter()
     for _ in range(calls):
         work()
@@ -174,7 +176,7 @@ def host_time_s(work: Callable[[], Any], calls: int) -> float:
 
 
 def gpu_time_s(work: Callable[[], Any], calls: int) -> float:
-    """Seconds of a call, of so many that the GPU makes without waiting for the host."""
+    """Mean seconds of a call, on the GPU's clock; the GPU makes all calls without waiting for the host."""
     import torch
 
     event: Any = torch.cuda.Event

@@ -37,7 +37,7 @@ from pat_serve.server.engine.workers.protocol import (
     Stepped,
 )
 
-# The module that an engine process runs; tests put one of known latency in its place.
+# The module that an engine process runs. Tests put an engine of known latency in its place.
 WORKER = "pat_serve.server.engine.workers.worker"
 START_TIMEOUT_S = 3600.0
 STEP_TIMEOUT_S = 3600.0
@@ -58,7 +58,7 @@ class EngineProcess:
         self.log = log
         command_read, command_write = os.pipe()
         reply_read, reply_write = os.pipe()
-        # -P: a file called like a standard module in the user's current folder must not be imported.
+        # -P keeps a file that is called like a standard module in the user's current folder from being imported.
         command = [sys.executable, "-P", "-m", WORKER, str(command_read), str(reply_write)]
         with log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -68,7 +68,8 @@ class EngineProcess:
                 stderr=subprocess.STDOUT,
                 pass_fds=(command_read, reply_write),
                 env=worker_environment(os.environ, scratch=log.parent, offline=offline),
-                # Its own group: Ctrl-C reaches the parent alone, which then ends the group with all its children.
+                # The process has a group of its own: Ctrl-C reaches the parent alone, which then ends the group with
+                # all its children.
                 start_new_session=True,
             )
         os.close(command_read)
@@ -85,18 +86,18 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id, which is also its group's."""
+        """The process id, which is also the group's."""
         return self._process.pid
 
     def cpu_s(self) -> float:
-        """CPU seconds that it has used so far."""
+        """CPU seconds that the process has used so far."""
         times = psutil.Process(self.pid).cpu_times()
         return float(times.user + times.system)
 
     def peak_memory_bytes(self) -> int:
-        """The most host memory that it has held so far."""
+        """The most host memory that the process has held so far."""
         status = Path(f"/proc/{self.pid}/status").read_text()
-        # In KiB, as the kernel writes it.
+        # The kernel writes the peak in KiB.
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
 
     def prefill(self, prompts: list[list[int]], *, output_tokens: int) -> BatchTrace | None:
@@ -107,10 +108,10 @@ class EngineProcess:
             output_tokens: of each request, exactly.
 
         Returns:
-            the batch's trace if that finished it, else None.
+            the batch's trace if the batch is finished, else None.
 
         Raises:
-            EngineError: it failed, died, or did not answer in time.
+            EngineError: the engine failed, died, or did not answer in time.
         """
         return self._step(Prefill(prompts=prompts, output_tokens=output_tokens))
 
@@ -122,7 +123,7 @@ class EngineProcess:
         """Measure what the machine can do, in the engine's process; raises as `prefill` does.
 
         Args:
-            rows: of activations in the products that operations are counted by.
+            rows: rows of activations in the products by which operations are counted.
         """
         reply = self._ask(Probe(rows=rows))
         assert isinstance(reply, Probed)
@@ -141,10 +142,10 @@ class EngineProcess:
         return reply
 
     def send(self, command: Start | Prefill | Decode | Probe | Score | Serve) -> None:
-        """Give it a command; `poll` takes the answer.
+        """Give the engine a command; `poll` takes the answer.
 
         Raises:
-            EngineError: it is dead.
+            EngineError: the engine is dead.
         """
         try:
             self._commands.write(command.model_dump_json() + "\n")
@@ -153,10 +154,10 @@ class EngineProcess:
             raise self._death() from None
 
     def poll(self, timeout_s: float) -> Ready | Stepped | Probed | Scored | Served | None:
-        """Its answer, or None if there is none within the time.
+        """The engine's answer, or None if there is none within the time.
 
         Raises:
-            EngineError: it reports a failure, or has died.
+            EngineError: the engine reports a failure, or has died.
         """
         deadline_s = time.monotonic() + timeout_s
         while b"\n" not in self._buffer:
@@ -185,7 +186,7 @@ class EngineProcess:
             self._commands.close()
 
     def error(self, expected: str, found: str) -> EngineError:
-        """An error with the end of the engine's log."""
+        """Make an error that has the end of the engine's log."""
         with self.log.open(encoding="utf-8", errors="replace") as lines:
             tail = "\n".join(line.rstrip()[:_LINE_CHARACTERS] for line in deque(lines, maxlen=_LOG_LINES))
         return EngineError(
@@ -219,10 +220,10 @@ class EngineProcess:
 
 
 def start_together(commands: Mapping[EngineProcess, Start]) -> dict[EngineProcess, Ready]:
-    """Start engines side by side: loading is single-threaded, so two take hardly longer than one.
+    """Start engines side by side. Loading is single-threaded, so two engines take hardly longer than one.
 
     Raises:
-        EngineError: one did not start; seen at once, not after the others are up.
+        EngineError: an engine did not start. The error comes at once, and not after the others are up.
     """
     for engine, command in commands.items():
         engine.send(command)
@@ -242,7 +243,7 @@ def start_together(commands: Mapping[EngineProcess, Start]) -> dict[EngineProces
 
 
 def _gist(error: str) -> str:
-    """The telling line of an exception's text: pydantic puts a heading before it, others lead with it."""
+    """The telling line of an exception's text. pydantic puts a heading before it; other exceptions begin with it."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     told = next((line for line in lines if line.startswith("Value error, ")), lines[0])
     return told.removeprefix("Value error, ")[:_LINE_CHARACTERS]

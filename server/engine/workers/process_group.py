@@ -1,4 +1,4 @@
-"""The processes of one engine as the kernel counts them: CPU time, memory, age, and their end."""
+"""The processes of one engine as the kernel counts them: their CPU time, memory, age and end."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _EXIT_S = 5.0
 
 
 def children() -> list[psutil.Process]:
-    """All descendants of this process."""
+    """All processes that descend from this one."""
     return psutil.Process().children(recursive=True)
 
 
 class ProcessGroup:
-    """Some processes, for as long as they live.
+    """The processes of one engine.
 
     Args:
-        processes: of one engine; those that have ended count as they did last.
+        processes: all of them. A process that has ended counts as it did last.
     """
 
     def __init__(self, processes: Iterable[psutil.Process]) -> None:
@@ -28,7 +28,7 @@ class ProcessGroup:
         self._cpu_s: dict[int, float] = {}
 
     def cpu_s(self) -> float:
-        """CPU seconds that they have used so far."""
+        """CPU seconds that the processes have used so far."""
         for process in self.processes:
             with suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
@@ -36,7 +36,7 @@ class ProcessGroup:
         return sum(self._cpu_s.values())
 
     def peak_memory_bytes(self) -> int:
-        """Sum of their peaks (Linux); where the kernel does not tell peaks, what they hold now."""
+        """Sum of the processes' peaks (Linux); where the kernel does not tell peaks, the memory that they hold now."""
         total = 0
         for process in self.processes:
             with suppress(psutil.NoSuchProcess):
@@ -44,11 +44,11 @@ class ProcessGroup:
         return total
 
     def age_s(self) -> float:
-        """Since the first of them was started; 0 without any."""
+        """Seconds since the first of the processes was started; 0 without any."""
         return time.time() - min((process.create_time() for process in self.processes), default=time.time())
 
     def end(self) -> None:
-        """Kill those that are left, and leave no zombie."""
+        """Kill the processes that are left, and leave no zombie."""
         for process in self.processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -1,4 +1,4 @@
-"""What a parent and its engine processes say to each other: JSON lines on two private pipes."""
+"""The messages between a parent and its engine processes: JSON lines on two private pipes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Message(BaseModel):
 
 
 class Start(_Message):
-    """First command: start the engine. Answered by `Ready` or `Failed`."""
+    """The first command: start the engine. `Ready` or `Failed` answers it."""
 
     kind: Literal["start"] = "start"
     model: str
@@ -33,7 +33,7 @@ class Start(_Message):
 
 
 class Prefill(_Message):
-    """Submit prompts of token ids and step until each has its first token. Answered by `Stepped` or `Failed`."""
+    """Submit prompts of token ids, and step until each has its first token. `Stepped` or `Failed` answers it."""
 
     kind: Literal["prefill"] = "prefill"
     prompts: list[list[int]]
@@ -41,28 +41,28 @@ class Prefill(_Message):
 
 
 class Decode(_Message):
-    """Make some more steps with the submitted batch. Answered by `Stepped` or `Failed`."""
+    """Make some more steps with the submitted batch. `Stepped` or `Failed` answers it."""
 
     kind: Literal["decode"] = "decode"
     steps: int
 
 
 class Probe(_Message):
-    """Measure what the machine reads and multiplies, the latter with so many rows. Answered by `Probed` or `Failed`."""
+    """Measure what the machine reads, and what it multiplies by so many rows. `Probed` or `Failed` answers it."""
 
     kind: Literal["probe"] = "probe"
     rows: int
 
 
 class Score(_Message):
-    """Judge prompts and continue others. Answered by `Scored` or `Failed`."""
+    """Judge prompts and continue others. `Scored` or `Failed` answers it."""
 
     kind: Literal["score"] = "score"
     request: ScoreRequest
 
 
 class Serve(_Message):
-    """Keep so many requests in flight until all prompts are answered. Answered by `Served` or `Failed`."""
+    """Keep so many requests in flight until all prompts are answered. `Served` or `Failed` answers it."""
 
     kind: Literal["serve"] = "serve"
     prompts: list[list[int]]
@@ -87,14 +87,14 @@ class Stepped(_Message):
 
 
 class Probed(_Message):
-    """What the machine can do."""
+    """The rates that the probe has measured."""
 
     kind: Literal["probed"] = "probed"
     rates: MachineRates
 
 
 class Scored(_Message):
-    """The judgement."""
+    """The judgements of prompts, and the continuations."""
 
     kind: Literal["scored"] = "scored"
     scores: Scores

@@ -20,16 +20,16 @@ _LEAST_CACHE_BYTES = 1 << 28
 
 
 def vllm_installed() -> bool:
-    """Whether there is a vLLM to ask; nothing is imported."""
+    """Whether vLLM is installed; nothing is imported."""
     return find_spec("vllm") is not None
 
 
 def score_with_vllm(request: ScoreRequest) -> Scores:
-    """Start an engine, ask it, and end it.
+    """Start an engine, have it judge and continue, and end it.
 
     Raises:
         MissingExtra: vLLM is not installed.
-        EngineError: the engine did not start, or died; with the end of its log.
+        EngineError: the engine did not start, or died; the error has the end of its log.
     """
     require("vllm", "cpu", "cuda", wanted_by="comparing with vLLM", otherwise="leave vLLM out of the comparison")
     longest = max(map(len, [*request.prompts, *request.continued])) + request.new_tokens

@@ -29,7 +29,7 @@ class SteppedEngine:
         enforce_eager: run without torch.compile.
         seed: of dummy weights.
         draft: folder or hub id of a smaller model that proposes tokens; None without.
-        draft_tokens: that it proposes a step.
+        draft_tokens: tokens that the draft proposes in a step.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class SteppedEngine:
             max_model_len=max_model_tokens,
             max_num_batched_tokens=max_step_tokens,
             kv_cache_memory_bytes=kv_cache_bytes,
-            # On a GPU two engines share the memory; vLLM refuses to start where less than this share is free.
+            # Two engines share a GPU's memory, and vLLM refuses to start where less than this share is free.
             gpu_memory_utilization=0.45,
             enable_prefix_caching=False,
             # A step must return its own tokens and leave nothing under way when the other engine's turn comes.
@@ -69,10 +69,10 @@ class SteppedEngine:
         self._batch: _Batch | None = None
 
     def probe(self, rows: int) -> MachineRates:
-        """What the machine reads and multiplies, by this engine's own matrices and kernels among others.
+        """Measure what the machine reads and multiplies, with this engine's own matrices and kernels among others.
 
         Args:
-            rows: of activations in the products that operations are counted by.
+            rows: rows of activations in the products by which operations are counted.
         """
         assert self._batch is None, "the last batch is not finished"
         products = [
@@ -95,7 +95,7 @@ class SteppedEngine:
             self._batch.step(self._llm.llm_engine)
 
     def decode(self, steps: int) -> None:
-        """Make so many steps, fewer if the batch is finished before."""
+        """Make so many steps, or fewer if the batch is finished before."""
         assert self._batch is not None, "no batch"
         for _ in range(steps):
             if not self._llm.llm_engine.has_unfinished_requests():
@@ -103,7 +103,7 @@ class SteppedEngine:
             self._batch.step(self._llm.llm_engine)
 
     def take_trace(self) -> BatchTrace | None:
-        """The trace of a finished batch, and make room for the next; None while it is unfinished.
+        """Take the trace of a finished batch, and make room for the next; None while the batch is unfinished.
 
         Raises:
             RuntimeError: the engine finished the batch with too few tokens.
@@ -118,7 +118,7 @@ class SteppedEngine:
     def serve(
         self, prompts: Sequence[Sequence[int]], *, output_tokens: int, concurrency: int
     ) -> tuple[list[RequestTrace], list[list[int]]]:
-        """Keep so many requests in flight until all are answered: as one ends the next one is submitted.
+        """Keep so many requests in flight until all are answered: when one ends, the next is submitted.
 
         Args:
             prompts: token ids, one sequence for each request.
@@ -170,7 +170,7 @@ class SteppedEngine:
 
 
 def _listed(positions: Sequence[Any]) -> ListedScores:
-    """vLLM's dictionaries, one a position, from the second on: the first token is predicted by nothing."""
+    """Turn vLLM's dictionaries into lists, one for each position but the first, which nothing predicts."""
     ranked = [sorted(position.items(), key=lambda item: item[1].rank) for position in positions]
     return ListedScores(
         token_ids=[[token for token, _ in position] for position in ranked],
@@ -179,7 +179,7 @@ def _listed(positions: Sequence[Any]) -> ListedScores:
 
 
 class _Batch:
-    """What is known of the batch so far."""
+    """The batch under way, and its steps so far."""
 
     def __init__(self, size: int, output_tokens: int) -> None:
         self._size, self._output_tokens = size, output_tokens

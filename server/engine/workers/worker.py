@@ -1,4 +1,4 @@
-"""One engine in one process, driven by JSON lines: see `WORKER` in process.py.
+"""One engine in one process, driven by JSON lines; `WORKER` in process.py names this module.
 
 Commands and replies travel on their own file descriptors; stdout and stderr belong to vLLM's log.
 """
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _read(command_fd: int, commands: queue.SimpleQueue[str]) -> None:
-    """Pass commands on. When the pipe closes, end at once, even in the middle of a step: nobody waits for it."""
+    """Pass commands on. When the pipe closes, end at once, even in the middle of a step, since nobody waits."""
     with os.fdopen(command_fd, encoding="utf-8") as lines:
         for line in lines:
             commands.put(line)
