@@ -52,7 +52,7 @@ class BodyBudget:
 
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
-        """The share of one request: a function that takes each further number of bytes, or raises 503 for want of room."""
+        """The share of one request: a function that takes each further number of bytes, or raises 503 without room."""
         taken = 0
 
         def take(size: int) -> None:

@@ -28,8 +28,7 @@ from pat_serve.server.bench.speedup.checks import (
     check_context,
     least_output_tokens,
 )
-from pat_serve.server.bench.speedup.settings import SpeedupSettings
-from pat_serve.server.engine.memory import MAX_STEP_TOKENS, engine_memory_bytes, kv_cache_bytes, require_memory
+from pat_serve.server.engine.memory import MAX_STEP_TOKENS, Batch, engine_memory_bytes, kv_cache_bytes, require_memory
 from pat_serve.server.engine.workers.probe import PROBE_ROWS, best_rates
 from pat_serve.server.engine.workers.process import EngineProcess, start_together
 from pat_serve.server.engine.workers.protocol import Ready, Start
@@ -76,7 +75,7 @@ def measure_latency(model: str, settings: LatencySettings, *, progress: Progress
             )
     # The largest of each: the engine is made for all cells.
     widest = max(batch * prompt for batch, prompt, _ in grid)
-    largest = _load(settings, max(settings.batch_sizes), max(settings.prompt_tokens), max(settings.output_tokens))
+    largest = _batch(max(settings.batch_sizes), max(settings.prompt_tokens), max(settings.output_tokens))
 
     def run(engine: EngineProcess, source: ModelSource) -> list[LatencyCell]:
         cells = []
@@ -120,7 +119,7 @@ def measure_throughput(model: str, settings: ThroughputSettings, *, progress: Pr
     ):
         want(flag, value >= 1, "at least 1", value, fix)
     most = max(ladder[-1], settings.max_concurrency) if settings.saturate else ladder[-1]
-    largest = _load(settings, most, settings.prompt_tokens, settings.output_tokens)
+    largest = _batch(most, settings.prompt_tokens, settings.output_tokens)
 
     def run(engine: EngineProcess, source: ModelSource) -> tuple[list[ThroughputRun], int | None]:
         draw = random.Random(settings.seed)
@@ -153,46 +152,42 @@ def measure_throughput(model: str, settings: ThroughputSettings, *, progress: Pr
     return ThroughputResult(settings=settings, runs=tuple(beside), saturation=saturation, **common)
 
 
-def _load(settings: EngineSettings, batch: int, prompt: int, output: int) -> SpeedupSettings:
-    """The same load in the words of the speed-up check, which knows what an engine for it needs."""
-    return SpeedupSettings(
-        batch_size=batch,
-        prompt_tokens=prompt,
-        output_tokens=output,
-        layers=settings.layers,
-        load_format=settings.load_format,
-        dtype=settings.dtype,
-        enforce_eager=settings.enforce_eager,
-        seed=settings.seed,
-    )
+def _batch(requests: int, prompt_tokens: int, output_tokens: int) -> Batch:
+    return Batch(requests=requests, prompt_tokens=prompt_tokens, tokens_per_request=prompt_tokens + output_tokens)
 
 
 def _with_engine(
     model: str,
     settings: EngineSettings,
-    load: SpeedupSettings,
+    batch: Batch,
     widest: int,
     progress: Progress,
     run: Callable[[EngineProcess, ModelSource], Any],
 ) -> tuple[dict[str, Any], Any, Floors | None]:
     """Start an engine that is large enough, run, and gather what every record has."""
     require("vllm", "cpu", "cuda", wanted_by="pat-bench")
-    date, begun_s, dtype = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), serving_dtype(load.dtype)
+    date, begun_s, dtype = (
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        time.monotonic(),
+        serving_dtype(settings.dtype),
+    )
     with scratch_folder() as scratch:
-        source = resolve(model, flag="--model", load_format=load.load_format, layers=load.layers, scratch=scratch)
-        _check(source, load, dtype)
+        source = resolve(
+            model, flag="--model", load_format=settings.load_format, layers=settings.layers, scratch=scratch
+        )
+        _check(source, batch, dtype)
         with EngineProcess("model", log=scratch / "engine.log", offline=source.on_disk) as engine:
             progress("starting the engine", 0, 1)
             start = Start(
                 model=source.path,
                 dtype=dtype,
-                load_format=load.load_format,
-                batch_size=load.largest_batch,
-                max_model_tokens=load.tokens_per_request,
-                max_step_tokens=min(widest, load.full_batch.step_tokens),
-                kv_cache_bytes=kv_cache_bytes(source.shape, load.full_batch, dtype),
-                enforce_eager=load.enforce_eager,
-                seed=load.seed,
+                load_format=settings.load_format,
+                batch_size=batch.requests,
+                max_model_tokens=batch.tokens_per_request,
+                max_step_tokens=min(widest, batch.step_tokens),
+                kv_cache_bytes=kv_cache_bytes(source.shape, batch, dtype),
+                enforce_eager=settings.enforce_eager,
+                seed=settings.seed,
             )
             ready: Ready = start_together({engine: start})[engine]
             probes = []
@@ -200,7 +195,7 @@ def _with_engine(
             def probe() -> None:
                 if settings.roofline:
                     progress("probing the machine", 0, 1)
-                    probes.append(engine.probe(rows=min(load.full_batch.step_tokens, PROBE_ROWS)))
+                    probes.append(engine.probe(rows=min(batch.step_tokens, PROBE_ROWS)))
 
             probe()
             measured = run(engine, source)
@@ -226,8 +221,8 @@ def _with_engine(
     return common, measured, floors
 
 
-def _check(source: ModelSource, load: SpeedupSettings, dtype: str) -> None:
-    check_context(source, load.tokens_per_request)
+def _check(source: ModelSource, batch: Batch, dtype: str) -> None:
+    check_context(source, batch.tokens_per_request)
     way_out = "Ask for smaller batches, cut the model with --layers N --load-format dummy, or free memory."
-    needed_bytes = engine_memory_bytes(source.shape, load.full_batch, dtype)
+    needed_bytes = engine_memory_bytes(source.shape, batch, dtype)
     require_memory(f"an engine of {source.name}", needed_bytes, dtype=dtype, fix=way_out)
