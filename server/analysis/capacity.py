@@ -1,7 +1,7 @@
-"""How many requests fit into memory beside a model's weights. Pure mathematics.
+"""The number of requests that fit into memory beside a model's weights. Pure mathematics.
 
-A narrower model leaves more of a fixed memory to the KV cache: it may decode one step no faster than bytes allow and
-still serve more, because more requests share the step.
+A narrower model leaves more of a fixed memory to the KV cache. More requests then share a step, so the model serves
+more even where a step itself is hardly faster.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class Capacity:
 
     Attributes:
         memory_bytes: the budget, for weights and KV cache together.
-        weight_bytes: of all parameters.
-        kv_bytes_per_request: of one request to its last token.
+        weight_bytes: bytes of all parameters.
+        kv_bytes_per_request: KV cache of one request to its last token.
         requests: requests in flight whose KV cache fits beside the weights.
     """
 
@@ -41,7 +41,7 @@ def memory_for(shape: ModelShape, *, requests: int, tokens: int, dtype_bytes: in
 
 
 def capacity(shape: ModelShape, *, memory_bytes: int, tokens: int, dtype_bytes: int) -> Capacity:
-    """What fits of a model into a budget: no request where the weights alone are too big. Arguments as `memory_for`."""
+    """The capacity of a budget: no request where the weights alone are too big. Arguments as `memory_for`."""
     weights = shape.weight_bytes(dtype_bytes)
     per_request = dtype_bytes * tokens * shape.kv_values_per_token
     return Capacity(

@@ -1,4 +1,4 @@
-"""From durations at a few depths to those of the whole model: what a step takes beside its layers, and a layer.
+"""Durations at a few depths give the whole model's: the seconds of a layer, and the seconds beside all layers.
 
 A decoder's layers are alike, so a step takes a + b L: b for a layer, a for all that does not repeat (embedding, output
 head, sampler, scheduler). Two depths give both, and the whole model's ratio is that of two such sums. Pure mathematics.
@@ -73,9 +73,9 @@ def extrapolate(
 ) -> DepthRatio | None:
     """Both models' lines through the medians of their rounds, and the whole models' ratio, with bootstrap intervals.
 
-    Within a depth rounds are resampled as whole pairs, and the candidate's seconds are the baseline's over the median
-    of the pairs' ratios: what slowed both models cancels there, and a machine that was slower at one depth than at
-    another moves both lines alike and their ratio little.
+    Within a depth, rounds are resampled as whole pairs, and the candidate's seconds are the baseline's over the median
+    of the pairs' ratios. A disturbance that slowed both models cancels there. A machine that was slower at one depth
+    than at another moves both lines alike, and their ratio little.
 
     Args:
         depths: numbers of layers.

@@ -1,4 +1,4 @@
-"""What disturbed a series of paired rounds: spread, drift, stalls, the order within a pair. Pure mathematics."""
+"""The disturbances of a series of paired rounds: spread, drift, stalls, the order within a pair. Pure mathematics."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 from pat_serve.server.analysis.statistics import percentile, relative_mad
 
-# A round that takes so many times the median is a stall: something else had the machine.
+# A round that takes so many times the median is a stall, in which something else had the machine.
 STALL_FACTOR = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseReport:
-    """Of one regime.
+    """The noise of one regime's rounds.
 
     Attributes:
         baseline_spread: relative median absolute deviation of the baseline's rounds.
-        candidate_spread: the same of the candidate's.
-        ratio_spread: of the pairs' ratios: what is left when a disturbance that both share has cancelled.
+        candidate_spread: relative median absolute deviation of the candidate's rounds.
+        ratio_spread: relative median absolute deviation of the pairs' ratios, in which a shared disturbance cancels.
         drift: median of the second half of both models' rounds over that of the first half, less 1.
         stalls: rounds in which a model took more than three times its median.
         order_effect: median ratio of the pairs that the baseline began over that of the others, less 1; None with
@@ -34,7 +34,7 @@ class NoiseReport:
 
     @property
     def spread(self) -> float:
-        """The larger of the two models' spreads, which a verdict is refused by."""
+        """The larger of the two models' spreads, by which a verdict is refused."""
         return max(self.baseline_spread, self.candidate_spread)
 
 
@@ -44,7 +44,7 @@ def noise_report(baseline: Sequence[float], candidate: Sequence[float], baseline
     Args:
         baseline: seconds of each round, in the order of measuring.
         candidate: the same.
-        baseline_first: which of the two began each round.
+        baseline_first: whether the baseline began, for each round.
 
     Raises:
         ValueError: no rounds, or sequences of different lengths.
@@ -53,7 +53,7 @@ def noise_report(baseline: Sequence[float], candidate: Sequence[float], baseline
         raise ValueError("as many rounds of each model wanted, one at least")
     ratios = [slow / fast for slow, fast in zip(baseline, candidate, strict=True)]
     middle = len(baseline) // 2
-    # Each model in units of its own median, so that both tell about the machine.
+    # Each model counts in units of its own median, so that both tell about the machine.
     scaled = [
         (slow / percentile(baseline, 50) + fast / percentile(candidate, 50)) / 2
         for slow, fast in zip(baseline, candidate, strict=True)

@@ -1,4 +1,4 @@
-"""How much faster a narrower model can be at best: bytes and FLOPs counted from the config. Pure mathematics.
+"""The best speed-up that a narrower model can have: bytes and FLOPs counted from the config. Pure mathematics.
 
 A decode step does a few operations for each weight that it reads, so its ceiling is the ratio of bytes read: all
 matrices once, plus every request's KV cache. A prefill reuses each weight for all tokens of the batch, so its ceiling

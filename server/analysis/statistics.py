@@ -28,7 +28,7 @@ class PairedRatio:
 
     Attributes:
         ratios: baseline / candidate for each pair; above 1 the candidate is faster.
-        median: their median.
+        median: median of the ratios.
         low: lower end of the bootstrap interval of that median.
         high: upper end.
         confidence: the interval's nominal coverage, in (0, 1).
@@ -119,8 +119,8 @@ def median_interval(
 ) -> MedianInterval:
     """Percentile interval of the median of all samples, from resampled groups.
 
-    What was measured together (the requests of a batch) shares its luck, so groups are drawn whole; a group for each
-    sample makes it the plain bootstrap.
+    Samples that were measured together (the requests of a batch) share their luck, so groups are drawn whole. With a
+    group for each sample this is the plain bootstrap.
 
     Args:
         groups: samples that belong together; groups without samples are left out.
@@ -137,7 +137,7 @@ def median_interval(
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), not {confidence}")
     draw = np.random.default_rng(seed)
-    # One at a time: all at once would be gigabytes for the largest benchmark that the server takes.
+    # Resamples are drawn one at a time. All at once would be gigabytes for the largest benchmark that the server takes.
     medians = [
         np.median(np.concatenate([filled[pick] for pick in draw.integers(0, len(filled), size=len(filled))]))
         for _ in range(resamples)
@@ -169,8 +169,8 @@ def paired_ratio(
 ) -> PairedRatio:
     """Median of the paired ratios baseline / candidate, with a bootstrap percentile interval.
 
-    Pairs are resampled whole: whatever slowed both halves of a pair cancels in its ratio. (Efron and Tibshirani, An
-    Introduction to the Bootstrap, chapter 13.)
+    Pairs are resampled whole, because a disturbance that slowed both halves of a pair cancels in its ratio. (Efron and
+    Tibshirani, An Introduction to the Bootstrap, chapter 13.)
 
     Args:
         baseline: durations, seconds; the i-th belongs to the i-th of `candidate`.

@@ -11,11 +11,11 @@ from pat_serve.server.analysis.statistics import percentile
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTrace:
-    """When each step of a batch ran, on the machine's monotonic clock (the same one in all its processes).
+    """The times of a batch's steps, on the machine's monotonic clock, which is the same in all its processes.
 
     Attributes:
         batch_size: requests, all submitted at once.
-        submitted_s: just before they were submitted.
+        submitted_s: time just before the requests were submitted.
         steps_started_s: start of each engine step; between two steps another engine may have had the machine.
         steps_ended_s: end of each engine step.
         steps_tokens: new tokens that each step gave, over all requests.
@@ -40,8 +40,8 @@ class BatchTrace:
     def decode_steps_s(self) -> tuple[float, ...]:
         """Seconds of each pure decode step: one token for every request, none still in prefill.
 
-        Steps rather than (T(1 + n) - T(1)) / n: the difference of two whole runs carries the noise of two prefills,
-        each as long as many decode steps; and only steps can be interleaved with those of another engine.
+        The difference of two whole runs, (T(1 + n) - T(1)) / n, would not do: it carries the noise of two prefills,
+        each as long as many decode steps. And only steps can be interleaved with those of another engine.
         """
         return tuple(
             self.steps_ended_s[i] - self.steps_started_s[i]
@@ -53,8 +53,8 @@ class BatchTrace:
     def tpot_s(self) -> float:
         """Seconds per output token after the first, as each request sees it: the median decode step.
 
-        The median, because a step that another process disturbed belongs to neither model; the KV cache grows by one
-        token a step, so the middle step is also the one at the mean context.
+        The median leaves out steps that another process disturbed, which belong to neither model. The KV cache grows by
+        one token a step, so the middle step is also the one at the mean context.
 
         Raises:
             ValueError: no pure decode step in this trace.
@@ -63,16 +63,16 @@ class BatchTrace:
 
     @property
     def e2e_s(self) -> float:
-        """Seconds from submission until the last token. Meaningless where another engine had turns meanwhile."""
+        """Seconds from submission until the last token; they mean nothing where another engine had turns meanwhile."""
         return self.steps_ended_s[-1] - self.submitted_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestTrace:
-    """When one request got its tokens, on the machine's monotonic clock.
+    """The times of one request's tokens, on the machine's monotonic clock.
 
     Attributes:
-        submitted_s: when the engine was given it.
+        submitted_s: time at which the engine was given the request.
         tokens_s: the end of the step that gave each token.
     """
 

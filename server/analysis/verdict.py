@@ -1,4 +1,4 @@
-"""From an interval to a verdict on a claimed speed-up. Pure logic."""
+"""The verdict on a claimed speed-up, from the interval of the measured one. Pure logic."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 MIN_ROUNDS = 5
-# Above this spread of one model's rounds the machine was doing something else as well, and what it did need not have
-# hit both models alike: the pairs no longer protect the ratio.
+# Above this spread of one model's rounds the machine was doing something else as well. That disturbance may have hit
+# the two models differently, and the pairs then no longer protect the ratio.
 MAX_NOISE = 0.15
-# A drift cancels in pairs, so this is generous: where a machine slows down evenly, MAX_NOISE stops it at a third. It is
-# for one that becomes another machine in the last rounds, which a median of deviations does not show.
+# A drift cancels in pairs, so this limit is generous. A machine that slows down evenly by a third is already stopped by
+# MAX_NOISE. This limit stops a machine that becomes another one in the last rounds, which a median of deviations does
+# not show.
 MAX_DRIFT = 0.5
-# Others on half of the machine: then it is their rival that was measured, however evenly they worked.
+# With others on more than half of the machine, the check measures a rivalry, however evenly they worked.
 MAX_OTHER_CPU_SHARE = 0.5
 # A claim is a figure with a precision: 1.33 stands for 4/3 as much as for 1.325. A margin of non-inferiority says by
-# how much a ratio may miss the claim and still meet it. With half of it as the margin it would be another claim.
+# how much a ratio may miss the claim and still meet it. A margin of half the claim would make it another claim.
 DEFAULT_MARGIN, MARGIN_BOUND = 0.02, 0.5
 
 
@@ -56,7 +57,7 @@ class Claim:
         return Claim(ratio=self.ratio, margin=0.0)
 
     def __str__(self) -> str:
-        """As reports head a verdict with it."""
+        """The claim as reports write it before a verdict."""
         return f"claim {self.ratio:g}x" + (f", margin {100 * self.margin:.3g}%" if self.margin else "")
 
 
@@ -71,7 +72,7 @@ class Judgement:
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What went on around the rounds of a check.
+    """The surroundings of a check's rounds.
 
     Attributes:
         other_cpu_share: share of the machine's CPU time that other processes took, in the median round.
@@ -83,7 +84,7 @@ class Surroundings:
 
 
 class Obstacle(StrEnum):
-    """Why nothing may be said about a claim, whatever the interval is."""
+    """A reason for which nothing may be said about a claim, whatever the interval is."""
 
     FEW_ROUNDS = "few rounds"
     NOISE = "noise"
@@ -93,7 +94,7 @@ class Obstacle(StrEnum):
 
 
 def obstacles_around(surroundings: Surroundings) -> frozenset[Obstacle]:
-    """What stands in the way of a whole check."""
+    """The obstacles to a whole check."""
     found = {
         Obstacle.RIVALS: surroundings.other_cpu_share > MAX_OTHER_CPU_SHARE,
         Obstacle.UNSETTLED: not surroundings.settled,
@@ -102,7 +103,7 @@ def obstacles_around(surroundings: Surroundings) -> frozenset[Obstacle]:
 
 
 def obstacles_within(*, rounds: int, spread: float, drift: float) -> frozenset[Obstacle]:
-    """What stands in the way of one series of rounds.
+    """The obstacles to one series of rounds.
 
     Args:
         rounds: number of pairs.
@@ -118,7 +119,7 @@ def obstacles_within(*, rounds: int, spread: float, drift: float) -> frozenset[O
 
 
 def obstacles(*, rounds: int, spread: float, drift: float, surroundings: Surroundings) -> tuple[str, ...]:
-    """A sentence for each thing that stands in the way; empty where nothing does.
+    """A sentence for each obstacle; empty where there is none.
 
     Args:
         rounds: number of pairs.
@@ -128,7 +129,7 @@ def obstacles(*, rounds: int, spread: float, drift: float, surroundings: Surroun
     """
     found = obstacles_within(rounds=rounds, spread=spread, drift=drift) | obstacles_around(surroundings)
     if Obstacle.FEW_ROUNDS in found:
-        # Nothing else can be told from so few.
+        # Nothing else can be told from so few rounds.
         return (f"only {rounds} rounds, {MIN_ROUNDS} are the least",)
     others = f"{surroundings.other_cpu_share:.0%} of the CPU time, more than {MAX_OTHER_CPU_SHARE:.0%}"
     told = {

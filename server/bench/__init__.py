@@ -1,1 +1,1 @@
-"""What each command of pat-bench runs, the record that it leaves, and its table."""
+"""The commands of pat-bench: what each runs, the record that it leaves, and its table."""

@@ -1,4 +1,4 @@
-"""What a benchmark may be pointed at: a checkpoint, a GGUF file, a bare config.json, a hub id, or a shape of ours."""
+"""The sources of a benchmark's model: a checkpoint, a GGUF file, a bare config.json, a hub id, or a shape of ours."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def shipped_shapes() -> list[str]:
 def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scratch: Path) -> ModelSource:
     """Find a model, and cut it if wanted.
 
-    A folder wins over a shipped shape of the same name, and that over the hub.
+    A folder wins over a shipped shape of the same name, and a shipped shape over the hub.
 
     Args:
         name: folder, GGUF file, shipped shape, or hub id.
-        flag: the flag that it came from, for messages.
+        flag: the flag that named the model, for messages.
         load_format: "auto" (real weights) or "dummy" (random weights).
         layers: number of decoder layers to keep; None keeps all. Random weights only.
         scratch: folder for a config.json of our own.
@@ -91,9 +91,9 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
 def cut_layers(config: Mapping[str, Any], layers: int, *, load_format: str, name: str) -> dict[str, Any]:
     """A copy of a config with fewer decoder layers.
 
-    Every matrix that is left has its old size, lm_head too, so at a small batch and context a ratio of two equally cut
-    models keeps its ceiling. Where the KV cache counts it does not quite, since lm_head has none: 32 x 2048 tokens of
-    Llama-2-7B 1.075 whole, 1.091 with two layers.
+    Every matrix that is left has its old size, lm_head too, so at a small batch and context the ratio of two equally
+    cut models keeps its ceiling. At a large context the ceiling moves a little, since lm_head has no KV cache: with 32
+    x 2048 tokens it is 1.075 for the whole Llama-2-7B and 1.091 with two layers.
 
     Raises:
         UsageError: real weights, or a number of layers that the model does not have.
@@ -125,7 +125,7 @@ def config_sha256(config: Mapping[str, object]) -> str:
 
 
 def _locate(name: str, flag: str) -> Path:
-    """The folder with a model's config.json; the message of a missing one names the flag and the shipped shapes."""
+    """Find the folder with a model's config.json; a missing one is told with the flag and the shipped shapes."""
     try:
         return locate(name, weights=False)
     except MissingModel as error:

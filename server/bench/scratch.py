@@ -13,7 +13,7 @@ from pat_serve.errors import EngineError
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder that is gone afterwards, unless an engine has failed and left its log there."""
+    """Make a folder that is removed afterwards, unless an engine has failed and left its log there."""
     folder, keep = Path(tempfile.mkdtemp(prefix="pat-bench-")), False
     try:
         yield folder

@@ -1,1 +1,1 @@
-"""The routes of ours: what each takes, gives and does."""
+"""Our own routes: what each takes, does and answers."""

@@ -156,7 +156,7 @@ def _figures(run: Run) -> list[RequestFigures]:
 
 
 def _latencies(groups: Sequence[Sequence[RequestTimes]]) -> dict[str, Any]:
-    """Summaries of requests; those of a group ran together."""
+    """Summaries of all requests; the requests of a group ran together."""
     tpots = [[times.tpot_s for times in group if times.tpot_s is not None] for group in groups]
     return {
         "ttft_s": _summary([[times.ttft_s for times in group if times.ttft_s is not None] for group in groups]),

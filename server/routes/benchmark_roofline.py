@@ -1,4 +1,4 @@
-"""What a benchmark's batch and context cost at least, counted from the configs of the models that are loaded."""
+"""The least work of a benchmark's batch and context, counted from the configs of the loaded models."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def roofline(
     prefill_s: float | None = None,
     decode_step_s: float | None = None,
 ) -> RooflineBody | None:
-    """Work and ceilings of a benchmark; None for a model whose bytes cannot be counted from its config.
+    """Count the work and the ceilings of a benchmark; None for a model whose bytes cannot be counted from its config.
 
     Args:
         engine: the engine that was measured.
-        baseline: the dense parent's, if there is one.
+        baseline: the dense parent's engine, if there is one.
         batch_size: requests at once.
         prompt_tokens: of each request.
         output_tokens: of each request.
@@ -64,7 +64,7 @@ def roofline(
 
 
 def countable_shape(engine: Engine) -> ModelShape | None:
-    """The sizes that a step's cost follows from; None where weights do not all have the model's dtype."""
+    """The sizes that decide what a step costs; None where not all weights have the model's dtype."""
     if engine.quantized or engine.dtype not in DTYPE_BYTES:
         return None
     try:

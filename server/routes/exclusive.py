@@ -1,4 +1,4 @@
-"""One benchmark at a time, and none while users are being served unless somebody insists."""
+"""Benchmarks run one at a time, and none runs while users are being served, unless its client insists."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ T = TypeVar("T")
 
 
 class Exclusive:
-    """The benchmarks' turn. Every benchmark is itself an admitted request of one sequence, which is no user's.
+    """Gives benchmarks their turns. Every benchmark is itself an admitted request of one sequence, which is no user's.
 
     Args:
-        admission: knows what is under way.
+        admission: knows the requests under way.
     """
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._running = False
-        # Benchmarks that have come in, refused ones included, and those of them that are here now.
+        # The number of benchmarks that have come in, refused ones included, and the number of those that are here now.
         self._arrived = self._present = 0
 
     @property
@@ -39,12 +39,12 @@ class Exclusive:
 
         Args:
             http: the client's request.
-            work: to be done.
-            sequences: that the work has in an engine at once; they take their places in the queue like a user's.
-            force: also while users are being served.
+            work: the benchmark's work.
+            sequences: sequences that the work has in an engine at once; they take places in the queue like a user's.
+            force: run also while users are being served.
 
         Returns:
-            its result, and how many requests of users were under way meanwhile or at the start.
+            the work's result, and how many requests of users were under way meanwhile or at the start.
 
         Raises:
             HttpError: 400 more sequences than the queue ever holds; 409 another benchmark runs, or users are being
@@ -69,7 +69,7 @@ class Exclusive:
                 raise HttpError(503, "benchmark_timeout", message) from None
             finally:
                 self._running = False
-                # It has not begun where the queue had no room.
+                # The work has not begun where the queue had no room.
                 work.close()
             return result, users + self._admission.admitted - self._arrived - before
         finally:

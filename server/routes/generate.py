@@ -1,4 +1,4 @@
-"""`POST /generate`: from a checked body to a text, or to a stream of events."""
+"""`POST /generate` turns a checked body into a text, or into a stream of events."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pat_serve.server.routes.schemas import GenerateRequest, GenerateResponse, S
 
 
 class Answer:
-    """One generation under way, and what is known of it so far."""
+    """One generation under way, with its texts and tokens so far."""
 
     def __init__(self, engine: Engine, prompt: list[int], sampling: Sampling, arrival_s: float) -> None:
         self.id = f"gen-{uuid4().hex}"
@@ -128,5 +128,8 @@ async def _events(answer: Answer, first: Piece, rest: AsyncGenerator[Piece]) -> 
 
 
 def sse_event(body: BaseModel) -> str:
-    """A server-sent event, in ASCII: httpx's iter_lines takes U+0085, U+2028 and U+2029 for ends of lines too."""
+    """A server-sent event.
+
+    It is written in ASCII, because httpx's iter_lines takes U+0085, U+2028 and U+2029 for ends of lines too.
+    """
     return f"data: {body.model_dump_json(ensure_ascii=True)}\n\n"

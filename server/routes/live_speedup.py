@@ -1,6 +1,6 @@
-"""`/benchmark/speedup`: the claim checked on a live server, its engine against the baseline's, in turns.
+"""`/benchmark/speedup` checks a claim on a live server: its engine and the baseline's work in turns.
 
-Judged as `pat-bench speedup` judges it, by the same analysis. What differs is the seat of the clock: both engines are
+The claim is judged by the same analysis as in `pat-bench speedup`. Only the seat of the clock differs: both engines are
 asked through this server's own front end, and a turn is a whole batch (docs/design.md says why).
 """
 
@@ -32,12 +32,12 @@ from pat_serve.server.routes.measure import benchmark_request, together
 from pat_serve.server.routes.speedup_request import LiveSpeedupResult, SpeedupRequest
 from pat_serve.sizes import ModelShape
 
-# vLLM's worker spins for a second after its last step; the other engine's turn would begin with a core less.
+# vLLM's worker spins for a second after its last step, and the other engine's turn would begin with a core less.
 _SETTLE_S, _SETTLE_POLL_S, _QUIET_SHARE = 2.0, 0.05, 0.2
 
 
 class Side:
-    """One of the two engines, with what a check needs of it beside its tokens."""
+    """One of the two engines, with its processes, whose CPU time and memory a check reads."""
 
     def __init__(self, engine: Engine, processes: ProcessGroup, start_s: float) -> None:
         self.engine = engine
@@ -51,7 +51,7 @@ class Side:
         return batch_trace(submitted_s, times_s, prompts_sha256=prompts_digest(prompts))
 
     async def settle(self) -> None:
-        """Wait until its processes rest, for a short while at most."""
+        """Wait until the engine's processes rest, for a short while at most."""
         deadline_s = time.monotonic() + _SETTLE_S
         used_s, at_s = self.processes.cpu_s(), time.monotonic()
         while time.monotonic() < deadline_s:
@@ -62,7 +62,7 @@ class Side:
             used_s, at_s = now_used_s, now_s
 
     async def _token_times(self, prompt: Sequence[int], output_tokens: int) -> list[float]:
-        """When each token came, on the monotonic clock."""
+        """The time at which each token came, on the monotonic clock."""
         generation = benchmark_request(self.engine, prompt, output_tokens)
         await generation.run()
         times_s = generation.token_times_s()
@@ -76,8 +76,8 @@ def batch_trace(submitted_s: float, requests: Sequence[Sequence[float]], *, prom
     """A batch as its slowest request saw it: a step ends when each request has one token more.
 
     Args:
-        submitted_s: before the first request was sent.
-        requests: for each, when its tokens came; equally many.
+        submitted_s: time just before the first request was sent.
+        requests: the times of each request's tokens; equally many for all.
         prompts_sha256: of the prompts.
     """
     ended_s = tuple(max(column) for column in zip(*requests, strict=True))
@@ -132,7 +132,7 @@ async def _measure(baseline: Side, candidate: Side, settings: SpeedupSettings) -
         prompts = round_prompts(settings, vocab_size, index)
         watch = CpuWatch(front)
         traced: dict[Side, BatchTrace] = {}
-        # A drift of the machine favours neither: who begins alternates.
+        # The engine that begins alternates, so that a drift of the machine favours neither.
         order = (baseline, candidate) if index % 2 == 0 else (candidate, baseline)
         for side, waiting in (order, order[::-1]):
             with watch.turn(side.processes, waiting.processes):
@@ -178,8 +178,8 @@ def _judge(
         rounds=tuple(rounds),
         stopped=f"{len(rounds)} rounds were asked for",
     )
-    # Users' work runs on the served engine alone, beside the baseline's turns and in the batches of its own: what is
-    # compared is no longer alike, however quiet the rounds look.
+    # Users' work runs on the served engine alone: beside the baseline's turns, and in the batches of the engine's own
+    # turns. The two sides are then no longer alike, however quiet the rounds look.
     disturbance = Disturbance(
         told=f"{others} requests of users ran meanwhile, which the two engines do not share alike",
         way_out="without `force`, while no users are being served",
@@ -226,7 +226,7 @@ def _settings(body: SpeedupRequest, engine: Engine) -> SpeedupSettings:
         regimes=tuple(regime for regime in Regime if regime.value in body.regimes),
         dtype=engine.dtype,
         enforce_eager=engine.eager,
-        # A probe takes the machine from the users for seconds; `pat-bench` makes one.
+        # A probe would take the machine from the users for seconds; `pat-bench` makes one.
         roofline=False,
         seed=body.seed,
     )

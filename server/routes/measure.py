@@ -18,7 +18,7 @@ from pat_serve.server.engine.generation import RequestTimes, Sampling, TimedGene
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What every request of a benchmark looks like."""
+    """The lengths and the vocabulary of every request of a benchmark."""
 
     prompt_tokens: int
     output_tokens: int
@@ -27,7 +27,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a benchmark saw: its timed requests in the order of their arrival, and its start and end.
+    """The timed requests of a benchmark, in the order of their arrival, and its start and end.
 
     Times are on the server's monotonic clock, in seconds.
     """
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def duration_s(self) -> float:
-        """From the first request's arrival until the last token."""
+        """Time from the first request's arrival until the last token."""
         return self.end_s - self.start_s
 
     @property
@@ -58,7 +58,7 @@ class Run:
 
 
 class Prompts:
-    """Random prompts of one shape; the same seed gives the same ones in the order in which they are asked for.
+    """Random prompts of one shape. The same seed gives the same prompts, in the order in which they are asked for.
 
     Args:
         seed: of the generator.
@@ -71,7 +71,7 @@ class Prompts:
         self._turn = asyncio.Lock()
 
     async def draw(self, count: int) -> list[list[int]]:
-        """So many prompts, made off the event loop: a large batch takes seconds, in which it has others to serve."""
+        """Make so many prompts, off the event loop: a large batch takes seconds, and the loop has others to serve."""
         async with self._turn:
             return await asyncio.to_thread(lambda: [self._one() for _ in range(count)])
 
@@ -100,7 +100,7 @@ async def measure_latency(
     warmup: int,
     seed: int,
 ) -> list[Run]:
-    """Send a batch, wait until all its requests have finished, send the next.
+    """Send a batch, wait until all its requests have finished, and send the next.
 
     Returns:
         one `Run` for each timed round; `warmup` rounds before them are left out.
@@ -124,7 +124,7 @@ async def measure_throughput(
     warmup: int,
     seed: int,
 ) -> Run:
-    """Keep `concurrency` requests under way until enough have been sent or the time is over; wait for the last ones.
+    """Keep `concurrency` requests under way until enough have been sent or the time is over, and wait for the last.
 
     Args:
         num_requests: timed requests in all; exactly one of this and `duration_s` is given.
@@ -159,7 +159,7 @@ def _run(requests: Sequence[RequestTimes]) -> Run:
 
 
 async def together(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """All results; the first failure cancels the rest and is raised as it is."""
+    """Run all work at once, and give all results; the first failure cancels the rest and is raised as it is."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one) for one in work]

@@ -62,7 +62,7 @@ class Service:
         self.admission = admission
         self.readiness = Readiness(engine)
         self.exclusive = Exclusive(admission)
-        # Before the baseline has any: these are the served engine's.
+        # These are the served engine's processes: the baseline has none yet.
         processes = ProcessGroup(children())
         self.side = Side(engine, processes, start_s=processes.age_s())
         self.baseline: Baseline | None = None
@@ -105,7 +105,7 @@ async def generate_route(body: GenerateRequest, http: Request, service: ServiceD
 
 @router.get("/health")
 async def health_route() -> HealthResponse:
-    """The process is alive. Whether the engine answers is `GET /ready`."""
+    """The process is alive. `GET /ready` says whether the engine answers."""
     return HealthResponse(status="alive", version=__version__)
 
 
@@ -141,7 +141,7 @@ async def speedup_route(body: SpeedupRequest, http: Request, service: ServiceDep
 
 @router.get(f"{_BENCHMARKS}speedup")
 async def last_speedup_route(service: ServiceDep) -> LiveSpeedupResult:
-    """The last check's result; 404 before the first."""
+    """The result of the last check; 404 before the first."""
     if service.last_speedup is None:
         raise HttpError(404, "not_found", "no speed-up has been checked yet; POST /benchmark/speedup checks one")
     return service.last_speedup
@@ -149,14 +149,14 @@ async def last_speedup_route(service: ServiceDep) -> LiveSpeedupResult:
 
 @router.post("/baseline/generate", response_model=GenerateResponse, responses={200: _STREAM})
 async def baseline_generate_route(body: GenerateRequest, http: Request, service: ServiceDep) -> Response:
-    """As `/generate`, by the baseline. 409 without one, 503 when it is dead."""
+    """Generate as `/generate` does, with the baseline. 409 without a baseline, 503 when it is dead."""
     baseline = available(service.baseline)
     return await generate(baseline.engine, body, http)
 
 
 @router.get("/page/model")
 async def page_model_route(service: ServiceDep) -> PageModel:
-    """What the page shows of the model: names, length, card."""
+    """The facts about the model that the page shows: names, length, card."""
     engines = [service.engine, *([service.baseline_engine] if service.baseline_engine else [])]
     return PageModel(
         model=service.engine.model_name,
@@ -197,7 +197,7 @@ class PatServePlugin:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Bind the routes to the engine that vLLM has started."""
-        # Without pat-serve, as a plugin of a plain vLLM: its keys, and the default bounds.
+        # A plain vLLM server that loads this plugin has no launcher of ours: its keys count, and the default bounds.
         handover = Handover.given(args) or Handover(
             policy=Policy(keys=collect_keys(args.api_key or [], environment=dict(os.environ)))
         )
@@ -223,7 +223,7 @@ class PatServePlugin:
         state.pat_serve = service
         state.pat_serve_gate = Gate(policy, admission, bounds, OWN_ROUTES)
         if self._app is not None:
-            # Only now: vLLM adds middleware and more routes after the plugins'.
+            # This comes last, because vLLM adds middleware and more routes after the plugins'.
             keep_served(self._app, OUR_PATHS)
             self._app.user_middleware.insert(0, Middleware(Observer))
             let_engine_errors_through()
@@ -237,10 +237,10 @@ class PatServePlugin:
 
 
 def access_log(args: Namespace, form: LogFormat) -> AccessLog | None:
-    """The access log, in place of uvicorn's; the two flags of vLLM's that hold for that one hold for ours."""
+    """The access log, in place of uvicorn's. vLLM's two flags for uvicorn's log hold for ours."""
     if args.disable_uvicorn_access_log:
         return None
-    # Read when uvicorn starts, which is later.
+    # uvicorn reads this flag when it starts, which is later.
     args.disable_uvicorn_access_log = True
     start_log()
     quiet = (args.disable_access_log_for_endpoints or "").split(",")

@@ -1,4 +1,4 @@
-"""What a model says of itself in the pat_export.json that pat-export has put beside its weights."""
+"""The provenance of a model, from the pat_export.json that pat-export has put beside its weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Widths(BaseModel):
 
 
 class _Record(BaseModel):
-    """The part that is shown."""
+    """The part of the record that is shown."""
 
     method: _Name
     base: _Base
@@ -34,12 +34,12 @@ class _Record(BaseModel):
 
 
 def model_labels(source: str, name: str, hidden_size: int) -> dict[str, str]:
-    """What is served, as labels of a metric. A model of any other origin has no base and no method.
+    """The served model as labels of a metric. A model that pat-export has not written has no base and no method.
 
     Args:
         source: folder or hub id.
-        name: under which it is served.
-        hidden_size: as the engine has it.
+        name: name under which the model is served.
+        hidden_size: width of the residual stream, as the engine has it.
     """
     record = _read(source)
     return {
@@ -57,7 +57,7 @@ def _read(source: str) -> _Record | None:
         path = locate(source, weights=False) / "pat_export.json"
         return _Record.model_validate_json(path.read_bytes()) if path.is_file() else None
     except (OSError, PatServeError, ValidationError) as error:
-        # The record is shown and nothing else: a model is served without it.
+        # The record is only shown, so a model is served without it.
         told = "%s: pat_export.json cannot be read (%s); the metrics will not name the model's base"
         logger.warning(told, source, first_line(error))
         return None

@@ -24,7 +24,7 @@ from pat_serve.server.http.limits import (
 
 
 class Body(BaseModel):
-    """A request's body: strict types, finite numbers, no field that we do not know."""
+    """The body of a request: strict types, finite numbers, and no unknown field."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -34,7 +34,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _exactly_one(*names: str) -> JsonDict:
-    """For the document: one of these fields is there and not null."""
+    """Tell the OpenAPI document that exactly one of these fields is there and not null."""
 
     def given(name: str) -> JsonValue:
         others: dict[str, JsonValue] = {other: {"type": "null"} for other in names if other != name}
@@ -50,7 +50,7 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class Message(Body):
-    """One turn of a conversation. What the roles look like to the model is its chat template's business."""
+    """One turn of a conversation. The model's chat template decides how its role is written."""
 
     role: Literal["system", "user", "assistant"]
     content: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
@@ -62,7 +62,7 @@ class GenerateRequest(Body):
     model_config = ConfigDict(json_schema_extra=_exactly_one("prompt", "prompt_token_ids", "messages"))
 
     prompt: Annotated[str | None, Field(min_length=1, max_length=MAX_PROMPT_CHARS)] = None
-    # The first wrong item is enough: a list of wrong ones would make an error of each.
+    # The first wrong item is enough, because a long list of wrong items would make an error of each.
     prompt_token_ids: Annotated[
         list[TokenId] | None, Field(min_length=1, max_length=MAX_MODEL_TOKENS, fail_fast=True)
     ] = None
@@ -111,7 +111,7 @@ class Timings(BaseModel):
     """Where one request's time went, in seconds.
 
     Attributes:
-        queue_s: waiting in the engine before it was first scheduled; null if the engine keeps no statistics.
+        queue_s: waiting in the engine before the request was first scheduled; null if the engine keeps no statistics.
         ttft_s: from the request's arrival until the server held its first token; null if there was none.
         tpot_s: mean time per output token after the first; null with fewer than two tokens.
         e2e_s: from the request's arrival until its last token.
@@ -136,7 +136,7 @@ class GenerateResponse(BaseModel):
 
 
 class StreamDelta(BaseModel):
-    """An event of a stream: what has been added since the last one."""
+    """An event of a stream: the text and the tokens since the last event."""
 
     id: str
     text: str
@@ -153,7 +153,7 @@ class StreamEnd(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """`GET /health`: the process is alive; whether the engine answers is `GET /ready`."""
+    """`GET /health`: the process is alive. `GET /ready` says whether the engine answers."""
 
     status: str
     version: str
@@ -182,7 +182,8 @@ class LatencyRequest(Body):
 class ThroughputRequest(Body):
     """`POST /benchmark/throughput`: `concurrency` clients, each sending its next request when the last has finished.
 
-    Exactly one of `num_requests` and `duration_s`; after `duration_s` no request is started, those under way finish.
+    Exactly one of `num_requests` and `duration_s` is given. After `duration_s` no request is started, and the requests
+    under way finish.
     """
 
     model_config = ConfigDict(json_schema_extra=_exactly_one("num_requests", "duration_s"))
@@ -236,7 +237,7 @@ class RoundFigures(BaseModel):
 
 
 class PrefillRoofline(BaseModel):
-    """FLOPs until the whole batch has its first tokens, and what a pruned model can gain on its baseline at most.
+    """FLOPs until the whole batch has its first tokens, and the most that a pruned model can gain on its baseline.
 
     `achieved_flops_per_s` is null in the throughput benchmark, where prefill and decode mix.
     """
@@ -248,7 +249,7 @@ class PrefillRoofline(BaseModel):
 
 
 class DecodeRoofline(BaseModel):
-    """Bytes that one decode step of the whole batch reads, and what a pruned model can gain on its baseline at most."""
+    """Bytes that a decode step of the whole batch reads, and the most that a pruned model can gain on its baseline."""
 
     context_tokens: float
     bytes_per_step: float
@@ -266,7 +267,7 @@ class RooflineBody(BaseModel):
 
 
 class LatencySummary(BaseModel):
-    """Over all timed requests (the three latencies) and over all rounds (the two rates)."""
+    """Figures over all timed requests (the three latencies) and over all rounds (the two rates)."""
 
     ttft_s: SummaryBody
     tpot_s: SummaryBody | None
@@ -287,7 +288,7 @@ class LatencyResponse(BaseModel):
 
 
 class ThroughputSummary(BaseModel):
-    """Over all timed requests; the rates are totals divided by `duration_s`."""
+    """Figures over all timed requests; the rates are totals divided by `duration_s`."""
 
     ttft_s: SummaryBody
     tpot_s: SummaryBody | None

@@ -16,7 +16,7 @@ RegimeName = Literal["prefill", "decode"]
 
 
 class SpeedupRequest(Body):
-    """`POST /benchmark/speedup`: the claim, and what to measure; as `pat-bench speedup` has it."""
+    """`POST /benchmark/speedup`: the claim, and what to measure, as in `pat-bench speedup`."""
 
     claim: Annotated[float, Field(gt=0, le=100)] = 1.33
     margin: Annotated[

@@ -54,7 +54,7 @@ class _Record(BaseModel):
 
 
 class EngineSettings(_Record):
-    """How one model's engine is run.
+    """The settings of one model's engine.
 
     Attributes:
         layers: cut the model to so many layers (random weights only).
@@ -83,11 +83,11 @@ class LatencySettings(EngineSettings):
 
 
 class ThroughputSettings(EngineSettings):
-    """What `pat-bench throughput` keeps in flight.
+    """The loads of `pat-bench throughput`.
 
     Attributes:
-        concurrencies: requests at once; measured one after the other.
-        saturate: then double the last one until that gains less than a twentieth.
+        concurrencies: numbers of requests at once, measured one after the other.
+        saturate: double the last number afterwards, until a doubling gains less than a twentieth.
         max_concurrency: bound of the doubling.
         prompt_tokens: of each request.
         output_tokens: of each request, exactly.
@@ -108,7 +108,7 @@ class Roof(_Record):
     Attributes:
         floor_s: the least seconds that counted bytes and FLOPs allow on the probed machine.
         reached: floor over the measured median.
-        beaten_by: what was wrong with a floor that the measured median is below; None where it held.
+        beaten_by: the fault of a floor that the measured median is below; None where the floor held.
     """
 
     floor_s: float
@@ -117,12 +117,12 @@ class Roof(_Record):
 
     @property
     def held(self) -> bool:
-        """Whether it is a floor: nothing is quicker."""
+        """Whether the floor held: the measured median is not quicker."""
         return self.reached <= 1
 
     @property
     def share(self) -> str:
-        """The share that was reached, as reports print it; a floor that was beaten has none."""
+        """The share that was reached, as reports print it. A floor that was beaten has no share."""
         return f"{self.reached:.0%}" if self.held else "beaten"
 
 
@@ -135,7 +135,7 @@ class LatencyCell(_Record):
         tpot: seconds per output token after the first; the mean of a round's decode steps, a sample a round.
         e2e: seconds from submission until the last token; a sample a round.
         ttft_roof: the prefill's ceiling.
-        tpot_roof: the decode step's, at the mean context.
+        tpot_roof: the decode step's ceiling, at the mean context.
         traces: the rounds' raw timestamps.
     """
 
@@ -152,11 +152,11 @@ class LatencyCell(_Record):
 
 
 class ThroughputRun(_Record):
-    """One concurrency.
+    """One run of `pat-bench throughput`, at one concurrency.
 
     Attributes:
         concurrency: requests in flight.
-        duration_s: from the first submission to the last token.
+        duration_s: time from the first submission to the last token.
         output_tokens_per_s: over the duration.
         requests_per_s: over the duration.
         ttft: seconds, of each request.
@@ -176,10 +176,10 @@ class ThroughputRun(_Record):
 
 
 class _Result(_Record):
-    """What both commands record.
+    """The fields that both commands record.
 
-    `peak_memory_bytes` is the process's on the host; `gpu_memory_bytes` the most that the engine held on the GPU until
-    it was ready, None without one.
+    `peak_memory_bytes` is the process's peak on the host. `gpu_memory_bytes` is the most that the engine held on the
+    GPU until it was ready; None without a GPU.
     """
 
     schema_version: int = SCHEMA_VERSION

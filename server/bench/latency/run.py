@@ -36,7 +36,7 @@ from pat_serve.server.engine.workers.protocol import Ready, Start
 # (stage, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
 
-# Doubling the load must bring so much more, or the engine is saturated.
+# Doubling the load must bring so much more throughput, or the engine is saturated.
 _WORTH = 1.05
 _WARMUP_RUNS = 2
 
@@ -73,7 +73,7 @@ def measure_latency(model: str, settings: LatencySettings, *, progress: Progress
                 found=str(output),
                 fix="Ask for more output tokens.",
             )
-    # The largest of each: the engine is made for all cells.
+    # The engine is made for all cells, so the largest value of each axis counts.
     widest = max(batch * prompt for batch, prompt, _ in grid)
     largest = _batch(max(settings.batch_sizes), max(settings.prompt_tokens), max(settings.output_tokens))
 
@@ -164,7 +164,7 @@ def _with_engine(
     progress: Progress,
     run: Callable[[EngineProcess, ModelSource], Any],
 ) -> tuple[dict[str, Any], Any, Floors | None]:
-    """Start an engine that is large enough, run, and gather what every record has."""
+    """Start an engine that is large enough, run, and gather the fields that every record has."""
     require("vllm", "cpu", "cuda", wanted_by="pat-bench")
     date, begun_s, dtype = (
         datetime.now(UTC).isoformat(timespec="seconds"),

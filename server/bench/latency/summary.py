@@ -1,4 +1,4 @@
-"""From raw timestamps to latency cells and throughput runs, with their ceilings. Pure mathematics."""
+"""Latency cells and throughput runs with their ceilings, from raw timestamps. Pure mathematics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Floors:
 
     Attributes:
         shape: the model.
-        rates: the machine's.
+        rates: the rates of the machine.
         dtype_bytes: bytes of a weight and of a KV value.
     """
 
@@ -27,7 +27,7 @@ class Floors:
     dtype_bytes: int
 
     def prefill_s(self, *, batch_size: int, prompt_tokens: int) -> float:
-        """Of a prefill."""
+        """The least seconds of a prefill."""
         read_bytes = prefill_bytes(
             self.shape, batch_size=batch_size, prompt_tokens=prompt_tokens, dtype_bytes=self.dtype_bytes
         )
@@ -35,7 +35,7 @@ class Floors:
         return self.rates.floor_s(read_bytes=read_bytes, flops=flops)
 
     def decode_step_s(self, *, batch_size: int, context_tokens: float) -> float:
-        """Of a decode step."""
+        """The least seconds of a decode step."""
         read_bytes = decode_bytes(
             self.shape, batch_size=batch_size, context_tokens=context_tokens, dtype_bytes=self.dtype_bytes
         )
@@ -48,12 +48,12 @@ _PROBES_AGREE = 1.1
 
 
 def why_beaten(reached: float, probes: Sequence[MachineRates], *, read_bytes: float | None) -> str | None:
-    """What was wrong with a floor that is above what was measured; None where it is not.
+    """Explain a floor that is above the measured figure; None where the floor held.
 
     Args:
         reached: floor over the measured median.
         probes: of the machine, one at least.
-        read_bytes: what a decode step reads; None of a prefill, whose floor is arithmetic.
+        read_bytes: bytes that a decode step reads; None for a prefill, whose floor is arithmetic.
     """
     if reached <= 1:
         return None
@@ -83,7 +83,7 @@ def latency_cell(
         prompt_tokens: of each request.
         output_tokens: of each request; without a second token there is no time between two.
         floors: of the model on this machine; None leaves the ceilings out.
-        probes: that they stand on.
+        probes: the probes that the floors stand on.
     """
     batch_size = traces[0].batch_size
     ttft = distribution([trace.ttft_s for trace in traces])
@@ -142,7 +142,7 @@ def throughput_run(
     roof = None
     if floors is not None:
         prompt, output = settings.prompt_tokens, settings.output_tokens
-        # A wave: everybody's prefill, then everybody's steps.
+        # A wave is the prefill of all requests, then the steps of all requests.
         prefill_s = floors.prefill_s(batch_size=concurrency, prompt_tokens=prompt)
         step_s = floors.decode_step_s(batch_size=concurrency, context_tokens=prompt + output / 2)
         roof = concurrency * output / (prefill_s + (output - 1) * step_s)

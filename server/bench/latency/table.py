@@ -1,4 +1,4 @@
-"""Latency and throughput results as a person reads them."""
+"""Latency and throughput results as tables for people."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def milliseconds(value_s: float) -> str:
 
 
 def peaks(host_bytes: int, gpu_bytes: int | None) -> str:
-    """What an engine took of the host's memory, and of the GPU's if there is one."""
+    """The memory that an engine took on the host, and on the GPU if there is one."""
     gpu = "" if gpu_bytes is None else f", on the GPU {gpu_bytes / 2**30:.2f} GiB"
     return f"process peak {host_bytes / 2**30:.2f} GiB (host){gpu}"
 
 
 def share_of(tokens_per_s: float, roof: float) -> str:
-    """The share of a ceiling that a rate reaches; a ceiling that was beaten has none."""
+    """The share of a ceiling that a rate reaches. A ceiling that was beaten has no share."""
     return f"{tokens_per_s / roof:.0%}" if tokens_per_s <= roof else "beaten"
 
 
 def beaten_lines(result: LatencyResult) -> list[str]:
-    """What was wrong with each floor that a cell is quicker than."""
+    """The fault of each floor that a cell is quicker than."""
     return [
         f"no floor: {name} of {cell.batch_size} x {cell.prompt_tokens} + {cell.output_tokens}: {roof.beaten_by}"
         for cell in result.cells
@@ -44,7 +44,7 @@ def beaten_lines(result: LatencyResult) -> list[str]:
 
 
 def print_latency(result: LatencyResult) -> None:
-    """The grid, a line for each cell and figure, on stdout."""
+    """Print the grid on stdout, a line for each cell and figure."""
     console = wide_console()
     _print_head(console, result)
     table = Table("batch", "prompt", "output", "ms", "p50", "p90", "p99", "p99.9", "floor", "reached", "samples")
@@ -74,7 +74,7 @@ def print_latency(result: LatencyResult) -> None:
 
 
 def print_throughput(result: ThroughputResult) -> None:
-    """A line for each concurrency, on stdout."""
+    """Print a line for each concurrency on stdout."""
     console = wide_console()
     _print_head(console, result)
     table = Table(

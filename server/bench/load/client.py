@@ -1,7 +1,7 @@
 """guidellm's command with a clock that is right: `python -m pat_serve.server.bench.load.client run ...`.
 
-guidellm 0.8 tells its workers to start and sets the time of the first Poisson arrival afterwards. A worker that is
-quick in between counts arrivals from the year 1970, takes them for overdue and sends them all at once.
+guidellm 0.8 tells its workers to start, and only afterwards sets the time of the first Poisson arrival. A worker that
+is quick in between counts arrivals from the year 1970, takes them for overdue and sends them all at once.
 """
 
 from __future__ import annotations

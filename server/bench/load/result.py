@@ -13,7 +13,7 @@ from pat_serve.server.bench.latency.result import Distribution, distribution
 SCHEMA_VERSION = 1
 
 SLO_NAMES = ("ttft", "tpot", "e2e")
-# A client that sends this much later than its schedule, in one request of twenty, was itself the bottleneck.
+# A client that sends one request of twenty this much later than its schedule was itself the bottleneck.
 LATE_S = 0.2
 
 
@@ -22,10 +22,10 @@ class _Record(BaseModel):
 
 
 class LoadSettings(_Record):
-    """What is sent.
+    """The load that guidellm sends.
 
     Attributes:
-        url: of the server, without /v1.
+        url: address of the server, without /v1.
         profile: how requests arrive.
         rates: requests a second, one run each; unused by a sweep, which finds its own.
         sweep_size: runs of a sweep: one request at a time, as many as possible, and rates between these.
@@ -33,8 +33,8 @@ class LoadSettings(_Record):
         output_tokens: of each request, exactly where the server knows ignore_eos.
         seconds: of each run.
         slo: seconds that a good request takes at most: ttft, tpot, e2e.
-        model: as the server calls it; empty takes the first of its list.
-        tokenizer: folder or hub id; empty takes what the server says its model is.
+        model: name by which the server knows the model; empty takes the first of the server's list.
+        tokenizer: folder or hub id; empty takes the place that the server names for its model.
         seed: of prompts and arrivals.
     """
 
@@ -59,7 +59,7 @@ class LoadRequest(_Record):
         sent_s: when it was sent.
         first_token_s: when its first token came; None if none did.
         last_token_s: when its last token came.
-        output_tokens: that came.
+        output_tokens: tokens that came.
         outcome: completed, errored, or cut off by the end of the run.
     """
 
@@ -81,26 +81,26 @@ class LoadRequest(_Record):
         return times
 
     def good(self, slo: Mapping[str, float]) -> bool:
-        """Whether it completed within all bounds; a single token has no time between tokens to exceed one."""
+        """Whether the request completed within all bounds; a single token has no time between tokens."""
         return self.outcome == "completed" and all(self.latencies_s.get(name, 0.0) <= slo[name] for name in slo)
 
 
 class LoadRun(_Record):
-    """One rate.
+    """One run, at one rate.
 
     Attributes:
         name: strategy and rate, as guidellm names them.
-        rate: requests a second that were wanted; None where none was.
-        duration_s: of the run.
-        completed: requests.
+        rate: requests a second that were wanted; None where no rate was.
+        duration_s: seconds of the run.
+        completed: requests that were answered.
         errored: requests that failed.
         cut_off: requests that the end of the run cut off; neither good nor bad, since nobody knows.
         requests_per_s: completed, over the duration.
         output_tokens_per_s: of completed requests.
-        concurrency: mean number of requests in flight; one that failed counts until its last token.
-        good_share: of completed and errored requests, those within the bounds; None without bounds.
-        goodput_per_s: those a second; None without bounds.
-        late_s: by how much the client sent its requests later than its schedule, 95th percentile.
+        concurrency: mean number of requests in flight; a failed request counts until its last token.
+        good_share: share of the completed and errored requests that kept the bounds; None without bounds.
+        goodput_per_s: requests a second that kept the bounds; None without bounds.
+        late_s: delay of the client behind its schedule, 95th percentile over requests.
         ttft: of completed requests; None without any.
         tpot: the same.
         e2e: the same.
@@ -126,7 +126,7 @@ class LoadRun(_Record):
 
     @property
     def kept_schedule(self) -> bool:
-        """Whether the client sent its requests when it should."""
+        """Whether the client kept its schedule."""
         return self.late_s is None or self.late_s <= LATE_S
 
 
@@ -153,7 +153,7 @@ def load_run(
     Args:
         requests: all of the run.
         name: for people.
-        rate: that was wanted.
+        rate: requests a second that were wanted.
         duration_s: above 0.
         slo: bounds in seconds; may be empty.
     """
@@ -189,7 +189,7 @@ def load_run(
 
 
 def _in_flight_s(requests: Sequence[LoadRequest], duration_s: float) -> float:
-    """Seconds in flight, summed over requests: one that the end of the run cut off was there until that end."""
+    """Seconds in flight, summed over requests. A request that the end of the run cut off counts until that end."""
     if not requests:
         return 0.0
     end_s = min(one.sent_s for one in requests) + duration_s
@@ -201,10 +201,10 @@ def _in_flight_s(requests: Sequence[LoadRequest], duration_s: float) -> float:
 
 
 def read_guidellm(report: Mapping[str, Any], slo: Mapping[str, float]) -> tuple[LoadRun, ...]:
-    """Runs from guidellm's JSON report, version 0.8: its raw per-request timestamps, none of its aggregates.
+    """Read the runs of guidellm's JSON report, version 0.8: each request's raw timestamps, and none of the aggregates.
 
     Raises:
-        KeyError: another layout.
+        KeyError: the report has another layout.
     """
     runs = []
     for benchmark in report["benchmarks"]:

@@ -29,18 +29,18 @@ from pat_serve.server.bench.load import client
 from pat_serve.server.bench.load.result import SLO_NAMES, LoadResult, LoadSettings, read_guidellm
 
 _LOOK_TIMEOUT_S = 10.0
-# For guidellm to import, to make its prompts and to write its report, beside the runs themselves.
+# Seconds that guidellm may take to import, to make its prompts and to write its report, beside the runs themselves.
 _SPARE_S = 600.0
 _LOG_LINES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What a server says about its model.
+    """The model of a server, as the server describes it.
 
     Attributes:
-        name: for requests.
-        root: where its weights and tokenizer come from, as far as the server says.
+        name: name for requests.
+        root: place of its weights and tokenizer, as far as the server says.
     """
 
     name: str
@@ -81,10 +81,10 @@ def run_load(settings: LoadSettings, *, api_key: str | None) -> LoadResult:
 
 
 def tokenizer_place(tokenizer: str) -> str:
-    """Where guidellm, which runs in another folder, finds a tokenizer: the absolute path of a folder, or a hub id.
+    """The place where guidellm, which runs in another folder, finds a tokenizer: an absolute path, or a hub id.
 
     Raises:
-        UsageError: a path, of which there is no folder here.
+        UsageError: the place is a path without a folder.
     """
     if Path(tokenizer).is_dir():
         return str(Path(tokenizer).resolve())
@@ -99,7 +99,7 @@ def tokenizer_place(tokenizer: str) -> str:
 
 
 def check_load(settings: LoadSettings) -> None:
-    """Refuse what cannot be sent.
+    """Refuse settings of a load that cannot be sent.
 
     Raises:
         UsageError: naming the flag.
@@ -126,7 +126,7 @@ def look_up(url: str, model: str, *, api_key: str | None) -> Served:
     """Ask a server for its models.
 
     Args:
-        url: without /v1.
+        url: address of the server, without /v1.
         model: the one wanted; empty for the first.
         api_key: sent as a bearer token.
 
@@ -173,7 +173,7 @@ def look_up(url: str, model: str, *, api_key: str | None) -> Served:
 
 
 def scenario(settings: LoadSettings, url: str, model: str, tokenizer: str, api_key: str | None) -> dict[str, Any]:
-    """What guidellm is told, as its scenario file: a command line would show the key to other users."""
+    """guidellm's settings as a scenario file, because a command line would show the key to other users."""
     if settings.profile == "sweep":
         profile: dict[str, Any] = {"kind": "sweep", "sweep_size": settings.sweep_size, "strategy_type": "constant"}
     else:
@@ -202,8 +202,8 @@ def scenario(settings: LoadSettings, url: str, model: str, tokenizer: str, api_k
 def guidellm_environment(environ: Mapping[str, str], *, tokenizer: str, url: str) -> dict[str, str]:
     """guidellm's environment; values that the user has set win, but for a proxy before a server of this machine.
 
-    One worker process, which is enough for hundreds of requests a second: the machine is the server's. Whether the
-    client kept its schedule is in `LoadRun.late_s`.
+    guidellm gets one worker process, because the machine belongs to the server. One is enough for hundreds of requests
+    a second, and `LoadRun.late_s` says whether the client kept its schedule.
     """
     ours = {"GUIDELLM__MAX_WORKER_PROCESSES": "1"}
     if Path(tokenizer).is_dir():

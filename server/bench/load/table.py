@@ -1,4 +1,4 @@
-"""A load result as a person reads it."""
+"""A load result as a table for people."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pat_serve.server.bench.load.result import LATE_S, LoadResult
 
 
 def print_load(result: LoadResult) -> None:
-    """A line for each run, on stdout."""
+    """Print a line for each run on stdout."""
     console, settings = wide_console(), result.settings
     slo = ", ".join(f"{name} {bound_s:g} s" for name, bound_s in settings.slo.items())
     console.print(

@@ -1,1 +1,1 @@
-"""How many engines a traffic needs, on paper: a queueing simulation on measured step times."""
+"""The number of engines that a traffic needs: a queueing simulation on measured step times."""

@@ -1,4 +1,4 @@
-"""What recorded measurements say about one model's steps."""
+"""The step times of one model, from recorded measurements."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _MACHINE_KEYS = ("accelerator", "cpu_model", "cpu_cores")
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One model.
+    """The measurements of one model.
 
     Attributes:
-        role: in the plan.
-        name: in its records.
+        role: the model's role in the plan, baseline or candidate.
+        name: name of the model in its records.
         config_sha256: of its config.json.
-        dtype: it was measured in.
+        dtype: number format in which it was measured.
         shape: its sizes.
-        machine: that measured it.
-        sources: the files.
-        cells: the grid.
+        machine: the machine that was measured on.
+        sources: the files of the records.
+        cells: the grid of step times.
         throughputs: records to check the step times against.
     """
 
@@ -47,14 +47,15 @@ class Measured:
 
 
 def read_measured(paths: Sequence[Path], *, role: Role) -> Measured:
-    """One model's records, put together.
+    """Read one model's records, and put them together.
 
     Args:
         paths: of latency, throughput or speedup results; of a speed-up check the side that `role` names is taken.
-        role: in the plan.
+        role: the model's role in the plan, baseline or candidate.
 
     Raises:
-        UsageError: no result, one of another kind, records of different models or machines, or no grid among them.
+        UsageError: a file is no result or one of another kind, the records are of different models or machines, or no
+            grid is among them.
     """
     flag, parts = f"--{role}", []
     for path in paths:
@@ -97,7 +98,7 @@ def read_measured(paths: Sequence[Path], *, role: Role) -> Measured:
 
 
 def check_same_machine(first: Measured, other: Measured) -> None:
-    """Engines of two kinds of machine are not to be counted together.
+    """Refuse to count the engines of two kinds of machine together.
 
     Raises:
         UsageError: accelerator, CPU or cores differ.
@@ -155,7 +156,7 @@ def _of_speedup(path: Path, result: SpeedupResult, role: Role) -> Measured:
 
 
 def _cell(traces: Sequence[BatchTrace], batch_size: int, prompt_tokens: int, output_tokens: int) -> MeasuredCell:
-    # Means, since an engine's throughput is one over the mean of its steps, disturbed ones included.
+    # Means count here, since an engine's throughput is one over the mean of its steps, disturbed ones included.
     steps_s = [step_s for trace in traces for step_s in trace.decode_steps_s]
     return MeasuredCell(
         batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""The record of `pat-bench plan`: what was asked for, what it was computed from, and what came out."""
+"""The record of `pat-bench plan`: the question, the measurements behind the answer, and the answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Record(BaseModel):
 
 
 class PlanSettings(_Record):
-    """What is to be served.
+    """The traffic and the bounds of a plan.
 
     Attributes:
         rate: requests a second, Poisson.
@@ -25,17 +25,17 @@ class PlanSettings(_Record):
         output_tokens: likewise of answers, drawn independently.
         lengths: file of requests' lengths, drawn with replacement; None for none.
         slo: seconds that a good request takes at most: ttft, tpot, e2e.
-        percentile: so many of a hundred requests must meet all bounds, in every simulation.
-        dispatch: to the engine with the fewest requests, or to each in turn.
-        max_batch: requests at once of an engine; None is the largest measured batch.
+        percentile: number of a hundred requests that must meet all bounds, in every simulation.
+        dispatch: a request goes to the engine with the fewest requests, or to each engine in turn.
+        max_batch: requests that an engine holds at once; None is the largest measured batch.
         max_step_tokens: prompt tokens of one step.
         kv_cache_gib: of each engine; None leaves the batch as the only bound.
         memory_gib: of each engine's weights and KV cache together, instead of `kv_cache_gib`.
-        overhead_s: what a server in front adds to the first token; measured engines have none.
+        overhead_s: seconds that a server in front adds to the first token; measured engines have none.
         devices_per_engine: GPUs, or machines, that one engine spans: its tensor parallel degree times the pipeline's.
-        price_per_hour: of one of them; None leaves costs out.
+        price_per_hour: price of one such device; None leaves costs out.
         max_replicas: the most engines that are tried.
-        requests: simulated, each time.
+        requests: requests in each simulation.
         repeats: simulations, with seeds seed, seed + 1, ....
         seed: of arrivals and lengths.
     """
@@ -61,7 +61,7 @@ class PlanSettings(_Record):
 
 
 class PlanTrial(_Record):
-    """One number of engines that was simulated; the share of good requests on average and in the worst repeat."""
+    """One number of engines that was simulated, with the share of good requests on average and in the worst repeat."""
 
     replicas: int
     good_share: float
@@ -83,27 +83,27 @@ class ThroughputCheck(_Record):
 
 
 class PlannedModel(_Record):
-    """One model's engines.
+    """The engines of one model.
 
     Attributes:
         role: baseline or candidate.
-        model: name in its records.
+        model: name of the model in its records.
         config_sha256: of its config.json.
         dtype: it was measured in.
         parameters: of the model.
         sources: files of measurements.
         max_batch: requests at once.
-        kv_tokens: that an engine's cache holds; None if unbounded.
+        kv_tokens: tokens that an engine's cache holds; None if unbounded.
         capacity_per_s: requests a second of one engine that is never idle.
-        idle_share: of requests that meet the SLO on an engine of their own.
-        outcome: met; impossible with any number of engines; beyond --max-replicas.
+        idle_share: share of the requests that meet the SLO on an engine of their own.
+        outcome: the SLO is met, impossible with any number of engines, or beyond --max-replicas.
         reason: of the outcome, in words.
         replicas: engines needed; None without.
         load: share of the engines' capacity that the rate takes.
-        good_share: of requests, on average over the repeats.
-        ttft: seconds, at that number of engines.
+        good_share: share of good requests, on average over the repeats.
+        ttft: seconds to the first token, at that number of engines.
         tpot: seconds per output token after the first.
-        e2e: seconds.
+        e2e: seconds to the last token.
         cost_per_hour: of all engines.
         cost_per_million_tokens: of output.
         trials: numbers of engines that were simulated.
@@ -137,7 +137,7 @@ class PlannedModel(_Record):
 
 
 class PlanResult(_Record):
-    """A complete `pat-bench plan`. `machine` is the one that was measured on, and that the plan is in units of."""
+    """A complete `pat-bench plan`. `machine` is the machine that was measured on; the plan counts such machines."""
 
     kind: Literal["plan"] = "plan"
     schema_version: int = SCHEMA_VERSION
@@ -149,9 +149,10 @@ class PlanResult(_Record):
 
     @property
     def exit_code(self) -> int:
-        """0 if every model meets the SLO, 1 if one cannot; 3 where the data do not say.
+        """0 if every model meets the SLO, 1 if one cannot, 3 where the data do not say.
 
-        That is: one might with more engines than were tried, or was measured on a machine that was disturbed.
+        The data do not say where a model might meet the SLO with more engines than were tried, or was measured on a
+        disturbed machine.
         """
         outcomes = {model.outcome for model in self.models}
         if Outcome.IMPOSSIBLE in outcomes:

@@ -1,4 +1,4 @@
-"""`pat-bench plan`: from recorded measurements and a traffic to engines and costs."""
+"""`pat-bench plan` turns recorded measurements and a traffic into engines and costs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def make_plan(
         progress: called with news as it goes.
 
     Raises:
-        UsageError: settings that make no sense, records that do not fit, traffic outside what they measured.
+        UsageError: settings that make no sense, records that do not fit each other, or traffic outside the measured
+            range.
     """
     check_settings(settings)
     models = [read_measured(baseline, role="baseline")]
@@ -53,7 +54,7 @@ def make_plan(
         models.append(read_measured(candidate, role="candidate"))
         check_same_machine(*models)
     mix = read_mix(settings)
-    # All refusals before the first simulation.
+    # All refusals come before the first simulation.
     engines = [engine_of(model, mix, settings) for model in models]
     planned = [_plan_one(model, engine, mix, settings, progress) for model, engine in zip(models, engines, strict=True)]
     return PlanResult(
@@ -66,7 +67,7 @@ def make_plan(
 
 
 def check_settings(settings: PlanSettings) -> None:
-    """Refuse what cannot be planned.
+    """Refuse settings that cannot be planned.
 
     Raises:
         UsageError: naming the flag.
@@ -174,7 +175,7 @@ def _plan_one(model: Measured, engine: Engine, mix: Mix, settings: PlanSettings,
     traffic = Traffic(
         mix=mix,
         rate_per_s=settings.rate,
-        # What the server in front takes, the engine does not have.
+        # The server in front takes a part of the time that the SLO leaves to the engine.
         slo={name: bound_s - (0 if name == "tpot" else overhead_s) for name, bound_s in settings.slo.items()},
         share=settings.percentile / 100,
         requests=settings.requests,
@@ -232,7 +233,7 @@ def _plan_one(model: Measured, engine: Engine, mix: Mix, settings: PlanSettings,
 
 
 def reason(found: Found, settings: PlanSettings) -> str:
-    """The outcome in words."""
+    """The reason for an outcome, in words."""
     slo = " and ".join(f"{name} {bound_s:g} s" for name, bound_s in settings.slo.items())
     if found.outcome is Outcome.IMPOSSIBLE:
         return (
@@ -247,7 +248,7 @@ def reason(found: Found, settings: PlanSettings) -> str:
 
 
 def check_throughput(model: Measured, settings: PlanSettings) -> list[ThroughputCheck]:
-    """Simulate the model's recorded throughput runs that the grid covers; their lengths are the records' own."""
+    """Simulate the recorded throughput runs that the grid covers, with the records' own lengths."""
     checks = []
     for record in model.throughputs:
         prompt, output = record.settings.prompt_tokens, record.settings.output_tokens
@@ -255,7 +256,7 @@ def check_throughput(model: Measured, settings: PlanSettings) -> list[Throughput
         try:
             times.check(prompt_tokens=(prompt, prompt), longest=prompt + output, decodes=output > 1)
         except UsageError:
-            # Not the traffic that is planned: what cannot be checked is left unchecked.
+            # These runs are not the planned traffic, so a run that cannot be checked is left unchecked.
             continue
         for run in record.runs:
             if run.concurrency <= times.largest_batch:

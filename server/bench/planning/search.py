@@ -9,12 +9,12 @@ from enum import StrEnum
 from pat_serve.server.bench.planning.simulation import Dispatch, Engine, Timing, simulate, simulate_closed
 from pat_serve.server.bench.planning.traffic import Arrival, Mix, poisson
 
-# Of the simulated requests the first and last tenth are left out: the engines start empty, and end so.
+# The first and the last tenth of the simulated requests are left out, because the engines start and end empty.
 EDGE = 0.1
 
 
 class Outcome(StrEnum):
-    """What the search came to."""
+    """The outcome of a search."""
 
     MET = "met"
     IMPOSSIBLE = "impossible"
@@ -23,16 +23,16 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What is to be served, and how well.
+    """The traffic to be served, and how well.
 
     Attributes:
         mix: kinds of requests.
         rate_per_s: of all engines together.
         slo: seconds by name: ttft, tpot, e2e.
-        share: of the requests that must meet all bounds, in (0, 1].
-        requests: to simulate, each time.
+        share: share of the requests that must meet all bounds, in (0, 1].
+        requests: requests in each simulation.
         seeds: one simulation for each; the SLO must be met in all.
-        dispatch: how requests come to engines.
+        dispatch: the rule by which requests come to engines.
     """
 
     mix: Mix
@@ -46,11 +46,11 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One number of engines.
+    """The simulations of one number of engines.
 
     Attributes:
-        replicas: engines.
-        good_shares: of requests within all bounds, for each seed.
+        replicas: number of engines.
+        good_shares: share of the requests within all bounds, for each seed.
         timings: of all seeds together, without the edges.
     """
 
@@ -61,14 +61,14 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What was found.
+    """The result of a search.
 
     Attributes:
         outcome: whether some number of engines meets the SLO.
         capacity_per_s: requests a second of one engine that always has a full batch waiting.
         idle_share: of requests that meet all bounds on an engine of their own: no number of engines gives more.
-        trials: that were simulated, fewest engines first.
-        chosen: the one with the least engines that meets the SLO; None without one.
+        trials: all trials, fewest engines first.
+        chosen: the trial with the fewest engines that meets the SLO; None without one.
     """
 
     outcome: Outcome
@@ -79,7 +79,7 @@ class Found:
 
 
 def good(timing: Timing, slo: Mapping[str, float]) -> bool:
-    """Whether a request met all bounds; a single token has no time between tokens to exceed one."""
+    """Whether a request met all bounds; a single token has no time between tokens."""
     latencies_s = timing.latencies_s
     return all(latencies_s.get(name, 0.0) <= bound_s for name, bound_s in slo.items())
 
@@ -93,7 +93,7 @@ def capacity_per_s(engine: Engine, mix: Mix, *, requests: int, seed: int) -> flo
 
 
 def idle_timing(engine: Engine, *, prompt_tokens: int, output_tokens: int) -> Timing:
-    """A request that has an engine to itself."""
+    """The times of a request that has an engine to itself."""
     alone = Arrival(at_s=0.0, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
     return simulate([alone], engine, replicas=1, dispatch="round-robin")[0]
 
@@ -115,13 +115,13 @@ def find_replicas(
 ) -> Found:
     """Double until the SLO is met in every seed, then halve the interval.
 
-    A number of engines that cannot carry the rate at all is not tried, however late the finite simulation would show
-    it: at least as many as the rate is of one engine's capacity, and one more where it is a whole multiple.
+    A number of engines that cannot carry the rate at all is not tried, because a finite simulation may not show it. The
+    search begins with more engines than the rate over one engine's capacity.
 
     Args:
-        engine: each of them.
+        engine: every one of the engines.
         traffic: what is to be served.
-        max_replicas: the most that are tried.
+        max_replicas: the most engines that are tried.
         progress: called with each number that is about to be tried.
     """
     capacity = capacity_per_s(engine, traffic.mix, requests=traffic.requests, seed=traffic.seeds[0])
@@ -165,5 +165,5 @@ def find_replicas(
 
 
 def quantities(timings: Sequence[Timing], name: str) -> list[float]:
-    """One latency of all requests that have it, seconds."""
+    """One latency in seconds, of all requests that have it."""
     return [times[name] for one in timings if name in (times := one.latencies_s)]

@@ -1,4 +1,4 @@
-"""Engines that batch continuously, behind a dispatcher, event by event. Pure mathematics without randomness."""
+"""Engines that batch continuously behind a dispatcher, simulated event by event. Pure mathematics without randomness."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Dispatch = Literal["least-loaded", "round-robin"]
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """One engine's bounds.
+    """The bounds of an engine.
 
     Attributes:
-        times: of its steps.
-        max_batch: requests at once, at most the largest measured batch.
+        times: seconds of its steps.
+        max_batch: requests that it holds at once, at most the largest measured batch.
         max_step_tokens: prompt tokens that one step takes up; a single longer prompt still goes in, whole.
-        kv_tokens: that its cache holds; None where only the batch bounds it.
+        kv_tokens: tokens that its cache holds; None where only the batch bounds it.
     """
 
     times: StepTimes
@@ -33,7 +33,7 @@ class Engine:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """When a request had its tokens; seconds from the first arrival's clock."""
+    """The times of a request's tokens; seconds on the clock of the first arrival."""
 
     arrival: Arrival
     first_token_s: float
@@ -51,8 +51,8 @@ class Timing:
 class Replica:
     """One engine: first come first served, whole prompts, no preemption.
 
-    A request is taken up when the batch, the step's tokens and the KV cache have room for all of it; its prompt and the
-    decode steps of those under way share a step.
+    A request is taken up when the batch, the step's tokens and the KV cache have room for all of it. Its prompt shares
+    a step with the decode steps of the requests under way.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -65,18 +65,18 @@ class Replica:
         self._step = 0
         self._clock_s = 0.0
         self._step_ends_s: float | None = None
-        # Of those that decode: tokens in their caches, and of all that run: tokens reserved.
+        # Tokens in the caches of the requests that decode, and tokens reserved by all requests that run.
         self._context, self._reserved = 0, 0
         self.busy_s = 0.0
         self.done: dict[int, Timing] = {}
 
     @property
     def load(self) -> int:
-        """Requests that are not done."""
+        """The number of requests that are not done."""
         return len(self._waiting) + len(self._running) + len(self._admitted)
 
     def push(self, index: int, arrival: Arrival) -> None:
-        """Give it a request; it must have been advanced to the arrival."""
+        """Give the replica a request. The replica must have been advanced to the arrival."""
         self._waiting.append((index, arrival))
         if self._step_ends_s is None:
             self._clock_s = max(self._clock_s, arrival.at_s)
@@ -93,7 +93,7 @@ class Replica:
             self._begin_step()
 
     def one_step(self) -> float:
-        """Do one whole step of what waits and runs; returns when it ends."""
+        """Do one whole step for the requests that wait and run; returns the time at which it ends."""
         self._begin_step()
         assert self._step_ends_s is not None
         self._end_step(self._step_ends_s)
@@ -149,8 +149,9 @@ def simulate(arrivals: Sequence[Arrival], engine: Engine, *, replicas: int, disp
     Args:
         arrivals: in the order of time; each fits into an empty engine.
         engine: each replica.
-        replicas: how many.
-        dispatch: to the replica with the fewest requests that are not done (the first of equals), or to each in turn.
+        replicas: number of them.
+        dispatch: a request goes to the replica with the fewest requests that are not done (the first of equals), or to
+            each replica in turn.
 
     Returns:
         a timing for each arrival, in its order.
@@ -170,7 +171,7 @@ def simulate(arrivals: Sequence[Arrival], engine: Engine, *, replicas: int, disp
 
 
 def simulate_closed(kinds: Sequence[Arrival], engine: Engine, *, concurrency: int) -> list[Timing]:
-    """Keep so many requests in flight on one engine: as one ends the next is submitted.
+    """Keep so many requests in flight on one engine: when one ends, the next is submitted.
 
     Args:
         kinds: the requests; their arrival times are not used.
@@ -178,7 +179,7 @@ def simulate_closed(kinds: Sequence[Arrival], engine: Engine, *, concurrency: in
         concurrency: in flight.
 
     Returns:
-        a timing for each, in its order; its arrival is when it was submitted.
+        a timing for each request, in their order; its arrival is the time at which it was submitted.
     """
     replica, queue, now_s = Replica(engine), deque(enumerate(kinds)), 0.0
     while queue or replica.load:

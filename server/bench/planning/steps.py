@@ -1,4 +1,4 @@
-"""What an engine's step takes, between the points that were measured and never beyond them. Pure mathematics."""
+"""The seconds of an engine's step, between the points that were measured and never beyond them. Pure mathematics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pat_serve.errors import UsageError
 
-# More work that takes so much less time was measured on another machine: one that had less to do besides.
+# More work that takes so much less time was measured while the machine had less to do besides.
 _DISTURBED = 0.85
 
 
@@ -18,8 +18,8 @@ class MeasuredCell:
 
     Attributes:
         batch_size: requests at once.
-        prompt_tokens: of each.
-        output_tokens: of each.
+        prompt_tokens: of each request.
+        output_tokens: of each request.
         prefill_s: mean seconds from submission until all have their first token.
         step_s: mean seconds of a decode step; None where a single token was generated.
     """
@@ -72,7 +72,7 @@ class StepTimes:
             )
         self.prompts = (min(self._prefill.columns), max(self._prefill.columns))
         stepped = [cell for cell in cells if cell.step_s is not None]
-        # A cell's decode steps ran over all these contexts; its time stands for their mean.
+        # A cell's decode steps ran over all these contexts, and its time stands for their mean.
         self.contexts = (
             (
                 min(cell.prompt_tokens for cell in stepped),
@@ -135,10 +135,10 @@ class StepTimes:
         """Seconds of a step.
 
         Args:
-            prompts: that it prefills.
-            prompt_tokens: their mean length.
-            decoding: requests that it gives one more token.
-            context_tokens: their mean context.
+            prompts: number of prompts that the step prefills.
+            prompt_tokens: mean length of the prompts.
+            decoding: number of requests that the step gives one more token.
+            context_tokens: mean context of these requests.
         """
         if not decoding:
             return self.prefill_s(prompts, prompt_tokens)

@@ -1,4 +1,4 @@
-"""A plan as a person reads it."""
+"""A plan as a table for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pat_serve.server.bench.planning.result import PlannedModel, PlanResult
 
 
 def print_plan(result: PlanResult) -> None:
-    """A column for each model, and what pruning saves, on stdout."""
+    """Print a column for each model, and the saving by pruning, on stdout."""
     console, settings = wide_console(), result.settings
     lengths = settings.lengths or f"{_spelt(settings.prompt_tokens)} + {_spelt(settings.output_tokens)} tokens"
     slo = ", ".join(f"{name} {bound_s:g} s" for name, bound_s in settings.slo.items())
@@ -69,7 +69,7 @@ def print_plan(result: PlanResult) -> None:
 
 
 def saving(models: tuple[PlannedModel, ...]) -> str:
-    """What the candidate saves, in words; empty where there is nothing to compare."""
+    """The saving by the candidate, in words; empty where there is nothing to compare."""
     if len(models) < 2 or models[0].replicas is None or models[1].replicas is None:
         return ""
     dense, pruned = models[0].replicas, models[1].replicas

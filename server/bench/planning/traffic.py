@@ -1,4 +1,4 @@
-"""What users send: lengths of prompts and answers, and when they arrive. Pure mathematics, seeded."""
+"""The requests of users: lengths of prompts and answers, and times of arrival. Pure mathematics, seeded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """One request.
+    """A request that arrives.
 
     Attributes:
-        at_s: when it arrives.
-        prompt_tokens: of it.
-        output_tokens: that it generates.
+        at_s: time of the arrival.
+        prompt_tokens: tokens of its prompt.
+        output_tokens: tokens that it generates.
     """
 
     at_s: float
@@ -24,7 +24,7 @@ class Arrival:
 
     @property
     def tokens(self) -> int:
-        """What it holds in the KV cache at its end."""
+        """Tokens that the request holds in the KV cache at its end."""
         return self.prompt_tokens + self.output_tokens
 
 
@@ -35,7 +35,7 @@ class Mix:
     Attributes:
         prompt_tokens: of each kind.
         output_tokens: of each kind.
-        weights: how frequent each is; they sum to 1.
+        weights: share of each kind; they sum to 1.
     """
 
     prompt_tokens: tuple[int, ...]
@@ -44,7 +44,7 @@ class Mix:
 
     @property
     def mean_output_tokens(self) -> float:
-        """Of a request."""
+        """Mean output tokens of a request."""
         return sum(tokens * weight for tokens, weight in zip(self.output_tokens, self.weights, strict=True))
 
     @property
@@ -81,12 +81,13 @@ def crossed(prompts: Sequence[tuple[int, float]], outputs: Sequence[tuple[int, f
 def poisson(mix: Mix, *, rate_per_s: float, requests: int, seed: int) -> list[Arrival]:
     """Poisson arrivals of a mix.
 
-    Gaps and kinds come from streams of their own: with the same seed another rate has the same requests, only denser.
+    Gaps and kinds are drawn from two separate streams, so with the same seed another rate has the same requests, only
+    denser.
 
     Args:
         mix: the kinds.
         rate_per_s: requests a second, above 0.
-        requests: how many.
+        requests: number of them.
         seed: the same one gives the same arrivals.
     """
     gaps, kinds = np.random.default_rng((seed, 0)), np.random.default_rng((seed, 1))

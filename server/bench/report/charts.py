@@ -13,7 +13,7 @@ from pat_serve.server.bench.report.read import QualityFigure
 from pat_serve.server.bench.speedup.depth_result import Extrapolated
 from pat_serve.server.bench.speedup.result import RegimeResult, SpeedupResult
 
-# Apart for colour-blind readers too (Okabe and Ito); the first two are baseline and candidate.
+# Colour-blind readers can tell these colours apart too (Okabe and Ito). The first two are baseline and candidate.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _GREY = "#6b7280"
 _LAYOUT: dict[str, Any] = {
@@ -77,7 +77,7 @@ def ratio_chart(result: SpeedupResult) -> go.Figure:
     if threshold < claim:
         # An interval that reaches into the band counts as meeting the claim.
         figure.add_hrect(y0=threshold, y1=claim, fillcolor="#374151", opacity=0.12, line_width=0)
-    # One stalled round must not squeeze everything else: it stays reachable by zooming out.
+    # One stalled round must not squeeze everything else; zooming out still reaches it.
     low = min([threshold, *(ratio.low for ratio in ratios)])
     high = max([claim, *(ratio.high for ratio in ratios), *(one.ceiling for _, one in shown)])
     room = 0.25 * (high - low)
@@ -87,7 +87,7 @@ def ratio_chart(result: SpeedupResult) -> go.Figure:
 
 
 def rounds_chart(result: SpeedupResult) -> go.Figure:
-    """Each model's durations round by round: drift and stalls are seen here."""
+    """Each model's durations round by round, in which drift and stalls are seen."""
     figure = go.Figure(layout=_LAYOUT)
     regime = result.regimes[-1]
     rounds = [one for one in result.rounds if one.baseline.batch_size == regime.batch_size]

@@ -1,4 +1,4 @@
-"""Two or more results side by side, as a person reads them."""
+"""Two or more results side by side, as a table for people."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def compared(results: Sequence[tuple[str, BaseModel]]) -> list[tuple[Row, list[R
     """The figures that the results share, or that only some have: each with one column for every result.
 
     Returns:
-        in the order of first appearance: a row that gives kind, point and figure, and every result's own (None: has
-        none). A speed-up check's two models stand in one result, so their durations are kept apart by name.
+        rows in the order of first appearance: each gives kind, point and figure, and every result's own row, or None.
+        The two models of a speed-up check stand in one result, so their durations are kept apart by name.
     """
     table: dict[tuple[str, str, str, str], list[Row | None]] = {}
     heads: dict[tuple[str, str, str, str], Row] = {}
@@ -33,7 +33,7 @@ def compared(results: Sequence[tuple[str, BaseModel]]) -> list[tuple[Row, list[R
 
 
 def print_comparison(results: Sequence[tuple[str, BaseModel]], quality: Sequence[QualityFigure]) -> None:
-    """Every figure with a column a result, each column's ratio to the first, and every verdict, on stdout."""
+    """Print every figure with a column a result, each column's ratio to the first, and every verdict, on stdout."""
     console = wide_console()
     table = Table("", "figure", *(label for label, _ in results))
     before = None

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def render(results: Sequence[tuple[str, Any]], *, quality: Sequence[QualityFigure] = ()) -> str:
-    """The page.
+    """The whole page as HTML.
 
     Args:
         results: each with a label that tells it from the others; one at least.

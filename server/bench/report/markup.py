@@ -12,7 +12,7 @@ Cells = Sequence[str]
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
-    """What was measured on."""
+    """The machine that was measured on, in a line."""
     cpu = f"{machine['cpu_model']}, {machine['cpu_cores']} cores"
     return cpu if machine["accelerator"] == "none" else f"{machine['accelerator']}, {cpu}"
 

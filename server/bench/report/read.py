@@ -32,10 +32,10 @@ class QualityFigure:
     """One model's figure from a pat-eval report.
 
     Attributes:
-        measure: what was measured, such as ppl(heldout.jsonl).
+        measure: name of the measure, such as ppl(heldout.jsonl).
         model: its name.
         value: the figure.
-        standard_error: of it; None where there is none.
+        standard_error: standard error of the value; None where there is none.
     """
 
     measure: str
@@ -45,10 +45,10 @@ class QualityFigure:
 
 
 def read_result(path: Path) -> Recorded:
-    """A result of pat-bench.
+    """Read a result of pat-bench.
 
     Raises:
-        UsageError: not there, no JSON, or no result of this version's.
+        UsageError: the file is not there, is no JSON, or is no result of this version.
     """
     value = _json(path)
     kind = _KINDS.get(value.get("kind", "")) if isinstance(value, dict) else None
@@ -74,10 +74,10 @@ def read_result(path: Path) -> Recorded:
 
 
 def read_quality(path: Path) -> list[QualityFigure]:
-    """The figures of a pat-eval JSON report.
+    """Read the figures of a pat-eval JSON report.
 
     Raises:
-        UsageError: not there, no JSON, or no such report.
+        UsageError: the file is not there, is no JSON, or is no such report.
     """
     value = _json(path)
     try:

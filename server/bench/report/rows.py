@@ -1,4 +1,4 @@
-"""Every figure of any result as flat rows: what CSV files and side-by-side tables are made of. Pure."""
+"""Every figure of any result as flat rows, of which CSV files and side-by-side tables are made. Pure."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _PERCENTILES = (("p50", "p50"), ("p90", "p90"), ("p99", "p99"), ("p99_9", "p99.9
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure.
+    """One figure of a result.
 
     Attributes:
-        kind: of the result.
-        model: whose figure it is.
+        kind: kind of the result.
+        model: the model that the figure belongs to.
         where: the point of the grid: batch, prompt, output, rate.
         figure: its name, with its statistic.
         unit: s, 1/s, bytes, or empty for a ratio.
         value: the figure.
         low: lower end of its interval where it has one.
         high: upper end.
-        ceiling: what counted bytes and FLOPs allow: least for seconds, most for rates and ratios.
+        ceiling: the bound by counted bytes and FLOPs: the least for seconds, the most for rates and ratios.
         reached: share of the ceiling; None also for a floor that was beaten.
     """
 
@@ -153,7 +153,7 @@ def _latency(result: LatencyResult) -> Iterator[Row]:
             ("E2E", cell.e2e, None),
         ):
             for row in _times("latency", result.model, where, name, times):
-                # A floor belongs to the median: the tail is not what bytes and FLOPs explain.
+                # A floor belongs to the median, because bytes and FLOPs do not explain the tail.
                 if roof is not None and row.figure.endswith("p50"):
                     yield Row(
                         **{**asdict(row), "ceiling": roof.floor_s, "reached": roof.reached if roof.held else None}

@@ -1,4 +1,4 @@
-"""The record of `pat-bench speculative`: a dense model by itself against the same with a draft. Pure maths last."""
+"""The record of `pat-bench speculative`: a dense model by itself, and the same model with a draft."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class _Record(BaseModel):
 
 
 class SpeculativeSettings(_Record):
-    """What is measured.
+    """The settings of a comparison.
 
     Attributes:
-        draft_tokens: that the draft proposes a step.
+        draft_tokens: tokens that the draft proposes in a step.
         output_tokens: of each request, exactly.
         prompt_tokens: of random prompts, and the most of a given one.
         rounds: pairs of runs, one request each.
@@ -48,9 +48,9 @@ class SpeculativeRound(_Record):
     """The same prompt through both engines.
 
     Attributes:
-        first: which came first.
+        first: the engine that came first.
         plain: timestamps without the draft.
-        drafted: timestamps with it; tokens of one step share theirs.
+        drafted: timestamps with the draft; the tokens of one step share theirs.
         identical: both gave the same token ids.
         other_cpu_share: share of the machine's CPU time that went to neither engine meanwhile.
     """
@@ -66,7 +66,7 @@ class SpeculativeResult(_Record):
     """A complete comparison.
 
     Attributes:
-        ratio: paired, seconds per token after the first without the draft over with it.
+        ratio: paired ratio of the seconds per token after the first, without the draft over with it.
         tokens_per_step: mean tokens that a checking step gave, 1 to draft_tokens + 1.
         acceptance: share of the proposed tokens that were kept.
         identical: rounds in which both gave the same token ids.
@@ -103,8 +103,8 @@ def summarize_rounds(
 ) -> tuple[PairedRatio, float, float, NoiseReport]:
     """Ratio, tokens a step, acceptance and noise.
 
-    The first step of a request is its prefill and proposes nothing yet, and its last one may be cut short by the end:
-    both are left out of the tokens a step.
+    The first step of a request is its prefill, which proposes nothing yet, and the end may cut its last step short.
+    Both steps are left out of the tokens a step.
     """
     plain_s = [seconds_per_token(one.plain) for one in rounds]
     drafted_s = [seconds_per_token(one.drafted) for one in rounds]

@@ -1,7 +1,7 @@
-"""`pat-bench speculative`: what a pruned model is worth as the draft of its dense parent.
+"""`pat-bench speculative` measures the worth of a pruned model as the draft of its dense parent.
 
-The dense model checks the draft's tokens and keeps those that it would have chosen itself, so its greedy output stays
-what it was; only the time changes. Two engines run in turns, as in the speed-up check.
+The dense model checks the draft's tokens and keeps those that it would have chosen itself. So its greedy output stays
+the same, and only the time changes. Two engines run in turns, as in the speed-up check.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def measure_speculative(
 
     Args:
         model: the dense model: folder, hub id, or the name of a shipped shape.
-        draft: the pruned one; likewise.
+        draft: the pruned model, given in the same way.
         settings: what to measure.
-        prompts: texts, used in turn; none takes random token ids, which no draft was trained on.
+        prompts: texts, used in turn; without any, random token ids, which no draft was trained on.
         progress: called with news as it goes.
 
     Raises:
@@ -107,14 +107,14 @@ def _measure(
         "model": model.path,
         "dtype": dtype,
         "load_format": settings.load_format,
-        # One more than is used: vLLM's drafting pads its batches.
+        # This is one more request than is used, because vLLM's drafting pads its batches.
         "batch_size": 2,
         "max_model_tokens": batch.tokens_per_request + settings.draft_tokens + 1,
         "max_step_tokens": settings.prompt_tokens + settings.draft_tokens + 1,
         "enforce_eager": settings.enforce_eager,
         "seed": settings.seed,
     }
-    # The second engine loads both, and what lies on the hub may have to be fetched.
+    # The second engine loads both models, and a model on the hub may have to be fetched.
     both_on_disk = model.on_disk and draft.on_disk
     with (
         EngineProcess("model", log=scratch / "plain.log", offline=model.on_disk) as plain,

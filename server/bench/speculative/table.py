@@ -1,4 +1,4 @@
-"""A comparison with and without a draft, as a person reads it."""
+"""A comparison with and without a draft, as lines for people."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pat_serve.server.bench.speculative.result import SpeculativeResult, seconds
 
 
 def print_speculative(result: SpeculativeResult) -> None:
-    """A few lines on stdout."""
+    """Print the comparison in a few lines on stdout."""
     plain = percentile([seconds_per_token(one.plain) for one in result.rounds], 50)
     drafted = percentile([seconds_per_token(one.drafted) for one in result.rounds], 50)
     ratio, settings, rounds = result.ratio, result.settings, len(result.rounds)

@@ -1,4 +1,4 @@
-"""What would make an inconclusive check conclusive. Pure logic."""
+"""Advice that would make an inconclusive check conclusive. Pure logic."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def advise(
     seconds_per_round: float,
     surroundings: Surroundings,
 ) -> tuple[str, ...]:
-    """A sentence for each thing that stands in the way.
+    """Give a sentence for each obstacle.
 
     Args:
         regimes: as judged.
-        average: where the claim is about it; then the regimes' own intervals do not matter.
+        average: given where the claim is about the average; the regimes' own intervals then do not matter.
         claim: the claimed speed-up with its margin.
-        seconds_per_round: what another round takes.
+        seconds_per_round: seconds that another round takes.
         surroundings: of the check.
     """
     advice, around = [], obstacles_around(surroundings)

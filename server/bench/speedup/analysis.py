@@ -1,4 +1,4 @@
-"""From recorded rounds to ratios and verdicts. Pure: a stored result can be judged again, against another claim."""
+"""Ratios and verdicts from recorded rounds. Pure: a stored result can be judged again, against another claim."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _TELLING_SHARE = 0.1
 
 
 def latency_s(trace: BatchTrace, regime: Regime) -> float:
-    """The duration that a regime is judged by: time to first tokens, or time per output token."""
+    """The duration by which a regime is judged: time to first tokens, or time per output token."""
     return trace.ttft_s if regime is Regime.PREFILL else trace.tpot_s
 
 
 def cost_s(trace: BatchTrace, regime: Regime, *, per_request: bool) -> float:
-    """What a ratio is made of: the latency, or with different batches the latency over the batch size."""
+    """The duration in a ratio: the latency, or with different batches the latency over the batch size."""
     return latency_s(trace, regime) / (trace.batch_size if per_request else 1)
 
 
@@ -59,7 +59,7 @@ def counted_ceiling(
         regime: the phase.
         settings: give prompt and output.
         shapes: of baseline and candidate.
-        batches: of both; with different ones the ratio is that of requests a second.
+        batches: batch sizes of both; with different sizes the ratio is that of requests a second.
         dtype_bytes: bytes of a weight.
     """
 
@@ -73,7 +73,7 @@ def counted_ceiling(
 
 
 def surroundings_of(rounds: Sequence[Round], warm_ups: Sequence[WarmUp]) -> Surroundings:
-    """What went on around a check.
+    """The surroundings of a check.
 
     Args:
         rounds: all of them, one at least.
@@ -107,7 +107,7 @@ def analyse(
         candidate: the other one.
         dtype_bytes: bytes of a weight.
         surroundings: of the whole check.
-        candidate_batch: where the candidate had another batch.
+        candidate_batch: the candidate's batch size, where it is another one.
         probes: of the machine; none leaves the floors out.
     """
     rates = best_rates(probes)
@@ -166,9 +166,9 @@ def analyse(
 
 
 def average_ratio(regimes: Sequence[RegimeResult], *, seed: int) -> PairedRatio:
-    """Geometric mean of the regimes' ratios, round by round: of a plan that visits each of them equally often.
+    """Geometric mean of the regimes' ratios, round by round, which weighs every batch size alike.
 
-    Geometric, so that the average ratio of B to A is one over that of A to B.
+    The mean is geometric, so that the average ratio of B to A is one over that of A to B.
     """
     logs = [[math.log(ratio) for ratio in result.ratio.ratios] for result in regimes]
     means = [math.exp(sum(one) / len(one)) for one in zip(*logs, strict=True)]
@@ -178,7 +178,7 @@ def average_ratio(regimes: Sequence[RegimeResult], *, seed: int) -> PairedRatio:
 def conclude_average(
     average: PairedRatio, regimes: Sequence[RegimeResult], claim: Claim, surroundings: Surroundings
 ) -> Judgement:
-    """The verdict on a claim about the average over batch sizes, of which the noisiest counts."""
+    """The verdict on a claim about the average over batch sizes; the noise of the noisiest size counts."""
     judgement = judge(
         claim=claim,
         low=average.low,
@@ -196,7 +196,7 @@ def conclude_average(
 
 
 def conclude(regimes: Sequence[RegimeResult | Extrapolated], rounds: Sequence[Round], claim: Claim) -> Judgement:
-    """One verdict over all regimes, and why: the regimes that decided it, and what stood in the way."""
+    """One verdict over all regimes, with its reason: the regimes that decided it, and the obstacles."""
     verdict = overall([result.verdict for result in regimes])
     parts = []
     for result in regimes:
@@ -207,7 +207,7 @@ def conclude(regimes: Sequence[RegimeResult | Extrapolated], rounds: Sequence[Ro
             ceiling += f", which is itself below {claim.threshold:.4g}"
         parts.append(f"{result.name}: {result.reason}; the median is {ceiling}")
     others = percentile([pair.other_cpu_share for pair in rounds], 50)
-    # Beyond the second, it is the reason.
+    # Beyond the second limit, the other processes are an obstacle and named in the reason already.
     if _TELLING_SHARE < others <= MAX_OTHER_CPU_SHARE:
         parts.append(f"other processes took {others:.0%} of this machine's CPU time meanwhile")
     waiting = percentile([pair.waiting_engine_cpu_share for pair in rounds], 50)

@@ -1,8 +1,8 @@
 """Check a claimed speed-up: two engines side by side, paired interleaved rounds, one verdict for each regime.
 
-Both engines stay alive throughout and only one works at a time. What the machine does over minutes (clock, temperature,
-neighbours) then meets both halves of a pair alike and cancels in its ratio, which measuring one model after the other
-would not give. Cut models are measured at several depths, one pair of engines after the other.
+Both engines stay alive throughout, and only one works at a time. A drift of the machine over minutes (clock,
+temperature, neighbours) then meets both halves of a pair alike, and cancels in their ratio. It would not cancel if one
+model were measured after the other. Cut models are measured at several depths, one pair of engines after the other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pat_serve.server.engine.workers.protocol import Ready, Start
 
 @dataclass(frozen=True, kw_only=True)
 class _Sources:
-    """Both models, cut to `layers` or whole, and what each is to run."""
+    """Both models, cut to `layers` or whole, and the settings of each."""
 
     baseline: ModelSource
     candidate: ModelSource
@@ -46,7 +46,7 @@ class _Sources:
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
-    """What was seen of a pair of engines."""
+    """The measurements of a pair of engines."""
 
     pair: Pair
     records: tuple[ModelRecord, ModelRecord]
@@ -84,7 +84,7 @@ def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, p
         ):
             depths = depths_that_fit(whole.baseline, whole.candidate, settings, dtype)
             settings = settings.model_copy(update={"depths": depths})
-        # All are looked at before the first engine starts.
+        # All pairs are checked before the first engine starts.
         pairs = [
             _sources(baseline, candidate, settings.with_layers(layers), dtype, scratch)
             for layers in settings.measured_depths
@@ -92,7 +92,7 @@ def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, p
         for one in pairs:
             check_memory(one.baseline, one.candidate, one.settings, dtype)
         measured = [_measure(one, dtype, scratch, progress) for one in pairs]
-    # What it reads and multiplies is the machine's: the best of all probes holds for every depth.
+    # The rates belong to the machine, so the best of all probes holds for every depth.
     probes = [probe for one in measured for probe in one.probes]
     depths_measured = [_depth(replace(one.pair, probes=probes), one) for one in measured]
     extrapolated = (
@@ -173,7 +173,7 @@ def _measure(sources: _Sources, dtype: str, scratch: Path, progress: Progress) -
                 candidate_engine: _start_command(candidate, others, dtype),
             }
         )
-        # Before and after the rounds, by the engines themselves.
+        # The engines themselves probe, before the rounds and after them.
         probe()
         progress(f"warming up{at}", 0, settings.rounds)
         warm_ups = (

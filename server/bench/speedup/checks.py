@@ -1,4 +1,4 @@
-"""What a speed-up check refuses before it starts an engine."""
+"""The refusals of a speed-up check, before it starts an engine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
 from pat_serve.server.engine.memory import MAX_STEP_TOKENS, engine_memory_bytes, free_memory_bytes, require_memory
 from pat_serve.server.engine.workers.probe import SIZES
 
-# Where whole models do not fit, these many layers of each give their lines. Four layers apart, a layer's time stands
-# well above the noise; a deeper cut would take longer than it adds.
+# Where whole models do not fit, so many layers of each give their lines. Four layers apart, a layer's time stands well
+# above the noise; a deeper cut would take longer than it adds.
 SHALLOW, DEEP = 2, 6
 
 
@@ -90,7 +90,7 @@ def check_context(source: ModelSource, tokens: int) -> None:
     """Refuse requests that are longer than a model's context.
 
     Raises:
-        UsageError: they are.
+        UsageError: the requests are longer.
     """
     limit = source.config.get("max_position_embeddings")
     if isinstance(limit, int) and tokens > limit:
@@ -105,7 +105,7 @@ def check_context(source: ModelSource, tokens: int) -> None:
 def candidate_settings(
     baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings, dtype: str
 ) -> SpeedupSettings:
-    """What the candidate gets: the baseline's batch, or with fixed memory as many requests as fit.
+    """The candidate's settings: the baseline's batch, or with fixed memory as many requests as fit.
 
     Raises:
         UsageError: with fixed memory, a batch beyond a step's tokens, or a candidate whose weights do not fit.
@@ -124,14 +124,14 @@ def candidate_settings(
 
 
 def fitting_requests(baseline: ModelSource, source: ModelSource, settings: SpeedupSettings, dtype: str) -> Capacity:
-    """What fits of a model into the memory that the baseline's weights and its largest batch take."""
+    """The capacity of a model in the memory that the baseline's weights and its largest batch take."""
     value_bytes, tokens = DTYPE_BYTES[dtype], settings.tokens_per_request
     budget = memory_for(baseline.shape, requests=settings.largest_batch, tokens=tokens, dtype_bytes=value_bytes)
     return capacity(source.shape, memory_bytes=budget, tokens=tokens, dtype_bytes=value_bytes)
 
 
 def check_memory(baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings, dtype: str) -> None:
-    """Refuse to start two engines that the machine cannot hold; a machine that swaps measures its disk.
+    """Refuse to start two engines that the machine cannot hold: a machine that swaps would measure its disk.
 
     Raises:
         EngineError: with both amounts.
@@ -150,12 +150,12 @@ def depths_that_fit(
 
     Args:
         baseline: the whole model.
-        candidate: likewise.
+        candidate: the other whole model.
         settings: give batch and lengths.
         dtype: of the weights.
 
     Returns:
-        none where the whole models fit, or where no deeper cut than the shallow one does.
+        no depths where the whole models fit, or where no deeper cut than the shallow one does.
     """
     free_bytes = free_memory_bytes()[0]
 

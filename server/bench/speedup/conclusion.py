@@ -1,4 +1,4 @@
-"""From what was measured to the result of a check: for `pat-bench speedup` and for a check on a live server."""
+"""The result of a check from its measurements, for `pat-bench speedup` and for a check on a live server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pat_serve.server.engine.workers.probe import MachineRates, best_rates
 
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
-    """When a check began: the date for people, and the monotonic clock in seconds for its duration."""
+    """The beginning of a check: the date for people, and the monotonic clock in seconds for its duration."""
 
     date: str
     at_s: float
@@ -34,10 +34,10 @@ class Beginning:
 
 @dataclass(frozen=True, kw_only=True)
 class Disturbance:
-    """What no figure shows, and what makes every verdict inconclusive all the same.
+    """A disturbance that no figure shows, and that makes every verdict inconclusive all the same.
 
     Attributes:
-        told: what it was.
+        told: the disturbance in words.
         way_out: how a check is made without it.
     """
 
@@ -57,14 +57,14 @@ def sum_up(
     probes: Sequence[MachineRates] = (),
     disturbance: Disturbance | None = None,
 ) -> SpeedupResult:
-    """Judge the claim, and put down everything that it was judged by.
+    """Judge the claim, and record everything that it was judged by.
 
     Args:
         depths: as measured, the shallowest first; one at least.
         settings: of the check.
         begun: when it began.
         dtype: of both models.
-        seconds_per_round: what another round takes, at every depth and batch size.
+        seconds_per_round: seconds that another round takes, at every depth and batch size.
         average: over the batch sizes.
         extrapolated: for the models' own depths.
         probes: of the machine.

@@ -1,4 +1,4 @@
-"""The record of what several measured depths say about the whole models. Part of a speed-up check's."""
+"""The record of whole models that several measured depths lead to. It is a part of a speed-up check's record."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pat_serve.server.bench.speedup.settings import Regime
 
 
 class Extrapolated(BaseModel):
-    """One phase at one batch size, for the models' own depths. Nothing of it was measured.
+    """One phase at one batch size, extrapolated to the models' own depths and not measured.
 
     Attributes:
         regime: the phase.
         batch_size: requests at once.
-        context_tokens: as of the measured phase.
+        context_tokens: as in the measured phase.
         layers_measured: the depths that the lines go through.
-        baseline: its line, in seconds of the measured phase.
-        candidate: the same.
+        baseline: the baseline's line, in seconds of the measured phase.
+        candidate: the candidate's line.
         ratio: of the totals.
         ceiling: the largest ratio that counting FLOPs or bytes allows, for the whole models.
         of_ceiling: median ratio / ceiling.
@@ -50,11 +50,11 @@ class Extrapolated(BaseModel):
 
     @property
     def layers(self) -> str:
-        """Of the whole models: one number, or both where they differ."""
+        """Layers of the whole models: one number, or both where they differ."""
         baseline, candidate = self.baseline.layers, self.candidate.layers
         return str(baseline) if baseline == candidate else f"{baseline}/{candidate}"
 
     @property
     def name(self) -> str:
-        """What tells it from the check's other results."""
+        """The name that tells this result from the check's other results."""
         return f"{self.regime.value}, batch {self.batch_size}, {self.layers} layers (extrapolated)"

@@ -1,4 +1,4 @@
-"""From checks at several depths to the whole models: lines, ratios and verdicts, marked as extrapolated. Pure."""
+"""Lines, ratios and verdicts for whole models from checks at several depths, marked as extrapolated. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pat_serve.sizes import ModelShape
 
 
 def worst_surroundings(depths: Sequence[DepthMeasurement]) -> Surroundings:
-    """Of all depths: the largest share of others, and whether every warm-up settled."""
+    """The worst surroundings of all depths: the largest share of others, and whether every warm-up settled."""
     found = [surroundings_of(one.rounds, (one.baseline.warm_up, one.candidate.warm_up)) for one in depths]
     return Surroundings(
         other_cpu_share=max(one.other_cpu_share for one in found), settled=all(one.settled for one in found)
@@ -32,7 +32,7 @@ def extrapolate_all(
     whole: tuple[ModelShape, ModelShape],
     dtype_bytes: int,
 ) -> tuple[Extrapolated, ...]:
-    """Every phase at every batch size, for the models' own depths; without those whose noise allows no line.
+    """Extrapolate every phase at every batch size; a phase whose noise allows no line is left out.
 
     Args:
         depths: as measured, two at least.
@@ -51,7 +51,7 @@ def extrapolate_all(
 def conclude_extrapolated(
     found: Sequence[Extrapolated], depths: Sequence[DepthMeasurement], settings: SpeedupSettings
 ) -> Judgement:
-    """One verdict over all phases; none where one has no line."""
+    """One verdict over all phases; inconclusive where a phase has no line."""
     wanted = {(one.regime, one.batch_size): one.name for one in depths[0].regimes}
     missing = [name for key, name in wanted.items() if key not in {(one.regime, one.batch_size) for one in found}]
     if missing:

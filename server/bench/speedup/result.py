@@ -1,4 +1,4 @@
-"""The record of a speed-up check: what was run, every timestamp, and what follows from them. Written as JSON."""
+"""The record of a speed-up check: its settings, every timestamp, and the figures that follow. Written as JSON."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Round(_Record):
     """One pair: the same prompts for both models, which take turns.
 
     Attributes:
-        first: which of them began; the order alternates, so that a drift of the machine favours neither.
+        first: the model that began; the order alternates, so that a drift of the machine favours neither.
         prompts_sha256: digest of the token ids that were sent to the baseline; with fixed memory the candidate gets
             these and more.
         baseline: its raw timestamps.
         candidate: its raw timestamps.
         other_cpu_share: share of the machine's CPU time that went to neither engine meanwhile.
-        waiting_engine_cpu_share: share of one core that the engine used whose turn it was not.
+        waiting_engine_cpu_share: share of one core that the waiting engine used.
     """
 
     first: Literal["baseline", "candidate"]
@@ -64,11 +64,11 @@ class ModelRecord(_Record):
 
     Attributes:
         name: as the user gave it.
-        config_sha256: of its config.json, keys sorted, cut as measured.
+        config_sha256: digest of its config.json, keys sorted, cut as measured.
         shape: its sizes, cut as measured.
         parameters: number of parameters, cut as measured.
-        start_s: from starting the engine to its being ready.
-        peak_memory_bytes: of the engine's process on the host, over its whole life; a GPU's memory is not in it.
+        start_s: time from starting the engine until it was ready.
+        peak_memory_bytes: peak of the engine's process on the host over its whole life, without a GPU's memory.
         gpu_memory_bytes: the most that the engine held on the GPU until it was ready; None without a GPU.
         warm_up: its runs before the first round.
         batch_size: requests at once, the most that it was given.
@@ -88,12 +88,12 @@ class ModelRecord(_Record):
 
 
 class RegimeResult(_Record):
-    """What the rounds say about one phase.
+    """The figures and the verdict of one phase.
 
     Attributes:
         regime: the phase.
         batch_size: requests at once.
-        candidate_batch_size: the candidate's; another one with fixed memory.
+        candidate_batch_size: the candidate's requests at once, which differ with fixed memory.
         context_tokens: prompt length for prefill; mean tokens in a request's KV cache for decode.
         baseline: seconds: time to the batch's first tokens (prefill), time per output token (decode), over rounds; with
             fixed memory these over the batch size.
@@ -102,8 +102,8 @@ class RegimeResult(_Record):
         ceiling: the largest ratio that counting FLOPs (prefill) or bytes (decode) allows.
         of_ceiling: median ratio / ceiling.
         baseline_noise: relative median absolute deviation over rounds.
-        candidate_noise: the same.
-        noise: what disturbed the rounds.
+        candidate_noise: the candidate's relative median absolute deviation.
+        noise: the disturbances of the rounds.
         rounds_needed: rounds in all that would probably give a verdict; None where no sensible number would.
         verdict: on the claim with its margin.
         strict_verdict: on the claim without it.
@@ -133,7 +133,7 @@ class RegimeResult(_Record):
 
     @property
     def name(self) -> str:
-        """What tells it from the check's other results: the phase, and the batch or both batches."""
+        """The name that tells this result from the check's other results: the phase, and the batch or both batches."""
         return f"{self.regime.value}, batch {self.batches}"
 
     @property
@@ -144,7 +144,7 @@ class RegimeResult(_Record):
 
 
 class DepthMeasurement(_Record):
-    """What was measured with both models cut to so many layers."""
+    """The measurements with both models cut to so many layers."""
 
     layers: int
     baseline: ModelRecord
@@ -155,14 +155,14 @@ class DepthMeasurement(_Record):
 
 
 class SpeedupResult(_Record):
-    """A complete check. `verdict` and `reason` sum up the regimes, or judge the average where that is the claim.
+    """A complete check. `verdict` and `reason` sum up the regimes, or judge the average where the claim is about it.
 
     Attributes:
         strict_verdict: the same without the claim's margin.
         average: geometric mean over the batch sizes of each round's prefill ratios, with the interval of its median;
             None for a single batch size.
-        stopped: why no more rounds were made.
-        advice: what would make an inconclusive result conclusive; empty otherwise.
+        stopped: the reason for which no more rounds were made.
+        advice: steps that would make an inconclusive result conclusive; empty otherwise.
         rates: the best of the probes; None without one.
         probes: of the machine, by each engine before and after its rounds, in that order; shallower depths first.
         extrapolated: for the models' own depths, where several depths were measured; the verdict is then on these.
@@ -207,7 +207,7 @@ class SpeedupResult(_Record):
     @model_validator(mode="before")
     @classmethod
     def _read_version_2(cls, value: Any) -> Any:
-        """A record of version 2 was judged strictly: its margin is 0 and its verdicts are the strict ones."""
+        """Read a record of version 2, which was judged strictly: its margin is 0, its verdicts are the strict ones."""
         if not (isinstance(value, dict) and value.get("schema_version") == 2):
             return value
         try:

@@ -16,14 +16,15 @@ from pat_serve.server.engine.workers.process import EngineProcess
 
 # Two runs that differ by less than this count as the same: smaller changes are noise on most machines.
 _STATIONARY = 0.1
-# Without two runs that agree there is no verdict, so noise of 10 %, which a verdict bears, must not use them all up: of
-# such runs two agree in both phases once in four times.
+# Without two warm-up runs that agree there is no verdict, so there must be enough runs for noise of 10 %, which a
+# verdict bears. With such noise two runs agree in both phases once in four times.
 _MIN_WARMUP_RUNS, MAX_WARMUP_RUNS = 2, 8
-# A warm-up needs each kind of step, not many of them.
+# A warm-up needs each kind of step, but not many steps.
 _WARMUP_TOKENS = 5
 
-# How long an engine decodes before it is the other's turn. A machine's speed drifts over seconds (clock, neighbours'
-# memory traffic): turns must be shorter than that, and much longer than the microseconds that waking threads costs.
+# Seconds that an engine decodes before it is the other's turn. A machine's speed drifts over seconds (clock,
+# neighbours' memory traffic). Turns must be shorter than the drift, and much longer than the microseconds that waking
+# threads costs.
 _TURN_S = 0.2
 
 
@@ -63,7 +64,7 @@ def steps_per_turn(warm_ups: list[WarmUp], batch_sizes: tuple[int, ...] | None =
 
     Args:
         warm_ups: of both engines.
-        batch_sizes: that are about to be measured against each other, at most one for each engine; None for any.
+        batch_sizes: sizes that are about to be measured against each other, at most one for each engine; None for any.
     """
     last = [
         trace
@@ -84,16 +85,16 @@ def run_round(
     index: int,
     turn_steps: int,
 ) -> Round:
-    """One pair: both engines prefill the same prompts, then decode them in short turns.
+    """Make one pair: both engines prefill the same prompts, then decode them in short turns.
 
     The order is swapped from round to round, and within a round from turn to turn (ABBA).
 
     Args:
-        baseline: first engine.
-        candidate: second engine.
+        baseline: engine of the baseline.
+        candidate: engine of the candidate.
         settings: gives batch, prompt and output.
-        candidate_batch: the candidate's batch where it is another one, at least the baseline's; it then gets the
-            baseline's prompts and more.
+        candidate_batch: the candidate's batch size where it is a larger one; the candidate then gets the baseline's
+            prompts and more.
         vocab_size: of both models.
         index: of the round.
         turn_steps: decode steps in a turn.
@@ -124,7 +125,7 @@ def run_round(
         if len(traces) == 2:
             break
     for engine, trace in traces.items():
-        # With fixed memory each has prompts of its own.
+        # With fixed memory each engine has prompts of its own.
         sent = prompts_digest(prompts[engine])
         if trace.prompts_sha256 != sent:
             raise engine.error(

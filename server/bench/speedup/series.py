@@ -1,4 +1,4 @@
-"""The rounds of a check: how many, of which batch sizes, and when they are enough."""
+"""The rounds of a check: their number, their batch sizes, and the point at which they are enough."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two models and what is measured of them.
+    """Two models, and the settings by which they are measured.
 
     Attributes:
         baseline: the dense shape.
-        candidate: the other one.
-        candidate_batch: the candidate's batch where it differs.
+        candidate: the candidate's shape.
+        candidate_batch: the candidate's batch size, where it differs.
         settings: of the check.
         dtype_bytes: bytes of a weight.
         probes: of the machine; none without a roofline.
@@ -41,7 +41,7 @@ class Pair:
     probes: Sequence[MachineRates] = ()
 
     def analyse(self, rounds: Sequence[Round], warm_ups: Sequence[WarmUp] = ()) -> tuple[RegimeResult, ...]:
-        """Every regime at every batch size, from the rounds so far; only verdicts depend on the warm-ups."""
+        """Judge every regime at every batch size, from the rounds so far; only verdicts depend on the warm-ups."""
         surroundings = surroundings_of(rounds, warm_ups)
         return tuple(
             analyse(
@@ -81,7 +81,7 @@ def measure_rounds(
     In a round every batch size has its turn, in an order that is reversed from round to round.
 
     Returns:
-        the rounds, one for each batch size and turn; why there are no more; the seconds that they took.
+        the rounds, one for each batch size and turn; the reason why there are no more; the seconds that they took.
     """
     settings = pair.settings
     turns = {size: steps_per_turn(list(warm_ups), (size, pair.candidate_batch or size)) for size in settings.batches}
@@ -118,6 +118,6 @@ def measure_rounds(
             )
         if done >= settings.max_rounds:
             return rounds, f"{done} rounds are the bound; an interval is still {width:.1%} wide", elapsed_s
-        # Half of what seems missing at a time: the estimate from few rounds is rough.
+        # Half of the missing rounds are added at a time, because the estimate from few rounds is rough.
         missing = max(rounds_for_width(ratio, settings.precision) for ratio in ratios) - done
         wanted = min(done + max(1, missing // 2), settings.max_rounds)

@@ -1,4 +1,4 @@
-"""What a speed-up check measures."""
+"""The settings of a speed-up check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from pat_serve.server.analysis.verdict import DEFAULT_MARGIN, Claim
 from pat_serve.server.engine.memory import Batch
 
-# The paper's own measure: the time to the first tokens of batches of 128-token prompts, averaged over batch sizes.
+# The paper measures the time to the first tokens of batches of 128-token prompts, averaged over batch sizes.
 PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS = (1, 2, 4, 8), 128
 
 
@@ -22,13 +22,13 @@ class Regime(StrEnum):
 
 
 class SpeedupSettings(BaseModel):
-    """What to measure. The defaults are meant for a small CPU machine.
+    """The settings of a check. The defaults are meant for a small CPU machine.
 
     Attributes:
         claim: the speed-up to check.
         margin: share of the claim by which an interval may miss it and still meet it; 0 reads it strictly.
         batch_size: requests at once.
-        batch_sizes: several of them, each measured in every round and judged by itself; replaces `batch_size`.
+        batch_sizes: several batch sizes, each measured in every round and judged by itself; replaces `batch_size`.
         judge_average: the claim is about the average over the batch sizes, as the paper's is.
         fixed_memory: the candidate gets as many requests as fit into the memory that the baseline takes with
             `batch_size` of them, and the ratio is that of seconds per request or token over the whole batch.
@@ -36,8 +36,8 @@ class SpeedupSettings(BaseModel):
         output_tokens: of each request, where decode is measured; prefill alone needs one.
         rounds: pairs of runs, at least.
         precision: go on until every interval is no wider than this, relative to its median; None makes `rounds` rounds.
-        max_rounds: with `precision`, at most so many.
-        max_seconds: with `precision`, begin no round after so long.
+        max_rounds: with `precision`, at most so many rounds.
+        max_seconds: with `precision`, no round begins after so many seconds.
         regimes: phases to judge.
         layers: cut both models to so many layers (random weights only).
         depths: several numbers of layers, each measured by itself; the verdict is then on what their lines give for the
@@ -87,7 +87,7 @@ class SpeedupSettings(BaseModel):
 
     @property
     def largest_batch(self) -> int:
-        """What an engine must be able to hold."""
+        """The most requests that an engine must hold at once."""
         return max(self.batches)
 
     @property
@@ -97,7 +97,7 @@ class SpeedupSettings(BaseModel):
 
     @property
     def full_batch(self) -> Batch:
-        """The most that an engine has to hold at once."""
+        """The largest batch that an engine has to hold."""
         return Batch(
             requests=self.largest_batch,
             prompt_tokens=self.prompt_tokens,
@@ -105,11 +105,11 @@ class SpeedupSettings(BaseModel):
         )
 
     def with_batch(self, batch_size: int) -> SpeedupSettings:
-        """The same with this batch size alone."""
+        """The same settings with one batch size."""
         return self.model_copy(update={"batch_size": batch_size, "batch_sizes": ()})
 
     def with_layers(self, layers: int | None) -> SpeedupSettings:
-        """The same at this depth alone."""
+        """The same settings at one depth."""
         return self.model_copy(update={"layers": layers, "depths": ()})
 
     @property

@@ -1,4 +1,4 @@
-"""A speed-up result as a person reads it."""
+"""A speed-up result as a table for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pat_serve.server.bench.speedup.depth_result import Extrapolated
 from pat_serve.server.bench.speedup.result import DepthMeasurement, ModelRecord, RegimeResult, SpeedupResult
 
 _COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.INCONCLUSIVE: "yellow"}
-# Of the table where stdout has no width of its own: a file or a pipe.
+# The width of the table where stdout is a file or a pipe, which has none of its own.
 _PLAIN_WIDTH = 150
 
 
@@ -58,7 +58,7 @@ def print_result(result: SpeedupResult) -> None:
 
 
 def depth_lines(result: SpeedupResult) -> list[str]:
-    """What a step of each model takes beside its layers, and what a layer takes; none for one depth."""
+    """The seconds of each model's step beside its layers, and the seconds of a layer; no line for a single depth."""
     return [
         f"depth   {one.regime.value}, batch {one.batch_size}, from {', '.join(map(str, one.layers_measured))} layers: "
         + "; ".join(
@@ -75,7 +75,7 @@ def _milli(value_s: float, low_s: float, high_s: float) -> str:
 
 
 def note_lines(result: SpeedupResult) -> list[str]:
-    """Noise and floors of each depth, and what went on around the rounds."""
+    """Noise and floors of each depth, and the surroundings of the rounds."""
     depths = result.depths
     several = len(depths) > 1
 
@@ -101,7 +101,7 @@ def noise_line(result: RegimeResult) -> str:
 
 
 def floor_lines(result: RegimeResult) -> list[str]:
-    """What both models' counted work takes at least on the probed machine; none without a probe."""
+    """The least seconds of both models' counted work on the probed machine; no line without a probe."""
     told = [
         f"{label} {milliseconds(roof.floor_s)} ms, {roof.share} reached"
         if roof.held
@@ -113,7 +113,7 @@ def floor_lines(result: RegimeResult) -> list[str]:
 
 
 def around_line(result: SpeedupResult | DepthMeasurement) -> str:
-    """What went on around the rounds: whether the warm-ups settled, and what other processes took."""
+    """The surroundings of the rounds: whether the warm-ups settled, and the share of other processes."""
     warmed = []
     for label, model in (("baseline", result.baseline), ("candidate", result.candidate)):
         runs = len(model.warm_up.traces)
@@ -143,7 +143,7 @@ def memory_lines(result: SpeedupResult) -> list[str]:
     return lines
 
 
-# Before the verdict of a check at several depths.
+# This sentence stands before the verdict of a check at several depths.
 WHOLE_MODELS = (
     "The verdict is on the whole models, which were not measured: their depth is extrapolated from the others."
 )
