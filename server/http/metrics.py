@@ -43,19 +43,19 @@ class ServerMetrics:
         )
         self._prompt_tokens = counter("prompt_tokens", "Tokens of the prompts given to the engine.", _BY)
         self._output_tokens = counter("output_tokens", "Tokens that the engine has made.", _BY)
-        self._ttft = histogram("time_to_first_token", "From a request's arrival until its first token.", _WAIT_S)
+        self._ttft = histogram("time_to_first_token", "Time from a request's arrival until its first token.", _WAIT_S)
         self._tpot = histogram("time_per_output_token", "Mean time per token after a sequence's first.", _TOKEN_S)
         self._queue = histogram("queue", "Time that a request waited in the engine to be scheduled.", _WAIT_S)
-        self._answers = histogram("request", "From a request's arrival until the end of its good answer.", _ANSWER_S)
+        self._answers = histogram("request", "Time from a request's arrival until its good answer ended.", _ANSWER_S)
         self._in_flight = gauge("requests_in_flight", "Requests that hold a place: running or waiting.")
         self._sequences = gauge("sequences_in_flight", "Sequences of these requests.")
-        self._waiting = gauge("sequences_waiting", "Those of them beyond what the engine runs at once.")
-        self._queue_limit = gauge("sequences_waiting_limit", "How many may wait; more are refused with 503.")
+        self._waiting = gauge("sequences_waiting", "Sequences beyond those that the engine runs at once.")
+        self._queue_limit = gauge("sequences_waiting_limit", "Sequences that may wait; more are refused with 503.")
         self._registry = registry
 
     def model(self, labels: Mapping[str, str]) -> None:
         """Name the served model, in the labels of a gauge that is 1."""
-        told = "What is served: the model, its base, width and pruning method, and the version of pat-serve."
+        told = "The served model: its name, its base, width and pruning method, and the version of pat-serve."
         # A gauge takes the place of prometheus_client's Info, which several processes cannot share.
         info = Gauge(
             "pat_serve_model_info", told, tuple(labels), registry=self._registry, multiprocess_mode="mostrecent"

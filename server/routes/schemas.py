@@ -76,7 +76,7 @@ class GenerateRequest(Body):
         ),
     ] = None
     max_tokens: Annotated[
-        TokenCount | None, Field(description="Default: what the model's length leaves, at most 256.")
+        TokenCount | None, Field(description="Default: as many as the model's length leaves, at most 256.")
     ] = None
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE, description="0 is greedy.")] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -176,7 +176,7 @@ class LatencyRequest(Body):
     rounds: Annotated[int, Field(ge=1, le=MAX_ROUNDS)] = 5
     warmup: Annotated[int, Field(ge=0, le=MAX_WARMUP, description="Rounds before the timed ones.")] = 1
     seed: Seed = 0
-    force: Annotated[bool, Field(description="Also while users are being served.")] = False
+    force: Annotated[bool, Field(description="Run also while users are being served.")] = False
 
 
 class ThroughputRequest(Body):
@@ -195,7 +195,7 @@ class ThroughputRequest(Body):
     output_tokens: TokenCount = 64
     warmup: Annotated[int, Field(ge=0, le=MAX_WARMUP, description="Rounds of `concurrency` requests.")] = 1
     seed: Seed = 0
-    force: Annotated[bool, Field(description="Also while users are being served.")] = False
+    force: Annotated[bool, Field(description="Run also while users are being served.")] = False
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

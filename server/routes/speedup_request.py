@@ -32,7 +32,7 @@ class SpeedupRequest(Body):
     ]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     force: Annotated[
-        bool, Field(description="Also while users are being served; the verdict is then inconclusive.")
+        bool, Field(description="Run also while users are being served; the verdict is then inconclusive.")
     ] = False
 
     @model_validator(mode="after")

@@ -93,7 +93,7 @@ def tokenizer_place(tokenizer: str) -> str:
             "--tokenizer",
             expected="the folder or hub id of the server's tokenizer",
             found=f"{tokenizer}, and no such folder here",
-            fix="Name one with --tokenizer; a path that the server tells is one of the folder that it was started in.",
+            fix="Name one with --tokenizer; a path that the server tells counts from its own working folder.",
         )
     return tokenizer
 

@@ -238,13 +238,15 @@ def reason(found: Found, settings: PlanSettings) -> str:
     if found.outcome is Outcome.IMPOSSIBLE:
         return (
             f"no number of engines gives {slo} to {settings.percentile:g} % of requests: "
-            f"with an engine to itself, {found.idle_share:.0%} of them have it"
+            f"only {found.idle_share:.0%} keep it on an engine of their own"
         )
     if found.outcome is Outcome.BEYOND:
-        worst = f"{min(found.trials[-1].good_shares):.1%} of requests" if found.trials else "the rate exceeds them"
+        worst = (
+            f"{min(found.trials[-1].good_shares):.1%} of requests keep it" if found.trials else "the rate exceeds them"
+        )
         return f"{settings.max_replicas} engines, the most that were tried, are too few for {slo}: {worst}"
     assert found.chosen is not None
-    return f"{min(found.chosen.good_shares):.1%} of requests or more have {slo}, in every repeat"
+    return f"{min(found.chosen.good_shares):.1%} of requests or more keep {slo}, in every repeat"
 
 
 def check_throughput(model: Measured, settings: PlanSettings) -> list[ThroughputCheck]:

@@ -1,4 +1,4 @@
-"""Engines that batch continuously behind a dispatcher, simulated event by event. Pure mathematics without randomness."""
+"""Engines that batch continuously behind a dispatcher, simulated event by event. Pure mathematics, no randomness."""
 
 from __future__ import annotations
 
