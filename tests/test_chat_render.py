@@ -81,3 +81,12 @@ def test_turns_that_the_template_refuses_are_the_clients_fault(tmp_path: Path) -
     with pytest.raises(RequestRefused, match=r"refuses them: .*the user begins") as refused:
         asyncio.run(made.render(TALK[2:]))
     assert refused.value.param == "messages"
+
+
+def test_a_template_that_is_broken_is_none(tmp_path: Path) -> None:
+    made = engine(tmp_path / "model", "{% for message in messages %}{{ message.content }}")
+    with pytest.raises(RequestRefused, match=r"messages: the chat template is broken: .*endfor") as refused:
+        asyncio.run(made.render(TALK))
+    assert refused.value.param == "messages"
+    # The page asks, and offers the raw prompt alone.
+    assert not asyncio.run(made.has_chat_template())

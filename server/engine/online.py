@@ -95,8 +95,9 @@ class Engine:
             messages: `role` and `content` of each turn.
 
         Raises:
-            RequestRefused: the model has no chat template, or its template refuses these turns.
+            RequestRefused: the model has no chat template, or a broken one, or it refuses these turns.
         """
+        from jinja2 import TemplateError
         from vllm.exceptions import VLLMClientError
         from vllm.renderers import TokenizeParams
         from vllm.renderers.chat_utils import ChatTemplateResolutionError
@@ -113,6 +114,10 @@ class Engine:
             raise RequestRefused(told, "messages") from error
         except VLLMClientError as error:
             raise RequestRefused(f"messages: the chat template refuses them: {error}", "messages") from error
+        except TemplateError as error:
+            # Raised where the template is read and not where it runs.
+            told = f"messages: the chat template is broken: {error}; send prompt, or give one with -- --chat-template"
+            raise RequestRefused(told, "messages") from error
         # The template writes the special tokens itself.
         params = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
         [prompt] = await renderer.tokenize_prompts_async([text], params)
