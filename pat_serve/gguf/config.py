@@ -1,7 +1,7 @@
-"""config.json of the stock class that computes what a GGUF file's metadata describes.
+"""Make the config.json of the stock class that computes the model of a GGUF file's metadata.
 
-Everything that changes the function is either stated here or refused: a setting that was overlooked would give another
-model under the same name. transformers' own reading (5.19) passes over biases of a Llama, the factors of Llama 3's rope
+Every setting that changes the function is either read here or refused: an overlooked setting would give another model
+under the same name. transformers' own reading (5.19) passes over biases of a Llama, the factors of Llama 3's rope
 and scaled ropes in silence (`LOG.md`, 2026-11-29).
 """
 
@@ -19,12 +19,12 @@ from pat_serve.family import Family
 from pat_serve.gguf.header import GgufHeader, broken
 
 ROPE_FREQUENCIES = "rope_freqs.weight"
-# The version of transformers whose names of settings these are.
+# The settings have the names of this version of transformers.
 _LAYOUT = "5.0.0"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
-# llama.cpp's names of the families of the table. A Mistral is a llama there, without its sliding window.
+# These are llama.cpp's names of the table's families. A Mistral is a llama there, without its sliding window.
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "phi3": "phi3"}
-# Parts that change the function and that no family of the table has.
+# These parts change the function, and no family of the table has them.
 _UNUSUAL = (
     "expert_count",
     "logit_scale",
@@ -42,7 +42,7 @@ _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """The metadata of the architecture, with the reasons for what is not covered."""
+    """The metadata of the architecture, and errors for values that are not covered."""
 
     header: GgufHeader
 
@@ -53,7 +53,7 @@ class _Settings:
         value = self.get(name)
         value = default if value is None else value
         if isinstance(value, list) and len(set(value)) == 1:
-            # One a layer, all alike.
+            # The file has one value a layer, and all are alike.
             value = value[0]
         if isinstance(value, list):
             raise self.unsupported(f"one {name} for all layers", "a different one for some")
@@ -81,10 +81,10 @@ class _Settings:
 
 
 def family_of_header(header: GgufHeader) -> Family:
-    """The family of the table that the file's architecture is.
+    """Find the family of the table for the file's architecture.
 
     Raises:
-        UnsupportedModel: it is none of them.
+        UnsupportedModel: the table has no such family.
     """
     name = _FAMILIES.get(header.architecture)
     if name is None:
@@ -98,15 +98,15 @@ def family_of_header(header: GgufHeader) -> Family:
 
 
 def config_of(header: GgufHeader, frequencies: Callable[[], np.ndarray]) -> dict[str, Any]:
-    """config.json without its dtype.
+    """Make config.json without its dtype.
 
     Args:
-        header: of the file.
+        header: header of the file.
         frequencies: reads the tensor of Llama 3's rope factors, where the file has one.
 
     Raises:
-        UnsupportedModel: an architecture or a setting that is not covered.
-        BrokenCheckpoint: a size that is missing or no size.
+        UnsupportedModel: the architecture or a setting is not covered.
+        BrokenCheckpoint: a size is missing or impossible.
     """
     family, settings = family_of_header(header), _Settings(header=header)
     _refuse_unusual(settings)
@@ -139,7 +139,7 @@ def config_of(header: GgufHeader, frequencies: Callable[[], np.ndarray]) -> dict
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
-        # Without one transformers takes the tokenizer for an old Mistral's, and warns of it.
+        # Without a version transformers takes the tokenizer for an old Mistral's and warns.
         "transformers_version": _LAYOUT,
     }
     if rope := _rope_scaling(settings, config, frequencies):
@@ -149,9 +149,9 @@ def config_of(header: GgufHeader, frequencies: Callable[[], np.ndarray]) -> dict
 
 
 def generation_config_of(header: GgufHeader) -> dict[str, Any]:
-    """generation_config.json: which tokens begin a text and which end an answer."""
+    """Make generation_config.json: the tokens that begin a text and those that end an answer."""
     ids = _token_ids(header)
-    # A chat model ends its turns with a token of its own, which llama.cpp stops at as well.
+    # A chat model ends its turns with a token of its own. llama.cpp stops there as well.
     ends = [ids.get("eos_token_id"), _token_id(header, "eot")]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     if ends:
@@ -160,7 +160,7 @@ def generation_config_of(header: GgufHeader) -> dict[str, Any]:
 
 
 def _of_family(settings: _Settings, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the family's class is told beyond the sizes."""
+    """Make the settings of the family's class beyond the sizes."""
     window = settings.get("attention.sliding_window") or None
     if window is not None and family.model_type != "phi3":
         raise settings.unsupported(f"a {family.model_type} model without a sliding window", f"one of {window} tokens")
@@ -176,7 +176,7 @@ def _of_family(settings: _Settings, family: Family, config: Mapping[str, Any]) -
         return {"attention_bias": False, "use_sliding_window": False}
     if family.model_type == "phi3":
         return {"sliding_window": window, "original_max_position_embeddings": config["max_position_embeddings"]}
-    # The activation that every Gemma was trained with, whatever its config.json calls it.
+    # Every Gemma was trained with this activation, whatever its config.json calls it.
     return {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
 
 
@@ -207,10 +207,10 @@ def _rope_scaling(
 
 
 def _llama3_rope(settings: _Settings, config: Mapping[str, Any], found: np.ndarray) -> dict[str, Any]:
-    """The settings that the tensor of frequency factors was made from, checked by making it again.
+    """Find the settings behind the tensor of frequency factors, and check them by making the tensor again.
 
-    llama.cpp stores, for each pair of a head's dimensions, by what the frequency is divided: 1 for short wavelengths,
-    the factor for long ones, and a blend between (convert_hf_to_gguf.py, LlamaModel.generate_extra_tensors).
+    llama.cpp stores the divisor of the frequency for each pair of a head's dimensions: 1 for short wavelengths, the
+    factor for long ones, and a blend between (convert_hf_to_gguf.py, LlamaModel.generate_extra_tensors).
     """
     factor = float(np.max(found))
     half = int(config["head_dim"]) // 2

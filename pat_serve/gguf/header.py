@@ -1,4 +1,4 @@
-"""What a GGUF file says before its weights: metadata, and where each tensor lies.
+"""Read the part of a GGUF file before its weights: metadata, and the place of each tensor.
 
 The layout is llama.cpp's, versions 2 and 3, little-endian: magic, version, counts, metadata, tensor table, data. The
 gguf package has a reader too; it takes seconds for a vocabulary, since it keeps every token as an array of its own, and
@@ -31,14 +31,14 @@ _FIX = "Copy or download the file again."
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """Where a tensor lies in the file and how it is stored.
+    """The place of a tensor in the file, and its type.
 
     Attributes:
-        name: llama.cpp's.
+        name: llama.cpp's name of the tensor.
         kind: name of its type: F32, Q4_K and so on.
         shape: row-major, as in safetensors.
-        offset_bytes: of its first byte in the file.
-        size_bytes: on disk.
+        offset_bytes: place of its first byte in the file.
+        size_bytes: size on the disk.
     """
 
     name: str
@@ -63,11 +63,11 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Everything that stands before the weights; no weight is read.
+    """Read everything before the weights, and no weight.
 
     Raises:
-        BrokenCheckpoint: it is no GGUF file, or one that is cut off or damaged.
-        UnsupportedModel: it is one part of several, or of a version or tensor type that is not covered.
+        BrokenCheckpoint: the file is no GGUF file, or is cut off or damaged.
+        UnsupportedModel: the file is one part of several, or its version or a tensor type is not covered.
     """
     if _SPLIT_NAME.fullmatch(path.name):
         raise _split(path)
@@ -106,12 +106,12 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def broken(path: Path, expected: str, found: str, fix: str = _FIX) -> BrokenCheckpoint:
-    """The error of a damaged file."""
+    """Make the error of a damaged file."""
     return BrokenCheckpoint(path, expected=expected, found=found, fix=fix)
 
 
 class _Cursor:
-    """Reads one value after the other; whatever would lie behind the end of the file is a struct.error."""
+    """Reads one value after the other; a value behind the end of the file raises struct.error."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
@@ -151,12 +151,12 @@ class _Cursor:
 
 
 def _table_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """A tensor's name, shape, type and offset from where the data begins."""
+    """Read a tensor's name, shape, type and offset from the start of the data."""
     name = cursor.string()
     [dimensions] = cursor.scalars("I")
     if dimensions > _MOST_DIMENSIONS:
         raise ValueError(f"{name:.60} of {dimensions} dimensions")
-    # The fastest first.
+    # The file has the fastest dimension first.
     shape = tuple(reversed(cursor.scalars(f"{dimensions}Q")))
     kind, offset = cursor.scalars("IQ")
     return name, shape, kind, offset

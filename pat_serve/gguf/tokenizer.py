@@ -1,8 +1,8 @@
-"""The tokenizer that a GGUF file's metadata describes, as a fast tokenizer with its chat template.
+"""Make the fast tokenizer, with its chat template, that a GGUF file's metadata describes.
 
 llama.cpp names a byte-level BPE's pre-tokenizer and keeps its regular expressions in its own source, so they stand here
-too; transformers' own reading (5.19) takes GPT-2's for every name that it does not know, and adds no begin token. A
-pre-tokenizer that is not in this table is refused: other splits would give other tokens, and no error.
+too. transformers' own reading (5.19) takes GPT-2's for every name that it does not know, and adds no begin token. A
+pre-tokenizer that is not in this table is refused: other splits would give other tokens without an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# By tokenizer.ggml.pre (llama-vocab.cpp): a regular expression, or None for GPT-2's, which ByteLevel itself knows.
+# tokenizer.ggml.pre (llama-vocab.cpp) is the key: a regular expression, or None for GPT-2's, which ByteLevel has.
 _SPLITS = {
     "gpt-2": None,
     "smollm": None,
@@ -42,19 +42,19 @@ _SPLITS = {
     "tekken": _TEKKEN,
 }
 _PROBE = "We'll join  12 lists,\n\tnaïvely: x1 = 1999.5 + 20% (été)   \r\n\n日本語 🙂 DON'T  "
-# Each digit is a piece of its own before GPT-2's expression is looked at.
+# Each digit is a piece of its own before GPT-2's expression applies.
 _SINGLE_DIGITS = ("smollm",)
-# A word that is a token is that token, whatever the merges say; and a text begins with the begin token.
+# With these a word that is a token stays that token, whatever the merges say, and a text begins with the begin token.
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 _BEGIN_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 
 
 def tokenizer_of(header: GgufHeader) -> Any:
-    """A fast tokenizer (PreTrainedTokenizerFast), chat template included.
+    """Make a fast tokenizer (PreTrainedTokenizerFast), chat template included.
 
     Raises:
-        UnsupportedModel: one of a kind that is not known to come out right.
-        BrokenCheckpoint: its parts contradict each other.
+        UnsupportedModel: tokenizers of this kind are not known to come out right.
+        BrokenCheckpoint: the parts of the tokenizer contradict each other.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -63,7 +63,7 @@ def tokenizer_of(header: GgufHeader) -> Any:
         backend = _backend(fields)
     except PatServeError:
         raise
-    # The tokenizers library raises bare Exceptions for merges that no vocabulary holds, and for the like.
+    # The tokenizers library raises bare Exceptions, for example for merges that no vocabulary holds.
     except Exception as error:
         raise broken(header.path, "a whole tokenizer in its metadata", first_line(error)) from error
     special = {
@@ -121,7 +121,7 @@ class _Fields:
 
     def id(self, name: str) -> int | None:
         value = self._metadata.get(f"tokenizer.ggml.{name}_token_id")
-        # llama.cpp too passes over an id that is no token's.
+        # llama.cpp also passes over an id that is no token's.
         return value if type(value) is int and 0 <= value < len(self.tokens) else None
 
     def flag(self, name: str, default: bool) -> bool:
@@ -151,7 +151,7 @@ def _byte_level(fields: _Fields) -> Tokenizer:
     if split is not None:
         parts.append(pre_tokenizers.Split(Regex(split), behavior="isolated"))
     if split == _QWEN2:
-        # As the original does, which llama.cpp leaves out.
+        # The original does this too; llama.cpp leaves it out.
         backend.normalizer = normalizers.NFC()
     parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None))
     backend.pre_tokenizer = pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0]
@@ -160,7 +160,7 @@ def _byte_level(fields: _Fields) -> Tokenizer:
 
 
 def _sentencepiece(fields: _Fields) -> Tokenizer:
-    """SentencePiece's BPE as Llama 2's tokenizer.json has it: spaces are U+2581, unknown characters are bytes."""
+    """Make SentencePiece's BPE as Llama 2's tokenizer.json has it: spaces are U+2581, unknown characters are bytes."""
     vocabulary = {token: index for index, token in enumerate(fields.tokens)}
     unknown = fields.id("unknown")
     backend = Tokenizer(
@@ -181,9 +181,9 @@ def _sentencepiece(fields: _Fields) -> Tokenizer:
 
 
 def _merges_by_score(vocabulary: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """The merges that SentencePiece's greedy joining amounts to: of all pairs of pieces the best-scored whole first.
+    """Make the merges that act like SentencePiece's greedy joining: the pair with the best-scored whole comes first.
 
-    Among the pairs that come to one piece, their own ids decide, as in the conversion of Llama 2 by transformers.
+    Where several pairs give one piece, their own ids decide, as in the conversion of Llama 2 by transformers.
     """
     merges: list[tuple[float, int, int, tuple[str, str]]] = []
     for token, index in vocabulary.items():
@@ -195,7 +195,7 @@ def _merges_by_score(vocabulary: Mapping[str, int], scores: list[float]) -> list
 
 
 def _add_tokens(backend: Tokenizer, fields: _Fields) -> None:
-    """What is matched whole in a text: control tokens, which are special, and those that the model's maker defined."""
+    """Add the tokens that are matched whole: control tokens, which are special, and tokens of the model's maker."""
     special, plain = [], []
     for token, kind in zip(fields.tokens, fields.kinds, strict=True):
         if kind in (_CONTROL, _UNKNOWN):
@@ -207,13 +207,13 @@ def _add_tokens(backend: Tokenizer, fields: _Fields) -> None:
 
 
 def _set_template(backend: Tokenizer, fields: _Fields) -> None:
-    """Begin and end tokens, where a text has them; without a word of the file's, what llama.cpp takes for its kind."""
+    """Set begin and end tokens, where a text has them. Where the file is silent, llama.cpp's default counts."""
     begins_by_default = fields.pre in _BEGIN_BY_DEFAULT or fields.header.metadata.get("tokenizer.ggml.model") == "llama"
     begin, end = fields.id("bos"), fields.id("eos")
     begins = begin is not None and fields.flag("add_bos_token", begins_by_default)
     ends = end is not None and fields.flag("add_eos_token", False)
     if not begins and not ends:
-        # The byte-level one trims offsets and adds nothing.
+        # The byte-level post-processor trims offsets and adds nothing.
         if fields.header.metadata.get("tokenizer.ggml.model") == "gpt2":
             backend.post_processor = processors.ByteLevel(trim_offsets=False)
         return
@@ -229,12 +229,12 @@ def _set_template(backend: Tokenizer, fields: _Fields) -> None:
 
 
 def require_loadable(folder: Path, tokenizer: Any, header: GgufHeader) -> None:
-    """What stock transformers loads from the folder splits text as the tokenizer that was saved into it.
+    """Check that stock transformers loads a tokenizer from the folder that splits text as the saved one does.
 
     For some model types (qwen2, phi3) transformers loads a class of its own, whatever the files say.
 
     Raises:
-        UnsupportedModel: it does not.
+        UnsupportedModel: it splits text otherwise.
     """
     from transformers import AutoTokenizer
 
