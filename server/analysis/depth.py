@@ -92,20 +92,21 @@ def extrapolate(
     """
     draw = np.random.default_rng(seed)
     sides: list[list[Array]] = [[], []]
-    for slow, fast in zip(baseline, candidate, strict=True):
-        durations, ratios = np.asarray(slow, dtype=np.float64), np.asarray(slow, dtype=np.float64) / np.asarray(fast)
+    for baseline_s, candidate_s in zip(baseline, candidate, strict=True):
+        durations = np.asarray(baseline_s, dtype=np.float64)
+        ratios = durations / np.asarray(candidate_s)
         picks = draw.integers(0, len(durations), size=(resamples, len(durations)))
         # The first sample is the measured one itself.
         picks = np.concatenate([np.arange(len(durations))[None], picks])
-        dense = np.median(durations[picks], axis=1)
-        sides[0].append(dense)
-        sides[1].append(dense / np.median(ratios[picks], axis=1))
+        medians_s = np.median(durations[picks], axis=1)
+        sides[0].append(medians_s)
+        sides[1].append(medians_s / np.median(ratios[picks], axis=1))
     totals = [_at(depths, side, float(whole)) for side, whole in zip(sides, layers, strict=True)]
     sound = np.minimum(totals[0], totals[1]) > 0
     if not sound[0] or np.mean(~sound) > (1 - confidence) / 10:
         return None
     tails = ((1 - confidence) / 2 * 100, (1 + confidence) / 2 * 100)
-    dense_fit, pruned_fit = (_fit(depths, side, whole, tails) for side, whole in zip(sides, layers, strict=True))
+    baseline_fit, candidate_fit = (_fit(depths, side, whole, tails) for side, whole in zip(sides, layers, strict=True))
     quotients = totals[0][sound] / totals[1][sound]
     low, high = np.percentile(quotients[1:], tails)
     ratio = RatioInterval(
@@ -115,7 +116,7 @@ def extrapolate(
         high=float(high),
         confidence=confidence,
     )
-    return DepthRatio(baseline=dense_fit, candidate=pruned_fit, ratio=ratio)
+    return DepthRatio(baseline=baseline_fit, candidate=candidate_fit, ratio=ratio)
 
 
 def _fit(depths: Sequence[int], samples: Sequence[Array], layers: int, tails: tuple[float, float]) -> DepthFit:

@@ -51,12 +51,12 @@ def noise_report(baseline: Sequence[float], candidate: Sequence[float], baseline
     """
     if not len(baseline) == len(candidate) == len(baseline_first) >= 1:
         raise ValueError("as many rounds of each model wanted, one at least")
-    ratios = [slow / fast for slow, fast in zip(baseline, candidate, strict=True)]
+    ratios = [one / other for one, other in zip(baseline, candidate, strict=True)]
     middle = len(baseline) // 2
     # Each model counts in units of its own median, so that both tell about the machine.
     scaled = [
-        (slow / percentile(baseline, 50) + fast / percentile(candidate, 50)) / 2
-        for slow, fast in zip(baseline, candidate, strict=True)
+        (one / percentile(baseline, 50) + other / percentile(candidate, 50)) / 2
+        for one, other in zip(baseline, candidate, strict=True)
     ]
     halves = [percentile(half, 50) for half in (scaled[:middle], scaled[middle:]) if half]
     ways = [

@@ -76,7 +76,7 @@ class RepeatLost:
         self._bodies = BodyBudget(max(policy.max_bodies_bytes, policy.max_body_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Answer a request, with the help of a second replica if need be."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return

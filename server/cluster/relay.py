@@ -55,7 +55,7 @@ class Relay:
         await self._client.aclose()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Answer a request with the server's answer."""
         request = httpx.Request(
             scope["method"],
             self._url.copy_with(raw_path=_target(scope)),

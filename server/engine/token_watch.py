@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(kw_only=True, slots=True)
 class RequestWork:
-    """What an engine has done for one caller so far. Times are on the monotonic clock, in seconds.
+    """The work of an engine for one caller so far. Times are on the monotonic clock, in seconds.
 
     Attributes:
         prompt_tokens: tokens of the prompts that the engine was given.
@@ -39,7 +39,7 @@ class RequestWork:
     closed: bool = False
 
     def close(self) -> None:
-        """Stop to count for this caller, who has an answer or has left."""
+        """End the count for this caller, who has an answer or has left."""
         self.closed = True
         # An engine may have dropped some sequences without a word.
         for request_id, end in tuple(self.open_sequences.items()):
@@ -118,7 +118,7 @@ class TokenWatch:
         return result
 
     def end(self, request_id: str) -> None:
-        """Stop to follow a sequence; harmless where it is not followed."""
+        """End the watch on a sequence; harmless where there is none."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return

@@ -17,7 +17,7 @@ _POLL_S = 0.05
 
 
 class Drain:
-    """The drain of a server. It is made on the event loop; `wait` is called once, from another thread.
+    """The drain of a server. The object is made on the event loop; `wait` is called once, from another thread.
 
     Args:
         admission: counts the requests under way.

@@ -123,7 +123,7 @@ class ErrorShapeRoute(APIRoute):
     """A route whose errors all leave in the shape above, without traceback and without an echo of the input."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wrap FastAPI's handler."""
+        """Wrap FastAPI's handler, so that no error leaves it."""
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:

@@ -68,7 +68,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop all clocks."""
+        """Stop all clocks of the connection."""
         self._stop_timer("_receive_timer")
         self._stop_timer("_send_timer")
         super().connection_lost(exc)
@@ -122,7 +122,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """End the request's body."""
+        """End the body of a request."""
         self._in_body = False
         super().on_message_complete()
 

@@ -40,10 +40,10 @@ def roofline(
     flops = prefill_flops(shape, batch_size=batch_size, prompt_tokens=prompt_tokens)
     step_bytes = decode_bytes(shape, batch_size=batch_size, context_tokens=context, dtype_bytes=value_bytes)
     prefill_limit = decode_limit = None
-    if baseline is not None and (dense := countable_shape(baseline)) is not None:
-        prefill_limit = prefill_ceiling(dense, shape, batch_size=batch_size, prompt_tokens=prompt_tokens)
+    if baseline is not None and (theirs := countable_shape(baseline)) is not None:
+        prefill_limit = prefill_ceiling(theirs, shape, batch_size=batch_size, prompt_tokens=prompt_tokens)
         decode_limit = decode_ceiling(
-            dense, shape, batch_size=batch_size, context_tokens=context, dtype_bytes=value_bytes
+            theirs, shape, batch_size=batch_size, context_tokens=context, dtype_bytes=value_bytes
         )
     return RooflineBody(
         batch_size=batch_size,

@@ -55,7 +55,7 @@ from pat_serve.version import __version__
 
 
 class Service:
-    """What the routes share for as long as the server runs."""
+    """The state that the routes share for as long as the server runs."""
 
     def __init__(self, engine: Engine, admission: Admission) -> None:
         self.engine = engine

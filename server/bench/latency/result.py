@@ -199,7 +199,7 @@ class _Result(_Record):
 
 
 class LatencyResult(_Result):
-    """A complete `pat-bench latency`."""
+    """The record of a complete `pat-bench latency`."""
 
     kind: Literal["latency"] = "latency"
     settings: LatencySettings

@@ -84,7 +84,7 @@ class StepTimes:
 
     @property
     def largest_batch(self) -> int:
-        """The largest measured batch."""
+        """The largest batch size that was measured."""
         return self.batches[-1]
 
     def doubts(self) -> list[str]:

@@ -72,9 +72,9 @@ def saving(models: tuple[PlannedModel, ...]) -> str:
     """The saving by the candidate, in words; empty where there is nothing to compare."""
     if len(models) < 2 or models[0].replicas is None or models[1].replicas is None:
         return ""
-    dense, pruned = models[0].replicas, models[1].replicas
+    baseline, candidate = models[0].replicas, models[1].replicas
     return (
-        f"{pruned} instead of {dense} ({pruned / dense - 1:+.0%}); one engine carries "
+        f"{candidate} instead of {baseline} ({candidate / baseline - 1:+.0%}); one engine carries "
         f"{models[1].capacity_per_s / models[0].capacity_per_s:.3f}x the requests"
     )
 
