@@ -18,7 +18,7 @@ from pat_serve.export.exporter import export_run
 from pat_serve.plan import file_sha256
 from pat_serve.server.bench.model_source import resolve
 from pat_serve.server.cluster.settings import read_settings
-from pat_serve.server.start.launch import ServeSettings, serve_arguments, with_stock_folders
+from pat_serve.server.start.settings import ServeSettings, serve_arguments, with_stock_folders
 from pat_serve.training.api import PatConfig, apply_pat
 from pat_serve.training.data import load_tokenizer
 from pat_serve.training.run import start

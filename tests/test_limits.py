@@ -22,14 +22,16 @@ from pat_serve.server.http.limits import (
 from pat_serve.server.http.policy import Policy
 from pat_serve.server.start import launch
 from pat_serve.server.start.launch import (
-    ServeSettings,
     check_address,
     check_certificate,
     check_plugin,
-    default_kv_cache_gib,
     prepare_environment,
-    serve_arguments,
     warn_if_open,
+)
+from pat_serve.server.start.settings import (
+    ServeSettings,
+    default_kv_cache_gib,
+    serve_arguments,
     with_stock_folders,
 )
 

@@ -17,7 +17,7 @@ from pat_serve.server.bench.speculative.result import (
 )
 from pat_serve.server.bench.speculative.run import measure_speculative
 from pat_serve.server.start.draft_check import check_draft
-from pat_serve.server.start.launch import ServeSettings, serve_arguments
+from pat_serve.server.start.settings import ServeSettings, serve_arguments
 from tests.tiny_models import save_tiny_llama, tiny_config
 
 

@@ -20,7 +20,8 @@ from pat_serve.server.http.policy import Feature, Policy
 from pat_serve.server.http.served_routes import VLLMS, keep_served
 from pat_serve.server.routes.plugin import PatServePlugin
 from pat_serve.server.start.handover import Handover
-from pat_serve.server.start.launch import ServeSettings, check_flags, serve_arguments, uvicorn_options
+from pat_serve.server.start.launch import check_flags, uvicorn_options
+from pat_serve.server.start.settings import ServeSettings, serve_arguments
 
 pytestmark = pytest.mark.vllm
 

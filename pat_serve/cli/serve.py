@@ -146,7 +146,8 @@ def serve(
             fix="Choose one of them, or repeat the flag for several.",
         )
     from pat_serve.server.http.access_log import LogFormat
-    from pat_serve.server.start.launch import ServeSettings, run
+    from pat_serve.server.start.launch import run
+    from pat_serve.server.start.settings import ServeSettings
 
     if log_format not in list(LogFormat):
         raise UsageError("--log-format", expected=", ".join(LogFormat), found=log_format, fix="Choose one of them.")
