@@ -1,6 +1,6 @@
-"""Load for a server to be looked at, by vLLM's own benchmark: python load.py URL [--requests N] [--rate PER_SECOND].
+"""Put load on a server with vLLM's own benchmark: python load.py URL [--requests N] [--rate PER_SECOND].
 
-Prompts of random tokens. The `vllm` command asks for a distribution of that name, which its CPU build does not have.
+Prompts are random tokens. The `vllm` command asks for a distribution of that name, which its CPU build does not have.
 """
 
 from __future__ import annotations

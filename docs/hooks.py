@@ -15,7 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-# Command, its module, and its function where the module holds one command.
+# Each line is a command, its module, and its function where the module holds one command.
 COMMANDS = (
     ("pat-train", "pat_serve.cli.train", "train"),
     ("pat-export", "pat_serve.cli.export", "export"),
@@ -29,7 +29,7 @@ COMMANDS = (
 # typer adds these flags, and the commands do not have them.
 _COMPLETION = re.compile(r"^\* `--(install|show)-completion`.*\n", re.M)
 _PAGE = re.compile(r"`docs/([\w-]+)\.md`")
-# A list that follows a paragraph's line is one on GitHub, and needs a blank line before it in a page.
+# GitHub takes lines after a paragraph for a list; mkdocs needs a blank line before the list.
 _LIST = re.compile(r"^(?![-*] |\d+\. |\s|\||#|$)(.*)\n(?=[-*] )", re.M)
 
 
@@ -62,7 +62,7 @@ def _help(command: str, module: str, function: str | None) -> str:
     chosen = ["--func", function] if function else []
     typer = [sys.executable, "-m", "typer", *chosen, module, "utils", "docs", "--name", command]
     done = subprocess.run(typer, capture_output=True, text=True, check=True, cwd=ROOT)
-    # One level down: each is a chapter of the page.
+    # Headings go one level down, since each command is a chapter of the page.
     return _COMPLETION.sub("", re.sub(r"^(#+ )", r"#\1", done.stdout, flags=re.M))
 
 

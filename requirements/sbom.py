@@ -1,10 +1,10 @@
-"""What a release is made of, as CycloneDX: one file for each lock that the images install.
+"""Write the parts of a release as CycloneDX: one file for each lock that the images install.
 
     python requirements/sbom.py --out dist/
 
-cyclonedx-py reads a lock's packages and hashes; what it cannot know is added here: this package's version as the root,
-and who needs whom, which the lock's own "via" comments say. The result is validated against the schema before it is
-written. Without SOURCE_DATE_EPOCH it has no date, and the same lock gives the same bytes.
+cyclonedx-py reads a lock's packages and hashes. This script adds what cyclonedx-py cannot know: this package's version
+as the root, and who needs whom, from the lock's own "via" comments. The result is checked against the schema before it
+is written. Without SOURCE_DATE_EPOCH it has no date, and the same lock gives the same bytes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LOCKS = ("requirements/serve-cpu.lock", "requirements/serve-cuda.lock")
 _PINNED = re.compile(r"^([a-z0-9][a-z0-9._-]*)(?:\[[^]]*\])?==(\S+)")
-# Two spaces more than "# via" itself: one of several.
+# A line with two spaces more than "# via" itself is one of several.
 _VIA = re.compile(r"^    #(?: via|  ) +(?!-[a-z] )([a-z0-9][a-z0-9._-]*)")
 
 
 def main() -> None:
-    """Write them, or end with one line that says what is wrong."""
+    """Write the files, or end with one line that says what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("locks", type=Path, nargs="*", default=[ROOT / lock for lock in LOCKS])
     parser.add_argument("--out", type=Path, default=Path("dist"), help="folder")
@@ -41,14 +41,14 @@ def main() -> None:
 
 
 def version() -> str:
-    """This package's, without importing it."""
+    """Read this package's version without importing the package."""
     namespace: dict[str, str] = {}
     exec((ROOT / "pat_serve/version.py").read_text(encoding="utf-8"), namespace)
     return namespace["__version__"]
 
 
 def generate(lock: Path) -> dict[str, Any]:
-    """The lock's packages with their hashes."""
+    """List the lock's packages with their hashes."""
     command = [sys.executable, "-m", "cyclonedx_py", "requirements", str(lock), "--pyproject", "pyproject.toml"]
     command += ["--mc-type", "application", "--output-reproducible", "--no-validate", "-o", "-"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -64,7 +64,7 @@ def complete(bom: dict[str, Any], lock: str, own_version: str) -> dict[str, Any]
     root |= {"version": own_version, "purl": f"pkg:pypi/pat-serve@{own_version}", "bom-ref": "pat-serve"}
     for component in bom["components"]:
         component["bom-ref"] = component["name"]
-        # The requirement's line with its hashes, which stand beside it already.
+        # This property repeats the requirement's line with its hashes, which are recorded already.
         component.pop("description", None)
     needs = graph(lock)
     unknown = {name for name, _ in needs} | {need for _, need in needs}
@@ -90,7 +90,7 @@ def graph(lock: str) -> set[tuple[str, str]]:
 
 
 def validate(text: str, lock: Path) -> None:
-    """Refuse what is no CycloneDX 1.6."""
+    """Refuse a document that is no CycloneDX 1.6."""
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
 
