@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 # Each line is a command, its module, and its function where the module holds one command.
 COMMANDS = (
+    ("pat-shapes", "pat_serve.cli.shapes", "shapes"),
     ("pat-train", "pat_serve.cli.train", "train"),
     ("pat-export", "pat_serve.cli.export", "export"),
     ("pat-export verify", "pat_serve.cli.verify", "verify"),

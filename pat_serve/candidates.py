@@ -13,11 +13,24 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from pat_serve.axes import AXES, FFN, HIDDEN
+from pat_serve.axes import AXES, FFN, HIDDEN, KV_GROUPS, LAYERS
 from pat_serve.errors import IllegalRatio
 from pat_serve.family import Family
 from pat_serve.geometry import MAX_RATIO, fast_tile, legal_widths, width_step
 from pat_serve.sizes import ModelShape, ModelSizes
+
+# What a table of candidates shows: each axis alone, and mixes of them.
+MIXES: tuple[tuple[str, ...], ...] = (
+    (HIDDEN,),
+    (LAYERS,),
+    (FFN,),
+    (KV_GROUPS,),
+    (LAYERS, FFN),
+    (FFN, KV_GROUPS),
+    (LAYERS, FFN, KV_GROUPS),
+    (HIDDEN, LAYERS, FFN),
+    (HIDDEN, LAYERS, FFN, KV_GROUPS),
+)
 
 # A mix that comes so near to the share that was asked for has met it.
 TOLERANCE = 0.01

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pat_serve.architectures import EMBEDDING
 from pat_serve.geometry import fast_tile, legal_step, name_widths, widths_around
+from pat_serve.sizes import ModelShape, ModelSizes
 
 if TYPE_CHECKING:
     from pat_serve.checkpoints.checkpoint import Checkpoint
+    from pat_serve.family import Family
 
 # v1/attention/backends/cpu_attn.py
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -87,6 +89,28 @@ def shape_of(checkpoint: Checkpoint, *, unties_head: bool = False) -> Shape:
         hidden_multiple_of_heads=checkpoint.family.hidden_multiple_of_heads,
         parameters_per_channel=per_channel,
         other_parameters=other,
+    )
+
+
+def shape_of_sizes(sizes: ModelSizes, family: Family) -> Shape:
+    """The shape of a model of which only the sizes are known; biases and norms over heads are not counted.
+
+    Args:
+        sizes: of the model.
+        family: of the model.
+    """
+    counted = ModelShape.of(sizes).parameters
+    per_channel = ModelShape.of(replace(sizes, hidden=sizes.hidden + 1)).parameters - counted
+    return Shape(
+        hidden_size=sizes.hidden,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        ffn=sizes.ffn,
+        vocab=sizes.vocab,
+        hidden_multiple_of_heads=family.hidden_multiple_of_heads,
+        parameters_per_channel=per_channel,
+        other_parameters=counted - per_channel * sizes.hidden,
     )
 
 

@@ -126,7 +126,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         BrokenCheckpoint: the file is not a JSON object.
     """
-    return _read_object(folder / "config.json")
+    return read_object(folder / "config.json")
 
 
 def check_plain_folder(folder: Path) -> None:
@@ -142,7 +142,7 @@ def check_plain_folder(folder: Path) -> None:
     entries = sorted(folder.iterdir())
     code = [path.name for path in entries if path.suffix in (".py", ".pyc", ".so")]
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        if (folder / name).is_file() and "auto_map" in _read_object(folder / name):
+        if (folder / name).is_file() and "auto_map" in read_object(folder / name):
             code.append(f"auto_map in {name}")
     if code:
         raise UnsupportedModel(
@@ -208,7 +208,12 @@ def _check_links(folder: Path) -> None:
             )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        BrokenCheckpoint: it cannot be read, or holds something else.
+    """
     fix = "Copy or download the model again."
     try:
         document = parse(path.read_bytes())

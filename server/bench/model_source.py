@@ -45,6 +45,14 @@ def shipped_shapes() -> list[str]:
     return sorted(entry.name.removesuffix(".json") for entry in _SHAPES.iterdir() if entry.name.endswith(".json"))
 
 
+def shipped_config(name: str) -> dict[str, Any] | None:
+    """The config.json of a shipped shape; None where the name means something else, such as a folder."""
+    if name not in shipped_shapes() or Path(name).exists():
+        return None
+    config: dict[str, Any] = json.loads((_SHAPES / f"{name}.json").read_text(encoding="utf-8"))
+    return config
+
+
 def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scratch: Path) -> ModelSource:
     """Find a model, and cut it if wanted.
 
@@ -63,9 +71,10 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
         UsageError: layers with real weights, below 1, or more than the model has.
     """
     folder, local = Path(name), Path(name).exists()
-    shipped = name in shipped_shapes() and not local
-    if shipped:
-        config, path, on_disk = json.loads((_SHAPES / f"{name}.json").read_text(encoding="utf-8")), "", True
+    known = shipped_config(name)
+    shipped = known is not None
+    if known is not None:
+        config, path, on_disk = known, "", True
     else:
         folder = _locate(name, flag)
         config = read_config(folder)
