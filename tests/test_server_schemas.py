@@ -77,6 +77,23 @@ def test_unknown_field_lists_the_known_ones_and_is_not_repeated() -> None:
     assert "SECRET" not in error.message
 
 
+@pytest.mark.parametrize(
+    ("turn", "param", "told"),
+    [
+        (
+            {"role": "user", "content": "a", "SECRET": 1},
+            "messages.1",
+            "an unknown field; known fields are role, content",
+        ),
+        ("SECRET", "messages.1", "must be a JSON object; its fields are role, content"),
+        ({"content": "a"}, "messages.1.role", "field required"),
+    ],
+)
+def test_a_turn_is_told_of_a_turns_fields(turn: Any, param: str, told: str) -> None:
+    error = refusal(GenerateRequest, {"messages": [{"role": "user", "content": "a"}, turn]})
+    assert (error.param, error.message) == (param, f"{param}: {told}")
+
+
 def test_several_errors_are_one_sentence_that_counts_the_rest() -> None:
     error = refusal(GenerateRequest, {"prompt": "a", "top_p": 2, "seed": "x", "max_tokens": 0})
     assert error.param == "max_tokens"

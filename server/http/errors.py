@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -215,11 +215,13 @@ def explain(errors: Sequence[Any], model: type[BaseModel] | None) -> InvalidRequ
 
     Args:
         errors: as `RequestValidationError.errors()` gives them.
-        model: the body's model, whose fields are listed when an unknown one was sent.
+        model: the body's model. Where an unknown field was sent, those of the object that it stands in are listed.
     """
     first = errors[0]
-    param = ".".join(str(part) for part in _place(first)) or None
-    known = ", ".join(model.model_fields) if model else ""
+    place = _place(first)
+    param = ".".join(str(part) for part in place) or None
+    there = _model_at(model, place)
+    known = ", ".join(there.model_fields) if there else ""
     match first["type"]:
         case "json_invalid":
             position = first["loc"][-1]
@@ -228,6 +230,8 @@ def explain(errors: Sequence[Any], model: type[BaseModel] | None) -> InvalidRequ
             message = f"an unknown field; known fields are {known}"
         case "missing" if param is None:
             message = f"a JSON body is needed; its fields are {known}"
+        case "model_attributes_type" | "model_type" | "dict_type" if param is not None:
+            message = f"must be a JSON object; its fields are {known}"
         case "model_attributes_type" | "model_type" | "dict_type":
             message = f"the body must be a JSON object sent as Content-Type: application/json; its fields are {known}"
         case "value_error":
@@ -239,6 +243,22 @@ def explain(errors: Sequence[Any], model: type[BaseModel] | None) -> InvalidRequ
     if len(errors) > 1:
         message += f" (and {len(errors) - 1} more)"
     return InvalidRequestError(message, param)
+
+
+def _model_at(model: type[BaseModel] | None, place: Sequence[str | int]) -> type[BaseModel] | None:
+    """The model of the object at a place in the body; None where none is known."""
+    for part in place:
+        if isinstance(part, str) and model is not None:
+            field = model.model_fields.get(part)
+            model = _model_in(field.annotation) if field else None
+    return model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first model that a field's type names: Message of list[Message] | None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
 
 
 def _place(error: Any) -> tuple[str | int, ...]:
