@@ -1,4 +1,4 @@
-// One answer as it comes: its text, what went wrong, and its figures.
+// One answer as it comes: its text, its error, and its figures.
 
 import { events } from "/page/api.js";
 import { make } from "/page/dom.js";
@@ -6,7 +6,7 @@ import { make } from "/page/dom.js";
 const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(2)} s`);
 
 export class Answer {
-  // text: the element that the answer grows in; scroller: what scrolls to keep its end in sight.
+  // text: the element in which the answer grows; scroller: the element that scrolls to keep the answer's end in sight.
   constructor(text, scroller) {
     this.text = text;
     this.scroller = scroller;
@@ -34,7 +34,7 @@ export class Answer {
       for await (const event of events(path, { ...body, stream: true }, signal)) {
         if (event.finish_reason) {
           flush();
-          // The server's own clock, once it has told.
+          // The figures of the server's own clock, once they have come.
           const { ttft_s: ttft, tpot_s: tpot } = event.timings;
           if (ttft !== null) this.values.TTFT.textContent = seconds(ttft);
           if (tpot) this.values["Tokens/s"].textContent = (1 / tpot).toFixed(1);
@@ -45,7 +45,7 @@ export class Answer {
         seen.text += event.text;
         seen.last = performance.now();
         if (seen.tokens) seen.first ||= seen.last;
-        // Once a frame: what is drawn for each token of a fast model keeps the page from all else.
+        // The page is drawn once a frame: drawing each token of a fast model would leave no time for anything else.
         frame ||= requestAnimationFrame(flush);
       }
       return "finished";

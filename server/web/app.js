@@ -1,4 +1,4 @@
-// The page: asks for a key where one is wanted, then starts its parts.
+// The page asks for a key where the server wants one, then starts its parts.
 
 import { ApiError, getJson, key } from "/page/api.js";
 import { startCharts } from "/page/charts.js";

@@ -6,7 +6,7 @@ import { $, draw, make } from "/page/dom.js";
 const EVERY_MS = 2000;
 const POINTS = 60;
 
-// Sums over all label sets: this page shows the whole server.
+// The charts sum over all label sets, because this page shows the whole server.
 export function parse(text) {
   const sums = new Map();
   for (const line of text.split("\n")) {

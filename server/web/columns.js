@@ -21,7 +21,7 @@ class Side {
   }
 }
 
-// The prompt is sent as it stands; every answer takes the last one's place.
+// The prompt is sent as it stands. Every answer takes the place of the last answer.
 export class PromptSide extends Side {
   constructor(title, model, path) {
     super(title, model, path);
@@ -39,7 +39,7 @@ export class PromptSide extends Side {
   }
 }
 
-// Every message joins this model's own conversation: two models that answer otherwise are asked otherwise from then on.
+// Every message joins the conversation of this model: two models that answer differently have different conversations.
 export class ChatSide extends Side {
   constructor(title, model, path) {
     super(title, model, path);
@@ -64,7 +64,7 @@ export class ChatSide extends Side {
     const question = { role: "user", content: asked.text };
     const system = asked.system ? [{ role: "system", content: asked.system }] : [];
     const end = await this.during(answer.run(this.path, { messages: [...system, ...this.turns, question], ...settings }, signal));
-    // A message without an answer is no part of the conversation: it can be sent again.
+    // A message without an answer is no part of the conversation, so it can be sent again.
     if (text.textContent) this.turns.push(question, { role: "assistant", content: text.textContent });
     else turn.classList.add("dropped");
     return end;

@@ -1,4 +1,4 @@
-// A model card as elements: headings, paragraphs, lists, tables, code. Whatever else it holds stays text.
+// A model card as elements: headings, paragraphs, lists, tables, code. Everything else stays text.
 
 import { make } from "/page/dom.js";
 

@@ -1,4 +1,4 @@
-// The same words to the served model and, where there is one, to its dense parent: as a chat or as a raw prompt.
+// The playground sends the same words to the served model and, where there is one, to its dense parent.
 
 import { ChatSide, PromptSide } from "/page/columns.js";
 import { $ } from "/page/dom.js";
@@ -18,7 +18,7 @@ const MODES = {
 export function startPlayground(model) {
   const models = [[model.baseline ? "Pruned" : "Answer", model.model, "/generate"]];
   if (model.baseline) models.push(["Dense", model.baseline, "/baseline/generate"]);
-  // Each mode keeps what it has: changing it loses nothing.
+  // Each mode keeps its texts, so changing the mode loses nothing.
   const sides = Object.fromEntries(
     Object.entries(MODES).map(([name, mode]) => [name, models.map((side) => new mode.side(...side))]));
   let mode = "";

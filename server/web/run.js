@@ -1,6 +1,6 @@
-// A form whose work takes a while and can be stopped: one run at a time.
+// One form starts one piece of work at a time, which takes a while and can be stopped.
 
-// Calls work(signal) when the form is sent. The focus goes where the next key press is wanted, for a disabled button loses it.
+// Calls work(signal) when the form is sent. The focus moves to the next button, because a disabled button loses it.
 export function runsOneAtATime(form, start, stop, work) {
   let running = null;
   stop.onclick = () => running?.abort();

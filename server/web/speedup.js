@@ -1,4 +1,4 @@
-// The speed-up check: runs it, and draws each regime's interval with the claim and the ceiling beside it.
+// The page runs the speed-up check, and draws each regime's interval with the claim and the ceiling beside it.
 
 import { getJson, postJson } from "/page/api.js";
 import { $, draw, make } from "/page/dom.js";
@@ -79,7 +79,7 @@ export async function startSpeedup(model) {
       rounds: $("rounds").valueAsNumber,
     };
     const begun = performance.now();
-    // Seconds that pass are for the eye; a screen reader hears the beginning and the end.
+    // The passing seconds are for the eye. A screen reader hears the beginning and the end.
     const passed = make("span", { "aria-hidden": "true" }, "0 s");
     $("verdict").replaceChildren(make("p", { class: "busy" }, "Both models run in turns.", passed));
     const clock = setInterval(() => { passed.textContent = `${Math.round((performance.now() - begun) / 1000)} s`; }, 1000);
