@@ -1,4 +1,4 @@
-"""Several processes that train one model: who writes, what all must agree on, how a sharded tensor is read."""
+"""Several processes that train one model: one writes, all agree, and sharded tensors are read whole."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Ranks:
     """This process among those that train together.
 
     Attributes:
-        index: its rank, 0 for the one that writes.
-        count: how many there are; 1 without a launcher.
+        index: rank of the process; rank 0 writes.
+        count: number of processes; 1 without a launcher.
     """
 
     index: int
@@ -71,7 +71,7 @@ class Ranks:
 
 
 def sharded_by_fsdp() -> bool:
-    """The launcher asks for FSDP."""
+    """Tell whether the launcher asks for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
@@ -125,7 +125,7 @@ def use_one_device(arguments: TrainingArguments) -> int:
     DataParallel copies the model at every step, and the method's losses live on the original alone.
 
     Returns:
-        how many GPUs are left unused.
+        number of unused GPUs.
     """
     visible = int(arguments.n_gpu)  # asking makes it look, once
     if visible > 1:
@@ -134,9 +134,9 @@ def use_one_device(arguments: TrainingArguments) -> int:
 
 
 def refuse_zero3() -> None:
-    """DeepSpeed's ZeRO-3 leaves a parameter empty outside of its module's forward pass, where the regularisers read it.
+    """Refuse ZeRO-3: it leaves a parameter empty outside of its module's forward pass, where regularisers read it.
 
-    FSDP2 shards the same things and is told so by a DTensor, which `whole` gathers.
+    FSDP2 shards the same tensors as DTensors, which `whole` gathers.
 
     Raises:
         UsageError: `accelerate launch` asks for it.

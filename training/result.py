@@ -1,4 +1,4 @@
-"""What a finished run leaves for an export: the adapter, the tokenizer, prompts for the parity gate, and the plan."""
+"""Write the files that an export needs: the adapter, the tokenizer, prompts for the parity gate, and the plan."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def write_result(
         run: the run's folder.
         model: the PEFT model, for the adapter's configuration.
         lora: the adapter's tensors, whole and in main memory.
-        tokenizer: of the base.
+        tokenizer: tokenizer of the base.
         prompts: token ids that the parity gate compares logits on.
-        plan: all but the adapter's hashes.
+        plan: the plan without the adapter's hashes.
         end_token_ids: what the answers of the training end with.
 
     Raises:
@@ -62,7 +62,7 @@ def write_result(
 
 
 def _sort_targets(path: Path) -> None:
-    """Peft lists a set, in another order in every process: sorted, a run that is repeated has the same bytes."""
+    """Sort the set that peft lists in another order in every process, so that a repeated run has the same bytes."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

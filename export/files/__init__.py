@@ -1,1 +1,1 @@
-"""The exported files, written and hashed."""
+"""Write and hash the exported files."""

@@ -1,7 +1,7 @@
 """Hash files and force them to the disk behind the threads that write them, not after them.
 
-What has been written without a gap is hashed from the page cache at once, and goes to the disk in pieces: at the end
-there is little left of either, and the disk worked while the cores did.
+Bytes that are written without a gap are hashed from the page cache at once, and go to the disk in pieces. So little of
+either work is left at the end, and the disk works while the cores do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 _PIECE_BYTES = 1 << 22
-# A flush costs a commit of the file system's journal; the disk is kept busy by pieces of a quarter of a gigabyte.
+# A flush costs a commit of the file system's journal. Pieces of a quarter of a gigabyte keep the disk busy.
 _FLUSH_BYTES = 1 << 28
 
 
@@ -27,10 +27,10 @@ class _File:
     later: dict[int, int] = field(default_factory=dict)
 
     def note(self, begin: int, end: int) -> bool:
-        """A run of bytes is there; what stands without a gap from the first byte on is ready.
+        """Note that a run of bytes is written. Bytes without a gap from the first one on are ready.
 
         Returns:
-            there is a piece more that is ready, or all of the file.
+            whether another piece or the whole file is ready.
         """
         self.later[begin] = end
         while (reached := self.later.pop(self.ready_bytes, None)) is not None:
@@ -42,10 +42,10 @@ class _File:
 
 
 class Settling:
-    """Files that are being written by others, in about this order; as a context manager it runs two threads.
+    """Files that other threads write, in about this order. As a context manager it runs two threads.
 
     Args:
-        files: a descriptor to read and write each by, and its final size in bytes.
+        files: a descriptor of each file, open to read and write, and the file's final size in bytes.
     """
 
     def __init__(self, files: list[tuple[int, int]]) -> None:
@@ -57,7 +57,7 @@ class Settling:
         self.sha256: list[str] = []
 
     def note(self, number: int, begin: int, end: int) -> None:
-        """Bytes begin to end of a file have been written."""
+        """Note that the bytes from begin to end of a file are written."""
         with self._changed:
             if self._files[number].note(begin, end):
                 self._changed.notify_all()
@@ -67,7 +67,7 @@ class Settling:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait for the last byte of every file, or after an error for nothing.
+        """Wait for the last byte of every file; do not wait after an error.
 
         Raises:
             OSError: a file could not be read back or forced to the disk.
@@ -82,7 +82,7 @@ class Settling:
                 task.result()
 
     def check(self) -> None:
-        """Raise what has gone wrong behind the writers' backs."""
+        """Raise the error of one of the two threads, if there was one."""
         for task in self._tasks:
             if task.done():
                 task.result()
@@ -113,7 +113,7 @@ class Settling:
                 done = ready
 
     def _wait(self, file: _File, least_bytes: int) -> int | None:
-        """Bytes that are ready, once there are so many; None when the writers have given up."""
+        """Wait until enough bytes are ready and return their number; None when the writers have given up."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or file.ready_bytes >= least_bytes)
             return None if self._stopped else file.ready_bytes

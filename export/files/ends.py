@@ -1,7 +1,7 @@
 """The tokens at which a served export stops: the base's, and those that the training's answers end with.
 
-A base that was never a chat's often has a chat template, and a generation config that names the end of a text alone.
-Trained on chats, such a model ends its answers as the template does, and a server would not stop there.
+A base that is no chat model often has a chat template, and a generation config that names the end of a text alone.
+After training on chats such a model ends its answers as the template does, and a server would not stop there.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def add_end_tokens(run: Run, folder: Path) -> None:
     """Add the training's end tokens to an export's generation config, which vLLM and transformers stop by.
 
     Args:
-        run: the run; one of an earlier version says nothing of ends.
-        folder: the export, with what is carried over from the base.
+        run: the run; a run of an earlier version names no end tokens.
+        folder: the export, with the files from the base.
 
     Raises:
         BrokenPlan: the run's record is damaged.
@@ -53,7 +53,7 @@ def _trained_ends(run: Run) -> list[int]:
 
 
 def _from_config(config: dict[str, Any]) -> dict[str, Any]:
-    """What transformers and vLLM take for a generation config where there is none."""
+    """Make the generation config that transformers and vLLM assume where there is none."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: config[name] for name in names if config.get(name) is not None}
 

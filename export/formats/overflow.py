@@ -1,4 +1,4 @@
-"""Rounding to narrower floats, which must not turn a number into infinity."""
+"""Round to narrower floats without turning a number into infinity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pat_serve.errors import BrokenCheckpoint
 
 
 def round_floats(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """A tensor in a narrower dtype.
+    """Round a tensor to a narrower dtype.
 
     Raises:
         BrokenCheckpoint: a finite value would become infinite: float16 ends at 65504.

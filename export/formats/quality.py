@@ -1,7 +1,7 @@
-"""What quantisation costs: the 8-bit files against the exact float32 ones they come from, on the run's own prompts.
+"""Measure what quantisation costs: the 8-bit files against the exact float32 ones, on the run's own prompts.
 
-Both are loaded by stock transformers. With compressed-tensors installed it reads the 8-bit weights and rounds every
-linear's inputs token by token, as a server's kernels do, so activations count too.
+Stock transformers loads both. With compressed-tensors installed it reads the 8-bit weights and rounds every linear's
+inputs token by token, as a server's kernels do, so activations count too.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class QuantizationQuality:
 
     Attributes:
         scheme: int8 or fp8.
-        prompts: the run's.
+        prompts: number of the run's prompts.
         tokens: predicted tokens.
-        perplexity_before: of the exact float32 model.
-        perplexity_after: of the 8-bit one.
+        perplexity_before: perplexity of the exact float32 model.
+        perplexity_after: perplexity of the 8-bit model.
         perplexity_ratio: after over before.
-        perplexity_limit: of the ratio; not applied where the float model itself does worse on the prompts than a
-            uniform guess would, since what it gives such text says nothing about what it writes.
-        uniform_perplexity: that of a uniform guess, the size of the vocabulary.
+        perplexity_limit: limit of the ratio. It does not apply where the float model does worse on the prompts than a
+            uniform guess: its judgement of such text says nothing about the text that it writes.
+        uniform_perplexity: perplexity of a uniform guess, the size of the vocabulary.
         max_abs_over_std: largest logit difference over the logits' standard deviation.
         mean_kl_nats: mean KL(float || 8-bit).
-        kl_limit_nats: of the mean KL.
+        kl_limit_nats: limit of the mean KL.
         top1_agreement: share of positions with the same greedy token.
     """
 
@@ -64,16 +64,16 @@ class QuantizationQuality:
 
     @property
     def passed(self) -> bool:
-        """The limits are kept (a NaN keeps none)."""
+        """The figures keep the limits (a NaN keeps none)."""
         fluent = self.perplexity_ratio <= self.perplexity_limit or self.perplexity_before > self.uniform_perplexity
         return fluent and self.mean_kl_nats <= self.kl_limit_nats
 
     def as_dict(self) -> dict[str, Any]:
-        """For pat_export.json."""
+        """The figures as pat_export.json has them."""
         return asdict(self) | {"passed": self.passed}
 
     def describe(self) -> str:
-        """One line for the terminal and the model card."""
+        """Describe the figures in one line for the terminal and the model card."""
         return (
             f"perplexity {self.perplexity_before:.4g} -> {self.perplexity_after:.4g} ({self.perplexity_ratio:.4f}x) on "
             f"{self.tokens} tokens, mean KL {self.mean_kl_nats:.2e} nats, largest logit difference "
@@ -85,8 +85,8 @@ class QuantizationQuality:
         """Raise unless passed.
 
         Args:
-            out: what was measured.
-            fix: what follows.
+            out: folder of the measured export.
+            fix: the way out, for the message.
 
         Raises:
             ParityError: with the figures.
@@ -121,12 +121,12 @@ def measure_quality(exact: Path, quantized: Path, scheme: Scheme, prompts: list[
 
     Args:
         exact: folder of the float32 export.
-        quantized: folder of the 8-bit one.
+        quantized: folder of the 8-bit export.
         scheme: how it was made.
-        prompts: token ids; every token but the first of each is predicted.
+        prompts: token ids; every token except the first of each is predicted.
     """
     prompts = [prompt for prompt in prompts if len(prompt) > 1]
-    # One model in memory at a time; the logits of a few prompts are small beside it.
+    # One model is in memory at a time. The logits of a few prompts are small beside it.
     before = list(_logits(exact, prompts, "quality: float32"))
     after = list(_logits(quantized, prompts, f"quality: {scheme.name}"))
     old, new = _perplexity(before, prompts), _perplexity(after, prompts)
@@ -150,7 +150,7 @@ def measure_quality(exact: Path, quantized: Path, scheme: Scheme, prompts: list[
 
 @torch.no_grad()
 def _logits(folder: Path, prompts: list[list[int]], description: str) -> Iterator[Tensor]:
-    """Logits of every prompt, (tokens, vocab) in float32, whatever the files' dtype."""
+    """Compute the logits of every prompt, (tokens, vocab) in float32, whatever the files' dtype."""
     from transformers import AutoModelForCausalLM
 
     with redirect_stderr(io.StringIO()):  # compressed-tensors draws a bar for each of two passes over the modules

@@ -24,13 +24,13 @@ class Scheme:
     """One way to write a linear's weight in 8 bits.
 
     Attributes:
-        name: as `--quantize` takes it.
-        dtype: of the stored weight.
+        name: name for `--quantize`.
+        dtype: dtype of the stored weight.
         largest: the largest magnitude that is stored.
         kind: compressed-tensors' name of the number type.
         format: compressed-tensors' name of the layout.
         perplexity_limit: an export whose perplexity grows by more than this factor is refused.
-        runs_on: for the model card.
+        runs_on: devices, for the model card.
     """
 
     name: str
@@ -67,10 +67,10 @@ SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8)}
 
 
 def scheme_named(name: str) -> Scheme:
-    """The scheme that the user asked for.
+    """Find the scheme that the user asked for.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: no scheme has that name.
     """
     if name not in SCHEMES:
         raise UsageError("--quantize", expected=" or ".join(SCHEMES), found=name, fix="Choose one of them.")
@@ -98,12 +98,12 @@ def quantize_channels(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor
 
 
 def dequantize_channels(stored_OI: Tensor, scale_O1: Tensor) -> Tensor:
-    """The weight that a loader sees, in float32."""
+    """Compute the weight that a loader sees, in float32."""
     return stored_OI.to(torch.float32) * scale_O1
 
 
 def quantization_config(scheme: Scheme) -> dict[str, Any]:
-    """`quantization_config` of config.json, as compressed-tensors, transformers and vLLM read it."""
+    """Make `quantization_config` for config.json, as compressed-tensors, transformers and vLLM read it."""
     numbers = {"num_bits": 8, "type": scheme.kind, "symmetric": True}
     return {
         "quant_method": "compressed-tensors",

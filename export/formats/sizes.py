@@ -13,10 +13,10 @@ _LEAST_BYTES = 1_000_000
 
 
 def parse_size(text: str, flag: str) -> int:
-    """Bytes of "5GB", "500 MB", "1.5GiB" or a plain number of bytes; case does not matter.
+    """Read the bytes of "5GB", "500 MB", "1.5GiB" or a plain number of bytes; case does not matter.
 
     Raises:
-        UsageError: no such size, or less than 1MB.
+        UsageError: the text is no size, or the size is below 1MB.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
     size_bytes = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0

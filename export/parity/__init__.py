@@ -1,1 +1,1 @@
-"""The parity gate: the exported model computes what the trained one computes."""
+"""The parity gate, which proves that the exported model computes what the trained one computes."""

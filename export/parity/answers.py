@@ -1,4 +1,4 @@
-"""What a model answers to the parity prompts: logits and greedy continuations, of a loaded model or layer by layer."""
+"""Ask a model the parity prompts, loaded or layer by layer: its answers are logits and greedy continuations."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Texts = Sequence[Sequence[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """One model's answers.
+    """One model's answers to the parity prompts.
 
     Attributes:
-        logits: at every position of the whole prompts.
+        logits: logits at every position of the whole prompts.
         continuations: new tokens, by continued prompt; after given texts, the token chosen at each of their places.
             Two texts are compared up to their first difference, and up to there both are the same.
-        continued_logits: logits at each of them, (new tokens, vocab) by continued prompt.
+        continued_logits: logits at each new token, (new tokens, vocab) by continued prompt.
     """
 
     logits: Logits
@@ -33,7 +33,7 @@ class Answers:
     continued_logits: list[Tensor]
 
     def at(self, positions: Tensor) -> Answers:
-        """The same with the logits of some positions only."""
+        """The same answers with the logits of some positions only."""
         return replace(self, logits=self.logits.at(positions))
 
 
@@ -46,20 +46,20 @@ class WalkedLogits:
 
     @property
     def positions(self) -> int:
-        """P."""
+        """The number of positions, P."""
         return len(self.hidden_PD)
 
     @property
     def vocab_size(self) -> int:
-        """Of the model."""
+        """The size of the model's vocabulary."""
         return self.model.vocab_size
 
     def block(self, start: int, stop: int) -> Tensor:
-        """Logits (P, stop - start) of some tokens."""
+        """Compute the logits (P, stop - start) of some tokens."""
         return self.model.head_block(self.hidden_PD, start, stop)
 
     def at(self, positions: Tensor) -> WalkedLogits:
-        """Some of the positions."""
+        """The logits at some of the positions."""
         return replace(self, hidden_PD=self.hidden_PD[positions])
 
 
@@ -68,16 +68,16 @@ def answer(model: Any, prompts: Prompts, description: str, texts: Texts | None =
     """Ask a causal language model of transformers, loaded as a whole.
 
     Args:
-        model: in eval mode.
-        prompts: what to ask.
-        description: for the progress bar.
+        model: the model, in eval mode.
+        prompts: the prompts to ask.
+        description: text of the progress bar.
         texts: continuations to choose each next token after; None generates them, with a cache.
     """
     if hasattr(model, "get_base_model"):
-        # The adapter is inside; around it, settings of a generation would not reach the model.
+        # The adapter stays inside. Settings of a generation would not reach the model through the wrapper.
         model = model.get_base_model()
     rows = track(prompts.whole, f"parity: {description}", len(prompts.whole))
-    # In float32 at least, where one is to be taken from another.
+    # The logits are at least float32, because they are subtracted from each other.
     logits_PV = torch.cat([_widen(model(input_ids=torch.tensor([row])).logits[0]) for row in rows])
     continuations: list[list[int]] = []
     continued_logits: list[Tensor] = []
@@ -97,7 +97,7 @@ def answer(model: Any, prompts: Prompts, description: str, texts: Texts | None =
 def _generate(model: Any, prompts: Prompts) -> tuple[list[list[int]], list[Tensor]]:
     from transformers import GenerationConfig
 
-    # The file's own generation config may sample, or end a text; what is compared is the plain argmax, with a cache.
+    # The file's own generation config may sample, or end a text. The comparison takes the plain argmax, with a cache.
     model.generation_config = GenerationConfig(eos_token_id=None)
     ids_BT = torch.tensor(prompts.continued)
     done = model.generate(
@@ -116,8 +116,8 @@ def answer_layerwise(model: LayerwiseModel, prompts: Prompts, description: str, 
 
     Args:
         model: with the source of its weights.
-        prompts: what to ask.
-        description: for the progress bar.
+        prompts: the prompts to ask.
+        description: text of the progress bar.
         texts: continuations to choose each next token after, in the same pass over the weights; None generates them,
             and every token is one more pass.
     """
@@ -154,12 +154,12 @@ def answer_layerwise(model: LayerwiseModel, prompts: Prompts, description: str, 
 
 
 def _forced(prompts: Prompts, texts: Texts) -> list[list[int]]:
-    """The continued prompts with all of a text but its last token, whose successor nobody compares."""
+    """Join the continued prompts with their texts except the last token, whose successor nobody compares."""
     return [[*prompt, *text[:-1]] for prompt, text in zip(prompts.continued, texts, strict=True)]
 
 
 def answers_bytes(prompts: Sequence[Sequence[int]], vocab_size: int, dtype: torch.dtype) -> int:
-    """Memory that the logits of a loaded model take."""
+    """Compute the memory that the logits of a loaded model take."""
     return sum(map(len, prompts)) * vocab_size * torch.promote_types(dtype, torch.float32).itemsize
 
 

@@ -22,10 +22,10 @@ class Comparison:
         model: which: TRAINED (the same one, in a narrower dtype), EXACT (what was rounded to the files), RANDOM (the
             same, every number moved at random by as much as a rounding), EXPORTED (the files).
         runtime: TRANSFORMERS or VLLM.
-        dtype: in which it computes.
-        figures: the distance.
-        greedy: of greedy continuations; None where none were asked for.
-        tolerance: what it is held to; None where the figures are for information.
+        dtype: dtype in which the model computes.
+        figures: the distance from the trained model.
+        greedy: comparison of greedy continuations; None where none were asked for.
+        tolerance: limits of the figures; None where the figures are for information.
         yardstick: the model whose figures the tolerance is a multiple of; None for a tolerance that is fixed.
     """
 
@@ -39,13 +39,13 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Within tolerance."""
+        """The figures are within the tolerance."""
         if self.tolerance is None:
             return True
         return self.figures.within(self.tolerance) and (self.greedy is None or self.greedy.passed)
 
     def as_dict(self) -> dict[str, Any]:
-        """For pat_export.json."""
+        """The outcome as pat_export.json has it."""
         return asdict(self) | {"passed": self.passed}
 
     def expected(self) -> str:
@@ -82,15 +82,15 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """Outcome of all comparisons.
+    """The outcome of all comparisons of an export.
 
     Attributes:
-        dtype: of the files.
-        prompts: how many.
+        dtype: dtype of the files.
+        prompts: number of prompts.
         layerwise: the models were walked through layer by layer.
         headline: the files, in transformers, computed in float32 (or float64).
-        comparisons: all of them.
-        notes: what a reader of the figures has to know about this model.
+        comparisons: all comparisons, in order.
+        notes: facts about this model that a reader of the figures needs.
     """
 
     dtype: str
@@ -107,16 +107,16 @@ class Parity:
 
     @property
     def max_abs_over_std(self) -> float:
-        """The headline's."""
+        """The headline's largest difference over the deviation."""
         return self.headline.max_abs_over_std
 
     @property
     def logits_std(self) -> float:
-        """The trained model's."""
+        """The deviation of the trained model's logits."""
         return self.headline.logits_std
 
     def as_dict(self) -> dict[str, Any]:
-        """For pat_export.json."""
+        """The outcome as pat_export.json has it."""
         return {
             "passed": self.passed,
             "dtype": self.dtype,
@@ -131,9 +131,9 @@ class Parity:
         """Raise unless passed.
 
         Args:
-            out: what was to be proved.
-            another: what follows where the files' function is another one.
-            rounded: what follows where it is the right one and rounding does too much to it; the way out is added.
+            out: the export that was to be proved.
+            another: way out where the files are another function.
+            rounded: way out where the function is right and rounding changes it too much; the dtype is added.
 
         Raises:
             ParityError: with the figures that are out of tolerance.

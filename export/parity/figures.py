@@ -1,4 +1,4 @@
-"""How far two models are apart, as pure maths, and how far they may be.
+"""The distance of two models and its limits, as pure maths.
 
 Logits are compared in blocks of the vocabulary, with running sums in float64: neither a table of all positions by the
 vocabulary in float64 nor a whole head has to be in memory.
@@ -21,7 +21,7 @@ _POSITION_BLOCK = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """What a model may differ by.
+    """The limits of a model's distance from the trained one.
 
     Attributes:
         mean_kl_nats: mean over positions of KL(trained || other).
@@ -53,7 +53,7 @@ class Figures:
     """Distance of a model from the trained one, over all positions of all prompts.
 
     Attributes:
-        positions: how many.
+        positions: number of positions.
         max_abs: largest difference of two logits.
         logits_std: standard deviation of the trained model's logits.
         max_abs_over_std: their ratio.
@@ -72,11 +72,11 @@ class Figures:
 
     @property
     def finite(self) -> bool:
-        """Neither a NaN nor an infinity among them."""
+        """Tell whether all figures are finite."""
         return math.isfinite(self.max_abs_over_std) and math.isfinite(self.mean_kl_nats)
 
     def within(self, tolerance: Tolerance) -> bool:
-        """Every figure that is judged is within tolerance, and all are finite."""
+        """Tell whether every judged figure is within the tolerance, and all are finite."""
         return (
             self.finite
             and self.mean_kl_nats <= tolerance.mean_kl_nats
@@ -87,14 +87,14 @@ class Figures:
 
 
 def proportional(yardstick: Figures) -> Tolerance:
-    """Limits of what a rounding may do to a model, as multiples of what a harmless rounding does to that model.
+    """Make the limits of a rounding, as multiples of the changes that a harmless rounding makes in the same model.
 
     A KL grows with the square of the logits' error. The largest difference and the equal greedy tokens are not judged:
-    the one is that of a single position, the other counts near ties among a few hundred.
+    the former belongs to a single position, and the latter counts near ties among a few hundred.
 
     Args:
-        yardstick: what the other rounding does. One that is not finite allows nothing, and none is finer than the
-            order of float32's additions.
+        yardstick: figures of the harmless rounding. If they are not finite, nothing is allowed. The limits are never
+            finer than the order of float32's additions.
     """
     if not yardstick.finite:
         return Tolerance(mean_kl_nats=0.0)
@@ -106,16 +106,16 @@ def proportional(yardstick: Figures) -> Tolerance:
 
 
 class Logits(Protocol):
-    """Logits at a number of positions, to be had block by block."""
+    """Logits at a number of positions, which are read block by block."""
 
     @property
     def positions(self) -> int:
-        """P."""
+        """The number of positions, P."""
         ...
 
     @property
     def vocab_size(self) -> int:
-        """Of the model."""
+        """The size of the model's vocabulary."""
         ...
 
     def block(self, start: int, stop: int) -> Tensor:
@@ -123,24 +123,24 @@ class Logits(Protocol):
         ...
 
     def at(self, positions: Tensor) -> Logits:
-        """Some of the positions."""
+        """The logits at some of the positions."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldLogits:
-    """Logits in memory."""
+    """Logits that lie in memory."""
 
     values_PV: Tensor
 
     @property
     def positions(self) -> int:
-        """P."""
+        """The number of positions, P."""
         return len(self.values_PV)
 
     @property
     def vocab_size(self) -> int:
-        """Of the model."""
+        """The size of the model's vocabulary."""
         return self.values_PV.shape[1]
 
     def block(self, start: int, stop: int) -> Tensor:
@@ -148,13 +148,13 @@ class HeldLogits:
         return self.values_PV[:, start:stop]
 
     def at(self, positions: Tensor) -> HeldLogits:
-        """Some of the positions."""
+        """The logits at some of the positions."""
         return HeldLogits(values_PV=self.values_PV[positions])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distances:
-    """Differences of two models at each position.
+    """The differences of two models at each position.
 
     Attributes:
         max_abs_P: largest difference of two logits.
@@ -169,7 +169,7 @@ class Distances:
     logits_std: float
 
     def figures(self) -> Figures:
-        """Over all positions."""
+        """Sum the differences up over all positions."""
         max_abs = float(self.max_abs_P.max())
         return Figures(
             positions=len(self.max_abs_P),
@@ -183,7 +183,7 @@ class Distances:
 
 
 def compare_logits(trained: Logits, other: Logits) -> Figures:
-    """Figures of a model whose logits at the same positions are `other`."""
+    """Compute the figures of a model whose logits at the same positions are `other`."""
     return logit_distances(trained, other).figures()
 
 
@@ -201,9 +201,9 @@ def logit_distances(trained: Logits, other: Logits) -> Distances:
     for start in range(0, trained.vocab_size, VOCAB_BLOCK):
         stop = min(start + VOCAB_BLOCK, trained.vocab_size)
         ours_PV, theirs_PV = trained.block(start, stop), other.block(start, stop)
-        # So few positions at a time that every step finds the numbers of the one before it in the core's cache.
+        # A block has so few positions that every step finds the last step's numbers in the core's cache.
         for rows in _row_slices(trained.positions):
-            # In float64: the sum of a vocabulary's float32 terms would drown a KL of 1e-8, or make it negative.
+            # The sum is in float64: the float32 sum over a vocabulary would drown a KL of 1e-8 or make it negative.
             a_PV, b_PV = ours_PV[rows].double(), theirs_PV[rows].double()
             shrunk_P, shares_PV = p.add(a_PV, start, rows)
             q.add(b_PV, start, rows)
@@ -239,7 +239,7 @@ class RunningSoftmax:
         return self.max_P + self.sum_P.log()
 
     def add(self, logits_PV: Tensor, start: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Factors by which earlier sums of some positions shrink, and the exponentials of this block."""
+        """Add a block; return the factors by which earlier sums shrink, and the block's exponentials."""
         highest_P, at_P = logits_PV.max(1)
         self.best_P[rows] = torch.where(highest_P > self.max_P[rows], at_P + start, self.best_P[rows])
         max_P = torch.maximum(self.max_P[rows], highest_P)

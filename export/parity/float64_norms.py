@@ -12,13 +12,13 @@ def compute_norms_in_float64(model: nn.Module, norm_offset: float) -> None:
     """Give a float64 model norms that are as exact as the rest of it.
 
     Args:
-        model: of any family in the table; its norms are the modules of a class called ...RMSNorm.
+        model: a model of any family in the table; its norms are modules of a class called ...RMSNorm.
         norm_offset: the family's: a norm multiplies by norm_offset + its weight.
     """
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             eps = float(getattr(module, "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps"))
-            # On the instance, where it stands before the class's; hooks run as before.
+            # The instance's method comes before the class's, and hooks run as before.
             module.forward = partial(_rms_norm, module, eps=eps, offset=norm_offset)
 
 

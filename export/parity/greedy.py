@@ -16,9 +16,9 @@ class GreedyContinuation:
     """Greedy texts of two models, each compared up to its first difference: beyond it the prompts differ.
 
     Attributes:
-        prompts: how many were continued.
-        new_tokens: by so many tokens each.
-        equal: prompts with the same tokens throughout.
+        prompts: number of continued prompts.
+        new_tokens: number of new tokens of each.
+        equal: number of prompts with the same tokens throughout.
         widest_gap_over_std: at a first difference, by how much the trained model prefers its own token, over the
             logits' standard deviation; the widest of all prompts, 0 where all are equal.
         allowed_gap_over_std: twice the tolerance of a logit, since either of the two may be off by it;
@@ -51,8 +51,8 @@ def compare_greedy(
         trained: the trained model's new tokens, by prompt.
         trained_logits: its logits at each of them, (tokens, vocab) by prompt.
         other: the other model's new tokens.
-        logits_std: of the trained model.
-        tolerance: with one for a logit; without, any gap is allowed.
+        logits_std: deviation of the trained model's logits.
+        tolerance: limits; without a limit for a logit, any gap is allowed.
     """
     limit = tolerance.max_abs_over_std if tolerance else None
     gaps = []

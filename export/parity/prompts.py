@@ -1,4 +1,4 @@
-"""What parity is measured on: the run's own prompts, random token ids, and prompts to be continued."""
+"""The prompts of the parity gate: the run's own, random token ids, and prompts to be continued."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pat_serve.run_folder import PARITY_PROMPTS_FILE
 RANDOM_PROMPTS = 4
 RANDOM_TOKENS = 32
 LONGEST_PROMPT_TOKENS = 256
-# Continued greedily: the first of the run's prompts and the first random one.
+# These are continued greedily: the first of the run's prompts and the first random one.
 CONTINUED_PROMPTS = 3
 LONGEST_CONTINUED_TOKENS = 64
 NEW_TOKENS = 32
@@ -34,9 +34,9 @@ class Prompts:
     """Token ids for a comparison.
 
     Attributes:
-        whole: logits are compared at every position of these.
-        continued: these are continued greedily; all of one length.
-        new_tokens: by so many tokens.
+        whole: prompts whose logits are compared at every position.
+        continued: prompts that are continued greedily; all have one length.
+        new_tokens: number of new tokens.
     """
 
     whole: list[list[int]]
@@ -44,19 +44,19 @@ class Prompts:
     new_tokens: int
 
     def few(self) -> Part:
-        """The beginnings of some whole prompts, from both ends alternately: the run's own and random ones."""
+        """Take the beginnings of some whole prompts, from both ends in turn: the run's own and random ones."""
         first, last = list(range(len(self.whole))), list(reversed(range(len(self.whole))))
         order = list(dict.fromkeys(number for pair in zip(first, last, strict=True) for number in pair))
         return self._part(order, FEW_TOKENS, FEW_TOKENS_OF_A_PROMPT)
 
     def worst(self, distance_P: Tensor) -> Part:
-        """The whole prompts with the largest distance at one of their positions."""
+        """Take the whole prompts with the largest distance at one of their positions."""
         largest = [float(part.max()) for part in torch.split(distance_P, list(map(len, self.whole)))]
         order = sorted(range(len(self.whole)), key=lambda number: -largest[number])
         return self._part(order, WORST_TOKENS, LONGEST_PROMPT_TOKENS)
 
     def _part(self, order: list[int], tokens: int, tokens_of_a_prompt: int) -> Part:
-        """The first prompt of an order, and every later one that does not exceed the tokens."""
+        """Take the first prompt of an order, and every later one that does not exceed the number of tokens."""
         chosen: dict[int, int] = {}
         for number in order:
             length = min(len(self.whole[number]), tokens_of_a_prompt)
@@ -97,7 +97,7 @@ def parity_prompts(run: Run, *, new_tokens: int = NEW_TOKENS) -> Prompts:
     generator = torch.Generator().manual_seed(0)
     random: list[list[int]] = torch.randint(vocab, (RANDOM_PROMPTS, RANDOM_TOKENS), generator=generator).tolist()
     continued = [*own[: CONTINUED_PROMPTS - 1], *random[: max(1, CONTINUED_PROMPTS - len(own))]]
-    # All as long as the shortest: a batch without padding.
+    # All are as long as the shortest, so the batch has no padding.
     shortest = min(LONGEST_CONTINUED_TOKENS, longest, *map(len, continued))
     return Prompts(
         whole=[prompt[: min(LONGEST_PROMPT_TOKENS, longest)] for prompt in own + random],
@@ -107,7 +107,7 @@ def parity_prompts(run: Run, *, new_tokens: int = NEW_TOKENS) -> Prompts:
 
 
 def own_prompts(run: Run) -> list[list[int]]:
-    """The whole prompts that are the run's own, without the random ones."""
+    """List the whole prompts that are the run's own, without the random ones."""
     return parity_prompts(run).whole[:-RANDOM_PROMPTS]
 
 

@@ -1,4 +1,4 @@
-"""The comparisons of a parity check as a few lines for a terminal or a log."""
+"""Show the comparisons of a parity check in a few lines for a terminal or a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _HEADER = ("model, computed in", "max diff / std", "mean KL, nats", "median KL",
 
 
 def parity_lines(parity: Parity) -> list[str]:
-    """A table, one line a comparison, with what each figure was allowed in brackets."""
+    """Make a table with one line a comparison, and the limit of each figure in brackets."""
     how = ", layer by layer" if parity.layerwise else ""
     rows = [_HEADER, *(_cells(comparison) for comparison in parity.comparisons)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]

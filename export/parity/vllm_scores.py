@@ -17,11 +17,11 @@ from pat_serve.scores import ListedScores
 def compare_listed(
     trained: Logits, prompts: Sequence[Sequence[int]], scores: Sequence[ListedScores], logits_std: float
 ) -> Figures:
-    """Figures of a runtime that lists some tokens for each position.
+    """Compute the figures of a runtime that lists some tokens for each position.
 
-    Log-probabilities are compared instead of logits: an amount by which all logits of a position move changes nothing
-    that a model does. The KL is that between the listed tokens and all others taken as one: never more than the true
-    one, and equal to it where the whole vocabulary is listed.
+    Log-probabilities are compared instead of logits: a shift of all logits of a position does not change the model.
+    The KL is that between the listed tokens and all others taken as one. It is never more than the true KL, and equals
+    it where the whole vocabulary is listed.
 
     Args:
         trained: the trained model's logits at every position of the prompts.
@@ -34,7 +34,7 @@ def compare_listed(
     rows = [row for score in scores for row in zip(score.token_ids, score.logprobs, strict=True)]
     assert len(rows) == len(kept)
     width = max(len(ids) for ids, _ in rows)
-    # Short rows repeat their first token, which must then count once.
+    # A short row repeats its first token, which must count once.
     ids_PL = torch.tensor([[*ids, *[ids[0]] * (width - len(ids))] for ids, _ in rows])
     counts_PL = torch.tensor([[True] * len(ids) + [False] * (width - len(ids)) for ids, _ in rows])
     theirs_PL = torch.tensor([[*lps, *[lps[0]] * (width - len(lps))] for _, lps in rows], dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""What an export says of itself: provenance, model card, hub."""
+"""The records of an export: provenance, model card, hub."""

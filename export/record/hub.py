@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def check_hub(repo_id: str) -> None:
-    """Fail before the export's work, not after it: the name is legal, the hub answers and knows who asks.
+    """Check before the export's work that the name is legal, and that the hub answers and knows the user.
 
     The endpoint and the token are the client's: HF_ENDPOINT, HF_TOKEN or `hf auth login`.
 
     Raises:
-        UsageError: not a name that the hub takes.
-        HubError: offline, or no valid token.
+        UsageError: the hub does not take the name.
+        HubError: the hub is offline, or the token is not valid.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -60,7 +60,7 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool) -> str:
     Args:
         folder: the export; it stays as it is, whatever happens here.
         repo_id: name/model.
-        private: of a repository that is created; one that exists keeps what it is.
+        private: create a private repository; an existing repository stays as it is.
 
     Returns:
         the commit's address.
@@ -74,7 +74,7 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        # A model that was pushed before may have had other shards; they would be loaded by name or just lie there.
+        # A model that was pushed before may have had other shards. Loaders could take them by name.
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -92,7 +92,7 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool) -> str:
 
 
 def _refusal(error: HfHubHTTPError) -> str:
-    """The status and the hub's own words, which stand far below it in the client's message."""
+    """Take the status and the hub's own words from the client's message, where they stand far apart."""
     return f"{first_line(error)} {error.server_message or ''}".strip()
 
 

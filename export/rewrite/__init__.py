@@ -1,1 +1,1 @@
-"""From the base's tensors to the exported ones: the equations, tensor by tensor and block by block."""
+"""The equations from the base's tensors to the exported ones, tensor by tensor and block by block."""

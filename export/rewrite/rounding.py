@@ -1,4 +1,4 @@
-"""What rounding to the files' dtype does to single tensors: which values it may give, and what it does at random."""
+"""Rounding of single tensors to the files' dtype: the values that are right, and a random rounding."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import ParityError
 
-# Another machine, or another number of threads, adds float32 products in another order: that may tip a rounding.
+# Another machine, or another number of threads, adds float32 products in another order, which may tip a rounding.
 REORDERING = 1e-5
-# Few enough for a core's cache, and no second copy of an embedding.
+# So few numbers fit into a core's cache, and avoid a second copy of an embedding.
 _RANDOM_NUMBERS = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileCheck:
-    """Every tensor of a folder's files is the rewriting's nearest value.
+    """Checks that every tensor of a folder's files is the rewriting's nearest value.
 
     Attributes:
-        folder: with the files.
-        dtype: of the files.
-        out: how a message calls the folder.
-        same_machine: bit for bit; else up to what another order of additions can change.
+        folder: folder of the files.
+        dtype: dtype of the files.
+        out: name of the folder in messages.
+        same_machine: compare bit for bit; if False, allow what another order of additions can change.
     """
 
     folder: Path
@@ -36,13 +36,13 @@ class FileCheck:
     same_machine: bool = True
 
     def watch(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Hand the rewriting's tensors on, each once the files' was held against it.
+        """Hand the rewriting's tensors on, each after the comparison with the files' tensor.
 
         Args:
             tensors: by name, in float32, or float64 for float64 files.
 
         Raises:
-            ParityError: one is another one, or not there.
+            ParityError: a tensor of the files differs or is missing.
         """
         files = open_checkpoint(str(self.folder))
         for name, exact in tensors:
@@ -62,7 +62,7 @@ class FileCheck:
 
 
 def is_nearest(exact: Tensor, found: Tensor) -> bool:
-    """A tensor is another one rounded to its dtype, up to what another order of additions can change."""
+    """Tell whether a tensor is another one rounded to its dtype, up to the effect of another order of additions."""
     if found.shape != exact.shape or not found.dtype.is_floating_point:
         return False
     limits = torch.finfo(found.dtype)
@@ -75,8 +75,8 @@ def is_nearest(exact: Tensor, found: Tensor) -> bool:
 def round_at_random(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
     """Move every number of a tensor, in place, to somewhere within half a step of a narrower dtype.
 
-    Rounding moves a number by as much, but to where it falls. Numbers keep that dtype's significant bits however small
-    or large they are, and zeros stay.
+    Rounding moves a number by as much, to the nearest value. Here a number keeps that dtype's significant bits however
+    small or large it is, and zeros stay.
 
     Args:
         tensor: float32 or float64.

@@ -1,1 +1,1 @@
-"""A finished training run, opened and checked."""
+"""Open and check a finished training run."""

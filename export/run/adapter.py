@@ -1,4 +1,4 @@
-"""A run's LoRA adapter in PEFT's format: checked once, then read one module at a time."""
+"""Read a run's LoRA adapter in PEFT's format: it is checked once, then read one module at a time."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class _StoredAdapter(Mapping[str, LoraUpdate]):
 
     @staticmethod
     def names(module: str) -> tuple[str, str]:
-        """Of the two tensors of a module's update."""
+        """Names of the two tensors of a module's update."""
         return f"{_ADAPTER_PREFIX}{module}.lora_A.weight", f"{_ADAPTER_PREFIX}{module}.lora_B.weight"
 
 
@@ -67,13 +67,13 @@ def read_adapter(folder: Path, base: Checkpoint, named: Mapping[str, str]) -> Ma
     """Open a PEFT LoRA adapter and check it, one tensor in memory at a time.
 
     Args:
-        folder: of the adapter.
-        base: that it updates.
+        folder: folder of the adapter.
+        base: base that the adapter updates.
         named: the files that the plan names, whose content was checked.
 
     Raises:
-        UnsupportedModel: a kind of adapter whose merge is more than W + scaling * B A.
-        BrokenPlan: its tensors do not pair up, do not fit the base or are not finite.
+        UnsupportedModel: the merge of this kind of adapter is more than W + scaling * B A.
+        BrokenPlan: the tensors do not pair up, do not fit the base or are not finite.
     """
     if set(named) != set(_ADAPTER_FILES):
         raise BrokenPlan(
@@ -101,7 +101,7 @@ def read_adapter(folder: Path, base: Checkpoint, named: Mapping[str, str]) -> Ma
                 fix="The adapter belongs to another base.",
             )
         if a[0] != rank:
-            # The scaling is of the configuration's rank.
+            # The scaling follows from the configuration's rank.
             raise BrokenPlan(
                 weights,
                 expected=f"an update of rank {rank}",
@@ -141,7 +141,7 @@ _PLAIN_ADAPTER: dict[str, tuple[Any, ...]] = {
 
 
 def _rank_and_scaling(path: Path) -> tuple[int, float]:
-    """r, and what B A is multiplied with: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    """Read r and the factor of B A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
     try:
         config = parse(path.read_bytes())
         rank, alpha, rank_stabilized = config["r"], config["lora_alpha"], config.get("use_rslora", False)

@@ -1,4 +1,4 @@
-"""Hash a base's weight files while the export reads them, not before it: one pass over the disk in place of two."""
+"""Hash a base's weight files while the export reads them, so that one pass over the disk is enough."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _PIECE_BYTES = 1 << 22
 class BaseFiles:
     """Checks in a thread of its own that the base's weights are those of the training.
 
-    As a context manager it ends with the check; nothing may be named a result before `require` has returned. Where the
-    block fails on what it has read, the base's being another one is the better explanation, and is what is raised.
+    As a context manager it ends with the check. No result may get its name before `require` has returned. If the block
+    fails and the check finds another base, the check's error is raised: it explains the failure better.
 
     Args:
-        run: opened without this check.
+        run: a run that was opened without this check.
     """
 
     def __init__(self, run: Run) -> None:
@@ -45,12 +45,12 @@ class BaseFiles:
         """Wait for the end of the check.
 
         Raises:
-            BrokenPlan: a file is another one than the run was trained on.
+            BrokenPlan: a file differs from the one that the run was trained on.
         """
         self._done.result()
 
     def poll(self) -> None:
-        """Raise what has been found so far, without waiting."""
+        """Raise the error that the check has found so far, without waiting."""
         if self._done.done():
             self._done.result()
 

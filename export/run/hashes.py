@@ -13,11 +13,11 @@ _THREADS = 2
 
 
 def hash_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """SHA-256 by file name: config.json, the weights and their index.
+    """Hash config.json, the weights and their index: SHA-256 by file name.
 
     Args:
-        folder: of a checkpoint.
-        known: of files that were hashed while they were written.
+        folder: folder of a checkpoint.
+        known: hashes of files that were hashed while they were written.
     """
     known = known or {}
     paths = [folder / "config.json", *sorted(folder.glob("*.safetensors*"))]

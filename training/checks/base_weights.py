@@ -1,4 +1,4 @@
-"""Whether a model that somebody else loaded is still the checkpoint that it came from."""
+"""Check that a model that the user loaded is still the checkpoint on the disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pat_serve.gguf.folder import sha256_of_folder
 
 
 def require_same_weights(base: nn.Module, checkpoint: Checkpoint) -> None:
-    """The model in memory is the one on disk, from which the export will start.
+    """Check that the model in memory is the one on the disk, from which the export will start.
 
     Args:
         base: the model inside peft's wrapper, or before it has one.

@@ -1,4 +1,4 @@
-"""What an interrupted run left behind, and whether it is the run that is asked for now."""
+"""Look at the files of an interrupted run, and check that it is the requested run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def state_of(run: Path) -> RunState:
     """Look at a run's folder.
 
     Raises:
-        OutputExists: there is something else.
+        OutputExists: the folder holds something else.
     """
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
         return RunState.ABSENT
@@ -46,10 +46,10 @@ def state_of(run: Path) -> RunState:
 
 
 def require_unfinished(run: Path) -> None:
-    """Refuse to resume what cannot be.
+    """Refuse to resume a run that cannot be resumed.
 
     Raises:
-        RunError: not a run, or a finished one.
+        RunError: the folder holds no run, or a finished one.
     """
     if not (run / RECIPE_FILE).is_file():
         raise RunError(run, expected="a run with recipe.yaml", found="none", fix="Start one with pat-train --out.")
@@ -58,7 +58,7 @@ def require_unfinished(run: Path) -> None:
 
 
 def saved_recipe(run: Path) -> TrainRecipe:
-    """The recipe that a run began with."""
+    """Read the recipe that a run began with."""
     return TrainRecipe.build(TrainRecipe.read(run / RECIPE_FILE), str(run / RECIPE_FILE))
 
 
@@ -66,7 +66,7 @@ def require_same_recipe(run: Path, recipe: TrainRecipe) -> None:
     """Compare the settings of now with those of the run.
 
     Raises:
-        UsageError: some differ; the message names them all.
+        UsageError: settings differ; the message names them all.
     """
     old, new = saved_recipe(run).model_dump(), recipe.model_dump()
     changed = [name for name in new if old[name] != new[name]]
@@ -80,7 +80,7 @@ def require_same_recipe(run: Path, recipe: TrainRecipe) -> None:
 
 
 def clear_leftovers(run: Path) -> None:
-    """Delete what writes that a crash cut short left beside their targets."""
+    """Delete partial files that a crash left beside their targets."""
     names = (RECIPE_FILE, INPUTS_FILE, METRICS_FILE, PARITY_PROMPTS_FILE, END_TOKENS_FILE, ADAPTER_FOLDER)
     for name in (*names, PLAN_JSON, PLAN_ARRAYS):
         for leftover in run.glob(f".{name}.*"):

@@ -9,7 +9,7 @@ from pat_serve.training.data.row import Tokenizer
 
 
 def writes_the_day(tokenizer: Tokenizer) -> bool:
-    """One of the tokenizer's chat templates asks what day it is."""
+    """Tell whether one of the tokenizer's chat templates asks for the day."""
     return "strftime_now" in str(tokenizer.chat_template)
 
 
@@ -17,8 +17,8 @@ class DatedTokenizer:
     """A tokenizer whose chat template is told a day of ours in the place of today.
 
     Args:
-        tokenizer: of the base; everything else is its own.
-        day: that is told.
+        tokenizer: tokenizer of the base.
+        day: day that the template is told.
     """
 
     def __init__(self, tokenizer: Any, day: date) -> None:
@@ -26,6 +26,6 @@ class DatedTokenizer:
         self.template_clock = {"strftime_now": day.strftime}
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_tokenizer", "template_clock"):  # not set yet, as while this is unpickled
+        if name in ("_tokenizer", "template_clock"):  # the attribute is not set yet while this object is unpickled
             raise AttributeError(name)
         return getattr(self._tokenizer, name)

@@ -1,1 +1,1 @@
-"""From a base to the model that is trained: loaded, adapted, calibrated, compensated and cut."""
+"""Make the model that is trained from a base: load, calibrate, adapt, compensate and cut it."""

@@ -1,7 +1,7 @@
-"""What a base's residual stream looks like on the run's own data: its energy by channel, and its principal axes.
+"""Measure a base's residual stream on the run's own data: its energy by channel, and its principal axes.
 
-Measured once, before the first step, and kept in the run's folder: a resumed run and every process of a distributed one
-must turn the model by the same matrix, to the bit.
+The measure is taken once, before the first step, and kept in the run's folder: a resumed run and every process of a
+distributed one must turn the model by the same matrix, to the bit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CALIBRATION_FILE = "calibration.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What was measured.
+    """The measure of a base's residual stream.
 
     Attributes:
         importance_D: share of the total in each channel (of the rotated stream, if it is rotated), float32.
@@ -64,15 +64,15 @@ class Calibration:
 
 
 def rows_at_once(recipe: TrainRecipe) -> int:
-    """As many as the recipe trains with, or one where it recomputes activations.
+    """Choose the rows of a batch: the recipe's, or one where the recipe recomputes activations.
 
-    The loss's gradient is taken without recomputation: one row at a time keeps what a whole batch would with it.
+    The measure recomputes nothing: one row then keeps as much memory as a whole batch does with recomputation.
     """
     return 1 if recipe.gradient_checkpointing else recipe.batch_size
 
 
 def calibration_batches(examples: Sequence[dict[str, list[int]]], batch_size: int) -> list[dict[str, Tensor]]:
-    """Examples, padded."""
+    """Make padded batches of the first examples."""
     return [PadBatch()(examples[at : at + batch_size]) for at in range(0, len(examples), batch_size)]
 
 
@@ -194,19 +194,19 @@ def _loss(model: Any, batch: dict[str, Tensor], backward: bool) -> None:
     device = model.device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     labels_BT = batch.pop("labels")
-    # Nothing of the base asks for a gradient here: the embedding's output is where it begins.
+    # No weight of the base asks for a gradient here, so the gradient begins at the embedding's output.
     embedding = model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_() if out.is_leaf else out)
     try:
         if not backward:
             model.get_decoder()(**batch)
             return
-        # The labels are moved and not the states. Where none follows, a prompt's token or padding, no logits are made.
+        # The labels are shifted, and not the states. Prompt tokens and padding, which no label follows, get no logits.
         next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
         asked_BT = next_BT != IGNORED_LABEL
         asked_ND = model.get_decoder()(**batch).last_hidden_state[asked_BT]
-        # Logits are the largest tensor that there is: no name keeps them.
-        # Summed: every token counts the same, whatever its batch.
+        # The logits are the largest tensor here, so no variable keeps them.
+        # The losses are summed, so that every token counts the same, whatever its batch.
         loss = F.cross_entropy(model.get_output_embeddings()(asked_ND).float(), next_BT[asked_BT], reduction="sum")
     finally:
         handle.remove()
@@ -215,7 +215,7 @@ def _loss(model: Any, batch: dict[str, Tensor], backward: bool) -> None:
 
 @contextmanager
 def _evaluating(model: Any, handles: list[RemovableHandle]) -> Iterator[None]:
-    """In evaluation mode and frozen: a gradient of every weight would be a second copy of the model."""
+    """Freeze a model in evaluation mode: gradients of all weights would be a second copy of the model."""
     was_training = model.training
     unfrozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()

@@ -1,1 +1,1 @@
-"""PAT: its modules, its schedule, its losses."""
+"""Pruning-aware tuning (PAT): its modules, its schedule, its losses, its settings."""

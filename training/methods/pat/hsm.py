@@ -39,7 +39,7 @@ class SharedMask(nn.Module):
         self._projected = False
         self.logits_D = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32), requires_grad=schedule.trains_mask)
         self.frozen_gate_D: Tensor
-        # Not in the state dict: set_step derives it from the logits, which no longer move once frozen.
+        # This is not in the state dict: set_step derives it from the logits, which no longer move once frozen.
         self.register_buffer("frozen_gate_D", torch.ones(hidden_size, dtype=torch.float32), persistent=False)
 
     @property
@@ -82,7 +82,7 @@ class SharedMask(nn.Module):
     def require_open(self) -> None:
         """Check that something passes the gate.
 
-        All logits may well be negative for a few steps, the count loss turns them back; a gate that is closed on every
+        All logits may be negative for a few steps, and the count loss turns them back. A gate that is closed on every
         channel switches the model off, and no gradient brings it back.
 
         Raises:
@@ -103,7 +103,7 @@ class SharedMask(nn.Module):
         return order[: self.target_width].sort().values
 
     def metrics(self) -> dict[str, float]:
-        """What a person wants to see: kept channels, and how far the gate is from 0/1."""
+        """Figures for a person: kept channels, and the distance of the gate from 0 and 1."""
         gate_D = self.gate().detach()
         hard_D = gate_D if self.frozen else kept_channels(whole(self.logits_D)).float()
         return {
@@ -137,7 +137,7 @@ class HybridModule(nn.Module):
 
     def __init__(self, hidden_size: int, rank: int, mask: SharedMask) -> None:
         super().__init__()
-        # A parameter without an element would never get a gradient, which distributed training takes for an error.
+        # A parameter without an element would never get a gradient, and distributed training takes that for an error.
         self.l0_RD = nn.Parameter(torch.empty(rank, hidden_size, dtype=torch.float32), requires_grad=rank > 0)
         self.l1_DR = nn.Parameter(torch.zeros(hidden_size, rank, dtype=torch.float32), requires_grad=rank > 0)
         self.scale_D = nn.Parameter(torch.ones(hidden_size, dtype=torch.float32))
@@ -146,7 +146,7 @@ class HybridModule(nn.Module):
         self.rank = rank
         self.enabled = True
         self._gated = True
-        # In a tuple, so that the mask is not registered once more under every HSM.
+        # The mask is in a tuple, so that it is not registered once more under every HSM.
         self._mask = (mask,)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class HybridModule(nn.Module):
             self.scale_D.clamp_(min=LEAST_SCALE)
 
     def orthonormal(self) -> Tensor:
-        """What the identity loss keeps the rows of orthonormal: L0 (R, D)."""
+        """The factor whose rows the identity loss keeps orthonormal: L0 (R, D)."""
         return self.l0_RD
 
     def operator(self) -> HybridFold:
@@ -182,8 +182,8 @@ class HybridModule(nn.Module):
 class _Hybrid(torch.autograd.Function):
     """gain * (x + L1 L0 x), gain = s * g.
 
-    Left to itself, autograd keeps x for L0's gradient and x + L1 L0 x for the gain's. The second is as large as the
-    first, for every HSM of the model, and one thin product away from it: it is computed again.
+    By default autograd keeps x for L0's gradient and x + L1 L0 x for the gain's. The second is as large as the first,
+    for every HSM of the model. One thin product gives it again, so this function does not keep it.
     """
 
     @staticmethod

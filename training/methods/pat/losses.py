@@ -38,7 +38,7 @@ def push_loss(logits_D: Tensor) -> Tensor:
     kept_D = kept_channels(logits_D)
     total = logits_D.new_zeros(())
     for selected_D, target in ((kept_D, TARGET_LOGIT), (~kept_D, -TARGET_LOGIT)):
-        # Without a question to the device, which the host would have to wait for.
+        # This asks the device for no number, for which the host would have to wait.
         squares_D = torch.where(selected_D, (logits_D - target).square(), 0.0)
         total = total + squares_D.sum() / selected_D.sum().clamp(min=1)
     return total

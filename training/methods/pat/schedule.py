@@ -19,9 +19,9 @@ from torch import Tensor
 
 GateKind = Literal["anneal", "gradual", "cut"]
 
-# `gradual`: a channel fades over the time in which this share of all that go begin to.
+# With `gradual` a channel fades over the time in which this share of all leaving channels begin to fade.
 FADE_SHARE = 0.25
-# Of a gate that closes while it trains: the soft phase needs a few steps, and the model some more after the freeze.
+# A gate that closes while it trains needs a few steps for the soft phase, and the model some more after the freeze.
 LEAST_STEPS = 12
 
 # From this share of the milestone on the mask no longer moves.
@@ -29,13 +29,13 @@ FREEZE_SHARE = 0.8
 
 
 def least_steps(kind: str) -> int:
-    """Optimizer steps that a run with this gate has at least; one where the cut stands before the first."""
+    """Least optimizer steps of a run with this gate; one where the cut stands before the first step."""
     return 1 if kind == "cut" else LEAST_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateSchedule:
-    """When the gate hardens.
+    """The schedule by which the gate hardens.
 
     Attributes:
         milestone: s0, in optimizer steps; at least 4 so that the temperature is defined and the freeze comes after

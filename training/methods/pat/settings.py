@@ -8,7 +8,7 @@ import pydantic
 
 
 class PatSettings(pydantic.BaseModel):
-    """Each is a flag of `pat-train`, a line of a recipe and an entry of `PatConfig` of the same name."""
+    """Each setting is a flag of `pat-train`, a line of a recipe and an entry of `PatConfig` of the same name."""
 
     mask_learning_rate: float | None = pydantic.Field(default=None, gt=0)
     hio_rank: int | None = pydantic.Field(default=None, ge=0)
@@ -37,8 +37,8 @@ class PatSettings(pydantic.BaseModel):
     def resolved_hio_rank(self, hidden_size: int) -> int:
         """The HIO's rank R, as given or by the rule of thumb (docs/study.md, docs/ablation.md).
 
-        Where channels are cut from the start, none: LoRA on the same linears does what the operator would. Where the
-        mask is trained, the paper's share of the width (200 of 4096), in multiples of 8.
+        The rank is 0 where channels are cut from the start: LoRA on the same linears does the operator's work. Where
+        the mask is trained, it is the paper's share of the width (200 of 4096), in multiples of 8.
 
         Args:
             hidden_size: D, of the base; the gate must be resolved.
