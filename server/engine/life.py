@@ -36,8 +36,9 @@ def attach(client: Any, args: Namespace, life: EngineLife) -> Engine:
     supervisor must see the difference, so the engine's first shutdown notes whether the engine was dead already.
 
     vLLM also stops reading the engine's output at once, often before the engine has said that the requests under way
-    are aborted. Their streams would then wait for ever, and the HTTP server for them. So the requests are ended here:
-    before the shutdown of an engine that is not to drain, and after any shutdown those that are left.
+    are aborted. The streams of these requests would then wait for ever, and the HTTP server for the streams. So the
+    requests are ended here: before the shutdown of an engine that is not to drain, and after any shutdown those that
+    are left.
 
     Args:
         client: vLLM's AsyncLLM.

@@ -51,7 +51,8 @@ class Engine:
         # Makes the fault that is raised for requests to this engine once it is dead.
         self.death: Callable[[], EngineFault] = EngineDead
         self._renders: bool | None = None
-        # This is called once, in a thread of its own, before a signal's shutdown stops the engine. It may block.
+        # The shutdown that follows a signal calls this once, in a thread of its own, before the engine stops. The call
+        # may block.
         self.before_stop: Callable[[], None] = lambda: None
 
     @property

@@ -87,7 +87,8 @@ def engine_faults() -> dict[type[Exception], Callable[[], EngineFault]]:
 def let_engine_errors_through() -> None:
     """Have vLLM's /v1/messages leave the engine's errors to the handlers of the app.
 
-    vLLM's other routes do so by themselves. Those of /v1/messages catch every error, and log it with its traceback.
+    vLLM's other routes do so by themselves. The routes under /v1/messages catch every error, and log it with its
+    traceback.
     """
     from vllm.entrypoints.anthropic import api_router
 

@@ -27,8 +27,8 @@ class Readiness:
         """Wait until the engine has proved itself, for `PROBE_TIMEOUT_S` at most.
 
         Args:
-            beside: the readiness of an engine that takes turns with this one. Its tokens count as well: this engine
-                rests meanwhile, and a probe would disturb what the other's turn measures.
+            beside: the readiness of an engine that takes turns with this one. The other engine's tokens count as well:
+                this engine rests meanwhile, and a probe would disturb the other's turn.
 
         Returns:
             the age of the last token in seconds.
@@ -41,7 +41,7 @@ class Readiness:
         ages_s = [self._age_s(), beside._age_s() if beside is not None else None]
         age_s = min((age_s for age_s in ages_s if age_s is not None), default=None)
         if age_s is None or age_s > FRESH_S:
-            # There is one probe at a time, shared by all who ask. It outlives the client that asked first.
+            # There is one probe at a time, shared by all who ask. The probe outlives the client that asked first.
             if self._probe is None or self._probe.done():
                 self._probe = asyncio.create_task(self._generate_one_token())
             await asyncio.shield(self._probe)

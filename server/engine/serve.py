@@ -111,7 +111,7 @@ def second_engine(args: Namespace, model: str) -> Engine:
     """Start another model in processes of its own, with the flags of the served one.
 
     The start blocks, and must be made on the event loop. The second engine keeps the statistics of each request, as the
-    first does. It reports no metrics, because vLLM's metrics have a place for one engine.
+    first does. The second engine reports no metrics, because vLLM's metrics have a place for one engine.
 
     Raises:
         EngineError: the engine does not start.

@@ -1,8 +1,8 @@
 """The moment at which an engine's tokens arrive, and the caller to whom each of them belongs.
 
-Both are seen where vLLM's client takes in what its engine has sent. Nearer to the caller they cannot be seen for all of
-vLLM's routes: an answer that is not a stream leaves as a whole, and the events of a stream hold any number of tokens,
-or none.
+Moment and caller are seen where vLLM's client takes in the output of its engine. Nearer to the caller they cannot be
+seen on all of vLLM's routes: an answer that is not a stream leaves as a whole, and the events of a stream hold any
+number of tokens, or none.
 """
 
 from __future__ import annotations

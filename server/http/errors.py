@@ -136,7 +136,7 @@ class ErrorShapeRoute(APIRoute):
             except RequestValidationError as error:
                 return explain(error.errors(), self._body_model()).response()
             except HTTPException:
-                # Only FastAPI's reading of the body raises it here, for JSON that is too deep or has absurd numbers.
+                # FastAPI's reading of the body alone raises this here, for JSON that is too deep or has absurd numbers.
                 return InvalidRequestError("the body cannot be read as JSON").response()
             except ClientGoneError:
                 # Nobody reads this; 499 is what access logs commonly show for a client that left.

@@ -62,8 +62,8 @@ def collect_keys(flags: Sequence[str], *, environment: MutableMapping[str, str],
     """
     variables = {name: environment.pop(name) for name in ENVIRONMENT if name in environment}
     listed = variables.get(ENVIRONMENT[0], "").split(",")
-    # A source that is there and empty is most often a variable that the caller forgot to set. It is refused, because a
-    # server without keys is open to all.
+    # A source that is there and empty is most often a variable that the caller forgot to set. An empty source is
+    # refused, because a server without keys is open to all.
     for source, empty in (
         ("--api-key", any(not text.strip() for text in flags)),
         *((name, not value.strip(", \t\r\n")) for name, value in variables.items()),

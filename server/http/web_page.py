@@ -61,7 +61,7 @@ class PageModel(BaseModel):
 
 
 def page_router() -> APIRouter:
-    """The routes of the files. They are for browsers, and not in the OpenAPI document."""
+    """The routes of the files; the OpenAPI document leaves them out, because they are for browsers."""
     router = APIRouter(include_in_schema=False)
     for path in _FILES:
         router.add_api_route(path, _file, methods=["GET", "HEAD"])

@@ -85,7 +85,8 @@ def _is_named(flags: tuple[str, ...]) -> bool:
 def serve_arguments(settings: ServeSettings, *, on_cpu: bool) -> list[str]:
     """The command line for vLLM; the user's own flags come last, so that they win."""
     arguments = ["--model", settings.model, "--host", settings.host, "--port", str(settings.port)]
-    # Beside weights in its authors' own format, vLLM would read a Mistral's params.json in place of its config.json.
+    # Where a Mistral's folder also has weights in its authors' own format, vLLM would read params.json in place of
+    # config.json.
     arguments += ["--load-format", "safetensors", "--config-format", "hf"]
     if Feature.CHAT_TEMPLATE in settings.policy.allowed:
         arguments.append("--trust-request-chat-template")

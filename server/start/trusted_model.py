@@ -1,7 +1,7 @@
 """A model folder must not make the server run code of its own.
 
-A pickle runs code when it is opened, and `auto_map` names Python files that transformers would import. Both are refused
-before vLLM sees the folder, and vLLM is told to open safetensors only.
+A pickle runs code when it is opened, and `auto_map` names Python files that transformers would import. Pickles and code
+are refused before vLLM sees the folder, and vLLM is told to open safetensors only.
 """
 
 from __future__ import annotations

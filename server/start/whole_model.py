@@ -21,7 +21,7 @@ _TOKENIZERS = (
     "tekken.json",
     "*.tiktoken",
 )
-# vLLM's names for tokenizers that transformers loads. Its other modes look for other files.
+# vLLM's names for tokenizers that transformers loads. vLLM's other modes look for other files.
 _TOKENIZER_MODES = ("auto", "hf")
 
 

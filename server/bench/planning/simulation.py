@@ -51,8 +51,8 @@ class Timing:
 class Replica:
     """One engine: first come first served, whole prompts, no preemption.
 
-    A request is taken up when the batch, the step's tokens and the KV cache have room for all of it. Its prompt shares
-    a step with the decode steps of the requests under way.
+    A request is taken up when the batch, the step's tokens and the KV cache have room for all of it. The request's
+    prompt shares a step with the decode steps of the requests under way.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -207,7 +207,7 @@ def conclude(regimes: Sequence[RegimeResult | Extrapolated], rounds: Sequence[Ro
             ceiling += f", which is itself below {claim.threshold:.4g}"
         parts.append(f"{result.name}: {result.reason}; the median is {ceiling}")
     others = percentile([pair.other_cpu_share for pair in rounds], 50)
-    # Beyond the second limit, the other processes are an obstacle and named in the reason already.
+    # Other processes beyond the second limit are an obstacle, which the reason names already.
     if _TELLING_SHARE < others <= MAX_OTHER_CPU_SHARE:
         parts.append(f"other processes took {others:.0%} of this machine's CPU time meanwhile")
     waiting = percentile([pair.waiting_engine_cpu_share for pair in rounds], 50)

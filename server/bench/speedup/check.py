@@ -1,8 +1,9 @@
 """Check a claimed speed-up: two engines side by side, paired interleaved rounds, one verdict for each regime.
 
 Both engines stay alive throughout, and only one works at a time. A drift of the machine over minutes (clock,
-temperature, neighbours) then meets both halves of a pair alike, and cancels in their ratio. It would not cancel if one
-model were measured after the other. Cut models are measured at several depths, one pair of engines after the other.
+temperature, neighbours) then meets both halves of a pair alike, and cancels in their ratio. The drift would not cancel
+if one model were measured after the other. Cut models are measured at several depths, one pair of engines after the
+other.
 """
 
 from __future__ import annotations

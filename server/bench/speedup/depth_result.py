@@ -1,4 +1,4 @@
-"""The record of whole models that several measured depths lead to. It is a part of a speed-up check's record."""
+"""The part of a speed-up check's record that is about whole models, extrapolated from several measured depths."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A probe of this machine, in a few seconds: bytes that it reads and operations that it makes in a second.
 
-Both are measured where the engine runs and as it runs: in its own process, with its threads, their binding and its
-number format, on its own matrices through its own kernels. Beside that they are measured on a buffer far larger than
-any cache and on square matrices. The best of all tries counts, because a disturbance only makes a try slower, and
-because a floor that another kernel beats is no floor.
+Both rates are measured where the engine runs and as it runs: in its own process, with its threads, their binding and
+its number format, on its own matrices through its own kernels. They are also measured on a buffer far larger than any
+cache and on square matrices. The best of all tries counts, because a disturbance only makes a try slower, and because a
+floor that another kernel beats is no floor.
 
 The numbers are random, because a GPU draws less power for constants and is then faster. A try on a GPU is many calls
 between two events on the GPU's own clock, as an engine queues them. One call between two looks at the host's clock
