@@ -18,9 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-_COMMANDS = (
-    r"(?:pat-(?:train|export|serve|bench|eval|demo)|make|curl|docker|kubectl|accelerate|lm_eval|pip|python|serve|ray)"
-)
+_OURS = r"pat-(?:train|export|serve|bench|eval|demo|shapes)"
+_COMMANDS = rf"(?:{_OURS}|make|curl|docker|kubectl|accelerate|lm_eval|pip|python|serve|ray)"
 _TYPED = re.compile(rf"^(?:[A-Z_]+=\S* )*{_COMMANDS}(?= |$)")
 _MARK = re.compile(r"^<!-- (not run|slow|may exit|with)(?: `([^`]+)`)?:? ?(.*?) ?-->$")
 

@@ -26,7 +26,9 @@ _PATH = re.compile(
 )
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)(?:#[\w-]+)?\)")
 README_LINES = 120
-_LINE = re.compile(rf"(?:^ *|`|\$ |&& )(pat-(?:train|export|serve|bench|eval|demo)\b{_WORDS}(?:\\\n{_WORDS})*)", re.M)
+_LINE = re.compile(
+    rf"(?:^ *|`|\$ |&& )(pat-(?:train|export|serve|bench|eval|demo|shapes)\b{_WORDS}(?:\\\n{_WORDS})*)", re.M
+)
 
 
 def flags_of(name: str) -> set[str]:

@@ -43,7 +43,7 @@ class SkippedRows:
     reasons: list[str] = field(default_factory=list)
 
     def add(self, error: DataError) -> None:
-        """Count a bad row."""
+        """Count a bad row and keep its reason."""
         self.count += 1
         if len(self.reasons) < SHOWN_REASONS:
             self.reasons.append(str(error))

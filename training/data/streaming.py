@@ -55,7 +55,7 @@ class ExampleStream(IterableDataset[Example]):
         self.skip_bad = skip_bad
 
     def __iter__(self) -> Iterator[Example]:
-        """Never ends."""
+        """Yield examples without end, pass after pass."""
         for epoch in count():
             examples = self._shuffled(random.Random(f"{self.seed} {epoch}"), first=epoch == 0)
             yield from pack_stream(examples, self.max_length_tokens) if self.packing else examples

@@ -112,7 +112,7 @@ def split_examples(examples: Sequence[Example], share: float, seed: int) -> tupl
 
 
 def examples_sha256(examples: Sequence[Example]) -> str:
-    """Hash of encoded rows."""
+    """Hash the encoded rows, in their order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps([example["input_ids"], example["labels"]]).encode())

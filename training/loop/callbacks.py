@@ -41,11 +41,11 @@ class StepTimer(TrainerCallback):  # type: ignore[misc]  # transformers is not f
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Before the first micro-batch."""
+        """Start the step's clock before the first micro-batch."""
         self.began_s = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After the optimizer."""
+        """Stop the step's clock after the optimizer."""
         self.seconds += time.perf_counter() - self.began_s
 
     def take_s(self) -> float:
@@ -118,14 +118,14 @@ class Display(TrainerCallback):  # type: ignore[misc]  # transformers is not fol
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar."""
+        """Open the progress bar of the run."""
         if state.is_world_process_zero and console.is_terminal:
             self.context = progress_bar()
             self.progress = self.context.__enter__()
             self.task = self.progress.add_task(self.title, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Move the progress bar by a step."""
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step)
 
@@ -137,7 +137,7 @@ class Display(TrainerCallback):  # type: ignore[misc]  # transformers is not fol
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the figures."""
+        """Show the logged figures beside the bar."""
         if self.progress is not None and logs and "cross_entropy" in logs:
             self.progress.update(self.task, description=progress_line(self.title, logs))
 

@@ -72,7 +72,7 @@ class Histograms(TrainerCallback):  # type: ignore[misc]  # transformers is not 
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """One histogram each."""
+        """Write one histogram for each distribution."""
         if logs and "cross_entropy" in logs:
             # Asked on every rank, since each may hold a shard of the mask.
             histograms = self.method.histograms()
