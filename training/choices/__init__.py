@@ -1,0 +1,37 @@
+"""Which indices of an axis stay, by axis and name. A NEW CHOICE is one file beside this one and one line in CHOICES.
+
+The hidden axis is not among them: which of its channels stay is the method's (`pat`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pat_serve.axes import FFN, KV_GROUPS, LAYERS
+from pat_serve.training.choices.base import Choice, InnerChoice, Inputs, LayerChoice
+from pat_serve.training.choices.energy import Energy
+from pat_serve.training.choices.influence import Influence
+from pat_serve.training.choices.last import Last
+from pat_serve.training.choices.obs import Obs
+from pat_serve.training.choices.refit import Refit
+
+# The first of an axis is its default.
+CHOICES: tuple[Choice, ...] = (Influence(), Last(), Obs(), Energy(), Refit())
+
+CHOICE_NAMES: dict[str, list[str]] = {
+    axis: [choice.name for choice in CHOICES if choice.axis == axis] for axis in (LAYERS, FFN, KV_GROUPS)
+}
+
+__all__ = ["CHOICES", "CHOICE_NAMES", "Choice", "InnerChoice", "Inputs", "LayerChoice", "choice_of"]
+
+
+def choice_of(axis: str, names: Mapping[str, str]) -> Choice:
+    """The choice that decides over an axis.
+
+    Args:
+        axis: layers, ffn or kv_groups.
+        names: of choices that there are, by axis, where it is not the default.
+    """
+    name = names.get(axis, CHOICE_NAMES[axis][0])
+    [found] = [choice for choice in CHOICES if choice.axis == axis and choice.name == name]
+    return found

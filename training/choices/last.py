@@ -1,0 +1,21 @@
+"""The last layers first, but for the two that end the model (arXiv 2411.15558: as good as any score after tuning)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pat_serve.training.choices.base import LayerChoice
+
+
+class Last(LayerChoice):
+    """Needs no data."""
+
+    name: ClassVar[str] = "last"
+
+    def importance(self, model: Any, num_layers: int, batches: Sequence[dict[str, Tensor]]) -> Tensor:
+        """The earlier the larger."""
+        return torch.arange(num_layers, 0, -1)
