@@ -108,7 +108,7 @@ def measure(recipe: TrainRecipe, import_s: float, clock: Callable[[], float]) ->
             (assemble, "calibrate", "calibrate"),
             (ready, "adapt", "rotate and insert"),
             (ready, "compensate", "compensate"),
-            (ready, "narrow_model", "narrow"),
+            (ready, "slice_model", "narrow"),
         ):
             patched.enter_context(patch.object(place, name, stages.time(stage, getattr(place, name))))
         began, before = clock(), sum(stages.seconds.values())

@@ -27,7 +27,7 @@ from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio, perc
 from pat_serve.training.config import PAPER, TrainRecipe
 from pat_serve.training.methods import METHODS as PRUNERS
 from pat_serve.training.model.insert import adapt
-from pat_serve.training.model.slicing import narrow_model
+from pat_serve.training.model.slicing import slice_model
 
 # The paper matches PAT (LoRA 20 and HIO 200) with LoRA 64 in parameters; LoRA 20 is the same adapter without PAT.
 METHODS: dict[str, dict[str, Any]] = {
@@ -76,9 +76,10 @@ def make_step(base: Any, settings: dict[str, Any], options: argparse.Namespace) 
     recipe = recipe_of(settings)
     width = options.hidden * 3 // 4 if PRUNERS[recipe.method].prunes else options.hidden
     # In float32 whatever the base: the default dtype would make LoRA's factors.
-    model, method = adapt(base, FAMILIES["llama"], recipe, width, TOTAL_STEPS)
+    model, method = adapt(base, FAMILIES["llama"], recipe, {"hidden": width}, TOTAL_STEPS)
     if method.stays_wide(recipe) is None:
-        narrow_model(model, method, options.layers, method.kept_channels())
+        method.on_step(0)
+        slice_model(model, method, method.cuts())
     model.to(options.device).train()
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -16,10 +16,13 @@ from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import Method
+from pat_serve.training.model.branches import branches
 from pat_serve.training.model.calibration import Calibration, calibrate
-from pat_serve.training.model.compensation import RIDGE, ROWS_AT_ONCE, _product, branches, compensate, low_rank_update
+from pat_serve.training.model.compensation import ROWS_AT_ONCE, _product
 from pat_serve.training.model.insert import adapt, load_base
+from pat_serve.training.model.least_squares import RIDGE, low_rank_update
 from pat_serve.training.run import start
+from tests.compensating import make_up
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family, save_tiny_llama
 
@@ -56,12 +59,14 @@ def test_a_weight_of_zeros_keeps_its_adapter(tiny_base: Path, rows: Path) -> Non
     checkpoint = open_checkpoint(str(tiny_base))
     measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=None)
     recipe = tiny_recipe(tiny_base, rows, **CUT | {"rotate": "none"})
-    model, method = adapt(load_base(checkpoint, recipe, torch.float32), checkpoint.family, recipe, 48, 24, measured)
+    model, method = adapt(
+        load_base(checkpoint, recipe, torch.float32), checkpoint.family, recipe, {"hidden": 48}, 24, measured
+    )
     method.on_step(0)
     reader = model.get_base_model().get_submodule("model.layers.0.mlp.up_proj")
     reader.base_layer.weight.zero_()
     before = reader.lora_A["default"].weight.clone()
-    compensate(model, method, checkpoint.family, 2, batches())
+    make_up(model, method, batches())
     assert torch.equal(reader.lora_A["default"].weight, before)
     assert not reader.lora_B["default"].weight.any()
 
@@ -70,7 +75,7 @@ def adapted(checkpoint: Checkpoint, recipe: TrainRecipe) -> tuple[Any, Method]:
     """The PEFT model of a base that is measured on the batches of this file, and its method."""
     base = load_base(checkpoint, recipe, torch.float32)
     measured = calibrate(base, checkpoint.family, 2, batches(), rotate="energy")
-    return adapt(base, checkpoint.family, recipe, 48, 24, measured)
+    return adapt(base, checkpoint.family, recipe, {"hidden": 48}, 24, measured)
 
 
 def normed(model: Any, norms: list[str], batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -106,7 +111,7 @@ def test_every_reader_gets_the_least_squares_of_the_models_own_passes(
     recipe = tiny_recipe(checkpoint.folder, rows, lora_head=True, lora_rank=48, **CUT)
     model, method = adapted(checkpoint, recipe)
     method.on_step(0)
-    compensate(model, method, checkpoint.family, 2, batches())
+    make_up(model, method, batches())
     model.eval()
     base, kept = model.get_base_model(), method.kept_channels()
     inner, head = branches(checkpoint.family, 2)
@@ -152,7 +157,7 @@ def test_cut_model_is_nearer_to_the_dense_one(tiny_base: Path, rows: Path, head:
         return total
 
     before = distance()
-    compensate(model, method, checkpoint.family, 2, batches())
+    make_up(model, method, batches())
     after = distance()
     assert after < (0.8 if head else 0.95) * before
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.export.exporter import export_run
 from pat_serve.training.checks.cut_report import cut_lines
-from pat_serve.training.checks.width import target_width
+from pat_serve.training.checks.width import target_shape
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.run import resume, start
 from tests.conftest import tiny_recipe
@@ -29,7 +29,7 @@ from tests.tiny_models import save_tiny_family, save_tiny_llama
 def lines(folder: Path, **settings) -> list[str]:
     checkpoint = open_checkpoint(str(folder))
     recipe = TrainRecipe(model="m", data="d", **settings).resolved(tied=checkpoint.tied)
-    return cut_lines(recipe, checkpoint, target_width(recipe, checkpoint))
+    return cut_lines(recipe, checkpoint, target_shape(recipe, checkpoint))
 
 
 def count(folder: Path) -> int:

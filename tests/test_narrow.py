@@ -19,7 +19,7 @@ from pat_serve.training.config import PAPER, TrainRecipe
 from pat_serve.training.methods import METHODS
 from pat_serve.training.model.calibration import Calibration
 from pat_serve.training.model.insert import adapt
-from pat_serve.training.model.slicing import narrow_model
+from pat_serve.training.model.slicing import slice_model
 from pat_serve.training.run import resume, start
 from tests.conftest import tiny_recipe, write_rows
 from tests.random_runs import PROMPT
@@ -168,11 +168,11 @@ def test_a_gain_of_one_is_not_rounded(tiny_base: Path):
     norm = base.model.norm
     torch.nn.init.ones_(norm.weight)
     measured = Calibration(importance_D=torch.rand(64), rotation_DD=None)
-    model, method = adapt(base, checkpoint.family, recipe, 48, 24, measured)
+    model, method = adapt(base, checkpoint.family, recipe, {"hidden": 48}, 24, measured)
     kept = method.kept_channels()
     x = torch.randn(500, 64)
     x[:, torch.ones(64, dtype=torch.bool).index_fill_(0, kept, False)] = 0
     wide = norm(x.bfloat16())[:, kept].float()
-    narrow_model(model, method, 2, kept)
+    slice_model(model, method, method.cuts())
     ours = norm(x.bfloat16()[:, kept]).float()
     assert float((ours * wide).sum() / wide.square().sum()) == pytest.approx(1, abs=3e-4)

@@ -61,7 +61,7 @@ def test_a_changed_sample_leaves_its_neighbours_alone(checkpointing: bool, tiny_
 
     recipe = tiny_recipe(tiny_base, rows, lora_dropout=0.0, gradient_checkpointing=checkpointing)
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    model, _ = adapt(base, open_checkpoint(str(tiny_base)).family, recipe, 48, 24)
+    model, _ = adapt(base, open_checkpoint(str(tiny_base)).family, recipe, {"hidden": 48}, 24)
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable()

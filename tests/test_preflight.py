@@ -17,7 +17,7 @@ from pat_serve.training.config import PAPER, TrainRecipe
 from pat_serve.training.model.calibration import Calibration
 from pat_serve.training.model.insert import adapt
 from pat_serve.training.model.norms import train_norms
-from pat_serve.training.model.slicing import narrow_model
+from pat_serve.training.model.slicing import slice_model
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_llama
@@ -33,9 +33,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.mark.parametrize("method", ["pat", "lora"])
 def test_parameters_are_those_of_the_model_that_is_trained(method: str, checkpoint: Checkpoint):
     recipe = tiny_recipe(checkpoint.folder, Path("d"), method=method)
-    estimate = estimate_training(checkpoint, recipe, "float32", 48, 24, 64, "cpu")
+    estimate = estimate_training(checkpoint, recipe, "float32", {"hidden": 48}, 24, 64, "cpu")
     base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
-    model, _ = adapt(base, checkpoint.family, recipe, 48, 24)
+    model, _ = adapt(base, checkpoint.family, recipe, {"hidden": 48}, 24)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert estimate.lora_parameters + estimate.method_parameters == trained
     assert estimate.base_parameters == sum(parameter.numel() for parameter in model.parameters()) - trained
@@ -50,11 +50,11 @@ def test_the_default_recipe_is_counted_as_it_is_trained(tied: bool, rows: Path, 
     recipe = tiny_recipe(opened.folder, rows, **unset | {"tied_embeddings": "untie" if tied else "auto"})
     recipe = recipe.resolved(tied=tied)
     calibration = [BatchSize(rows=4, length_tokens=64, labelled_tokens=252)] * 2
-    estimate = estimate_training(opened, recipe, "float32", 48, 24, 64, "cpu", calibration)
+    estimate = estimate_training(opened, recipe, "float32", {"hidden": 48}, 24, 64, "cpu", calibration)
     base = AutoModelForCausalLM.from_pretrained(opened.folder, dtype=torch.float32)
     measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=torch.eye(64))
-    model, method = adapt(base, opened.family, recipe, 48, 24, measured)
-    narrow_model(model, method, 2, method.kept_channels())
+    model, method = adapt(base, opened.family, recipe, {"hidden": 48}, 24, measured)
+    slice_model(model, method, method.cuts())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert estimate.lora_parameters + estimate.method_parameters == trained
     frozen = sum(p.numel() for name, p in model.named_parameters() if not p.requires_grad and "pat_mask" not in name)
@@ -62,7 +62,7 @@ def test_the_default_recipe_is_counted_as_it_is_trained(tied: bool, rows: Path, 
     assert estimate.weights_bytes == 4 * frozen
     # It is calibrated before it is cut, and also if it is not.
     uncut = recipe.model_copy(update={"narrow": "off"})
-    wide = estimate_training(opened, uncut, "float32", 48, 24, 64, "cpu", calibration)
+    wide = estimate_training(opened, uncut, "float32", {"hidden": 48}, 24, 64, "cpu", calibration)
     assert wide.preparing_bytes == estimate.preparing_bytes
     assert estimate.weights_bytes < wide.weights_bytes < estimate.preparing_bytes < wide.total_bytes
     assert estimate.activations_bytes < wide.activations_bytes
@@ -75,12 +75,12 @@ def test_activations_are_what_autograd_keeps(narrow: bool, norms: bool, checkpoi
     recipe = tiny_recipe(checkpoint.folder, Path("d"), train_norms=norms, **cut)
     base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
     measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=None)
-    model, method = adapt(base, checkpoint.family, recipe, 48, 24, measured)
+    model, method = adapt(base, checkpoint.family, recipe, {"hidden": 48}, 24, measured)
     method.on_step(0)
     if narrow:
-        narrow_model(model, method, 2, method.kept_channels())
+        slice_model(model, method, method.cuts())
     if norms:
-        train_norms(model, method, 2)
+        train_norms(model, method)
     model.train()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
@@ -96,11 +96,11 @@ def test_activations_are_what_autograd_keeps(narrow: bool, norms: bool, checkpoi
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     log_probabilities = ids.numel() * 384 * 4
     measured = sum(storage.nbytes() for storage in saved.values()) - log_probabilities
-    estimate = estimate_training(checkpoint, recipe, "float32", 48, 24, 128, "cpu")
+    estimate = estimate_training(checkpoint, recipe, "float32", {"hidden": 48}, 24, 128, "cpu")
     assert estimate.activations_bytes == pytest.approx(measured, rel=0.15)
     if norms:
         without = recipe.model_copy(update={"train_norms": False})
-        plain = estimate_training(checkpoint, without, "float32", 48, 24, 128, "cpu")
+        plain = estimate_training(checkpoint, without, "float32", {"hidden": 48}, 24, 128, "cpu")
         # Two norms of 48 in each of two layers, and the final one.
         assert estimate.method_parameters - plain.method_parameters == 5 * 48
 
@@ -109,7 +109,9 @@ def test_processes_of_fsdp_prepare_in_the_hosts_memory(checkpoint: Checkpoint, m
     recipe = tiny_recipe(checkpoint.folder, Path("d"), mask_start="energy")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     sizes = [BatchSize(rows=4, length_tokens=64, labelled_tokens=252)]
-    host, gpu = (estimate_training(checkpoint, recipe, "float32", 48, 24, 64, on, sizes) for on in ("cpu", "cuda"))
+    host, gpu = (
+        estimate_training(checkpoint, recipe, "float32", {"hidden": 48}, 24, 64, on, sizes) for on in ("cpu", "cuda")
+    )
     assert host.preparing_bytes > 0
     assert gpu.preparing_bytes == 0
 
@@ -117,7 +119,7 @@ def test_processes_of_fsdp_prepare_in_the_hosts_memory(checkpoint: Checkpoint, m
 def test_the_estimate_follows_its_causes(checkpoint: Checkpoint):
     def size(dtype: str = "float32", device: str = "cpu", **settings: object) -> preflight.Preflight:
         recipe = tiny_recipe(checkpoint.folder, Path("d"), **settings)
-        return estimate_training(checkpoint, recipe, dtype, 48, 24, 64, device)
+        return estimate_training(checkpoint, recipe, dtype, {"hidden": 48}, 24, 64, device)
 
     plain = size()
     assert plain.tokens_per_step == 4 * 2 * 64
@@ -133,12 +135,12 @@ def test_the_estimate_follows_its_causes(checkpoint: Checkpoint):
 
 def test_fsdp_holds_a_share(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch):
     recipe = tiny_recipe(checkpoint.folder, Path("d"))
-    whole = estimate_training(checkpoint, recipe, "float32", 48, 24, 64, "cuda")
+    whole = estimate_training(checkpoint, recipe, "float32", {"hidden": 48}, 24, 64, "cuda")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    every = estimate_training(checkpoint, recipe, "float32", 48, 24, 64, "cuda")
+    every = estimate_training(checkpoint, recipe, "float32", {"hidden": 48}, 24, 64, "cuda")
     assert (every.weights_bytes, every.trained_bytes) == (whole.weights_bytes, whole.trained_bytes)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    share = estimate_training(checkpoint, recipe, "float32", 48, 24, 64, "cuda")
+    share = estimate_training(checkpoint, recipe, "float32", {"hidden": 48}, 24, 64, "cuda")
     assert share.weights_bytes == pytest.approx(whole.weights_bytes * (1 / 8 + 1 / 2), rel=1e-3)
     assert share.trained_bytes == whole.trained_bytes // 8
     assert share.activations_bytes == whole.activations_bytes

@@ -20,6 +20,7 @@ from pat_serve.training.config import TrainRecipe
 from pat_serve.training.model import compensation
 from pat_serve.training.model.calibration import Calibration, calibrate, calibration_batches
 from pat_serve.training.model.insert import adapt, load_base
+from tests.compensating import make_up
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family, save_tiny_llama
 
@@ -59,13 +60,13 @@ def most_held(opened: Checkpoint, recipe: TrainRecipe, dtype: torch.dtype, batch
     with LiveBytes(list(base.parameters())) as measuring:
         measured = calibrate(base, opened.family, 2, batches, rotate=recipe.rotate, by_gradient=by_gradient)
     with LiveBytes(list(base.parameters())) as turning:
-        model, method = adapt(base, opened.family, recipe, 48, 24, measured)
+        model, method = adapt(base, opened.family, recipe, {"hidden": 48}, 24, measured)
     method.on_step(0)
     if not recipe.compensate:
         return max(measuring.peak, turning.peak)
     adapter = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     with LiveBytes(list(model.parameters())) as compensating:
-        compensation.compensate(model, method, opened.family, 2, batches)
+        make_up(model, method, batches, "full" if recipe.refit == "full" else "lora")
     return max(measuring.peak, turning.peak, adapter + compensating.peak)
 
 
@@ -80,10 +81,11 @@ def most_held(opened: Checkpoint, recipe: TrainRecipe, dtype: torch.dtype, batch
         ({}, 384, (128,) * 4),
         ({"rotate": "energy"}, LARGE_VOCABULARY, (9, 8)),
         ({"rotate": "energy", "compensate": True, "lora_head": True}, LARGE_VOCABULARY, (64, 9, 40, 64, 30)),
+        ({"rotate": "energy", "compensate": True, "refit": "full"}, LARGE_VOCABULARY, (64, 9, 40, 64, 30)),
         ({"compensate": True}, 384, (128,) * 4),
         ({"compensate": True}, 384, (64,) * 60),
     ],
-    ids=["loss", "gradient", "energy", "turning", "head", "branch", "states"],
+    ids=["loss", "gradient", "energy", "turning", "head", "refit", "branch", "states"],
 )
 def test_what_is_counted_is_what_is_held(
     settings: dict[str, Any], vocabulary: int, lengths: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
@@ -94,8 +96,8 @@ def test_what_is_counted_is_what_is_held(
     held = most_held(opened, recipe, dtype, batches)
     name = str(dtype).removeprefix("torch.")
     sizes = [BatchSize.of(batch) for batch in batches]
-    counted = estimate_training(opened, recipe, name, 48, 24, 128, "cpu", sizes).preparing_bytes
-    assert counted - weights_bytes(opened, recipe, DTYPE_BYTES[name], 64) == pytest.approx(held, rel=0.3)
+    counted = estimate_training(opened, recipe, name, {"hidden": 48}, 24, 128, "cpu", sizes).preparing_bytes
+    assert counted - weights_bytes(opened, recipe, DTYPE_BYTES[name], opened.sizes) == pytest.approx(held, rel=0.3)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +124,14 @@ def test_states_and_masks_of_all_rows(
     _enter = compensation._enter
     monkeypatch.setattr(compensation, "_enter", enter)
     measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=None)
-    model, method = adapt(load_base(opened, recipe, torch.float32), opened.family, recipe, 48, 24, measured)
+    model, method = adapt(load_base(opened, recipe, torch.float32), opened.family, recipe, {"hidden": 48}, 24, measured)
     method.on_step(0)
     batches = calibration_batches(samples(512, 9, 300, 40, 512, 512, 7, 1, 90), recipe.batch_size)
-    compensation.compensate(model, method, opened.family, 2, batches)
+    make_up(model, method, batches)
 
     def preparing(repeats: int) -> int:
         sizes = [BatchSize.of(batch) for batch in batches] * repeats
-        return estimate_training(opened, recipe, "float32", 48, 24, 10_000, "cpu", sizes).preparing_bytes
+        return estimate_training(opened, recipe, "float32", {"hidden": 48}, 24, 10_000, "cpu", sizes).preparing_bytes
 
     # So often that the states outweigh the rest.
     assert preparing(21) - preparing(20) == pytest.approx(sum(tensor.nbytes for tensor in held), rel=0.01)

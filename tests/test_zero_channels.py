@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from pat_serve.architectures import LLAMA
+from pat_serve.sizes import ModelSizes
 from pat_serve.training.methods.pat.method import Pat
 from tests.conftest import tiny_recipe
 from tests.tiny_models import tiny_llama
@@ -14,7 +15,8 @@ from tests.tiny_models import tiny_llama
 
 def test_pruned_channels_are_zero_through_every_norm_and_layer(tmp_path: Path):
     model = tiny_llama(attention_bias=True, mlp_bias=True)
-    method = Pat(tiny_recipe(tmp_path, tmp_path), LLAMA, hidden_size=64, target_width=48, total_steps=24)
+    sizes = ModelSizes.of(model.config.to_dict(), LLAMA)
+    method = Pat(tiny_recipe(tmp_path, tmp_path), LLAMA, sizes, sizes.with_counts({"hidden": 48}), 24)
     torch.manual_seed(1)
     method.attach(model, num_layers=2)
     with torch.no_grad():

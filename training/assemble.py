@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pat_serve.run_folder import list_checkpoints
 from pat_serve.terminal.progress import say, track
 from pat_serve.training.checks.prepare import Prepared
 from pat_serve.training.config import TENSORBOARD
@@ -32,8 +31,13 @@ class Job:
     """What is about to run."""
 
     trainer: PruningTrainer
-    method: Method
+    ready: Ready
     display: Display
+
+    @property
+    def method(self) -> Method:
+        """The run's."""
+        return self.ready.method
 
 
 def assemble(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> Job:
@@ -58,7 +62,8 @@ def assemble(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> J
     arguments = _arguments(prepared, run, method)
     if unused := use_one_device(arguments):
         say(f"{unused + 1} GPUs are visible and one is used; `accelerate launch` uses all (docs/scaling.md)")
-    display = Display(f"{recipe.method} to {prepared.inputs.target_width}")
+    told = ", ".join(f"{axis} {count}" for axis, count in prepared.inputs.shape.items())
+    display = Display(f"{recipe.method} to {told}")
     trainer = PruningTrainer(
         method=method,
         run=run,
@@ -72,10 +77,11 @@ def assemble(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> J
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    return Job(trainer=trainer, method=method, display=display)
+    return Job(trainer=trainer, ready=ready, display=display)
 
 
 def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> Ready:
+    from pat_serve.training.model.choice_file import load_earlier
     from pat_serve.training.model.insert import load_base
     from pat_serve.training.model.ready import make_ready
 
@@ -84,6 +90,7 @@ def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> Rea
     found, wanted = len(prepared.data.samples), recipe.calibration_rows
     if batches and found < wanted and not resumes:
         say(f"calibration: the data have {found} rows, of {wanted} wanted")
+    earlier = load_earlier(run) if resumes else None
     base = load_base(checkpoint, recipe, getattr(torch, inputs.dtype))
     calibration = None
     if method_of(recipe).wants_calibration(recipe):
@@ -91,16 +98,15 @@ def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> Rea
         calibration = ranks.agree(
             lambda: (Calibration.load(run) if resumes else None) or _measure(base, prepared, batches)
         )
-    # A checkpoint holds the adapter as it has become since.
-    compensated = resumes and bool(list_checkpoints(run))
     return make_ready(
         base,
         checkpoint.family,
         recipe,
-        inputs.target_width,
+        inputs.shape,
         inputs.total_steps,
         calibration=calibration,
-        compensate_on=() if compensated else batches,
+        batches=batches,
+        earlier=earlier,
     )
 
 
@@ -150,5 +156,5 @@ def _arguments(prepared: Prepared, run: Path, method: Method) -> TrainingArgumen
         remove_unused_columns=False,
         label_names=["labels"],
         # The mask's parameter gets no gradient any more once it is frozen.
-        ddp_find_unused_parameters=method.prunes,
+        ddp_find_unused_parameters=method.follows_writers,
     )

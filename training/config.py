@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 
+from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.locate import absolute
 from pat_serve.errors import UsageError, first_line
 from pat_serve.files.atomic import write_text
 from pat_serve.run_folder import RECIPE_FILE
+from pat_serve.shape import parse_shape
+from pat_serve.training.choices import CHOICE_NAMES
 from pat_serve.training.groups import check_groups, parse_scales, untrained_group
 from pat_serve.training.methods.pat.settings import PatSettings
 
@@ -86,8 +90,12 @@ class TrainRecipe(PatSettings):
     method: str = "pat"
     ratio: float | None = None
     hidden_size: int | None = None
+    # Counts to end with by axis, and what chooses them where it is not the default (training/choices/).
+    shape: dict[str, int] = pydantic.Field(default_factory=dict)
+    choose: dict[str, str] = pydantic.Field(default_factory=dict)
 
-    max_steps: int | None = pydantic.Field(default=None, ge=1)
+    # Of 0, what is cut is made up for and nothing is trained.
+    max_steps: int | None = pydantic.Field(default=None, ge=0)
     epochs: float = pydantic.Field(default=3.0, gt=0)
     batch_size: int = pydantic.Field(default=8, ge=1)
     gradient_accumulation_steps: int = pydantic.Field(default=16, ge=1)
@@ -111,6 +119,8 @@ class TrainRecipe(PatSettings):
     lora_dropout: float = pydantic.Field(default=0.05, ge=0, lt=1)
 
     compensate: bool | None = None
+    # Where that goes: into LoRA's start, or whole in the place of the weights.
+    refit: Literal["auto", "lora", "full"] = "auto"
     # Rows that the stream is measured on, before the first step; the export's parity prompts are the first 8.
     calibration_rows: int = pydantic.Field(default=128, ge=LEAST_CALIBRATION_ROWS)
     lora_head: bool | None = None
@@ -129,6 +139,22 @@ class TrainRecipe(PatSettings):
     def _one_width(self) -> TrainRecipe:
         if self.ratio is not None and self.hidden_size is not None:
             raise ValueError("give ratio or hidden_size, not both")
+        if self.shape and (self.ratio is not None or self.hidden_size is not None):
+            raise ValueError("give ratio, hidden_size or shape, one of them")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _inner_cuts(self) -> TrainRecipe:
+        inner = sorted(set(self.shape) - {HIDDEN})
+        if inner and self.distillation_weight:
+            raise ValueError(f"the teacher is the dense model, which a cut of {inner[0]} leaves nothing of")
+        if inner and self.quantize_base:
+            raise ValueError(f"a quantized base cannot be cut down, as a cut of {inner[0]} does")
+        if stray := sorted(set(self.choose) - set(inner)):
+            raise ValueError(f"choose says how to cut an axis of shape, and {stray[0]} is none")
+        for axis, name in self.choose.items():
+            if name not in CHOICE_NAMES[axis]:
+                raise ValueError(f"choose {axis}={' or '.join(CHOICE_NAMES[axis])}")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -141,6 +167,10 @@ class TrainRecipe(PatSettings):
             raise ValueError("compensate reads weights, which a quantized base has packed: no compensate")
         if self.train_norms and self.distillation_weight:
             raise ValueError("the teacher shares the student's norms: train_norms or distillation_weight, not both")
+        if self.refit == "full" and self.distillation_weight:
+            raise ValueError("the teacher shares the student's weights: refit lora, or no distillation_weight")
+        if self.refit != "auto" and self.compensate is False:
+            raise ValueError("refit says how to compensate: no refit, or compensate")
         if self.compensate and self.gate in ("anneal", "gradual"):
             raise ValueError("compensate makes up for a cut that is there from the start: gate cut")
         return self
@@ -154,6 +184,33 @@ class TrainRecipe(PatSettings):
         if self.streaming and self.eval_share is not None:
             raise ValueError("eval_data beside streaming, since a stream cannot be split")
         return self
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _method_follows_shape(cls, settings: object) -> object:
+        """Where the stream is not cut, nothing of PAT is left to do."""
+        if not isinstance(settings, dict) or not settings.get("shape") or settings.get("method") is not None:
+            return settings
+        shape = settings["shape"]
+        counts = parse_shape(shape) if isinstance(shape, str) else shape
+        return settings if HIDDEN in counts else {**settings, "method": "cut"}
+
+    @pydantic.field_validator("shape", mode="before")
+    @classmethod
+    def _parse_shape(cls, shape: object) -> object:
+        """As a flag it is a text."""
+        return parse_shape(shape) if isinstance(shape, str) else shape
+
+    @pydantic.field_validator("choose", mode="before")
+    @classmethod
+    def _parse_choose(cls, choose: object) -> object:
+        """As a flag it is a text: `layers=last,ffn=energy`."""
+        if not isinstance(choose, str):
+            return choose
+        pairs = [part.partition("=")[::2] for part in choose.split(",") if part.strip()]
+        if len({axis.strip() for axis, _ in pairs}) < len(pairs):
+            raise ValueError("every axis once")
+        return {axis.strip(): name.strip() for axis, name in pairs}
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -195,13 +252,14 @@ class TrainRecipe(PatSettings):
         named = {name: getattr(self, name) for name in ("model", "data", "eval_data")}
         return self.model_copy(update={name: absolute(path) for name, path in named.items() if path is not None})
 
-    def resolved(self, *, tied: bool, prunes: bool = True) -> TrainRecipe:
+    def resolved(self, *, tied: bool, prunes: bool = True, narrows: bool = True) -> TrainRecipe:
         """The recipe with every `auto` of the method decided by what measured best (docs/ablation.md).
 
         Args:
             tied: the base's head is its embedding. The rotation unties them: at equal parameters that keeps far more
                 than an unrotated model that stays tied, and what a step of decoding reads is the same.
             prunes: the method does; for one that does not there is nothing to decide.
+            narrows: it cuts the stream; for one that does not there are no axes, no mask and no gate.
 
         Raises:
             UsageError: what was chosen by hand does not go with what follows from the rest.
@@ -210,6 +268,20 @@ class TrainRecipe(PatSettings):
             self._refuse_pruning_settings()
             self._refuse_untrained_groups(lora_head=bool(self.lora_head), prunes=False)
             return self.model_copy(update=UNPRUNED | {"lora_head": bool(self.lora_head)})
+        if not narrows:
+            names = (*PatSettings.model_fields, "narrow")
+            self._refuse_pruning_settings(names, "leaves the stream as wide as it is")
+            self._refuse_untrained_groups(lora_head=bool(self.lora_head), prunes=False)
+            compensate = self.compensate is None or self.compensate
+            whole = {
+                "rotate": "none",
+                "mask_start": "energy",
+                "gate": "cut",
+                "lora_head": bool(self.lora_head),
+                "compensate": compensate,
+                "refit": self._resolved_refit(compensate),
+            }
+            return self.model_copy(update=whole)
         rotate = self.rotate
         if rotate == "auto":
             # Of principal axes an undecided mask throws strong ones away.
@@ -228,6 +300,7 @@ class TrainRecipe(PatSettings):
             "compensate": gate == "cut" and not self.quantize_base if self.compensate is None else self.compensate,
             "lora_head": rotate != "none" if self.lora_head is None else self.lora_head,
         }
+        refit = {"refit": self._resolved_refit(bool(chosen["compensate"]))}
         self._refuse_untrained_groups(lora_head=bool(chosen["lora_head"]), prunes=True)
         unused = rotate == "none" and chosen["mask_start"] == "zero" and not chosen["compensate"]
         default = TrainRecipe.model_fields["calibration_rows"].default
@@ -238,25 +311,32 @@ class TrainRecipe(PatSettings):
                 found=f"{self.calibration_rows} and a mask that starts undecided",
                 fix="Leave it out.",
             )
-        return TrainRecipe.build(self.model_dump() | chosen, "recipe")
+        return TrainRecipe.build(self.model_dump() | chosen | refit, "recipe")
+
+    def _resolved_refit(self, compensate: bool) -> str:
+        return "lora" if self.refit == "auto" and compensate else self.refit
 
     def _refuse_untrained_groups(self, *, lora_head: bool, prunes: bool) -> None:
         found = untrained_group(self.lr_scale, lora_head=lora_head, prunes=prunes, train_norms=self.train_norms)
         if found is not None:
             raise UsageError("--lr-scale", expected="groups that are trained", found=found[0], fix=found[1])
 
-    def _refuse_pruning_settings(self) -> None:
-        ties = {"tied_embeddings"}  # checked with the base
-        others = ("compensate", "calibration_rows", "narrow")
-        for name in (*(name for name in PatSettings.model_fields if name not in ties), *others):
+    def _refuse_pruning_settings(
+        self,
+        names: Iterable[str] = (*PatSettings.model_fields, "compensate", "refit", "calibration_rows", "narrow"),
+        why: str = "prunes nothing",
+    ) -> None:
+        for name in names:
+            if name == "tied_embeddings":
+                continue  # checked with the base
             value, default = getattr(self, name), TrainRecipe.model_fields[name].default
             # A preset's value says nothing of what the user wants.
             if value not in (default, PAPER.get(name, default)):
                 raise UsageError(
                     f"--{name.replace('_', '-')}",
-                    expected=f"none, since --method {self.method} prunes nothing",
+                    expected=f"none, since --method {self.method} {why}",
                     found=str(value),
-                    fix="Leave it out, or choose a method that prunes.",
+                    fix="Leave it out, or choose another method.",
                 )
 
     def resolved_warmup_steps(self, total_steps: int) -> int:

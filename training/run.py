@@ -8,7 +8,9 @@ from pathlib import Path
 
 from pat_serve.files.atomic import check_vacant, new_folder
 from pat_serve.files.disk import room_on_disk
-from pat_serve.run_folder import TENSORBOARD_FOLDER, checkpoint_step, list_checkpoints
+from pat_serve.plan import file_sha256
+from pat_serve.replaced import write_replaced
+from pat_serve.run_folder import TENSORBOARD_FOLDER, WEIGHTS_FOLDER, checkpoint_step, list_checkpoints
 from pat_serve.training.assemble import Job, assemble
 from pat_serve.training.checks.continuation import (
     RunState,
@@ -22,6 +24,7 @@ from pat_serve.training.checks.inputs import day_of
 from pat_serve.training.checks.prepare import Prepared, prepare
 from pat_serve.training.checks.room import check_disk, way_on
 from pat_serve.training.config import TENSORBOARD, TrainRecipe
+from pat_serve.training.model.choice_file import replaced_weights, save_choice
 from pat_serve.training.model.norms import trained_gains
 from pat_serve.training.model.slicing import wide_adapter
 from pat_serve.training.ranks import Ranks, snapshot
@@ -35,9 +38,9 @@ class Finished:
     """What a run came to."""
 
     run: Path
-    hidden_size: int
+    shape: dict[str, int]
     steps: int
-    train_loss: float
+    train_loss: float | None
 
 
 def start(recipe: TrainRecipe, run: Path, *, force: bool = False) -> Finished:
@@ -110,6 +113,9 @@ def _lay_out(prepared: Prepared, job: Job, run: Path) -> None:
         prepared.asked.save(staging)
         if job.method.calibration is not None:
             job.method.calibration.save(staging)
+        save_choice(staging, job.method.chosen)
+        model, replaced = job.trainer.model, job.ready.replaced
+        write_replaced(staging, replaced_weights(model, job.method, replaced))
 
 
 def _train(prepared: Prepared, job: Job, run: Path, ranks: Ranks, resume_from: Path | None) -> Finished:
@@ -126,13 +132,15 @@ def _train(prepared: Prepared, job: Job, run: Path, ranks: Ranks, resume_from: P
     if resume_from is not None:
         trainer.add_callback(LossesSoFar(trainer.restore_losses, resume_from))
     try:
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        if inputs.total_steps:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         job.display.close()
     # A run that is resumed after its last step takes no further one, and its mask must be frozen all the same.
     job.method.on_step(inputs.total_steps)
     _finish(prepared, run, job, ranks)
-    return Finished(run=run, hidden_size=inputs.target_width, steps=inputs.total_steps, train_loss=trainer.mean_loss)
+    loss = trainer.mean_loss if inputs.total_steps else None
+    return Finished(run=run, shape=inputs.shape, steps=inputs.total_steps, train_loss=loss)
 
 
 def _finish(prepared: Prepared, run: Path, job: Job, ranks: Ranks) -> None:
@@ -140,9 +148,10 @@ def _finish(prepared: Prepared, run: Path, job: Job, ranks: Ranks) -> None:
     # Left to itself, peft also writes the HSMs that sit under the adapted modules. Every rank gathers, rank 0 writes.
     lora = {name: snapshot(tensor) for name, tensor in job.trainer.trained() if ".lora_" in name}
     lora = wide_adapter(lora, method)
-    plan = method.plan(prepared.inputs.base)
+    weights = {path.name: file_sha256(path) for path in sorted((run / WEIGHTS_FOLDER).glob("*.safetensors"))}
+    plan = replace(method.plan(prepared.inputs.base), weights=weights)
     if prepared.recipe.train_norms:
-        plan = replace(plan, norms=trained_gains(model, method, prepared.checkpoint.num_layers))
+        plan = replace(plan, norms=trained_gains(model, method))
     ranks.agree(
         lambda: write_result(
             run,

@@ -43,12 +43,36 @@ def train(
         float | None, Flag(help="Share of --data to hold out instead; the seed decides which rows.")
     ] = None,
     eval_steps: Annotated[int | None, Flag(help="Steps between evaluations. [default: 100]")] = None,
-    method: Annotated[str | None, Flag(help="pat, or lora for the dense baseline. [default: pat]")] = None,
+    method: Annotated[
+        str | None,
+        Flag(
+            help="pat, cut (no narrower stream: --shape without hidden), or lora for the dense baseline. "
+            "[default: pat, or cut by the shape]"
+        ),
+    ] = None,
     ratio: Annotated[
         float | None, Flag(help="Share of the hidden channels to cut, in (0, 0.6]. [default: 0.25]")
     ] = None,
     hidden_size: Annotated[int | None, Flag(help="Width to end with, instead of --ratio.")] = None,
-    max_steps: Annotated[int | None, Flag(help="Optimizer steps; wins over --epochs.")] = None,
+    shape: Annotated[
+        str | None,
+        Flag(
+            metavar="AXIS=COUNT,...",
+            help="Counts to end with, of any of hidden, layers, ffn, kv_groups, instead of --ratio or --hidden-size.",
+        ),
+    ] = None,
+    choose: Annotated[
+        str | None,
+        Flag(
+            metavar="AXIS=NAME,...",
+            help="What chooses those that stay: layers=influence or last, ffn=obs or energy, kv_groups=refit. "
+            "[default: the first of each]",
+        ),
+    ] = None,
+    max_steps: Annotated[
+        int | None,
+        Flag(help="Optimizer steps; wins over --epochs. 0: cut and make up for it, without any training."),
+    ] = None,
     epochs: Annotated[float | None, Flag(help="Passes over the data. [default: 3]")] = None,
     batch_size: Annotated[int | None, Flag(help="Examples a device and micro-batch. [default: 8]")] = None,
     gradient_accumulation_steps: Annotated[int | None, Flag(help="Micro-batches a step. [default: 16]")] = None,
@@ -114,8 +138,13 @@ def train(
     compensate: Annotated[
         bool | None,
         Flag(
-            "--compensate/--no-compensate", help="Start LoRA where it makes up for the cut. [default: with --gate cut]"
+            "--compensate/--no-compensate",
+            help="Make up for the cut by least squares before the first step. [default: with --gate cut]",
         ),
+    ] = None,
+    refit: Annotated[
+        str | None,
+        Flag(help="Where that goes: full (new weights) or lora (the adapter's start, at its rank). [default: lora]"),
     ] = None,
     calibration_rows: Annotated[
         int | None,
@@ -207,9 +236,12 @@ def train(
         assert out is not None
         settings = preset(recipe) | (TrainRecipe.read(config) if config else {})
         # A flag also wins over the file's other way to say the same.
-        for one, other in (("ratio", "hidden_size"), ("hidden_size", "ratio"), ("epochs", "max_steps")):
-            if one in flags and other not in flags:
-                settings.pop(other, None)
+        sizes = ("ratio", "hidden_size", "shape")
+        others = {one: tuple(other for other in sizes if other != one) for one in sizes} | {"epochs": ("max_steps",)}
+        for one in others.keys() & flags.keys():
+            for other in others[one]:
+                if other not in flags:
+                    settings.pop(other, None)
         settings |= flags
         checked = TrainRecipe.build(settings, "recipe")
         finished = start_or_resume(checked, out) if auto else start(checked, out, force=force)
@@ -217,7 +249,7 @@ def train(
         say(f"{out}: finished already. Next: pat-export --ckpt {out} --out pruned/")
         return
     say(
-        f"{finished.run}: {finished.steps} steps, hidden_size {finished.hidden_size}. "
+        f"{finished.run}: {finished.steps} steps, {', '.join(f'{axis} {n}' for axis, n in finished.shape.items())}. "
         f"Next: pat-export --ckpt {finished.run} --out pruned/"
     )
 

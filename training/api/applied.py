@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ class AppliedPat:
 
     Attributes:
         frozen_sha256: of the base's weights as they were handed to the Trainer, rotated or not.
+        replaced: names in the base of the linears whose weights were replaced before the first step.
         samples: a few rows that the model was trained on.
         trained: the Trainer has come to its end.
         first_micro_batch: the next one is the first of its optimizer step.
@@ -30,6 +32,7 @@ class AppliedPat:
     recipe: TrainRecipe
     checkpoint: Checkpoint
     frozen_sha256: dict[str, str]
+    replaced: Sequence[str] = ()
     samples: list[list[int]] = field(default_factory=list)
     trained: bool = False
     in_step: bool = False

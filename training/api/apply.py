@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.checkpoints.locate import absolute
 from pat_serve.errors import UsageError
@@ -14,7 +15,7 @@ from pat_serve.training.api.applied import AppliedPat, frozen_hashes
 from pat_serve.training.api.callback import add_losses
 from pat_serve.training.checks.base_weights import require_same_weights
 from pat_serve.training.checks.cut_report import report_cut
-from pat_serve.training.checks.width import check_ties, target_width
+from pat_serve.training.checks.width import check_ties, target_shape
 from pat_serve.training.config import TrainRecipe, preset
 from pat_serve.training.methods import method_of
 from pat_serve.training.model.calibration import Calibration, calibrate, calibration_batches
@@ -34,6 +35,8 @@ class PatConfig:
         recipe: "default", or "paper" for PAT as published. What is None below is as the recipe has it.
         ratio: share of the hidden channels to cut, in (0, 0.6]; 0.25 when neither this nor hidden_size is given.
         hidden_size: width to end with, instead of a ratio.
+        shape: counts to end with by axis (hidden, layers, ffn, kv_groups), instead of either.
+        choose: what chooses them, by axis, where it is not the default.
         lora_rank: of the adapter.
         lora_alpha: of the adapter; its rank by default.
         lora_dropout: of the adapter.
@@ -42,7 +45,8 @@ class PatConfig:
         rotate: "none", or the axes to turn the residual stream to: "energy", "loss".
         mask_start: what the mask starts from: "zero", "energy", "gradient".
         gate: how it closes: "anneal", "gradual", "cut".
-        compensate: start LoRA where it makes up for the cut.
+        compensate: make up for the cut before the first step.
+        refit: where that goes: "full", into the weights, or "lora", into the adapter's start.
         tied_embeddings: "keep" or "untie", where the base ties them.
         train_norms: train the gains of the norms over the residual stream too.
         narrow: "auto" trains the kept channels alone where the cut stands before the first step; "off" all of them.
@@ -56,6 +60,8 @@ class PatConfig:
     recipe: Literal["default", "paper"] = "default"
     ratio: float | None = None
     hidden_size: int | None = None
+    shape: Mapping[str, int] | None = None
+    choose: Mapping[str, str] | None = None
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_dropout: float | None = None
@@ -65,6 +71,7 @@ class PatConfig:
     mask_start: str | None = None
     gate: str | None = None
     compensate: bool | None = None
+    refit: str | None = None
     tied_embeddings: str | None = None
     train_norms: bool | None = None
     narrow: str | None = None
@@ -104,26 +111,35 @@ def apply_pat(
         {"model": source, "revision": revision, "data": "passed to a Trainer", **chosen}, "PatConfig"
     )
     checkpoint = open_checkpoint(source, recipe.revision)
-    recipe = recipe.resolved(tied=checkpoint.tied)
+    chosen_method = method_of(recipe)
+    recipe = recipe.resolved(tied=checkpoint.tied, narrows=HIDDEN in chosen_method.axes)
     check_ties(recipe, checkpoint)
     require_same_weights(model, checkpoint)
-    width = target_width(recipe, checkpoint)
-    report_cut(recipe, checkpoint, width)
+    shape = target_shape(recipe, checkpoint)
+    report_cut(recipe, checkpoint, shape)
     examples = [_example(entry) for entry in calibration or ()]
     vocabulary = Vocabulary(rows=checkpoint.sizes.vocab, rowless={})
     vocabulary.require((token_id for example in examples for token_id in example["input_ids"]), "calibration")
     batches = calibration_batches(examples, CALIBRATION_BATCH)
-    measured = _measure(model, checkpoint, recipe, batches) if method_of(recipe).wants_calibration(recipe) else None
-    ready = make_ready(model, checkpoint.family, recipe, width, SOME_STEPS, calibration=measured, compensate_on=batches)
+    if not batches and chosen_method.wants_batches(recipe):
+        raise UsageError(
+            "calibration",
+            expected="some examples of the training data, to measure the residual stream on",
+            found="none",
+            fix='apply_pat(model, config, calibration=examples[:128]); PatConfig(recipe="paper") needs none.',
+        )
+    measured = _measure(model, checkpoint, recipe, batches) if chosen_method.wants_calibration(recipe) else None
+    ready = make_ready(model, checkpoint.family, recipe, shape, SOME_STEPS, calibration=measured, batches=batches)
     adapted: Any = ready.model
     method = ready.method
     gains: frozenset[str] = frozenset()
     if recipe.train_norms:
-        gains = frozenset(f"{name}.weight" for name, _ in hidden_norms(adapted, method, checkpoint.num_layers))
+        gains = frozenset(f"{name}.weight" for _, name, _ in hidden_norms(adapted, method))
     adapted.pat = AppliedPat(
         method=method,
         recipe=recipe,
         checkpoint=checkpoint,
+        replaced=ready.replaced,
         frozen_sha256=frozen_hashes(adapted.get_base_model(), gains),
     )
     adapted.register_forward_hook(add_losses, with_kwargs=True)
@@ -131,13 +147,6 @@ def apply_pat(
 
 
 def _measure(model: Any, checkpoint: Checkpoint, recipe: TrainRecipe, batches: list[dict[str, Any]]) -> Calibration:
-    if not batches:
-        raise UsageError(
-            "calibration",
-            expected="some examples of the training data, to measure the residual stream on",
-            found="none",
-            fix='apply_pat(model, config, calibration=examples[:128]); PatConfig(recipe="paper") needs none.',
-        )
     rotate, by_gradient = recipe.rotate, recipe.mask_start == "gradient"
     assert rotate != "auto", "the recipe was not resolved"
     return calibrate(model, checkpoint.family, checkpoint.num_layers, batches, rotate=rotate, by_gradient=by_gradient)

@@ -9,8 +9,10 @@ from typing import Any
 from pat_serve.errors import ChangedInput, UnfinishedRun, UsageError
 from pat_serve.files.atomic import check_vacant, new_folder
 from pat_serve.files.disk import room_on_disk
+from pat_serve.replaced import write_replaced
 from pat_serve.training.api.applied import AppliedPat, applied, frozen_hashes
 from pat_serve.training.data import load_tokenizer
+from pat_serve.training.model.choice_file import replaced_weights
 from pat_serve.training.model.norms import trained_gains
 from pat_serve.training.model.slicing import wide_adapter
 from pat_serve.training.result import write_result
@@ -59,9 +61,10 @@ def save_run(
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(handle.checkpoint.folder)
     with room_on_disk(folder, lambda: "Free some space, or save elsewhere."), new_folder(folder) as staging:
         handle.recipe.model_copy(update={"max_steps": handle.method.total_steps}).save(staging)
-        plan = handle.method.plan(handle.checkpoint.reference())
+        weights = write_replaced(staging, replaced_weights(model, handle.method, handle.replaced))
+        plan = replace(handle.method.plan(handle.checkpoint.reference()), weights=weights)
         if handle.recipe.train_norms:
-            plan = replace(plan, norms=trained_gains(model, handle.method, handle.checkpoint.num_layers))
+            plan = replace(plan, norms=trained_gains(model, handle.method))
         lora = {name: tensor.cpu() for name, tensor in model.state_dict().items() if ".lora_" in name}
         lora = wide_adapter(lora, handle.method)
         write_result(staging, model=model, lora=lora, tokenizer=tokenizer, prompts=prompts, plan=plan)

@@ -6,14 +6,17 @@ its parameters, and no width changes the KV cache.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.fitness import Shape, shape_of
 from pat_serve.geometry import count_parameters, legal_step, legal_widths
-from pat_serve.sizes import ModelShape, decode_bytes
+from pat_serve.sizes import ModelShape, ModelSizes, decode_bytes
 from pat_serve.sizes import shape_of as sizes_of
 from pat_serve.terminal.progress import say
+from pat_serve.training.checks.memory import base_parameters
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import method_of
 
@@ -23,40 +26,59 @@ LOADS = ((1, 128), (8, 1024))
 TOLERANCE = 0.02
 
 
-def report_cut(recipe: TrainRecipe, checkpoint: Checkpoint, width: int) -> None:
+def report_cut(recipe: TrainRecipe, checkpoint: Checkpoint, shape: Mapping[str, int]) -> None:
     """Tell the user what goes, and what would reach the share that was asked for.
 
     Args:
         recipe: resolved.
         checkpoint: the base; its headers alone are read.
-        width: K.
+        shape: counts to end with, by axis.
     """
     if method_of(recipe).prunes:
-        for line in cut_lines(recipe, checkpoint, width):
+        for line in cut_lines(recipe, checkpoint, shape):
             say(line)
 
 
-def cut_lines(recipe: TrainRecipe, checkpoint: Checkpoint, width: int) -> list[str]:
+def cut_lines(recipe: TrainRecipe, checkpoint: Checkpoint, shape: Mapping[str, int]) -> list[str]:
     """The report's lines, for a method that prunes. The arguments are those of `report_cut`."""
     unties = gets_own_head(recipe, checkpoint)
     before, after = shape_of(checkpoint), shape_of(checkpoint, unties_head=unties)
+    width, target = shape[HIDDEN], checkpoint.sizes.with_counts(shape)
     base, kept = before.parameters(checkpoint.hidden_size), after.parameters(width)
     dense = sizes_of(checkpoint.config, checkpoint.source)
-    cut = replace(dense, hidden_size=width, head_dim=checkpoint.head_dim, tied_head=checkpoint.tied and not unties)
+    cut = replace(
+        dense,
+        hidden_size=width,
+        num_layers=target.layers,
+        num_heads=target.heads,
+        num_kv_heads=target.kv_heads,
+        head_dim=target.head_dim,
+        ffn_size=target.ffn,
+        tied_head=checkpoint.tied and not unties,
+    )
+    if target != replace(checkpoint.sizes, hidden=width):
+        kept = base_parameters(checkpoint, recipe, target)
     item_bytes = checkpoint.dtype.itemsize
     read = ", ".join(
         f"{_less(_step_bytes(dense, load, item_bytes), _step_bytes(cut, load, item_bytes))} at {load[0]}x{load[1]}"
         for load in LOADS
     )
     lines = [
-        f"cut: hidden_size {checkpoint.hidden_size} to {width}; parameters {count_parameters(base)} to "
+        f"cut: {_changes(checkpoint.sizes, target)}; parameters {count_parameters(base)} to "
         f"{count_parameters(kept)}, {_less(base, kept)}; bytes read for a decoded token {read} (batch x context); "
         f"KV cache {_less(dense.kv_values_per_token, cut.kv_values_per_token)}"
     ]
     asked = 0.25 if recipe.ratio is None else recipe.ratio
-    if unties and recipe.hidden_size is None and 1 - kept / base < asked - TOLERANCE:
+    if unties and recipe.hidden_size is None and not recipe.shape and 1 - kept / base < asked - TOLERANCE:
         lines.append(_way_out(checkpoint, before, after, asked, width))
     return lines
+
+
+def _changes(base: ModelSizes, target: ModelSizes) -> str:
+    """ "hidden_size 576 to 432, layers 30 to 27" """
+    names = {"hidden": "hidden_size", "layers": "layers", "ffn": "FFN", "kv_heads": "key-value heads"}
+    pairs = [(told, getattr(base, name), getattr(target, name)) for name, told in names.items()]
+    return ", ".join(f"{told} {before} to {after}" for told, before, after in pairs if before != after)
 
 
 def gets_own_head(recipe: TrainRecipe, checkpoint: Checkpoint) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pydantic
 
+from pat_serve.axes import HIDDEN
 from pat_serve.errors import ChangedInput
 from pat_serve.files.atomic import write_text
 from pat_serve.plan import BaseReference
@@ -28,7 +29,7 @@ class RunInputs(pydantic.BaseModel):
             name and the hash of its first 1,000 examples.
         held_out_sha256: likewise of the rows that it is evaluated on.
         total_steps: optimizer steps, which the schedules are stretched over.
-        target_width: K.
+        shape: counts to end with, by axis; the stream's always among them.
         dtype: of the frozen base weights, which `auto` chose by the machine.
         narrow: the model is cut down to the kept channels before its first step, so checkpoints are as narrow.
         day: that the chat template wrote into the rows, as ISO 8601 has it; None where it writes none.
@@ -41,11 +42,20 @@ class RunInputs(pydantic.BaseModel):
     examples_sha256: str
     held_out_sha256: str | None = None
     total_steps: int
-    target_width: int
+    shape: dict[str, int]
     dtype: str
     narrow: bool = False
     day: str | None = None
     processes: int = 1
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _of_an_earlier_version(cls, record: object) -> object:
+        """Its runs cut the stream alone."""
+        if isinstance(record, dict) and "target_width" in record:
+            record = {**record, "shape": {HIDDEN: record["target_width"]}}
+            del record["target_width"]
+        return record
 
     def save(self, run: Path) -> None:
         """Write inputs.json, atomically."""

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, HEAD
+from pat_serve.architectures import HEAD
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.rotation import ROWS_AT_ONCE
+from pat_serve.sizes import ModelSizes
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import method_of
 
@@ -45,23 +46,24 @@ class BatchSize:
         return self.rows * self.length_tokens
 
 
-def base_parameters(checkpoint: Checkpoint, recipe: TrainRecipe, hidden: int) -> int:
-    """The base's own, at a width."""
-    shapes = {name: list(entry.shape) for name, entry in checkpoint.tensors.items()}
+def base_parameters(checkpoint: Checkpoint, recipe: TrainRecipe, sizes: ModelSizes) -> int:
+    """The base's own, cut to these sizes."""
+    names = dict.fromkeys(checkpoint.tensors)
     if checkpoint.tied:
-        shapes.pop(f"{HEAD}.weight", None)
+        names.pop(f"{HEAD}.weight", None)
     if unties(checkpoint, recipe):
-        shapes[f"{HEAD}.weight"] = shapes[f"{EMBEDDING}.weight"]
+        names[f"{HEAD}.weight"] = None
     count = 0
-    for name, shape in shapes.items():
-        at = checkpoint.family.match(name)[0].hidden_dimension
-        count += math.prod(hidden if dimension == at else size for dimension, size in enumerate(shape))
+    for name in names:
+        spec, layer, kind = checkpoint.family.match(name)
+        if layer is None or layer < sizes.layers:
+            count += math.prod(spec.shape(kind, sizes))
     return count
 
 
-def weights_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, hidden: int) -> int:
-    """The base's own, at a width, `width` bytes a number in its dtype, or quantized."""
-    weights = base_parameters(checkpoint, recipe, hidden) * width
+def weights_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, sizes: ModelSizes) -> int:
+    """The base's own, cut to these sizes, `width` bytes a number in its dtype, or quantized."""
+    weights = base_parameters(checkpoint, recipe, sizes) * width
     if recipe.quantize_base:
         weights -= round(_quantized_parameters(checkpoint) * (width - NF4_BYTES))
     return weights
@@ -78,26 +80,28 @@ def _quantized_parameters(checkpoint: Checkpoint) -> int:
     return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
 
 
-def dense_bytes_per_token(checkpoint: Checkpoint, width: int, hidden: int) -> int:
+def dense_bytes_per_token(sizes: ModelSizes, width: int) -> int:
     """What autograd keeps of one frozen decoder layer for each token, in bytes; `width` bytes a number in its dtype.
 
     Frozen linears keep nothing of a token. Attention keeps no scores: sdpa's kernels recompute them.
     """
-    norms = 2 * 4 * hidden  # their inputs, in float32
-    return norms + sum(_branches_bytes_per_token(checkpoint, width))
+    norms = 2 * 4 * sizes.hidden  # their inputs, in float32
+    return norms + sum(_branches_bytes_per_token(sizes, width))
 
 
-def _branches_bytes_per_token(checkpoint: Checkpoint, width: int) -> tuple[int, int]:
+def _branches_bytes_per_token(sizes: ModelSizes, width: int) -> tuple[int, int]:
     """Of an attention and of an MLP, without their norms."""
-    attention = 4 * checkpoint.num_attention_heads * checkpoint.head_dim * width  # q, k, v (repeated), the output
-    mlp = 3 * checkpoint.sizes.ffn * width  # gate before and after the activation, up
+    attention = 4 * sizes.heads * sizes.head_dim * width  # q, k, v (repeated), the output
+    mlp = 3 * sizes.ffn * width  # gate before and after the activation, up
     return attention, mlp
 
 
-def tuning_bytes_per_token(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, device: str, hidden: int) -> int:
+def tuning_bytes_per_token(
+    checkpoint: Checkpoint, recipe: TrainRecipe, width: int, device: str, sizes: ModelSizes
+) -> int:
     """What LoRA and the method add to that."""
-    ffn, heads = checkpoint.sizes.ffn, checkpoint.num_attention_heads * checkpoint.head_dim
-    inputs = 5 * hidden + heads + ffn  # of the seven linears that LoRA adapts
+    hidden, heads = sizes.hidden, sizes.heads * sizes.head_dim
+    inputs = 5 * hidden + heads + sizes.ffn  # of the seven linears that LoRA adapts
     # What LoRA's A gets, and what dropout remembers: bits as bytes on a GPU, float32 factors on a CPU.
     dropout = (1 if device == "cuda" else 4) if recipe.lora_dropout else 0
     lora = inputs * (width + dropout) + 7 * recipe.lora_rank * width
@@ -114,7 +118,7 @@ def preparing_bytes(
     checkpoint: Checkpoint,
     recipe: TrainRecipe,
     width: int,
-    kept: int,
+    target: ModelSizes,
     calibration: Sequence[BatchSize],
     adapter_parameters: int,
 ) -> int:
@@ -124,7 +128,7 @@ def preparing_bytes(
         checkpoint: the base.
         recipe: the run's settings.
         width: bytes of a number in the base's dtype.
-        kept: K.
+        target: sizes to end with.
         calibration: each padded batch of the calibration's samples.
         adapter_parameters: trained ones at the base's width.
     """
@@ -135,14 +139,14 @@ def preparing_bytes(
         copies = 2 if width == 4 else 3
         held.append(4 * hidden * (hidden + copies * min(ROWS_AT_ONCE, _most_outputs(checkpoint))))
     if recipe.compensate:
-        held.append(4 * adapter_parameters + _compensating_bytes(checkpoint, recipe, width, kept, calibration))
-    return weights_bytes(checkpoint, recipe, width, hidden) + max(held)
+        held.append(4 * adapter_parameters + _compensating_bytes(checkpoint, recipe, width, target, calibration))
+    return weights_bytes(checkpoint, recipe, width, checkpoint.sizes) + max(held)
 
 
 def _measuring_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, size: BatchSize) -> int:
     """Of calibration, on one batch."""
     tokens, hidden, layers = size.tokens, checkpoint.hidden_size, checkpoint.num_layers
-    layer = dense_bytes_per_token(checkpoint, width, hidden)
+    layer = dense_bytes_per_token(checkpoint.sizes, width)
     # A second moment in float32 and float64, and its sum before and after; of the gradient, the energy's sum too.
     moments = (36 if recipe.rotate == "loss" else 28) * hidden * hidden
     # The log-probabilities and two gradients in float32.
@@ -159,9 +163,10 @@ def _measuring_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, si
 
 
 def _compensating_bytes(
-    checkpoint: Checkpoint, recipe: TrainRecipe, width: int, kept: int, calibration: Sequence[BatchSize]
+    checkpoint: Checkpoint, recipe: TrainRecipe, width: int, target: ModelSizes, calibration: Sequence[BatchSize]
 ) -> int:
-    hidden, config = checkpoint.hidden_size, checkpoint.config
+    sizes, config = checkpoint.sizes, checkpoint.config
+    hidden, kept = sizes.hidden, target.hidden
     # Of families that have one and may leave it unused.
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     # Dense and cut states of all rows, from layer to layer, and the masks of what is padded or out of a window.
@@ -169,14 +174,26 @@ def _compensating_bytes(
         size.tokens * (2 * hidden * width + (size.length_tokens if _masked(size, window) else 0))
         for size in calibration
     )
-    outputs = checkpoint.sizes.vocab if recipe.lora_head else checkpoint.sizes.ffn
+    full = recipe.refit == "full"
+    head = (unties(checkpoint, recipe) or not sizes.tied) if full else recipe.lora_head
+    outputs = sizes.vocab if head else sizes.ffn
     # What the largest reader lacks, in float32; a piece of its 16-bit rows in float32, or its random projection.
     piece = 4 * min(ROWS_AT_ONCE, outputs) * hidden if width < 4 else 0
-    change = 4 * outputs * kept + max(piece, 8 * outputs * recipe.lora_rank)
+    # Of a refit, the kept columns before and after in the weight's dtype.
+    change = 4 * outputs * kept + max(piece, 2 * width * outputs * kept if full else 8 * outputs * recipe.lora_rank)
     # In float64: the moments' factor, and the guess with what it is made of.
-    moments = 8 * kept * (kept + 2 * hidden)
+    moments = 8 * kept * (kept + 2 * hidden) if kept < hidden else 0
     # A branch at work, and its norm in float32, twice.
-    branch = (8 * hidden + max(_branches_bytes_per_token(checkpoint, width))) * max(size.tokens for size in calibration)
+    branch = (8 * hidden + max(_branches_bytes_per_token(sizes, width))) * max(size.tokens for size in calibration)
+    # Of a writer that loses inputs: what it should give for every row, its moments, their inverse and a kept part.
+    inner = [
+        length
+        for length, left in ((sizes.ffn, target.ffn), (sizes.heads * sizes.head_dim, target.heads * sizes.head_dim))
+        if left < length or target.layers < sizes.layers
+    ]
+    if inner:
+        states += width * hidden * sum(size.tokens for size in calibration)
+        moments = max(moments, 8 * max(inner) * (4 * max(inner) + 2 * hidden))
     # The axes that the base was turned to, which the run keeps, and the moments of the batches before.
     kept_on = (4 * hidden * hidden if recipe.rotate != "none" else 0) + 8 * kept * (kept + hidden)
     return states + kept_on + max(branch, change + moments)

@@ -6,11 +6,12 @@ The bytes are counted, not measured (memory.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.errors import TooLarge
 from pat_serve.machine.hardware import DTYPE_BYTES, available_memory_bytes
@@ -27,7 +28,7 @@ from pat_serve.training.checks.memory import (
 )
 from pat_serve.training.config import LEAST_CALIBRATION_ROWS, TrainRecipe
 from pat_serve.training.methods import method_of
-from pat_serve.training.model.ready import make_ready
+from pat_serve.training.model.ready import count_ready
 from pat_serve.training.ranks import sharded_by_fsdp
 
 # A float32 weight, its gradient and Adam's two moments.
@@ -105,7 +106,7 @@ def check_memory(
     checkpoint: Checkpoint,
     recipe: TrainRecipe,
     dtype: str,
-    target_width: int,
+    shape: Mapping[str, int],
     total_steps: int,
     longest_tokens: int,
     calibration: Sequence[BatchSize],
@@ -116,16 +117,15 @@ def check_memory(
         TooLarge: more than there is, unless the recipe skips the check.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    estimate = estimate_training(
-        checkpoint, recipe, dtype, target_width, total_steps, longest_tokens, device, calibration
-    )
+    estimate = estimate_training(checkpoint, recipe, dtype, shape, total_steps, longest_tokens, device, calibration)
     if device == "cuda":
         available = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
     else:
         available = available_memory_bytes()
-    wide = method_of(recipe).stays_wide(recipe)
-    if method_of(recipe).prunes:
-        channels = f"{target_width} of {checkpoint.hidden_size}" if wide is None else f"all {checkpoint.hidden_size}"
+    method = method_of(recipe)
+    wide = method.stays_wide(recipe)
+    if method.prunes:
+        channels = f"{shape[HIDDEN]} of {checkpoint.hidden_size}" if wide is None else f"all {checkpoint.hidden_size}"
         say(f"preflight: trains {channels} channels" + (f", since {wide}" if wide else ""))
     estimate.report(available, device)
     if not recipe.skip_preflight:
@@ -161,7 +161,7 @@ def estimate_training(
     checkpoint: Checkpoint,
     recipe: TrainRecipe,
     dtype: str,
-    target_width: int,
+    shape: Mapping[str, int],
     total_steps: int,
     longest_tokens: int,
     device: str,
@@ -173,42 +173,45 @@ def estimate_training(
         checkpoint: the base; its headers alone are read.
         recipe: the run's settings.
         dtype: of the frozen base.
-        target_width: K.
+        shape: counts to end with, by axis.
         total_steps: of the run.
         longest_tokens: of a row of the data.
         device: "cpu" or "cuda", whose dropout keep different things.
         calibration: each padded batch that the base is measured on, if it is.
     """
-    narrow = method_of(recipe).stays_wide(recipe) is None
-    hidden = target_width if narrow else checkpoint.hidden_size
-    lora, own, adapter = _trained_parameters(checkpoint, recipe, target_width, total_steps)
-    base = base_parameters(checkpoint, recipe, hidden)
+    target = checkpoint.sizes.with_counts(shape)
+    wide = method_of(recipe).stays_wide(recipe) is not None
+    # As it is in memory while it is trained.
+    trained_sizes = replace(target, hidden=checkpoint.hidden_size) if wide else target
+    hidden = trained_sizes.hidden
+    lora, own, adapter = _trained_parameters(checkpoint, recipe, shape, total_steps)
+    base = base_parameters(checkpoint, recipe, trained_sizes)
     width = DTYPE_BYTES[dtype]
-    weights = weights_bytes(checkpoint, recipe, width, hidden)
+    weights = weights_bytes(checkpoint, recipe, width, trained_sizes)
     tokens = recipe.batch_size * longest_tokens
     layer = (
-        dense_bytes_per_token(checkpoint, width, hidden)
-        + tuning_bytes_per_token(checkpoint, recipe, width, device, hidden)
+        dense_bytes_per_token(trained_sizes, width)
+        + tuning_bytes_per_token(checkpoint, recipe, width, device, trained_sizes)
     ) * tokens
     if recipe.gradient_checkpointing:
-        activations = checkpoint.num_layers * hidden * width * tokens + layer
+        activations = target.layers * hidden * width * tokens + layer
     else:
-        activations = checkpoint.num_layers * layer
+        activations = target.layers * layer
     # The embedding's HSM and the final norm.
     activations += tokens * hidden * (4 + (2 * width if method_of(recipe).follows_writers else 0))
     on_heap = device == "cpu" and tokens * hidden * width < HEAP_BLOCK_BYTES
     # The log-probabilities and two gradients in float32; of a 16-bit head its own gradient as well.
     # To distil: both models' log-probabilities, the teacher's logits, and what the divergence keeps of each.
     distilled = 16 + width if recipe.distillation_weight else 0
-    logits = tokens * checkpoint.sizes.vocab * (12 + (width if width < 4 else 0) + distilled)
+    logits = tokens * target.vocab * (12 + (width if width < 4 else 0) + distilled)
     preparing = 0
     if calibration and not (sharded_by_fsdp() and device == "cuda"):
-        preparing = preparing_bytes(checkpoint, recipe, width, target_width, calibration, adapter)
+        preparing = preparing_bytes(checkpoint, recipe, width, target, calibration, adapter)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trained = (lora + own) * TRAINED_BYTES
     if sharded_by_fsdp() and processes > 1:
         # Its share of everything, and the layer at work in full.
-        weights = weights // processes + weights // checkpoint.num_layers
+        weights = weights // processes + weights // target.layers
         trained //= processes
     return Preflight(
         base_parameters=base,
@@ -226,7 +229,7 @@ def estimate_training(
 
 
 def _trained_parameters(
-    checkpoint: Checkpoint, recipe: TrainRecipe, target_width: int, total_steps: int
+    checkpoint: Checkpoint, recipe: TrainRecipe, shape: Mapping[str, int], total_steps: int
 ) -> tuple[int, int, int]:
     """LoRA's, the method's, and both before the base is cut: counted on the very modules, without storage."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -238,9 +241,7 @@ def _trained_parameters(
         base = AutoModelForCausalLM.from_config(config)
         if unties(checkpoint, recipe):
             untie_head(base)
-        # No mask says which channels stay, and all are alike to count.
-        kept_K = torch.arange(target_width, device="cpu")
-        ready = make_ready(base, checkpoint.family, uncalibrated, target_width, total_steps, kept_K=kept_K)
+        ready = count_ready(base, checkpoint.family, uncalibrated, shape, total_steps)
     trained = {name: parameter.numel() for name, parameter in ready.model.named_parameters() if parameter.requires_grad}
     lora = sum(count for name, count in trained.items() if ".lora_" in name)
     return lora, sum(trained.values()) - lora, ready.wide_parameters

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.machine.hardware import serving_dtype
@@ -17,7 +18,7 @@ from pat_serve.training.checks.cut_report import report_cut
 from pat_serve.training.checks.inputs import RunInputs
 from pat_serve.training.checks.memory import BatchSize
 from pat_serve.training.checks.preflight import Preflight, check_memory
-from pat_serve.training.checks.width import check_ties, target_width
+from pat_serve.training.checks.width import check_ties, target_shape
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import TrainingData, load_tokenizer, read_training_data
 from pat_serve.training.data.day import DatedTokenizer, writes_the_day
@@ -66,10 +67,10 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     check_reporters(recipe.report_to)
     refuse_zero3()
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
-    asked, recipe = recipe, recipe.resolved(tied=checkpoint.tied, prunes=method.prunes)
+    asked, recipe = recipe, recipe.resolved(tied=checkpoint.tied, prunes=method.prunes, narrows=HIDDEN in method.axes)
     check_ties(recipe, checkpoint)
-    width = target_width(recipe, checkpoint)
-    report_cut(recipe, checkpoint, width)
+    shape = target_shape(recipe, checkpoint)
+    report_cut(recipe, checkpoint, shape)
     day = day or date.today()
     tokenizer = load_tokenizer(checkpoint.folder)
     dated: Any = DatedTokenizer(tokenizer, day)
@@ -81,29 +82,34 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     # An epoch's last step may be a smaller one, as the Trainer takes it.
     micro_batches = math.ceil((rows or 0) / (recipe.batch_size * ranks.count))
     steps_per_epoch = math.ceil(micro_batches / recipe.gradient_accumulation_steps)
-    total_steps = recipe.max_steps or max(1, round(recipe.epochs * steps_per_epoch))
+    total_steps = max(1, round(recipe.epochs * steps_per_epoch)) if recipe.max_steps is None else recipe.max_steps
     least = method.least_steps(recipe)
-    if method.prunes and total_steps < least:
+    untrained = total_steps == 0 and least == 1 and method.prunes
+    if total_steps < least and not untrained:
         raise UsageError(
-            "--max-steps" if recipe.max_steps else "--epochs",
-            expected=f"at least {least} optimizer steps, in which --gate {recipe.gate} closes",
-            found=str(total_steps) if recipe.max_steps else f"{total_steps} ({rows} rows in batches of {batch})",
-            fix="Raise it." if recipe.max_steps else "Raise it, or lower --gradient-accumulation-steps.",
+            "--max-steps" if recipe.max_steps is not None else "--epochs",
+            expected=f"at least {least} optimizer steps, in which --gate {recipe.gate} closes"
+            if method.prunes
+            else "at least one optimizer step, since nothing is cut",
+            found=str(total_steps)
+            if recipe.max_steps is not None
+            else f"{total_steps} ({rows} rows in batches of {batch})",
+            fix="Raise it." if recipe.max_steps is not None else "Raise it, or lower --gradient-accumulation-steps.",
         )
     dtype = serving_dtype(recipe.dtype)
     # An older GPU serves in float16, which cannot be trained in without scaling the loss.
     dtype = "float32" if dtype == "float16" else dtype
-    calibrates = method.wants_calibration(recipe)
-    calibration = calibration_batches(data.samples, rows_at_once(recipe)) if calibrates else []
+    looks = method.wants_batches(recipe)
+    calibration = calibration_batches(data.samples, rows_at_once(recipe)) if looks else []
     sizes = [BatchSize.of(batch) for batch in calibration]
     # Before the base is hashed, which reads all of it.
-    preflight = check_memory(checkpoint, recipe, dtype, width, total_steps, data.longest_tokens, sizes)
+    preflight = check_memory(checkpoint, recipe, dtype, shape, total_steps, data.longest_tokens, sizes)
     inputs = RunInputs(
         base=checkpoint.reference(),
         examples_sha256=data.train_sha256,
         held_out_sha256=data.held_out_sha256,
         total_steps=total_steps,
-        target_width=width,
+        shape=shape,
         day=day.isoformat() if writes_the_day(tokenizer) else None,
         processes=ranks.count,
         dtype=dtype,

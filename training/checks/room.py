@@ -6,9 +6,13 @@ tests/test_full_disk.py compares the count with what runs leave.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+from pat_serve.architectures import HEAD
+from pat_serve.axes import HIDDEN, LAYERS
 from pat_serve.files.disk import check_room
+from pat_serve.machine.hardware import DTYPE_BYTES
 from pat_serve.run_folder import checkpoint_step, list_checkpoints
 from pat_serve.training.checks.prepare import Prepared
 from pat_serve.training.methods import method_of
@@ -34,10 +38,31 @@ def run_bytes(prepared: Prepared) -> tuple[int, int, int]:
     checkpoint = round((size.lora_parameters + size.method_parameters) * _CHECKPOINT_BYTES) + _SMALL_FILES_BYTES
     # The rotation is there twice: measured, and in the plan.
     rotations = 2 if method_of(recipe).prunes and recipe.rotate != "none" else 0
-    result = size.wide_parameters * 4 + rotations * prepared.checkpoint.hidden_size**2 * 4 + _SMALL_FILES_BYTES
+    # Replaced weights, in the base's shapes.
+    replaced = _replaced_bytes(prepared)
+    result = (
+        replaced + size.wide_parameters * 4 + rotations * prepared.checkpoint.hidden_size**2 * 4 + _SMALL_FILES_BYTES
+    )
     lines = math.ceil(inputs.total_steps / recipe.logging_steps) + 2
     tokenizer = sum(path.stat().st_size for path in prepared.checkpoint.folder.glob("tokenizer*") if path.is_file())
     return at_once, checkpoint, result + lines * _LINE_BYTES + tokenizer
+
+
+def _replaced_bytes(prepared: Prepared) -> int:
+    """Of the weights that a full refit replaces: at most those of all layers that stay, and the head."""
+    recipe, checkpoint = prepared.recipe, prepared.checkpoint
+    if not (recipe.compensate and recipe.refit == "full"):
+        return 0
+    shape = prepared.inputs.shape
+    sizes = replace(checkpoint.sizes, layers=shape.get(LAYERS, checkpoint.sizes.layers))
+    narrows = shape[HIDDEN] < checkpoint.hidden_size
+    numbers = 0
+    for name, spec, layer in checkpoint.family.modules(sizes.layers):
+        reads = narrows and spec.norm is not None and not (name == HEAD and checkpoint.tied and recipe.rotate == "none")
+        axis = spec.dims[-1][0].axis
+        writes = layer is not None and spec.writes_residual and (axis in shape or LAYERS in shape)
+        numbers += math.prod(spec.shape("weight", checkpoint.sizes)) if reads or writes else 0
+    return numbers * DTYPE_BYTES[prepared.inputs.dtype]
 
 
 def check_disk(prepared: Prepared, run: Path) -> None:

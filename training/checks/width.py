@@ -1,32 +1,63 @@
-"""The width that a run ends with."""
+"""The shape that a run ends with."""
 
 from __future__ import annotations
 
+from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.fitness import shape_of, slow_width
 from pat_serve.geometry import check_width, fast_tile, snap_ratio
+from pat_serve.shape import check_shape
 from pat_serve.terminal.progress import say
 from pat_serve.training.checks.cut_report import gets_own_head
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import method_of
+from pat_serve.training.methods.pat.method import Pat
 
 
-def target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
-    """K, from the recipe's hidden_size or ratio; the base's own width for a method that does not prune.
+def target_shape(recipe: TrainRecipe, checkpoint: Checkpoint) -> dict[str, int]:
+    """Counts to end with by axis, the stream's always among them; the base's own for a method that does not prune.
 
     Raises:
-        UsageError: a width for such a method, or an illegal one.
+        UsageError: a count of an axis that the method does not cut, or none of one that it wants.
+        IllegalShape: no stock class has these sizes, or nothing is cut.
+        IllegalWidth: no stock class has this width.
     """
-    if not method_of(recipe).prunes:
-        if recipe.ratio is not None or recipe.hidden_size is not None:
+    method = method_of(recipe)
+    given = {"--ratio": recipe.ratio, "--hidden-size": recipe.hidden_size, "--shape": recipe.shape or None}
+    [(flag, value)] = [item for item in given.items() if item[1] is not None] or [("--shape", None)]
+    named = set(recipe.shape) if recipe.shape else {HIDDEN} if value is not None else set()
+    if stray := sorted(named - method.axes):
+        raise UsageError(
+            flag,
+            expected=f"none, since --method {recipe.method} cuts nothing"
+            if not method.prunes
+            else f"axes of --method {recipe.method}: {', '.join(sorted(method.axes))}",
+            found=f"{stray[0]}={recipe.shape[stray[0]]}" if recipe.shape else str(value),
+            fix="Leave it out, or choose another method.",
+        )
+    if recipe.shape:
+        if recipe.method == Pat.name and HIDDEN not in recipe.shape:
             raise UsageError(
-                "--ratio" if recipe.ratio is not None else "--hidden-size",
-                expected=f"none, since --method {recipe.method} keeps the base's width",
-                found=str(recipe.ratio or recipe.hidden_size),
-                fix="Leave it out, or choose a method that prunes.",
+                "--method pat",
+                expected="hidden in --shape, which is what it is for",
+                found=", ".join(sorted(recipe.shape)),
+                fix="Leave --method out: the other axes need no method of their own.",
             )
-        return checkpoint.hidden_size
+        check_shape(recipe.shape, checkpoint.sizes, checkpoint.family, checkpoint.config)
+        return {HIDDEN: checkpoint.hidden_size} | recipe.shape
+    if method.prunes and HIDDEN not in method.axes:
+        raise UsageError(
+            f"--method {recipe.method}",
+            expected="--shape, with counts of " + ", ".join(sorted(method.axes)),
+            found="none",
+            fix="Give one, as --shape layers=24,ffn=1280.",
+        )
+    return {HIDDEN: _target_width(recipe, checkpoint) if method.prunes else checkpoint.hidden_size}
+
+
+def _target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
+    """K, from the recipe's hidden_size or ratio."""
     shape = (checkpoint.hidden_size, checkpoint.num_attention_heads)
     rule = checkpoint.family.hidden_multiple_of_heads
     if recipe.hidden_size is not None:

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 from pat_serve.errors import UsageError
 from pat_serve.training.methods.base import Method
+from pat_serve.training.methods.cut import Cut
 from pat_serve.training.methods.lora import LoraOnly
 from pat_serve.training.methods.pat.method import Pat
 
 if TYPE_CHECKING:
     from pat_serve.training.config import TrainRecipe
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Pat, LoraOnly)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Pat, Cut, LoraOnly)}
 
 __all__ = ["METHODS", "Method", "method_of"]
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pat_serve.cuts import Cuts
+from pat_serve.axes import AXES, HIDDEN
+from pat_serve.cuts import AxisCut, Cuts
 from pat_serve.family import Family
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import BaseReference, PruningPlan
+from pat_serve.sizes import ModelSizes
 from pat_serve.training.model.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -26,34 +28,53 @@ class Method(ABC):
     Args:
         recipe: the run's settings.
         family: the base's architecture.
-        hidden_size: the base's width D.
-        target_width: the width K to end with (D for a method that does not prune).
+        base: sizes of the base.
+        target: sizes to end with (the base's for a method that does not prune).
         total_steps: optimizer steps of the whole run.
     """
 
     name: ClassVar[str]
     prunes: ClassVar[bool] = True
+    # What its cuts may go along.
+    axes: ClassVar[frozenset[str]] = frozenset(AXES)
     # An operator follows every module that writes to the residual stream, and keeps its input for the backward pass.
     follows_writers: ClassVar[bool] = False
 
     def __init__(
-        self, recipe: TrainRecipe, family: Family, hidden_size: int, target_width: int, total_steps: int
+        self, recipe: TrainRecipe, family: Family, base: ModelSizes, target: ModelSizes, total_steps: int
     ) -> None:
         self.recipe = recipe
         self.family = family
-        self.hidden_size = hidden_size
-        self.target_width = target_width
+        self.base = base
+        self.target = target
         self.total_steps = total_steps
         self.step = 0
         # Set before `attach` when the method wants one.
         self.calibration: Calibration | None = None
-        # int64 (K,): the base's channels that the model has, once it is narrowed; None while it has them all.
-        self.narrowed_to: Tensor | None = None
+        # Of the other axes than the method's own: what was chosen to stay, before the first step.
+        self.chosen = Cuts()
+        # What the model in memory was cut down by; nothing while it has all that the base has.
+        self.sliced_by = Cuts()
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the base's width."""
+        return self.base.hidden
+
+    @property
+    def target_width(self) -> int:
+        """K, the width to end with."""
+        return self.target.hidden
 
     @classmethod
     def wants_calibration(cls, recipe: TrainRecipe) -> bool:
         """The recipe asks for something that is measured on the base before the first step."""
         return False
+
+    @classmethod
+    def wants_batches(cls, recipe: TrainRecipe) -> bool:
+        """Rows of the training data are looked at before the first step: to measure, to choose or to compensate."""
+        return cls.wants_calibration(recipe)
 
     @classmethod
     def stays_wide(cls, recipe: TrainRecipe) -> str | None:
@@ -89,9 +110,9 @@ class Method(ABC):
         """Stretch the schedules over another number of steps; before the first, for loops that learn it late."""
         self.total_steps = total_steps
 
-    def narrow(self, kept_K: Tensor) -> None:
-        """The model has been cut down to these channels: follow with the method's modules (see narrow.py)."""
-        self.narrowed_to = kept_K
+    def follow(self, cuts: Cuts) -> None:
+        """The model has been cut down to what these keep: follow with the method's modules (see model/slicing.py)."""
+        self.sliced_by = cuts
 
     def on_step(self, step: int) -> None:
         """Called before every optimizer step with its number, from 0, also after a resume."""
@@ -110,21 +131,23 @@ class Method(ABC):
         """Figures for metrics.jsonl."""
         return {}
 
-    def kept_channels(self) -> Tensor:
-        """int64 (K,): the channels that stay, ascending, as far as is known at present."""
-        return torch.arange(self.hidden_size)
+    def kept_channels(self) -> Tensor | None:
+        """int64 (K,): the channels of the stream that stay, ascending, as far as is known; None if all do."""
+        return None
 
     def histograms(self) -> dict[str, Tensor]:
         """Distributions for TensorBoard, by name."""
         return {}
 
-    @abstractmethod
-    def cuts(self) -> Cuts:
-        """The plan's cuts after the last step."""
-
     def plan(self, base: BaseReference) -> PruningPlan:
         """What an export needs after the last step, all but the adapter's hashes; all ranks must ask."""
         return PruningPlan(method=self.name, base=base, cuts=self.cuts(), folds=self.folds(), rotation=self.rotation())
+
+    def cuts(self) -> Cuts:
+        """The plan's: the channels that stay, and what was chosen of other axes."""
+        kept = self.kept_channels()
+        kept = torch.arange(self.base.hidden) if kept is None else kept
+        return Cuts({HIDDEN: AxisCut(width=self.base.hidden, kept=kept), **self.chosen})
 
     def rotation(self) -> Tensor | None:
         """The rotation (D, D) of the residual stream that the folds and cuts refer to."""

@@ -1,14 +1,11 @@
-"""LoRA alone: the dense baseline with the same budget. Its plan keeps every channel."""
+"""LoRA alone: the dense baseline with the same budget. Its plan keeps everything."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import nn
 
-from pat_serve.axes import HIDDEN
-from pat_serve.cuts import AxisCut, Cuts
 from pat_serve.training.methods.base import Method
 
 
@@ -17,6 +14,7 @@ class LoraOnly(Method):
 
     name: ClassVar[str] = "lora"
     prunes: ClassVar[bool] = False
+    axes: ClassVar[frozenset[str]] = frozenset()
 
     def attach(self, model: nn.Module, num_layers: int) -> None:
         """Nothing to add."""
@@ -24,7 +22,3 @@ class LoraOnly(Method):
     def modules(self) -> dict[str, nn.Module]:
         """None."""
         return {}
-
-    def cuts(self) -> Cuts:
-        """The whole hidden axis."""
-        return Cuts({HIDDEN: AxisCut(width=self.hidden_size, kept=torch.arange(self.hidden_size))})

@@ -1,37 +1,51 @@
-"""Start the adapter where it makes up for the cut: least squares on calibration data, layer by layer.
+"""Choose inside the layers, and make up for what is cut: least squares on calibration data, layer by layer.
 
-With x the normalised input of a reader in the dense model and z the kept channels of the same input in the cut one, the
-best linear guess of x is B z, B = E[x z^T] E[z z^T]^-1, whatever the reader; so W should become W B. The difference
-W B - W[:, K] is given to the reader's LoRA factors, at their rank, by the singular values that matter to z. The base's
-weights stay as they are: the plan, the export and the dense teacher know nothing of it.
+With x the input of a linear in the dense model and z what is left of the same input in the cut one, the best linear
+guess of W x is W' z, W' = W E[x z^T] E[z z^T]^-1. Three kinds of linears lose inputs:
 
-The layers are walked in order, each on inputs that have passed the compensated layers before it, as one-shot pruning
-does (arXiv 2410.15567 and its forerunners). Starting LoRA from a decomposition is LoftQ's idea (arXiv 2310.08659),
-which makes up for quantization with it. A layer is two branches of the stream, h + attention(norm(h)) and
-h + mlp(norm(h)). All rows pass the first branch before the second one's readers are set, so that the dense and the cut
-model each run every branch once.
+- A reader of the stream, whose channels are cut. Then x is the norm's output, whatever the reader.
+- The output of an attention whose key-value groups are cut, and that of an MLP whose channels are.
+- The MLP before layers that are dropped: it should add what they added too (ReplaceMe, arXiv 2505.02819).
 
-Shape suffixes: N tokens, D hidden_size, K kept channels, O outputs of a reader, R rank of LoRA.
+What the last two should add is told by the streams: the dense one behind the branch, and behind the dropped layers
+after it, less the cut one before the branch. So it also makes up for what earlier cuts have lost.
+
+W' takes the place of the weight (`full`), or the difference W' - W is given to the linear's LoRA factors at their rank,
+by the singular values that matter to z (`lora`); then plan, export and the dense teacher know nothing of it. Starting
+LoRA from a decomposition is LoftQ's idea (arXiv 2310.08659), which makes up for quantization with it.
+
+The layers are walked in order, each on inputs that have passed all cuts and refits before it, as one-shot pruning does
+(arXiv 2410.15567 and its forerunners). All rows pass the dense branch first, then the cut one's readers are set, then
+its writer; so the dense model runs once, and the cut one once or, where its writer loses inputs, twice.
+
+Shape suffixes: N tokens, B rows, T positions, D hidden_size, I inputs of a linear, K those that stay, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from pat_serve.family import Family
+from pat_serve.axes import AXES
+from pat_serve.cuts import line_name
 from pat_serve.rotation import ROWS_AT_ONCE
+from pat_serve.sizes import ModelSizes
 from pat_serve.terminal.progress import track
+from pat_serve.training.choices import InnerChoice, Inputs
 from pat_serve.training.methods.base import Method
+from pat_serve.training.model.branches import Branch, branches
+from pat_serve.training.model.least_squares import Moments, low_rank_update
+from pat_serve.training.ranks import same_on_all
 
-# Of the mean diagonal of E[z z^T]: calibration data are few, and channels nearly dependent.
-RIDGE = 1e-3
+Refit = Literal["none", "lora", "full"]
 
 
 @dataclass(kw_only=True)
@@ -43,94 +57,270 @@ class _Batch:
         cut_BTD: of the cut one.
         settings: what else an attention is called with.
         real_BT: False for padding.
+        wanted_ND: of the real tokens, what the branch at work should add to the cut stream.
     """
 
     dense_BTD: Tensor
     cut_BTD: Tensor
     settings: dict[str, Any]
     real_BT: Tensor
+    wanted_ND: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Branch:
-    """One of the sums that the residual stream consists of: h + block(norm(h)).
+@dataclass(kw_only=True)
+class Compensated:
+    """What the walk has decided.
 
     Attributes:
-        norm: name of the hidden norm.
-        readers: names of the linears that read it.
-        attends: the block is an attention, which is called with the layer's settings.
+        kept: int64 indices that stay, by line of the inner axes.
+        replaced: names of the linears whose weight was replaced.
     """
 
-    norm: str
-    readers: tuple[str, ...]
-    attends: bool
-
-    def block(self, base: nn.Module) -> nn.Module:
-        """The attention or the MLP."""
-        [name] = {reader.rpartition(".")[0] for reader in self.readers}
-        return base.get_submodule(name)
-
-    def advance(self, base: nn.Module, hidden_BTD: Tensor, settings: dict[str, Any]) -> Tensor:
-        """The stream after this branch. No family of the table computes anything else, in evaluation mode."""
-        block, normed_BTD = self.block(base), base.get_submodule(self.norm)(hidden_BTD)
-        added_BTD: Tensor = block(hidden_states=normed_BTD, **settings)[0] if self.attends else block(normed_BTD)
-        return hidden_BTD + added_BTD
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
 
 
-def branches(family: Family, num_layers: int) -> tuple[list[Branch], Branch]:
-    """All branches in the order in which the stream passes them, and the head's, which adds nothing to it."""
-    readers: dict[str, list[str]] = {}
-    for name, spec, i in family.modules(num_layers):
-        if spec.norm is not None:
-            readers.setdefault(spec.norm.format(i=i), []).append(name)
-    norms = [spec.module for spec in family.tensors if spec.hidden_norm]
-    inner = [norm for norm in norms if "{i}" in norm]
-    [last] = set(norms) - set(inner)
-    walked = [
-        Branch(norm=name, readers=tuple(readers[name]), attends=norm == inner[0])
-        for i in range(num_layers)
-        for norm in inner
-        for name in [norm.format(i=i)]
-    ]
-    return walked, Branch(norm=last, readers=tuple(readers[last]), attends=False)
+@dataclass(kw_only=True)
+class _Walk:
+    """The settings of one walk, and what came of it so far."""
+
+    base: nn.Module
+    method: Method
+    kept_K: Tensor | None
+    refit: Refit
+    counts: Mapping[str, int]
+    sizes: ModelSizes
+    choose: Callable[[str, int, Inputs], Tensor]
+    streams: Sequence[_Batch]
+    found: Compensated = field(default_factory=Compensated)
+    masks: list[RemovableHandle] = field(default_factory=list)
 
 
 @torch.no_grad()
 def compensate(
-    model: Any, method: Method, family: Family, num_layers: int, batches: Sequence[dict[str, Tensor]]
-) -> None:
-    """Set the LoRA factors of every reader of the residual stream.
+    model: Any,
+    method: Method,
+    batches: Sequence[dict[str, Tensor]],
+    *,
+    kept_K: Tensor | None,
+    layers: Sequence[int],
+    counts: Mapping[str, int],
+    choices: Mapping[str, InnerChoice],
+    known: Mapping[str, Tensor],
+    refit: Refit,
+) -> Compensated:
+    """Walk the layers: choose what stays inside them, and set every linear that loses inputs.
 
     Args:
-        model: the PEFT model with the method attached and the gate hard.
+        model: the PEFT model with the method attached; where it closes channels, they are closed.
         method: switches its modules off for the dense model.
-        family: the base's architecture.
-        num_layers: of the base.
         batches: input_ids and attention_mask.
+        kept_K: int64, ascending: the channels of the stream that are open; None for all.
+        layers: that stay, as the base numbers them.
+        counts: indices to keep, by inner axis (ffn, kv_groups), where some are cut.
+        choices: what chooses them, by inner axis.
+        known: indices that were chosen before, by line: of a run that is resumed.
+        refit: where what makes up for the cut goes.
     """
-    base = model.get_base_model()
-    kept_K = method.kept_channels()
+
+    def choose(axis: str, layer: int, inputs: Inputs) -> Tensor:
+        chosen = known.get(line_name(axis, layer))
+        return choices[axis].keep(inputs, counts[axis]) if chosen is None else chosen
+
+    base, sizes = model.get_base_model(), method.base
     was_training = model.training
     model.eval()
-    streams = [_enter(model, base, method, batch) for batch in batches]
-    walked, head = branches(family, num_layers)
-    for branch in track(walked, "compensate for the cut", len(walked)):
-        _compensate_branch(base, branch, kept_K, streams)
-        # One model after the other, in place: both sides' new states of all rows would be twice the memory.
-        with _dense(branch.block(base), method):
-            for stream in streams:
-                stream.dense_BTD = branch.advance(base, stream.dense_BTD, stream.settings)
-        for stream in streams:
-            stream.cut_BTD = branch.advance(base, stream.cut_BTD, stream.settings)
-    _compensate_branch(base, head, kept_K, streams)
+    walk = _Walk(
+        base=base,
+        method=method,
+        kept_K=kept_K,
+        refit=refit,
+        counts=counts,
+        sizes=sizes,
+        choose=choose,
+        streams=[_enter(model, base, method, batch) for batch in batches],
+    )
+    walked, head = branches(method.family, sizes.layers)
+    stays = set(layers)
+    try:
+        for at, branch in track(list(enumerate(walked)), "make up for the cut", len(walked)):
+            if branch.layer in stays:
+                _pass(walk, branch, _dropped_after(walked, at, stays))
+            elif not any(before.layer in stays for before in walked[:at]):
+                # Dropped, with nothing before it to make up for it.
+                _advance_dense(walk, [branch])
+        if kept_K is not None and refit != "none":
+            _set_readers(walk, head, _reader_moments(walk, head))
+    finally:
+        for handle in walk.masks:
+            handle.remove()
     model.train(was_training)
+    return walk.found
 
 
-def _compensate_branch(base: nn.Module, branch: Branch, kept_K: Tensor, streams: Sequence[_Batch]) -> None:
-    norm, moments = base.get_submodule(branch.norm), _Moments(kept_K)
-    for stream in streams:
-        moments.add(norm(stream.dense_BTD)[stream.real_BT], norm(stream.cut_BTD)[stream.real_BT])
-    _set_readers(base, branch.readers, moments)
+def _dropped_after(walked: Sequence[Branch], at: int, stays: set[int]) -> list[Branch]:
+    """The branches of the dropped layers right behind one."""
+    dropped = []
+    for branch in walked[at + 1 :]:
+        if branch.layer in stays:
+            break
+        dropped.append(branch)
+    return dropped
+
+
+def _pass(walk: _Walk, branch: Branch, dropped: Sequence[Branch]) -> None:
+    """One branch that stays, and the dropped ones behind it."""
+    axis, refits = branch.inner_axis, walk.refit != "none"
+    assert axis is not None
+    assert branch.layer is not None
+    cuts = axis in walk.counts
+    readers = _reader_moments(walk, branch) if refits and walk.kept_K is not None else None
+    _advance_dense(walk, [branch, *dropped], wants=cuts or bool(dropped and refits))
+    if readers is not None:
+        _set_readers(walk, branch, readers)
+    if cuts or (dropped and refits):
+        _set_writer(walk, branch)
+    for stream in walk.streams:
+        stream.cut_BTD = stream.cut_BTD + branch.added(walk.base, stream.cut_BTD, stream.settings)
+        stream.wanted_ND = None
+
+
+def _advance_dense(walk: _Walk, passed: Sequence[Branch], *, wants: bool = False) -> None:
+    """Take the dense stream through some branches; and keep what the cut one should be given, if asked to."""
+    for stream in walk.streams:
+        before_BTD = stream.dense_BTD
+        total_BTD = (before_BTD - stream.cut_BTD).float() if wants else None
+        for branch in passed:
+            with _dense(branch.block(walk.base), walk.method):
+                added_BTD = branch.added(walk.base, stream.dense_BTD, stream.settings)
+            stream.dense_BTD = stream.dense_BTD + added_BTD
+            if total_BTD is not None:
+                # Summed by itself: the streams' own difference would be rounded like the streams.
+                total_BTD += added_BTD
+        if total_BTD is not None:
+            stream.wanted_ND = total_BTD[stream.real_BT].to(before_BTD.dtype)
+
+
+def _reader_moments(walk: _Walk, branch: Branch) -> Moments:
+    """Of a norm's outputs in the dense and in the cut model."""
+    norm, moments = walk.base.get_submodule(branch.norm), Moments()
+    for stream in walk.streams:
+        z_ND = norm(stream.cut_BTD)[stream.real_BT]
+        moments.add(norm(stream.dense_BTD)[stream.real_BT], z_ND if walk.kept_K is None else z_ND[:, walk.kept_K])
+    return moments
+
+
+def _set_readers(walk: _Walk, branch: Branch, moments: Moments) -> None:
+    kept_K = walk.kept_K
+    assert kept_K is not None
+    guess_DK, factor_KK = moments.solve()
+    guess_DK[kept_K, torch.arange(len(kept_K))] -= 1
+    # The guess and the factor need float64; their product times a weight is decomposed in float32.
+    felt_DK = (guess_DK @ factor_KK).float()
+    for name in branch.readers:
+        linear: Any = walk.base.get_submodule(name)
+        weight = _weight(linear)
+        if walk.refit == "lora":
+            if hasattr(linear, "lora_A"):
+                _start_lora(linear, _product(weight, felt_DK), factor_KK, kept_K)
+        elif not _is_tied(walk.base, weight):
+            refitted_OK = _product(weight, guess_DK.float()).add_(weight[:, kept_K])
+            _replace(walk, name, refitted_OK, kept_K)
+
+
+def _set_writer(walk: _Walk, branch: Branch) -> None:
+    """Choose which of a writer's inputs stay, if some are cut, and set it to give what is wanted from those."""
+    assert branch.writer is not None
+    assert branch.inner_axis is not None
+    assert branch.layer is not None
+    linear: Any = walk.base.get_submodule(branch.writer)
+    weight, moments = _weight(linear), Moments()
+    caught: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _m, inputs: caught.append(inputs[0]))
+    try:
+        for stream in walk.streams:
+            branch.added(walk.base, stream.cut_BTD, stream.settings)
+            y_ND = stream.wanted_ND
+            assert y_ND is not None
+            bias = _inner(linear).bias
+            moments.add(y_ND if bias is None else y_ND - bias, caught.pop()[stream.real_BT])
+    finally:
+        handle.remove()
+    width = weight.shape[1]
+    kept_I = torch.arange(width)
+    if branch.inner_axis in walk.counts:
+        kept_I = _choose(walk, branch, weight, moments)
+        mask_I = torch.zeros(width, dtype=weight.dtype).index_fill_(0, kept_I, 1.0).to(weight.device)
+        walk.masks.append(linear.register_forward_pre_hook(partial(_masked, mask_I=mask_I)))
+    if walk.refit == "none":
+        return
+    kept_I = kept_I.to(weight.device)
+    wanted_OK, factor_KK = moments.solve(kept_I)
+    if walk.refit == "full":
+        _replace(walk, branch.writer, wanted_OK, kept_I)
+    elif hasattr(linear, "lora_A"):
+        lacks_OK = wanted_OK - weight[:, kept_I].double()
+        _start_lora(linear, (lacks_OK @ factor_KK).float(), factor_KK, kept_I)
+
+
+def _choose(walk: _Walk, branch: Branch, weight: Tensor, moments: Moments) -> Tensor:
+    """Positions (K,) of a writer's inputs that stay."""
+    assert branch.inner_axis is not None
+    assert branch.layer is not None
+    block = weight.shape[1] // AXES[branch.inner_axis].length(walk.sizes)
+    inputs = Inputs(second_II=moments.second(), weight_OI=weight.double(), block=block)
+    kept = walk.choose(branch.inner_axis, branch.layer, inputs)
+    same_on_all(kept.to(weight.device), f"what is kept of {line_name(branch.inner_axis, branch.layer)}")
+    walk.found.kept[line_name(branch.inner_axis, branch.layer)] = kept
+    return (kept[:, None] * block + torch.arange(block)).flatten()
+
+
+def _masked(_linear: nn.Module, inputs: tuple[Tensor, ...], *, mask_I: Tensor) -> tuple[Tensor, ...]:
+    return (inputs[0] * mask_I, *inputs[1:])
+
+
+def _inner(linear: Any) -> Any:
+    """The linear inside peft's wrapper, or itself."""
+    return getattr(linear, "base_layer", linear)
+
+
+def _weight(linear: Any) -> Tensor:
+    weight: Tensor = _inner(linear).weight
+    return weight
+
+
+def _is_tied(base: Any, weight: Tensor) -> bool:
+    return base.get_input_embeddings().weight is weight
+
+
+def _replace(walk: _Walk, name: str, weight_OK: Tensor, kept_K: Tensor) -> None:
+    """Give a linear new weights, with zeros for the inputs that are cut."""
+    weight = _weight(walk.base.get_submodule(name))
+    weight.data.zero_()
+    weight.data[:, kept_K] = weight_OK.to(weight)
+    walk.found.replaced.append(name)
+
+
+def _start_lora(linear: Any, felt_OK: Tensor, factor_KK: Tensor, kept_K: Tensor) -> None:
+    """Let a linear's adapter begin as a change of its weight (times the factor), at the adapter's rank."""
+    if not felt_OK.any():
+        # A weight of zeros lacks nothing, and an adapter of zeros would learn nothing.
+        return
+    a, b = linear.lora_A["default"].weight, linear.lora_B["default"].weight
+    b_OR, a_RK = low_rank_update(felt_OK, factor_KK, len(a))
+    scaling = linear.scaling["default"] ** 0.5
+    a.zero_()
+    a[: len(a_RK), kept_K] = (a_RK / scaling).to(a)
+    b.zero_()
+    b[:, : b_OR.shape[1]] = (b_OR / scaling).to(b)
+
+
+def _product(weight_OD: Tensor, felt_DK: Tensor) -> Tensor:
+    """Their product in float32, by rows: a 16-bit head in float32 can be larger than the rest of the model."""
+    product_OK = torch.empty(len(weight_OD), felt_DK.shape[1], device=weight_OD.device)
+    for at in range(0, len(weight_OD), ROWS_AT_ONCE):
+        torch.mm(weight_OD[at : at + ROWS_AT_ONCE].float(), felt_DK, out=product_OK[at : at + ROWS_AT_ONCE])
+    return product_OK
 
 
 @contextmanager
@@ -145,78 +335,6 @@ def _dense(block: nn.Module, method: Method) -> Iterator[None]:
     finally:
         for module in adapted:
             module.enable_adapters(True)
-
-
-class _Moments:
-    """E[z z^T] and E[x z^T] of one norm's outputs, summed over the batches, float64."""
-
-    def __init__(self, kept_K: Tensor) -> None:
-        self.kept_K = kept_K
-        self.zz_KK: Tensor | None = None
-        self.xz_DK: Tensor | None = None
-
-    def add(self, x_ND: Tensor, z_ND: Tensor) -> None:
-        z_NK = z_ND[:, self.kept_K].float()
-        zz_KK, xz_DK = (z_NK.T @ z_NK).double(), (x_ND.float().T @ z_NK).double()
-        self.zz_KK = zz_KK if self.zz_KK is None else self.zz_KK + zz_KK
-        self.xz_DK = xz_DK if self.xz_DK is None else self.xz_DK + xz_DK
-
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """B - [I; 0] (D, K), and the lower Cholesky factor of E[z z^T] with its ridge (K, K)."""
-        assert self.zz_KK is not None
-        assert self.xz_DK is not None
-        ridge_K = torch.full((len(self.zz_KK),), RIDGE * float(self.zz_KK.diagonal().mean()), device=self.zz_KK.device)
-        factor_KK = torch.linalg.cholesky(self.zz_KK + torch.diag(ridge_K.double()))
-        guess_DK = torch.cholesky_solve(self.xz_DK.T, factor_KK).T
-        guess_DK[self.kept_K, torch.arange(len(self.kept_K))] -= 1
-        return guess_DK, factor_KK
-
-
-def low_rank_update(felt_OK: Tensor, factor_KK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors (O, R) and (R, K) whose product is nearest to a change of weights, felt by inputs of a second moment.
-
-    The nearest is by ||(change - B A) F|| with F F^T = E[z z^T], whichever the root F, so a singular value
-    decomposition in the whitened space; both factors get the same norm.
-
-    Args:
-        felt_OK: the change of the weights times F, float32.
-        factor_KK: F, the lower Cholesky factor, float64.
-        rank: R.
-    """
-    left_OR, values_R, right_KR = torch.svd_lowrank(felt_OK, q=min(rank + 8, *felt_OK.shape), niter=4)
-    left_OR, right_KR = left_OR[:, :rank] * values_R[:rank].sqrt(), right_KR[:, :rank] * values_R[:rank].sqrt()
-    a_RK = torch.linalg.solve_triangular(factor_KK, right_KR.T.double(), upper=False, left=False).float()
-    balance = (a_RK.norm() / left_OR.norm()).sqrt()
-    return left_OR * balance, a_RK / balance
-
-
-def _set_readers(base: nn.Module, names: Sequence[str], moments: _Moments) -> None:
-    guess_DK, factor_KK = moments.solve()
-    # The guess and the factor need float64; their product times a weight is decomposed in float32.
-    felt_DK = (guess_DK @ factor_KK).float()
-    for name in names:
-        reader: Any = base.get_submodule(name)
-        if not hasattr(reader, "lora_A"):
-            continue
-        a, b = reader.lora_A["default"].weight, reader.lora_B["default"].weight
-        felt_OK = _product(reader.base_layer.weight, felt_DK)
-        if not felt_OK.any():
-            # A weight of zeros lacks nothing, and an adapter of zeros would learn nothing.
-            continue
-        b_OR, a_RK = low_rank_update(felt_OK, factor_KK, len(a))
-        scaling = reader.scaling["default"] ** 0.5
-        a.zero_()
-        a[: len(a_RK), moments.kept_K] = (a_RK / scaling).to(a)
-        b.zero_()
-        b[:, : b_OR.shape[1]] = (b_OR / scaling).to(b)
-
-
-def _product(weight_OD: Tensor, felt_DK: Tensor) -> Tensor:
-    """Their product in float32, by rows: a 16-bit head in float32 can be larger than the rest of the model."""
-    product_OK = torch.empty(len(weight_OD), felt_DK.shape[1], device=weight_OD.device)
-    for at in range(0, len(weight_OD), ROWS_AT_ONCE):
-        torch.mm(weight_OD[at : at + ROWS_AT_ONCE].float(), felt_DK, out=product_OK[at : at + ROWS_AT_ONCE])
-    return product_OK
 
 
 class _StopForwardError(Exception):

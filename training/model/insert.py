@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.errors import MissingExtra
 from pat_serve.family import Family
 from pat_serve.rotation import rotate_model
+from pat_serve.sizes import ModelSizes
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import Method, method_of
 from pat_serve.training.model.calibration import Calibration
@@ -49,7 +51,7 @@ def adapt(
     base: Any,
     family: Family,
     recipe: TrainRecipe,
-    target_width: int,
+    shape: Mapping[str, int],
     total_steps: int,
     calibration: Calibration | None = None,
 ) -> tuple[nn.Module, Method]:
@@ -59,7 +61,7 @@ def adapt(
         base: a causal language model of transformers.
         family: its architecture.
         recipe: the run's settings.
-        target_width: K.
+        shape: counts to end with, by axis.
         total_steps: optimizer steps of the whole run.
         calibration: of the base, for a method that wants one; its rotation is applied here.
 
@@ -79,9 +81,10 @@ def adapt(
         target_modules=family.lora_targets() + ([HEAD] if recipe.lora_head else []),
     )
     model = get_peft_model(base, lora)
-    method = method_of(recipe)(recipe, family, base.config.hidden_size, target_width, total_steps)
+    sizes = ModelSizes.of(base.config.to_dict(), family)
+    method = method_of(recipe)(recipe, family, sizes, sizes.with_counts(shape), total_steps)
     method.calibration = calibration
-    method.attach(model.get_base_model(), base.config.num_hidden_layers)
+    method.attach(model.get_base_model(), sizes.layers)
     # The base is on its device already, and the Trainer would move what is new only after it has been called, or, with
     # a quantized base, never.
     for module in method.modules().values():

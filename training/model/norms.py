@@ -16,31 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pat_serve.axes import HIDDEN
 from pat_serve.training.methods import Method
-from pat_serve.training.model.slicing import scatter
+from pat_serve.training.model.slicing import placed, scatter
 from pat_serve.training.ranks import snapshot
 
 
-def hidden_norms(model: Any, method: Method, num_layers: int) -> Iterator[tuple[str, nn.Module]]:
-    """The norms over the hidden dimension, by their names in the base.
+def hidden_norms(model: Any, method: Method) -> Iterator[tuple[str, str, nn.Module]]:
+    """The model's norms over the hidden dimension: their names in the base and in the model, and themselves.
 
     Args:
         model: the PEFT model.
-        method: knows the family.
-        num_layers: of the base.
+        method: knows the base, and what the model was cut by.
     """
     base = model.get_base_model()
-    for name, spec, _ in method.family.modules(num_layers):
+    for name, spec, in_model in placed(method):
         if spec.hidden_norm:
-            yield name, base.get_submodule(name)
+            yield name, in_model, base.get_submodule(in_model)
 
 
-def train_norms(model: Any, method: Method, num_layers: int) -> None:
+def train_norms(model: Any, method: Method) -> None:
     """Let the norms' gains be trained, in float32: bfloat16 near one moves in steps of 0.004.
 
-    After calibration and compensation, which run the model as it is, and whether or not it was narrowed.
+    After calibration and compensation, which run the model as it is, and whether or not it was cut down.
     """
-    for _, norm in hidden_norms(model, method, num_layers):
+    for _, _, norm in hidden_norms(model, method):
         weight: Any = norm.weight
         if weight.dtype != torch.float64:
             if weight.dtype != torch.float32:
@@ -50,18 +50,18 @@ def train_norms(model: Any, method: Method, num_layers: int) -> None:
         weight.requires_grad_(True)
 
 
-def trained_gains(model: Any, method: Method, num_layers: int) -> dict[str, Tensor]:
+def trained_gains(model: Any, method: Method) -> dict[str, Tensor]:
     """The trained gains as a checkpoint of the (turned) base stores them, (D,) each; all ranks must ask.
 
-    Where the model was cut down they mean a gain of one, which nothing looks at.
+    Where the model was cut down they mean a gain of one, which nothing looks at. Dropped layers have none.
     """
     fill = 1.0 - method.family.norm_offset
     gains = {}
-    for name, norm in hidden_norms(model, method, num_layers):
+    for name, _, norm in hidden_norms(model, method):
         weight: Any = norm.weight
         gain = snapshot(weight)
-        if method.narrowed_to is not None:
-            gain = scatter(gain, method.narrowed_to, method.hidden_size, 0, fill)
+        if HIDDEN in method.sliced_by:
+            gain = scatter(gain, method.sliced_by[HIDDEN].kept, method.base.hidden, 0, fill)
         gains[name] = gain
     return gains
 

@@ -5,20 +5,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from pat_serve.axes import AXES, HIDDEN, LAYERS
+from pat_serve.cuts import AxisCut, Cuts, line_name
 from pat_serve.family import Family
+from pat_serve.training.choices import InnerChoice, LayerChoice, choice_of
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import Method
 from pat_serve.training.model.calibration import Calibration
 from pat_serve.training.model.compensation import compensate
 from pat_serve.training.model.insert import adapt
 from pat_serve.training.model.norms import train_norms
-from pat_serve.training.model.slicing import narrow_model
+from pat_serve.training.model.slicing import slice_model
+from pat_serve.training.ranks import same_on_all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """What a run decided before its first step, for one that is resumed.
+
+    Attributes:
+        kept: int64 indices that stay, by line of all axes but the stream's.
+        weights: replaced weights of the (turned) base, by name; empty where the run replaced none.
+        is_tuned: a checkpoint holds the adapter as it has become since.
+    """
+
+    kept: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    is_tuned: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,45 +49,139 @@ class Ready:
         model: the PEFT model.
         method: attached to it.
         wide_parameters: trained ones before the model was cut down, whose shapes a run's adapter and plan have.
+        replaced: names in the base of the linears whose weights were replaced.
     """
 
     model: nn.Module
     method: Method
     wide_parameters: int
+    replaced: Sequence[str] = ()
 
 
 def make_ready(
     base: Any,
     family: Family,
     recipe: TrainRecipe,
-    target_width: int,
+    shape: Mapping[str, int],
     total_steps: int,
     *,
     calibration: Calibration | None = None,
-    compensate_on: Sequence[dict[str, Tensor]] = (),
-    kept_K: Tensor | None = None,
+    batches: Sequence[dict[str, Tensor]] = (),
+    earlier: Earlier | None = None,
 ) -> Ready:
-    """Adapt a base, make up for the cut, cut the model down, and let the norms be trained, as the recipe says.
+    """Adapt a base, choose what stays of it, make up for the rest, cut it down, and let the norms be trained.
 
     Args:
         base: a causal language model of transformers; changed in place.
         family: its architecture.
         recipe: the run's settings, resolved.
-        target_width: K.
+        shape: counts to end with, by axis.
         total_steps: optimizer steps of the whole run.
         calibration: of the base, for a method that wants one.
-        compensate_on: the batches that LoRA's start is found on; none where it starts at nothing, or is about to be
-            loaded from a checkpoint.
-        kept_K: int64, ascending: the channels to cut down to, where they are not the method's.
+        batches: rows of the training data, padded, that choices and compensation see.
+        earlier: of a run that is resumed.
     """
-    num_layers = base.config.num_hidden_layers
-    model, method = adapt(base, family, recipe, target_width, total_steps, calibration)
+    layers = _choose_layers(base, recipe, shape, batches, earlier)
+    model, method = adapt(base, family, recipe, shape, total_steps, calibration)
     wide_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if compensate_on and recipe.compensate:
-        method.on_step(0)
-        compensate(model, method, family, num_layers, compensate_on)
+    method.on_step(0)
+    replaced = _choose_and_compensate(model, method, recipe, shape, layers, batches, earlier)
+    sliced = dict(method.chosen)
     if method.stays_wide(recipe) is None:
-        narrow_model(model, method, num_layers, method.kept_channels() if kept_K is None else kept_K)
+        kept_K = method.kept_channels()
+        assert kept_K is not None
+        sliced[HIDDEN] = AxisCut(width=method.base.hidden, kept=kept_K)
+    if sliced:
+        slice_model(model, method, Cuts(sliced))
     if recipe.train_norms:
-        train_norms(model, method, num_layers)
+        train_norms(model, method)
+    return Ready(model=model, method=method, wide_parameters=wide_parameters, replaced=replaced)
+
+
+def count_ready(base: Any, family: Family, recipe: TrainRecipe, shape: Mapping[str, int], total_steps: int) -> Ready:
+    """The same of a base without storage, where nothing is measured: any indices are as good to count.
+
+    The arguments are those of `make_ready`.
+    """
+    model, method = adapt(base, family, recipe, shape, total_steps)
+    wide_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    with torch.device("cpu"):
+        sizes = method.base
+        kept: dict[str, Tensor] = {}
+        for name, count in shape.items():
+            axis = AXES[name]
+            if name == HIDDEN and method.stays_wide(recipe) is not None:
+                continue
+            for line in [line_name(name, i) for i in range(sizes.layers)] if axis.per_layer else [name]:
+                kept[line] = torch.arange(count)
+        slice_model(model, method, Cuts.of(sizes, kept))
+    if recipe.train_norms:
+        train_norms(model, method)
     return Ready(model=model, method=method, wide_parameters=wide_parameters)
+
+
+def _choose_layers(
+    base: Any,
+    recipe: TrainRecipe,
+    shape: Mapping[str, int],
+    batches: Sequence[dict[str, Tensor]],
+    earlier: Earlier | None,
+) -> Tensor | None:
+    """int64: the layers that stay; None if all do. On the base as it is stored."""
+    if LAYERS not in shape:
+        return None
+    if earlier is not None and LAYERS in earlier.kept:
+        return earlier.kept[LAYERS]
+    choice = choice_of(LAYERS, recipe.choose)
+    assert isinstance(choice, LayerChoice)
+    kept = choice.keep(base, base.config.num_hidden_layers, batches, shape[LAYERS])
+    same_on_all(kept.to(base.device), "which layers are kept")
+    return kept
+
+
+def _choose_and_compensate(
+    model: Any,
+    method: Method,
+    recipe: TrainRecipe,
+    shape: Mapping[str, int],
+    layers: Tensor | None,
+    batches: Sequence[dict[str, Tensor]],
+    earlier: Earlier | None,
+) -> list[str]:
+    """Walk the model where something is to be chosen or made up for; the names of the linears that were replaced."""
+    sizes = method.base
+    known = dict(earlier.kept) if earlier is not None else {}
+    inner = {axis: count for axis, count in shape.items() if AXES[axis].per_layer}
+    choices = {axis: choice_of(axis, recipe.choose) for axis in inner}
+    stays = list(range(sizes.layers)) if layers is None else layers.tolist()
+    refit = recipe.refit if recipe.compensate else "none"
+    assert refit != "auto", "the recipe was not resolved"
+    replaced: list[str] = []
+    if earlier is not None and (earlier.weights or earlier.is_tuned):
+        for name, weight in earlier.weights.items():
+            _put_back(model.get_base_model(), name, weight)
+            replaced.append(name.removesuffix(".weight"))
+    elif batches and (inner or recipe.compensate):
+        found = compensate(
+            model,
+            method,
+            batches,
+            kept_K=method.kept_channels() if recipe.compensate else None,
+            layers=stays,
+            counts=inner,
+            choices={axis: choice for axis, choice in choices.items() if isinstance(choice, InnerChoice)},
+            known=known,
+            refit=refit,
+        )
+        known |= found.kept
+        replaced = found.replaced
+    if layers is not None:
+        known[LAYERS] = layers
+    method.chosen = Cuts.of(sizes, known)
+    return replaced
+
+
+def _put_back(base: Any, name: str, weight: Tensor) -> None:
+    module: Any = base.get_submodule(name.removesuffix(".weight"))
+    inner = getattr(module, "base_layer", module)
+    inner.weight.data.copy_(weight)

@@ -1,94 +1,169 @@
-"""Train what will be kept: a model whose cut is decided before its first step, cut down to the K channels that stay.
+"""Train what will be kept: a model whose cuts are decided before its first step, cut down to what stays.
 
-With the mask closed from the start and not trained, the cut channels are zero in the whole stream and nothing that
-touches them gets a gradient; so the model without them has the same losses, and a step of it costs K / D of the wide
-one's. Everything that leaves a run is wide again (`wide_adapter`, the method's folds): an export starts from the wide
-base, and its parity gate compares with the wide masked model, which knows nothing of this file.
+Nothing looks at a closed channel of the stream, at an FFN channel or a head whose column is zero, or at a layer that is
+left out, and nothing that touches them gets a gradient; so the model without them has the same losses, and a step of
+it costs what a step of the smaller model costs. Everything that leaves a run has the base's shapes and layer numbers
+again (`wide_adapter`, the method's folds): an export starts from the base, and its parity gate compares with the masked
+model in the base's shapes, which knows nothing of this file.
 
-The root mean square of a wide stream is taken over D numbers, of which D - K are zero: the norms' eps takes a factor
-D / K and their output one of f = sqrt(D / K). The output, and not the gain as in an export: rounded to bfloat16, f
-times a gain of one would be 0.13 % off in every norm alike.
+The hidden axis alone has consequences elsewhere. The root mean square of a wide stream is taken over D numbers, of
+which D - K are zero: the norms' eps takes a factor D / K and their output one of f = sqrt(D / K). The output, and not
+the gain as in an export: rounded to bfloat16, f times a gain of one would be 0.13 % off in every norm alike.
 
 Shape suffixes: D hidden_size of the base, K kept channels.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from pat_serve.axes import AXES, HIDDEN
+from pat_serve.cuts import Cuts
+from pat_serve.family import TensorSpec
+from pat_serve.slicing import Target, targets
+
 if TYPE_CHECKING:
     from pat_serve.training.methods import Method
 
-_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.default\.weight")
+_HALVES = (("lora_A", 1), ("lora_B", 0))
 
 
-def narrow_model(model: Any, method: Method, num_layers: int, kept_K: Tensor) -> None:
-    """Cut a model that is about to be trained down to its kept channels, in place; its function stays the same.
+def slice_model(model: Any, method: Method, cuts: Cuts) -> None:
+    """Cut a model that is about to be trained down to what stays, in place; its function stays the same.
 
     Args:
         model: the PEFT model with the method attached; on the meta device, too.
-        method: follows with its modules, and from now on saves them wide.
-        num_layers: of the base.
-        kept_K: int64, ascending.
+        method: follows with its modules, and from now on saves them in the base's shapes.
+        cuts: what stays.
     """
     base = model.get_base_model()
-    ratio = method.hidden_size / len(kept_K)
     # A tied head is the embedding: one parameter, which is cut once and stays one.
     done: set[int] = set()
 
-    def cut(parameter: nn.Parameter, dimension: int) -> None:
-        if id(parameter) not in done:
-            done.add(id(parameter))
-            parameter.data = parameter.data.index_select(dimension, kept_K.to(parameter.device))
+    def cut(parameter: nn.Parameter, kept: Tensor | None, dimension: int) -> None:
+        if kept is not None and id(parameter) not in done:
+            parameter.data = parameter.data.index_select(dimension, kept.to(parameter.device))
 
-    for name, spec, _ in method.family.modules(num_layers):
+    for name, _, target in _targets(method, cuts):
+        if target is None:
+            continue
         module: Any = base.get_submodule(name)
         inner = getattr(module, "base_layer", module)
         for parameter in inner.parameters(recurse=False):
-            # A bias runs along the weight's first axis.
-            if spec.hidden_dimension is not None and spec.hidden_dimension < parameter.dim():
-                cut(parameter, spec.hidden_dimension)
-        for half, dimension in (("lora_A", 1), ("lora_B", 0)):
+            # A bias runs along the weight's first dimension.
+            for dimension, kept in enumerate(target.kept[: parameter.dim()]):
+                cut(parameter, kept, dimension)
+            done.add(id(parameter))
+        for half, dimension in _HALVES:
             for factor in getattr(module, half, {}).values():
-                if spec.hidden_dimension == dimension:
-                    cut(factor.weight, dimension)
-                    _say_shape(factor)
+                cut(factor.weight, target.kept[dimension], dimension)
+                _say_shape(factor)
         _say_shape(inner)
         if inner is not module:
             module.out_features, module.in_features = inner.weight.shape
-        if spec.hidden_norm:
-            eps = "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps"
-            setattr(module, eps, getattr(module, eps) * ratio)
-            module.register_forward_hook(partial(_rescale, factor=math.sqrt(ratio)))
-    method.narrow(kept_K)
+        if target.spec.hidden_norm and HIDDEN in cuts:
+            _keep_mean_square(module, len(cuts[HIDDEN].kept) / method.base.hidden)
+    _drop_layers(base.model, cuts.layers_kept(method.base.layers))
+    _tell_sizes(base.model, method, cuts)
+    method.follow(cuts)
+
+
+def _targets(method: Method, cuts: Cuts) -> Iterator[tuple[str, TensorSpec, Target | None]]:
+    """Every module of the base with what becomes of its weight; None in a layer that is dropped."""
+    modules = {f"{name}.weight": (name, spec) for name, spec, _ in method.family.modules(method.base.layers)}
+    for weight, target in targets(method.family, cuts, method.base, modules).items():
+        name, spec = modules[weight]
+        yield name, spec, target
+
+
+def _keep_mean_square(norm: Any, share: float) -> None:
+    eps = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
+    setattr(norm, eps, getattr(norm, eps) / share)
+    norm.register_forward_hook(partial(_rescale, factor=math.sqrt(1 / share)))
+
+
+def _drop_layers(decoder: Any, kept: list[int]) -> None:
+    if len(kept) == len(decoder.layers):
+        return
+    decoder.layers = nn.ModuleList([decoder.layers[i] for i in kept])
+    for number, layer in enumerate(decoder.layers):
+        # What a cache, which no training has, would file keys and values under.
+        layer.self_attn.layer_idx = number
+
+
+def _tell_sizes(decoder: Any, method: Method, cuts: Cuts) -> None:
+    """Let the decoder and its attentions count heads and layers as they now are.
+
+    The model's own config stays the base's, which an adapter's folder and a notebook read.
+    """
+    config = copy.copy(decoder.config)
+    for name, axis in AXES.items():
+        if name == HIDDEN:
+            continue
+        for setting, value in axis.settings(method.base, axis.length(cuts.sizes(method.base))).items():
+            _set(config, setting, value)
+        for entries in axis.sliced:
+            if getattr(config, entries, None) is not None and name in cuts:
+                _set(config, entries, [getattr(config, entries)[i] for i in cuts[name].kept.tolist()])
+    decoder.config = config
+    for layer in decoder.layers:
+        layer.self_attn.config = config
+        if hasattr(layer.self_attn, "num_key_value_heads"):
+            layer.self_attn.num_key_value_heads = config.num_key_value_heads
+
+
+def _set(config: Any, setting: str, value: Any) -> None:
+    # Past the class' checks: what is trained is no model that is ever saved.
+    config.__dict__[setting] = value
+
+
+def placed(method: Method) -> Iterator[tuple[str, TensorSpec, str]]:
+    """Every module of the base that the model still has: its name there, its line in the table, its name in the model.
+
+    Args:
+        method: says what the model was cut by.
+    """
+    for name, spec, target in _targets(method, method.sliced_by):
+        if target is not None:
+            yield name, spec, target.name.removesuffix(".weight")
 
 
 def wide_adapter(lora: Mapping[str, Tensor], method: Method) -> dict[str, Tensor]:
-    """A trained adapter's tensors in the base's own shapes, for the run's folder.
+    """A trained adapter's tensors in the base's own shapes and under its layers' numbers, for the run's folder.
 
-    Zeros stand where the model was cut: what the factors multiply there is zero, or is cut after them.
+    Zeros stand where the model was cut, also for the linears of dropped layers: what the factors multiply there is
+    zero, or is cut after them.
 
     Args:
         lora: whole tensors by their names in the PEFT model.
-        method: says which channels they are of.
+        method: says what the model was cut by.
     """
-    wide = dict(lora)
-    if method.narrowed_to is None:
-        return wide
-    for name, tensor in lora.items():
-        found = _FACTOR.fullmatch(name)
-        assert found is not None, name
-        spec, _, _ = method.family.match(f"{found['module']}.weight")
-        dimension = 1 if found["half"] == "A" else 0
-        if spec.hidden_dimension == dimension:
-            wide[name] = scatter(tensor, method.narrowed_to, method.hidden_size, dimension)
+    if method.sliced_by.is_identity:
+        return dict(lora)
+    wide: dict[str, Tensor] = {}
+    ranks = {name.rpartition(".lora_")[0].rpartition(".")[2]: min(tensor.shape) for name, tensor in lora.items()}
+    left = dict(lora)
+    for name, spec, target in _targets(method, method.sliced_by):
+        for half, dimension in _HALVES:
+            wide_name = f"base_model.model.{name}.{half}.default.weight"
+            length = spec.shape("weight", method.base)[dimension] if len(spec.dims) == 2 else 0
+            if target is None:
+                rank = ranks.get(name.rpartition(".")[2])
+                if rank is not None:
+                    wide[wide_name] = torch.zeros((rank, length) if dimension else (length, rank))
+                continue
+            tensor = left.pop(f"base_model.model.{target.name.removesuffix('.weight')}.{half}.default.weight", None)
+            if tensor is not None:
+                kept = target.kept[dimension]
+                wide[wide_name] = tensor if kept is None else scatter(tensor, kept, length, dimension)
+    assert not left, left.keys()
     return wide
 
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from pat_serve.architectures import EMBEDDING, HEAD
 from pat_serve.axes import HIDDEN
-from pat_serve.cuts import AxisCut, Cuts
+from pat_serve.cuts import Cuts
 from pat_serve.hybrid import HybridFold
 from pat_serve.terminal.progress import say
 from pat_serve.training.methods.base import Method
 from pat_serve.training.methods.pat.hsm import HybridModule, SharedMask
 from pat_serve.training.methods.pat.losses import count_loss, identity_loss, push_loss
 from pat_serve.training.methods.pat.schedule import GateSchedule, least_steps
-from pat_serve.training.model.slicing import scatter
+from pat_serve.training.model.slicing import placed, scatter
 from pat_serve.training.ranks import snapshot, whole
 
 if TYPE_CHECKING:
@@ -42,6 +42,11 @@ class Pat(Method):
     def wants_calibration(cls, recipe: TrainRecipe) -> bool:
         """Rotation and the energy start do."""
         return recipe.rotate != "none" or recipe.mask_start != "zero"
+
+    @classmethod
+    def wants_batches(cls, recipe: TrainRecipe) -> bool:
+        """So do choices along other axes."""
+        return cls.wants_calibration(recipe) or bool(set(recipe.shape) - {HIDDEN})
 
     @classmethod
     def stays_wide(cls, recipe: TrainRecipe) -> str | None:
@@ -124,16 +129,19 @@ class Pat(Method):
                 )
         self.mask.require_open()
 
-    def narrow(self, kept_K: Tensor) -> None:
-        """Every HSM scales the kept channels; the mask stays as it is, for the plan."""
-        super().narrow(kept_K)
-        for hsm in self.hsms.values():
-            hsm.narrow(kept_K)
+    def follow(self, cuts: Cuts) -> None:
+        """Every HSM scales the kept channels, those of dropped layers go; the mask stays as it is, for the plan."""
+        super().follow(cuts)
+        stay = {name for name, _, _ in placed(self)}
+        self.hsms = {site: hsm for site, hsm in self.hsms.items() if site in stay}
+        if HIDDEN in cuts:
+            for hsm in self.hsms.values():
+                hsm.narrow(cuts[HIDDEN].kept)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Every HSM hands its input on."""
-        assert self.narrowed_to is None, "the dense model is gone"
+        assert self.sliced_by.is_identity, "the dense model is gone"
         for hsm in self.hsms.values():
             hsm.enabled = False
         try:
@@ -169,9 +177,9 @@ class Pat(Method):
         return {"gate": self.mask.gate().detach().cpu(), "mask_logits": snapshot(self.mask.logits_D)}
 
     def cuts(self) -> Cuts:
-        """The K channels that the mask keeps."""
+        """The K channels that the mask keeps, and what was chosen of other axes."""
         assert self.mask.frozen
-        return Cuts({HIDDEN: AxisCut(width=self.hidden_size, kept=self.mask.kept_indices())})
+        return super().cuts()
 
     def folds(self) -> dict[str, HybridFold]:
         """Every HSM's operator; all ranks must ask, since each may hold a shard."""
@@ -185,9 +193,9 @@ class Pat(Method):
     def _wide(self, parameter: Tensor, dimension: int, fill: float = 0.0) -> Tensor:
         """A parameter of an HSM over all of the base's channels, with its starting value where the model was cut."""
         whole_D = snapshot(parameter)
-        if self.narrowed_to is None:
+        if HIDDEN not in self.sliced_by:
             return whole_D
-        return scatter(whole_D, self.narrowed_to, self.hidden_size, dimension, fill)
+        return scatter(whole_D, self.sliced_by[HIDDEN].kept, self.hidden_size, dimension, fill)
 
 
 def _tied(model: nn.Module) -> bool:

@@ -1,0 +1,66 @@
+"""What a linear with fewer inputs should be, as pure maths: least squares on moments, whole or at a low rank.
+
+Shape suffixes: N tokens, I inputs of the dense linear, K those that stay, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Of the mean diagonal of E[z z^T]: calibration data are few, and channels nearly dependent.
+RIDGE = 1e-3
+
+
+class Moments:
+    """Sums of z z^T and y z^T over tokens, float64, of inputs z and of what is wanted y."""
+
+    def __init__(self) -> None:
+        self.zz_II: Tensor | None = None
+        self.yz_OI: Tensor | None = None
+
+    def add(self, y_NO: Tensor, z_NI: Tensor) -> None:
+        """Add a batch's tokens."""
+        z_NI = z_NI.float()
+        zz_II, yz_OI = (z_NI.T @ z_NI).double(), (y_NO.float().T @ z_NI).double()
+        self.zz_II = zz_II if self.zz_II is None else self.zz_II + zz_II
+        self.yz_OI = yz_OI if self.yz_OI is None else self.yz_OI + yz_OI
+
+    def second(self) -> Tensor:
+        """E[z z^T] times the number of tokens (I, I)."""
+        assert self.zz_II is not None
+        return self.zz_II
+
+    def solve(self, kept_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The best guess of y from the kept entries of z (O, K), and the lower Cholesky factor of their moment (K, K).
+
+        Args:
+            kept_K: int64; None for all.
+        """
+        zz_KK, yz_OK = self.second(), self.yz_OI
+        assert yz_OK is not None
+        if kept_K is not None:
+            kept_K = kept_K.to(zz_KK.device)
+            zz_KK, yz_OK = zz_KK[kept_K][:, kept_K], yz_OK[:, kept_K]
+        # Where nothing is ever read, any number above zero lets the factor exist.
+        ridge = RIDGE * float(zz_KK.diagonal().mean()) or 1.0
+        factor_KK = torch.linalg.cholesky(zz_KK + ridge * torch.eye(len(zz_KK), dtype=zz_KK.dtype, device=zz_KK.device))
+        return torch.cholesky_solve(yz_OK.T, factor_KK).T, factor_KK
+
+
+def low_rank_update(felt_OK: Tensor, factor_KK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors (O, R) and (R, K) whose product is nearest to a change of weights, felt by inputs of a second moment.
+
+    The nearest is by ||(change - B A) F|| with F F^T = E[z z^T], whichever the root F, so a singular value
+    decomposition in the whitened space; both factors get the same norm.
+
+    Args:
+        felt_OK: the change of the weights times F, float32.
+        factor_KK: F, the lower Cholesky factor, float64.
+        rank: R.
+    """
+    left_OR, values_R, right_KR = torch.svd_lowrank(felt_OK, q=min(rank + 8, *felt_OK.shape), niter=4)
+    left_OR, right_KR = left_OR[:, :rank] * values_R[:rank].sqrt(), right_KR[:, :rank] * values_R[:rank].sqrt()
+    a_RK = torch.linalg.solve_triangular(factor_KK, right_KR.T.double(), upper=False, left=False).float()
+    balance = (a_RK.norm() / left_OR.norm()).sqrt()
+    return left_OR * balance, a_RK / balance
