@@ -1,0 +1,118 @@
+"""Perplexity of a model right after a cut, nothing trained: what the choices lose and what a refit restores.
+
+Example: `python -m benchmarks.cut_quality MODEL --text wiki.test.raw --calibration wiki.valid.raw --shape layers=24`
+
+The model is cut in memory as `pat-train --max-steps 0` cuts it, calibrated on windows of one text and measured on
+windows of another. `--shape` may come several times, and each is measured with every `--refit`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.evaluation.text import wikitext2_from_file
+from pat_serve.training.checks.width import target_shape
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.methods import method_of
+from pat_serve.training.model.calibration import calibrate, calibration_batches
+from pat_serve.training.model.ready import make_ready
+
+DENSE = "dense"
+
+
+def windows_of(path: Path, tokenizer: Any, length: int, most: int) -> list[list[int]]:
+    """Token ids of the first windows of a text; all of them for 0."""
+    ids = tokenizer(wikitext2_from_file(path), verbose=False).input_ids
+    found = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
+    return found[:most] if most else found
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows: list[list[int]]) -> float:
+    """exp of the mean negative log-likelihood of every token of the windows but the first of each."""
+    model.eval()
+    total, count = 0.0, 0
+    for at in range(0, len(windows), 8):
+        ids_BT = torch.tensor(windows[at : at + 8])
+        logits_BTV = model(input_ids=ids_BT).logits[:, :-1].float()
+        nll = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum")
+        total, count = total + float(nll), count + ids_BT[:, 1:].numel()
+    return math.exp(total / count)
+
+
+def cut(checkpoint: Checkpoint, recipe: TrainRecipe, batches: list[dict[str, Tensor]], dtype: torch.dtype) -> Any:
+    """The model of a recipe before its first step."""
+    method = method_of(recipe)
+    recipe = recipe.resolved(tied=checkpoint.tied, prunes=method.prunes, narrows="hidden" in method.axes)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
+    calibration = None
+    if method.wants_calibration(recipe):
+        assert recipe.rotate != "auto"
+        calibration = calibrate(base, checkpoint.family, checkpoint.num_layers, batches, rotate=recipe.rotate)
+    shape = target_shape(recipe, checkpoint)
+    return make_ready(base, checkpoint.family, recipe, shape, 24, calibration=calibration, batches=batches).model
+
+
+def main() -> None:
+    """One line of JSON for every shape and refit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the base")
+    parser.add_argument("--text", type=Path, required=True, help="WikiText-2's test file")
+    parser.add_argument(
+        "--calibration", type=Path, required=True, help="a text to calibrate on, as its validation file"
+    )
+    parser.add_argument("--shape", action="append", required=True, help=f"as of pat-train, or '{DENSE}'")
+    parser.add_argument("--refit", default="none,lora,full", help="of none, lora, full, with commas [default: all]")
+    parser.add_argument("--choose", default="", help="as of pat-train")
+    parser.add_argument("--rotate", default="auto", help="as of pat-train [default: auto]")
+    parser.add_argument("--context-tokens", type=int, default=512, help="tokens of a window [default: 512]")
+    parser.add_argument("--calibration-windows", type=int, default=32, help="windows to calibrate on [default: 32]")
+    parser.add_argument("--windows", type=int, default=0, help="windows to measure on [default: all]")
+    parser.add_argument("--dtype", default="bfloat16", help="[default: bfloat16]")
+    options = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    measured = windows_of(options.text, tokenizer, options.context_tokens, options.windows)
+    seen = windows_of(options.calibration, tokenizer, options.context_tokens, options.calibration_windows)
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in seen]
+    batches, checkpoint = calibration_batches(rows, 4), open_checkpoint(options.model)
+    dtype = getattr(torch, options.dtype)
+    for shape in options.shape:
+        for refit in ["none"] if shape == DENSE else options.refit.split(","):
+            torch.manual_seed(0)
+            began = time.perf_counter()
+            if shape == DENSE:
+                model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+            else:
+                asked: dict[str, Any] = {"shape": shape, "choose": options.choose}
+                if "hidden" in shape:
+                    asked["rotate"] = options.rotate
+                asked |= {"compensate": False} if refit == "none" else {"refit": refit}
+                recipe = TrainRecipe.build({"model": options.model, "data": "given", **asked}, "the command")
+                model = cut(checkpoint, recipe, batches, dtype)
+            cut_s = time.perf_counter() - began
+            base = getattr(model, "get_base_model", lambda model=model: model)()
+            parameters = sum({id(p): p.numel() for name, p in base.named_parameters() if ".lora_" not in name}.values())
+            line = {
+                "shape": shape,
+                "refit": refit,
+                "choose": options.choose,
+                "perplexity": perplexity(model, measured),
+                "windows": len(measured),
+                "parameters": parameters,
+                "cut_s": cut_s,
+            }
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
