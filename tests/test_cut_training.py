@@ -148,7 +148,7 @@ def test_a_run_along_several_axes_is_resumed_to_the_bit(shape: dict[str, int], r
 
 def test_no_step_at_all_leaves_the_cut_model(rows: Path, tmp_path: Path):
     base, run = save_tiny_family(tmp_path / "base", "llama", num_hidden_layers=LAYERS), tmp_path / "run"
-    settings = {**DEFAULTS, "hio_rank": None, "max_steps": 0, "calibration_rows": 8}
+    settings = {**DEFAULTS, "hio_rank": None, "max_steps": 0, "calibration_rows": 8, "refit": "full"}
     recipe = tiny_recipe(base, rows, shape={"layers": 4, "ffn": 96}, **settings)
     finished = start(recipe, run)
     assert (finished.steps, finished.train_loss) == (0, None)

@@ -57,6 +57,25 @@ def alone(trainings: Trainings, tiny_base: Path, rows: Path, tmp_path_factory: p
 
 
 @pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_two_ranks_choose_and_train_the_smaller_model(
+    config: str, trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path
+):
+    shape = ["--shape", "ffn=96,kv_groups=1", "--refit", "full"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert trainings.run([*arguments(tiny_base, rows, one, batch_size=4), *shape]) == 0, trainings.log.read_text()
+    command = [*arguments(tiny_base, rows, two, batch_size=2), *shape]
+    assert trainings.run_ranks(command, launched(config)) == [0, 0], trainings.log.read_text()
+    assert curve(two) == [pytest.approx(line, rel=1e-4) for line in curve(one)]
+    ours, reference = PruningPlan.load(two), PruningPlan.load(one)
+    assert {line: cut.kept.tolist() for line, cut in ours.cuts.items()} == {
+        line: cut.kept.tolist() for line, cut in reference.cuts.items()
+    }
+    assert load_file(two / "weights/weights-00001.safetensors").keys() == {
+        f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")
+    }
+
+
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
 def test_two_ranks_train_what_one_does(
     config: str, alone: Path, trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path
 ):

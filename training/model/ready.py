@@ -115,8 +115,8 @@ def count_ready(base: Any, family: Family, recipe: TrainRecipe, shape: Mapping[s
             for line in [line_name(name, i) for i in range(sizes.layers)] if axis.per_layer else [name]:
                 kept[line] = torch.arange(count)
         slice_model(model, method, Cuts.of(sizes, kept))
-    if recipe.train_norms:
-        train_norms(model, method)
+        if recipe.train_norms:
+            train_norms(model, method)
     return Ready(model=model, method=method, wide_parameters=wide_parameters)
 
 
