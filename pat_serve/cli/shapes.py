@@ -47,7 +47,7 @@ def shapes(
     ] = False,
     results: Annotated[
         list[Path] | None,
-        Flag(help="Instead take that from results of pat-bench speedup --depths; repeatable."),
+        Flag(help="Instead take that from results of pat-bench speedup --layers 2,6; repeatable."),
     ] = None,
     revision: Annotated[str | None, Flag(help="Revision of a hub id.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Print all figures to stdout as JSON, and nothing else.")] = False,
@@ -109,6 +109,11 @@ def _print(setting: Setting, found: Found, costs: FoundCosts | None, *, as_json:
 
     whole = setting.figures({})
     notes = _notes(setting, costs)
+    if found.picked is not None:
+        notes.append(
+            f"{found.picked + 1}* cuts the fewest parameters. It may lean on one axis, and an even mix of the same "
+            "size often keeps more: train both for some steps before you choose."
+        )
     if as_json:
         document = {
             "base": asdict(whole),

@@ -110,7 +110,7 @@ def _speedup_result(path: Path) -> SpeedupResult:
             f"--results {path}",
             expected="a result of pat-bench speedup with equal batches",
             found="one with --fixed-memory" if isinstance(result, SpeedupResult) else f"one of {result.kind}",
-            fix="Record one: pat-bench speedup ... --depths 2,6 --out FILE.json.",
+            fix="Record one: pat-bench speedup ... --layers 2,6 --out FILE.json.",
         )
     return result
 
@@ -122,7 +122,7 @@ def _fitted(work: Sequence[Work], seconds: Sequence[float], source: str, dtype: 
             flag,
             expected="times of prefill and decode, of two depths and two widths",
             found=f"{len(work)} times that do not tell a byte, an operation, a layer and a step apart",
-            fix="Record more: pat-bench speedup ... --depths 2,6 --out FILE.json.",
+            fix="Record more: pat-bench speedup ... --layers 2,6 --out FILE.json.",
         )
     return FoundCosts(
         costs=costs, source=source, dtype=dtype, times=len(work), worst_error=worst_error(costs, work, seconds)
