@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pat_serve.errors import BrokenCheckpoint
 from pat_serve.evaluation.backends import alias_distribution
 from pat_serve.perplexity import IGNORED_LABEL
-from pat_serve.tokens.habits import token_habit
+from pat_serve.tokens.habits import text_ids, token_habit
 from pat_serve.training.data import Row, encode_row, encode_rows, parse_row
 from pat_serve.training.data.encoding import PadBatch, split_ids
 from tests.tiny_models import tiny_tokenizer
@@ -139,8 +139,11 @@ def test_typed_special_tokens_are_not_doubled(kind: str, model: Path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     start, end = STARTS[kind], tokenizer.eos_token
     plain = trained("Which?", " Paris ", tokenizer)
-    for typed_end in (end, f"{end}\n"):
+    for typed_end in (end, f"{end}\n", f"{end} {end}"):
         assert trained(f"{start}Which?", f" Paris {typed_end}", tokenizer) == plain
+    if start:
+        assert trained(f" \n{start}Which?", " Paris ", tokenizer) == plain
+        assert text_ids(tokenizer, f"\n{start}Which?", token_habit(tokenizer)) == plain[0]
 
 
 def test_a_start_that_the_tokenizer_does_not_add_stays_as_it_was_typed():
@@ -178,6 +181,26 @@ def test_padding_with_the_end_masks_no_end():
     examples, _ = encode_rows([Row(prompt="p", completion=text) for text in ("c", "a longer one")], tokenizer, 64)
     for row in PadBatch()(examples)["labels"].tolist():
         assert [label for label in row if label != IGNORED_LABEL][-1] == tokenizer.eos_token_id
+
+
+def words(*known: str, **specials: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words."""
+    vocabulary = {word: number for number, word in enumerate(["</s>", "<unk>", *known])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=specials.get("unk_token", "?")))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **specials)
+
+
+def test_a_tokenizer_that_does_not_know_every_text(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(BrokenCheckpoint, match=r"one that makes ids of any text, found WordLevel error.*unknown token"):
+        token_habit(words("b"))
+    with pytest.raises(BrokenCheckpoint, match="one that makes ids of any text"):
+        encode_rows([Row(prompt="a", completion="b")], words("a"), 64)
+    knowing = words("a", unk_token="<unk>")
+    encode_rows([Row(prompt="a", completion="a <unk>")], knowing, 64)
+    assert capsys.readouterr().err == ""
+    encode_rows([Row(prompt="a", completion="b c")] * 2, knowing, 64)
+    assert capsys.readouterr().err.count("no token for a part of these texts, which is trained as <unk>") == 1
 
 
 class Merging:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pat_serve.errors import BrokenCheckpoint
+from pat_serve.errors import BrokenCheckpoint, first_line
 
 # The ids of these texts are looked for among their ids with special tokens around them.
 _PROBES = ("a", "0", ".")
@@ -30,16 +30,25 @@ class TokenHabit:
     start_text: str
     end: tuple[int, ...]
 
+    def without_start(self, text: str) -> str:
+        """A text without the start that somebody typed before it, white space in front of the start included."""
+        typed = text.lstrip()
+        return typed.removeprefix(self.start_text) if self.start_text and typed.startswith(self.start_text) else text
+
 
 def token_habit(tokenizer: Any) -> TokenHabit:
     """Find the habit of a Hugging Face tokenizer by trying it.
 
     Raises:
-        BrokenCheckpoint: special tokens change the ids of the text between them.
+        BrokenCheckpoint: special tokens change the ids of the text between them, or there are none for a text.
     """
     for probe in _PROBES:
-        text = tokenizer.encode(probe, add_special_tokens=False)
-        whole = tokenizer.encode(probe, add_special_tokens=True)
+        try:
+            text = tokenizer.encode(probe, add_special_tokens=False)
+            whole = tokenizer.encode(probe, add_special_tokens=True)
+        # The libraries raise bare exceptions.
+        except Exception as error:
+            raise no_ids(tokenizer, error) from error
         for at in range(len(whole) - len(text) + 1) if text else ():
             if whole[at : at + len(text)] == text:
                 start, end = whole[:at], whole[at + len(text) :]
@@ -52,10 +61,20 @@ def token_habit(tokenizer: Any) -> TokenHabit:
     )
 
 
+def no_ids(tokenizer: Any, error: Exception) -> BrokenCheckpoint:
+    """Make the error of a tokenizer that raises at a text: most often one of whole words without an unknown token."""
+    return BrokenCheckpoint(
+        f"the tokenizer {getattr(tokenizer, 'name_or_path', '')}".rstrip(),
+        expected="one that makes ids of any text",
+        found=first_line(error),
+        fix="Give it an unknown token or bytes to fall back on, or take the base's own tokenizer.",
+    )
+
+
 def text_ids(tokenizer: Any, text: str, habit: TokenHabit) -> list[int]:
     """Ids of a plain-text prompt, as a server sends them.
 
     A start that somebody typed (`<s>[INST] ...`) counts as the start, and no second one is added.
     """
-    bare: list[int] = tokenizer.encode(text.removeprefix(habit.start_text), add_special_tokens=False)
+    bare: list[int] = tokenizer.encode(habit.without_start(text), add_special_tokens=False)
     return [*habit.start, *bare]

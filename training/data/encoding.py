@@ -12,7 +12,7 @@ from torch import Tensor
 from pat_serve.errors import DataError, MissingModel, UsageError, first_line
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.terminal.progress import track
-from pat_serve.tokens.habits import token_habit
+from pat_serve.tokens.habits import no_ids, token_habit
 from pat_serve.training.data.remarks import Remarks
 from pat_serve.training.data.row import Row, Tokenizer
 
@@ -106,9 +106,14 @@ class RowEncoder:
             the response and nothing of the prompt counts.
         """
         start = [] if row.chat else self._habit.start
-        prompt_text = row.prompt if row.chat else row.prompt.removeprefix(self._habit.start_text)
+        prompt_text = row.prompt if row.chat else self._habit.without_start(row.prompt)
         completion_text = row.completion if row.ended else self._without_typed_end(row.completion)
-        prompt, completion = split_ids(self._tokenizer, prompt_text, completion_text)
+        try:
+            prompt, completion = split_ids(self._tokenizer, prompt_text, completion_text)
+        # The libraries raise bare exceptions.
+        except Exception as error:
+            raise no_ids(self._tokenizer, error) from error
+        self._remark_unknown(row, [*prompt, *completion])
         prompt_labels = self._prompt_labels(row, prompt)
         prompt, prompt_labels = [*start, *prompt], [IGNORED_LABEL] * len(start) + prompt_labels
         if not row.ended:
@@ -141,8 +146,15 @@ class RowEncoder:
     def _without_typed_end(self, completion: str) -> str:
         """A response without the end of text that somebody typed after it: the token itself follows."""
         end = self._tokenizer.eos_token
-        typed = completion.rstrip()
-        return typed.removesuffix(end) if end and typed.endswith(end) else completion
+        while end and completion.rstrip().endswith(end):
+            completion = completion.rstrip().removesuffix(end)
+        return completion
+
+    def _remark_unknown(self, row: Row, ids: list[int]) -> None:
+        """Say once that a part of the rows is trained as the unknown token."""
+        token, token_id = self._tokenizer.unk_token, self._tokenizer.unk_token_id
+        if token is not None and token_id in ids and token not in row.prompt + row.completion:
+            self._remarks.once(f"it has no token for a part of these texts, which is trained as {token}")
 
     def _end(self, row: Row) -> list[int]:
         if self._tokenizer.eos_token_id is not None:

@@ -11,6 +11,8 @@ class Tokenizer(Protocol):
 
     eos_token: str | None
     eos_token_id: int | None
+    unk_token: str | None
+    unk_token_id: int | None
     chat_template: Any
 
     @property
