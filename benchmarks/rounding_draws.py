@@ -62,7 +62,7 @@ def _measure(folder: Path, scratch: Path, dtype: str, draws: int) -> tuple[Figur
     """Figures of the files and of each draw, all computed in float32."""
     run = open_run(folder)
     prompts = replace(parity_prompts(run), continued=[])
-    wide = load_masked_model(run.base.folder, run.folder, run.plan, torch.float32)
+    wide = load_masked_model(run, torch.float32)
     trained = answer(wide, prompts, "trained", []).logits
     del wide
 

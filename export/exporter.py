@@ -28,8 +28,10 @@ from pat_serve.export.parity.gate import measure_parity
 from pat_serve.export.parity.report import parity_lines
 from pat_serve.export.record.card import model_card, provenance
 from pat_serve.export.record.card_sections import quality_section
+from pat_serve.export.rewrite.config import exported_config
+from pat_serve.export.rewrite.contents import shapes_of
+from pat_serve.export.rewrite.dry_run import dry_run
 from pat_serve.export.rewrite.shape_check import check_fitness
-from pat_serve.export.rewrite.target import dry_run, narrow_config, narrow_shapes
 from pat_serve.export.run.base_files import BaseFiles
 from pat_serve.export.run.hashes import hash_files
 from pat_serve.export.run.reader import Run, open_run
@@ -117,25 +119,30 @@ def export_run(
     # A licence that is a link to somebody's key would be published with the model.
     check_inside(run.base.folder, _carried(run))
     fitness = check_fitness(run, tp, scheme)
-    target = run.base.dtype if dtype == "auto" else DTYPES[dtype]
+    model_dtype = run.base.dtype if dtype == "auto" else DTYPES[dtype]
     if gguf:
-        require_gguf(narrow_config(run, target), run.base.folder, quantized=scheme is not None)
+        require_gguf(exported_config(run, model_dtype), run.base.folder, quantized=scheme is not None)
     # 8-bit weights are made from the exact float32 ones, which are proven first.
-    written = torch.float32 if scheme else target
+    file_dtype = torch.float32 if scheme else model_dtype
     with ExitStack() as stack:
         base_files = stack.enter_context(BaseFiles(run))
-        _check_fits(run, out, [written, *([target] if scheme else []), *([target] if gguf else [])])
+        copies = [file_dtype, *([model_dtype] if scheme else []), *([model_dtype] if gguf else [])]
+        _check_fits(run, out, copies)
         stack.enter_context(room_on_disk(out, lambda: _FREE))
         staging = stack.enter_context(new_folder(out, replace=force))
-        hashes = _write_model(run, staging, written, max_shard_bytes, runs_in=target, meanwhile=base_files.poll)
-        outcome = _prove(run, staging, written, out, runs_in=target, walk=walk, scorer=scorer) if parity else None
-        quality = quantize_export(run, staging, scheme, target, max_shard_bytes, out, parity) if scheme else None
+        hashes = _write_model(
+            run, staging, file_dtype, max_shard_bytes, model_dtype=model_dtype, meanwhile=base_files.poll
+        )
+        outcome = (
+            _prove(run, staging, file_dtype, out, model_dtype=model_dtype, walk=walk, scorer=scorer) if parity else None
+        )
+        quality = quantize_export(run, staging, scheme, model_dtype, max_shard_bytes, out, parity) if scheme else None
         _carry_files(run, staging)
         add_end_tokens(run, staging)
         if gguf:
             write_gguf(staging)
         kept = {"quality": accept(staging, run.base.folder)} if accept else {}
-        record = provenance(run, _name(target), outcome, scheme, quality, fitness) | kept
+        record = provenance(run, _name(model_dtype), outcome, scheme, quality, fitness) | kept
         record["files"] = hash_files(staging, {} if scheme else hashes)
         (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         measured = quality_section(record["quality"]) if kept else None
@@ -147,10 +154,10 @@ def export_run(
 def _prove(
     run: Run,
     staging: Path,
-    written: torch.dtype,
+    file_dtype: torch.dtype,
     out: Path,
     *,
-    runs_in: torch.dtype,
+    model_dtype: torch.dtype,
     walk: bool | None,
     scorer: Scorer | None,
 ) -> Parity:
@@ -162,7 +169,7 @@ def _prove(
     Raises:
         ParityError: they are not.
     """
-    outcome = measure_parity(run, staging, written, out=out, runs_in=runs_in, walk=walk, scorer=scorer)
+    outcome = measure_parity(run, staging, file_dtype, out=out, model_dtype=model_dtype, walk=walk, scorer=scorer)
     if not outcome.passed:
         say("\n".join(parity_lines(outcome)))
     outcome.require(
@@ -182,7 +189,7 @@ def _check_fits(run: Run, out: Path, dtypes: list[torch.dtype]) -> None:
         dtypes: one for each copy of the weights that will be there at the same time.
     """
     dry_run(run, dtypes[0])
-    numbers = sum(prod(shape) for shape in narrow_shapes(run).values())
+    numbers = sum(prod(shape) for shape in shapes_of(run).values())
     check_room(out.parent, sum(numbers * dtype.itemsize for dtype in dtypes) + _SPARE_BYTES, _ROOM)
 
 
@@ -192,6 +199,6 @@ def _carried(run: Run) -> list[Path]:
 
 def _carry_files(run: Run, folder: Path) -> None:
     for path in _carried(run):
-        target = folder / path.relative_to(run.base.folder)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
+        copy = folder / path.relative_to(run.base.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)

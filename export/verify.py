@@ -21,7 +21,7 @@ from pat_serve.export.formats.schemes import SCHEMES, Scheme, quantization_confi
 from pat_serve.export.parity.comparison import Parity
 from pat_serve.export.parity.gate import measure_parity
 from pat_serve.export.parity.prompts import own_prompts
-from pat_serve.export.rewrite.target import narrow_shapes
+from pat_serve.export.rewrite.contents import shapes_of
 from pat_serve.export.run.hashes import hash_files
 from pat_serve.export.run.reader import Run, open_run
 from pat_serve.files.disk import check_room
@@ -81,12 +81,20 @@ class _Record(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
 
-    version: int = pydantic.Field(ge=1, le=1)
+    version: int = pydantic.Field(ge=1, le=2)
     dtype: Literal["float32", "float16", "bfloat16", "float64"]
     base: BaseReference
-    kept_channels: list[int]
+    cuts: dict[str, list[int]]
     quantization: _Quantization | None = None
     files: dict[str, str] = {}
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _today(cls, record: Any) -> Any:
+        """Version 1 could cut the hidden axis alone."""
+        if isinstance(record, dict) and record.get("version") == 1:
+            return record | {"cuts": {HIDDEN: record.get("kept_channels")}}
+        return record
 
 
 def verify_export(
@@ -121,11 +129,11 @@ def verify_export(
         require_compressed_tensors()
     run = open_run(ckpt, base)
     _check_origin(folder, record, run)
-    target = getattr(torch, record.dtype)
+    model_dtype = getattr(torch, record.dtype)
     if scheme:
-        parity, quality = _measure_eight_bits(run, folder, scheme, target, walk)
+        parity, quality = _measure_eight_bits(run, folder, scheme, model_dtype, walk)
         return Verification(folder=folder, files=files, parity=parity, quality=quality)
-    parity = measure_parity(run, folder, target, walk=walk, scorer=scorer, same_machine=False)
+    parity = measure_parity(run, folder, model_dtype, walk=walk, scorer=scorer, same_machine=False)
     return Verification(folder=folder, files=files, parity=parity)
 
 
@@ -143,16 +151,16 @@ def _check_scheme(folder: Path, scheme: Scheme | None) -> None:
 
 
 def _measure_eight_bits(
-    run: Run, folder: Path, scheme: Scheme, floats: torch.dtype, walk: bool | None
+    run: Run, folder: Path, scheme: Scheme, model_dtype: torch.dtype, walk: bool | None
 ) -> tuple[Parity, QuantizationQuality]:
     """As at the export: the exact float32 weights against the trained model, and the 8-bit ones against these."""
-    check_eight_bits(run, folder, scheme, floats)
+    check_eight_bits(run, folder, scheme, model_dtype)
     with tempfile.TemporaryDirectory(prefix="pat-verify-") as scratch:
         exact = Path(scratch)
-        needed_bytes = sum(prod(shape) for shape in narrow_shapes(run).values()) * torch.float32.itemsize
+        needed_bytes = sum(prod(shape) for shape in shapes_of(run).values()) * torch.float32.itemsize
         check_room(exact, needed_bytes, "Free some space, or name another place in TMPDIR.")
-        write_model(run, exact, torch.float32, _SHARD_BYTES, runs_in=floats)
-        parity = measure_parity(run, exact, torch.float32, runs_in=floats, walk=walk)
+        write_model(run, exact, torch.float32, _SHARD_BYTES, model_dtype=model_dtype)
+        parity = measure_parity(run, exact, torch.float32, model_dtype=model_dtype, walk=walk)
         return parity, measure_quality(exact, folder, scheme, own_prompts(run))
 
 
@@ -169,7 +177,7 @@ def _read_record(folder: Path) -> _Record:
         return _Record.model_validate_json(path.read_bytes())
     except ValueError as error:
         raise BrokenCheckpoint(
-            path, expected="the record of an export, version 1", found=first_line(error), fix="Export again."
+            path, expected="the record of an export, version 1 or 2", found=first_line(error), fix="Export again."
         ) from error
 
 
@@ -191,10 +199,10 @@ def _check_files(folder: Path, record: _Record) -> list[str]:
 
 def _check_origin(folder: Path, record: _Record, run: Run) -> None:
     same_base = record.base.sha256 == run.plan.base.sha256
-    if not same_base or record.kept_channels != run.plan.cuts[HIDDEN].kept.tolist():
+    if not same_base or record.cuts != {line: cut.kept.tolist() for line, cut in run.plan.cuts.items()}:
         raise BrokenPlan(
             run.folder,
             expected=f"the run that {folder} was exported from",
-            found="one with other kept channels" if same_base else "one with another base",
+            found="one with other cuts" if same_base else "one with another base",
             fix="Give that run with --ckpt.",
         )

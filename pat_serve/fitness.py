@@ -16,6 +16,7 @@ from pat_serve.sizes import ModelShape, ModelSizes
 
 if TYPE_CHECKING:
     from pat_serve.checkpoints.checkpoint import Checkpoint
+    from pat_serve.cuts import Cuts
     from pat_serve.family import Family
 
 # v1/attention/backends/cpu_attn.py
@@ -60,19 +61,25 @@ class Shape:
         return self.parameters_per_channel * width + self.other_parameters
 
 
-def shape_of(checkpoint: Checkpoint, *, unties_head: bool = False) -> Shape:
-    """The shape of a base.
+def shape_of(checkpoint: Checkpoint, cuts: Cuts | None = None, *, unties_head: bool = False) -> Shape:
+    """The shape of a base, or of one cut along every axis but its width.
 
     Args:
         checkpoint: the base.
+        cuts: of a plan; none by default.
         unties_head: the export gets a head of its own where the base has none.
     """
+    base, family = checkpoint.sizes, checkpoint.family
+    cut = base if cuts is None else cuts.sizes(base)
+    sizes, dropped = replace(cut, hidden=base.hidden), set(range(base.layers))
+    dropped -= set(dropped if cuts is None else cuts.layers_kept(base.layers))
+    export_as = family.class_of_export(base, cut, checkpoint.config)
     per_channel = other = 0
-    for name, entry in checkpoint.tensors.items():
-        spec, _, kind = checkpoint.family.match(name)
-        size = 1
-        for length in entry.shape:
-            size *= length
+    for name in checkpoint.tensors:
+        spec, layer, kind = family.match(name)
+        if layer in dropped:
+            continue
+        size = math.prod(spec.shape(kind, sizes))
         if spec.has_hidden(kind):
             per_channel += size // checkpoint.hidden_size
         else:
@@ -81,12 +88,12 @@ def shape_of(checkpoint: Checkpoint, *, unties_head: bool = False) -> Shape:
             per_channel += size // checkpoint.hidden_size
     return Shape(
         hidden_size=checkpoint.hidden_size,
-        num_attention_heads=checkpoint.num_attention_heads,
-        num_key_value_heads=checkpoint.num_key_value_heads,
-        head_dim=checkpoint.head_dim,
-        ffn=checkpoint.sizes.ffn,
-        vocab=checkpoint.sizes.vocab,
-        hidden_multiple_of_heads=checkpoint.family.hidden_multiple_of_heads,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        ffn=sizes.ffn,
+        vocab=sizes.vocab,
+        hidden_multiple_of_heads=(export_as or family).hidden_multiple_of_heads,
         parameters_per_channel=per_channel,
         other_parameters=other,
     )

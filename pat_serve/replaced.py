@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pat_serve.architectures import EMBEDDING, HEAD
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.checkpoints.shards import TensorEntry, read_header
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan
@@ -88,7 +89,8 @@ def read_replaced(run: Path, weights: Mapping[str, str], base: Checkpoint) -> di
         except BrokenCheckpoint as error:
             raise _broken(path, error.expected, error.found) from error
         for tensor, entry in entries.items():
-            stored = base.tensors.get(tensor)
+            # A tied base's head may part from its embedding, by which it is as large.
+            stored = base.tensors.get(f"{EMBEDDING}.weight" if base.tied and tensor == f"{HEAD}.weight" else tensor)
             if stored is None or stored.shape != entry.shape:
                 wanted = "a tensor of the base" if stored is None else f"{tensor} of shape {stored.shape}, the base's"
                 raise _broken(path, wanted, f"{tensor!r:.80}" if stored is None else f"{entry.shape}")

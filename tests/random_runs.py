@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from pat_serve.cuts import AxisCut, Cuts
 from pat_serve.files.atomic import write_text
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import PruningPlan, file_sha256
+from pat_serve.replaced import write_replaced
+from tests.random_cuts import random_cuts
 
 PROMPT = torch.randint(384, (3, 40), generator=torch.Generator().manual_seed(5))
 
@@ -24,6 +26,8 @@ def random_run(
     base: Path,
     *,
     width: int = 48,
+    counts: Mapping[str, int] | None = None,
+    replaced: Sequence[str] = (),
     scale_spread: float = 0.2,
     lora: Mapping[str, Any] | None = None,
     save_embedding_layers: str | bool = "auto",
@@ -33,7 +37,9 @@ def random_run(
     Args:
         folder: of the run.
         base: of the model.
-        width: kept channels.
+        width: kept channels, where the width alone is cut.
+        counts: kept indices by axis, other ones in every layer; operators come with a cut of the width only.
+        replaced: tensors that the run has in place of the base's.
         scale_spread: standard deviation of the operators' scales around one.
         lora: settings of the adapter that differ from the defaults'.
         save_embedding_layers: as peft's; False for an adapter on the head, as training saves it.
@@ -61,8 +67,14 @@ def random_run(
         for site in checkpoint.family.residual_writers(checkpoint.num_layers)
     }
     cuts = Cuts({"hidden": AxisCut(width=D, kept=kept)})
+    if counts is not None:
+        cuts, folds = random_cuts(checkpoint.sizes, counts), folds if "hidden" in counts else {}
+    stored = {**checkpoint.tensors, "lm_head.weight": checkpoint.tensors["model.embed_tokens.weight"]}
+    weights = write_replaced(folder, ((name, 0.1 * torch.randn(stored[name].shape)) for name in replaced))
     write_text(folder / "recipe.yaml", "method: pat\n")
     write_text(folder / "parity_prompts.jsonl", json.dumps({"token_ids": PROMPT[0].tolist()}) + "\n")
     adapter = {path.name: file_sha256(path) for path in (folder / "adapter").glob("adapter_*")}
-    PruningPlan(method="pat", base=checkpoint.reference(), cuts=cuts, folds=folds, adapter=adapter).save(folder)
+    PruningPlan(
+        method="pat", base=checkpoint.reference(), cuts=cuts, folds=folds, adapter=adapter, weights=weights
+    ).save(folder)
     return folder

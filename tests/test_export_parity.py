@@ -24,8 +24,8 @@ from pat_serve.export.parity.greedy import compare_greedy
 from pat_serve.export.parity.layerwise import LayerwiseModel
 from pat_serve.export.parity.masked import load_masked_model
 from pat_serve.export.parity.vllm_scores import compare_listed
-from pat_serve.export.rewrite import blocks
-from pat_serve.export.rewrite.rewrite import fuse
+from pat_serve.export.rewrite import job
+from pat_serve.export.rewrite.fused import fuse
 from pat_serve.export.run.reader import open_run
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import PruningPlan
@@ -37,7 +37,7 @@ from tests.tiny_models import save_tiny_family, save_tiny_llama, tiny_llama
 def both_logits(run_folder: Path, exported: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     run = open_run(run_folder)
     with torch.no_grad():
-        wide = load_masked_model(run.base.folder, run_folder, run.plan, dtype)(input_ids=PROMPT).logits
+        wide = load_masked_model(run, dtype)(input_ids=PROMPT).logits
         narrow = AutoModelForCausalLM.from_pretrained(exported, dtype=dtype)(input_ids=PROMPT).logits
     return wide, narrow
 
@@ -125,9 +125,9 @@ def test_the_gate_refuses_the_published_mistakes(
     base = save_tiny_llama(tmp_path / "base", rms_norm_eps=1e-3)
     run = random_run(tmp_path / "run", base, scale_spread=0.01)
     if mistake == "eps":
-        monkeypatch.setattr("pat_serve.export.rewrite.target.narrow_eps", lambda eps, cut: eps)
+        monkeypatch.setattr("pat_serve.export.rewrite.config.exported_eps", lambda eps, cut: eps)
     else:
-        monkeypatch.setattr(blocks, "fuse", lambda spec, *parts: replace(fuse(spec, *parts), scale_K=None))
+        monkeypatch.setattr(job, "fuse", lambda spec, *parts: replace(fuse(spec, *parts), scale_K=None))
     with pytest.raises(ParityError, match="found"):
         export_run(run, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()
@@ -167,7 +167,7 @@ def test_a_mistake_does_not_hide_in_a_model_that_amplifies(
     mistake: str, amplifying_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     if mistake == "eps":
-        monkeypatch.setattr("pat_serve.export.rewrite.target.narrow_eps", lambda eps, cut: eps)
+        monkeypatch.setattr("pat_serve.export.rewrite.config.exported_eps", lambda eps, cut: eps)
     else:
         write = exporter._write_model
 
@@ -211,9 +211,8 @@ def test_the_trained_model_is_the_masked_one(tiny_base: Path, rows: Path, tmp_pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_run, "_finish", keep_model)
         training_run.start(tiny_recipe(tiny_base, rows), tmp_path / "run")
-    plan = PruningPlan.load(tmp_path / "run")
     with torch.no_grad():
-        rebuilt = load_masked_model(tiny_base, tmp_path / "run", plan, torch.float32)(input_ids=PROMPT).logits
+        rebuilt = load_masked_model(open_run(tmp_path / "run"), torch.float32)(input_ids=PROMPT).logits
     torch.testing.assert_close(rebuilt, trained["logits"], rtol=1e-5, atol=1e-5)
     untouched = tiny_llama()(input_ids=PROMPT).logits
     assert (rebuilt - untouched).abs().max() > 0.1
@@ -351,7 +350,7 @@ def test_a_model_that_does_not_fit_is_walked_through(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("walk", [False, True])
 def test_a_wrong_rewriting_is_refused_layer_by_layer_too(walk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pat_serve.export.rewrite.target.narrow_eps", lambda eps, cut: eps)
+    monkeypatch.setattr("pat_serve.export.rewrite.config.exported_eps", lambda eps, cut: eps)
     run = random_run(tmp_path / "run", save_tiny_llama(tmp_path / "base", rms_norm_eps=1e-3))
     with pytest.raises(ParityError, match="Nothing was exported"):
         export_run(run, tmp_path / "out", walk=walk)

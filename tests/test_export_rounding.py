@@ -20,8 +20,8 @@ from pat_serve.export.parity.comparison import EXACT, EXPORTED, RANDOM, TRAINED,
 from pat_serve.export.parity.figures import TOLERANCES, TYPICAL_PROPORTION, Figures, proportional
 from pat_serve.export.parity.gate import measure_parity
 from pat_serve.export.parity.models import LoadedModels
-from pat_serve.export.rewrite import blocks
-from pat_serve.export.rewrite.rewrite import fuse
+from pat_serve.export.rewrite import job
+from pat_serve.export.rewrite.fused import fuse
 from pat_serve.export.rewrite.rounding import FileCheck, is_nearest, round_at_random
 from pat_serve.export.run.reader import open_run
 from tests.random_runs import random_run
@@ -58,11 +58,11 @@ def drop(**parts: None) -> Callable[..., object]:
 
 def make(mistake: str, patch: pytest.MonkeyPatch) -> None:
     if mistake == "eps":
-        patch.setattr("pat_serve.export.rewrite.target.narrow_eps", lambda eps, cut: eps)
+        patch.setattr("pat_serve.export.rewrite.config.exported_eps", lambda eps, cut: eps)
     elif mistake == "scale":
-        patch.setattr(blocks, "fuse", drop(scale_K=None))
+        patch.setattr(job, "fuse", drop(scale_K=None))
     else:
-        patch.setattr(blocks, "fuse", drop(l0_RD=None, l1_KR=None))
+        patch.setattr(job, "fuse", drop(l0_RD=None, l1_KR=None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,9 +79,9 @@ def test_the_published_mistakes_are_refused_at_every_depth(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gemmas_gains_taken_for_llamas_are_refused(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = random_run(tmp_path / "run", save_tiny_family(tmp_path / "base", "gemma", num_hidden_layers=8))
-    rewrite = blocks.rewrite_tensor
+    rewrite = job.rewrite_tensor
     monkeypatch.setattr(
-        blocks, "rewrite_tensor", lambda *parts, **settings: rewrite(*parts, **settings | {"norm_offset": 0.0})
+        job, "rewrite_tensor", lambda *parts, **settings: rewrite(*parts, **settings | {"norm_offset": 0.0})
     )
     with pytest.raises(ParityError, match=r"exported, not rounded, transformers in float64"):
         export_run(run, tmp_path / "out", dtype=dtype)
@@ -121,7 +121,7 @@ def test_damage_to_a_file_is_named_at_every_depth(
     for same_machine in (True, False):
         check = FileCheck(folder=out, dtype=target, out=out, same_machine=same_machine)
         with pytest.raises(ParityError, match=rf"{name} to be the .*rounded to {dtype}.*in model\.safetensors"):
-            LoadedModels(run=run, check=check, runs_in=target).check_files()
+            LoadedModels(run=run, check=check, model_dtype=target).check_files()
 
 
 @pytest.mark.parametrize("walk", [False, True])

@@ -15,7 +15,9 @@ from pat_serve.errors import BrokenCheckpoint, BrokenPlan, DiskFull
 from pat_serve.export import exporter
 from pat_serve.export.exporter import export_run
 from pat_serve.export.rewrite import blocks
-from pat_serve.export.rewrite.target import dry_run, narrow_shapes, narrow_tensors, rewriting_of
+from pat_serve.export.rewrite.blocks import Rewriting
+from pat_serve.export.rewrite.dry_run import dry_run
+from pat_serve.export.rewrite.scratch import Scratch
 from pat_serve.export.run.adapter import LoraUpdate
 from pat_serve.export.run.hashes import hash_files
 from pat_serve.export.run.reader import open_run
@@ -45,8 +47,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def test_the_blocks_change_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     opened = open_run(run)
-    names = list(narrow_shapes(opened))
-    whole = dict(narrow_tensors(opened, names, torch.float32))
+    whole = dict(Rewriting(opened, torch.float32).tensors())
     monkeypatch.setattr(blocks, "_BLOCK_NUMBERS", 700)
     monkeypatch.setattr(blocks, "_PRODUCT_NUMBERS", 1300)
     out = export_run(run, tmp_path / "out", max_shard_bytes=100_000, parity=False).out
@@ -54,7 +55,7 @@ def test_the_blocks_change_nothing(run: Path, tmp_path: Path, monkeypatch: pytes
     for path in out.glob("*.safetensors"):
         assert path.stat().st_size < 110_000 or len(load_file(path)) == 1
         written |= load_file(path)
-    put_together = dict(narrow_tensors(opened, names, torch.float32))
+    put_together = dict(Rewriting(opened, torch.float32).tensors())
     assert written.keys() == whole.keys() == put_together.keys()
     for name, tensor in whole.items():
         torch.testing.assert_close(written[name], tensor, rtol=1e-5, atol=1e-5)
@@ -97,11 +98,11 @@ def test_a_norm_that_is_folded_into_others_is_checked_as_well(run: Path, tmp_pat
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.0.input_layernorm.weight"][0] = torch.inf
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    rewriting = rewriting_of(replace(opened, base=open_checkpoint(str(base))), torch.float32)
+    rewriting = Rewriting(replace(opened, base=open_checkpoint(str(base))), torch.float32)
     reader = "model.layers.0.self_attn.q_proj.weight" if opened.plan.rotation is not None else "unused"
     for name in {"model.layers.0.input_layernorm.weight", reader} - {"unused"}:
         with pytest.raises(BrokenCheckpoint, match=r"finite numbers in model\.layers\.0\.input_layernorm\.weight"):
-            list(rewriting.blocks(name, blocks.Scratch()))
+            list(rewriting.blocks(name, Scratch()))
 
 
 def test_a_plan_that_fits_no_tensor_fails_before_the_first_byte(run: Path, tmp_path: Path):
@@ -122,7 +123,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_first_byte(run: Path, tmp_p
 def test_a_fault_in_one_thread_ends_both(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(
-        "pat_serve.export.rewrite.blocks.rewrite_tensor", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no more"))
+        "pat_serve.export.rewrite.job.rewrite_tensor", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no more"))
     )
     monkeypatch.setattr(exporter, "dry_run", lambda *_: None)
     with pytest.raises(MemoryError, match="no more"):
@@ -134,7 +135,7 @@ def test_a_fault_in_one_thread_ends_both(run: Path, tmp_path: Path, monkeypatch:
 def test_a_thread_keeps_little_in_memory(run: Path):
     """An embedding or a reader comes in blocks, a residual writer alone is read whole."""
     opened = open_run(run)
-    scratch = blocks.Scratch()
+    scratch = Scratch()
     taken: list[int] = []
     take = scratch.take
     scratch.take = lambda use, size: (taken.append(size), take(use, size))[1]
@@ -142,8 +143,8 @@ def test_a_thread_keeps_little_in_memory(run: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "_BLOCK_NUMBERS", 256)
         patch.setattr(blocks, "_PRODUCT_NUMBERS", 256)
-        rewriting = rewriting_of(opened, torch.bfloat16)
-        for name in narrow_shapes(opened):
+        rewriting = Rewriting(opened, torch.bfloat16)
+        for name in rewriting.shapes:
             for _ in rewriting.blocks(name, scratch):
                 pass
     assert max(taken) <= largest

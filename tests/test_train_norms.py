@@ -76,7 +76,7 @@ def test_the_export_is_the_model_with_its_trained_gains(name: str, rows: Path, t
     assert walked.parity.max_abs_over_std < 2e-5
 
     # The gains are what tells: without them it is another model.
-    other = load_masked_model(base, run, replace(plan, norms={}), torch.float32)
+    other = load_masked_model(replace(open_run(run), plan=replace(plan, norms={})), torch.float32)
     with torch.no_grad():
         ours, theirs = (model(PROMPT).logits for model in (AutoModelForCausalLM.from_pretrained(out).eval(), other))
     assert (ours - theirs).abs().max() / ours.std() > 1e-2

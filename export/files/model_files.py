@@ -1,4 +1,4 @@
-"""Write the narrow model of a run: its config.json, weights and index."""
+"""Write the exported model of a run: its config.json, weights and index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 
 from pat_serve.checkpoints.shard_layout import index_document
 from pat_serve.export.files.writer import WeightFiles, write_blocks
-from pat_serve.export.rewrite.target import narrow_config, narrow_shapes, rewriting_of
+from pat_serve.export.rewrite.blocks import Rewriting
+from pat_serve.export.rewrite.config import exported_config
 from pat_serve.export.run.reader import Run
 from pat_serve.terminal.progress import byte_progress
 
@@ -19,9 +20,9 @@ from pat_serve.terminal.progress import byte_progress
 def write_model(
     run: Run,
     folder: Path,
-    dtype: torch.dtype,
+    file_dtype: torch.dtype,
     max_shard_bytes: int,
-    runs_in: torch.dtype | None = None,
+    model_dtype: torch.dtype | None = None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[str, str]:
     """Write config.json, the weights and their index.
@@ -29,9 +30,9 @@ def write_model(
     Args:
         run: the run.
         folder: an empty folder.
-        dtype: of the weights.
+        file_dtype: of the weights.
         max_shard_bytes: size of a weight file at most.
-        runs_in: dtype in which the model will run; `dtype` by default.
+        model_dtype: dtype in which the model will run; `file_dtype` by default.
         meanwhile: called between blocks; what it raises ends the writing.
 
     Returns:
@@ -42,18 +43,18 @@ def write_model(
         show(done_bytes)
         meanwhile()
 
-    shapes = narrow_shapes(run)
-    rewriting = rewriting_of(run, dtype, runs_in)
-    total_bytes = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
+    rewriting = Rewriting(run, file_dtype, model_dtype)
+    shapes = rewriting.shapes
+    total_bytes = sum(prod(shape) for shape in shapes.values()) * file_dtype.itemsize
     with (
-        WeightFiles(folder, shapes, dtype, max_shard_bytes) as files,
-        byte_progress(f"write {dtype_name(dtype)} weights", total_bytes) as show,
+        WeightFiles(folder, shapes, file_dtype, max_shard_bytes) as files,
+        byte_progress(f"write {dtype_name(file_dtype)} weights", total_bytes) as show,
     ):
         write_blocks(files, shapes, rewriting.blocks, advance)
-    config = json.dumps(narrow_config(run, dtype), indent=2)
+    config = json.dumps(exported_config(run, file_dtype), indent=2)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
     if len(files.shards) > 1:
-        document = json.dumps(index_document(files.shards, shapes, dtype), indent=2)
+        document = json.dumps(index_document(files.shards, shapes, file_dtype), indent=2)
         (folder / "model.safetensors.index.json").write_text(document + "\n", encoding="utf-8")
     return files.sha256
 

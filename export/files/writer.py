@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pat_serve.checkpoints.shard_layout import encode_header, plan_shards, shard_names
 from pat_serve.export.files.background_hash import Settling
-from pat_serve.export.rewrite.blocks import Scratch
+from pat_serve.export.rewrite.scratch import Scratch
 
 # Each with half of torch's threads. More would wait for the same disk and hold more tensors.
 THREADS = 2

@@ -11,20 +11,20 @@ from pat_serve.checkpoints.shards import read_tensors
 from pat_serve.errors import ParityError
 from pat_serve.export.formats.quantize import HEADER_DTYPES, is_quantized
 from pat_serve.export.formats.schemes import INT8, SCALE_SUFFIX, Scheme, dequantize_channels, quantize_channels
+from pat_serve.export.rewrite.blocks import Rewriting
 from pat_serve.export.rewrite.rounding import REORDERING, is_nearest
-from pat_serve.export.rewrite.target import narrow_shapes, narrow_tensors
 from pat_serve.export.run.reader import Run
 from pat_serve.terminal.progress import track
 
 
-def check_eight_bits(run: Run, folder: Path, scheme: Scheme, floats: torch.dtype) -> None:
+def check_eight_bits(run: Run, folder: Path, scheme: Scheme, model_dtype: torch.dtype) -> None:
     """Every weight is the scheme's nearest value of the rewriting, up to what another order of additions can change.
 
     Args:
         run: the run that they come from.
         folder: with the files.
         scheme: of the linears of the decoder layers.
-        floats: dtype of all other tensors.
+        model_dtype: dtype of all other tensors.
 
     Raises:
         ParityError: one is not, is missing, or has no place in the model.
@@ -32,17 +32,17 @@ def check_eight_bits(run: Run, folder: Path, scheme: Scheme, floats: torch.dtype
     """
     dtypes = {text: dtype for dtype, text in HEADER_DTYPES.items()}
     found = read_tensors(folder, folder, lambda _: False, dtypes)
-    shapes = narrow_shapes(run)
+    rewriting = Rewriting(run, torch.float32, model_dtype)
+    shapes = rewriting.shapes
     scales = {name + SCALE_SUFFIX for name, shape in shapes.items() if is_quantized(name, shape)}
     if odd := sorted(found.keys() ^ (shapes.keys() | scales)):
         raise _other(folder, odd[0], "no such tensor" if odd[0] not in found else "a tensor of no place in the model")
-    exact_tensors = narrow_tensors(run, list(shapes), torch.float32, floats)
-    for name, exact in track(exact_tensors, f"parity: {scheme.name}", len(shapes)):
+    for name, exact in track(rewriting.tensors(), f"parity: {scheme.name}", len(shapes)):
         stored = found[name].read()
         if is_quantized(name, shapes[name]):
             near = _is_quantized_from(exact, stored, found[name + SCALE_SUFFIX].read(), scheme)
         else:
-            near = stored.dtype == floats and is_nearest(exact, stored)
+            near = stored.dtype == model_dtype and is_nearest(exact, stored)
         if not near:
             raise _other(folder, name, "another one")
 

@@ -20,8 +20,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from pat_serve.architectures import FAMILIES
 from pat_serve.checkpoints.checkpoint import read_tensor, tensor_names
 from pat_serve.errors import BrokenCheckpoint, MissingExtra, UnsupportedModel, UsageError, first_line
+from pat_serve.sizes import ModelSizes
 from pat_serve.terminal.progress import track
 
 GGUF_FILE = "model.gguf"
@@ -67,18 +69,19 @@ def write_gguf(folder: Path) -> Path:
     _check_config(config, folder)
     path = folder / GGUF_FILE
     writer = gguf.GGUFWriter(path, "llama")
-    _add_config(writer, config)
-    _add_tokenizer(writer, folder, config)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, int(config["num_hidden_layers"]))
+    sizes = ModelSizes.of(config, FAMILIES[str(config["model_type"])], folder)
+    _add_config(writer, config, sizes)
+    _add_tokenizer(writer, folder, sizes.vocab)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, sizes.layers)
     shards = [(shard, name) for shard in sorted(folder.glob("*.safetensors")) for name in tensor_names(shard)]
-    for _, name, array, raw in _arrays(shards, config, data=False):
+    for _, name, array, raw in _arrays(shards, sizes, data=False):
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
         writer.add_tensor_info(target, array.shape, array.dtype, array.nbytes, raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, _, array, _ in track(_arrays(shards, config, data=True), "write GGUF", len(shards)):
+    for _, _, array, _ in track(_arrays(shards, sizes, data=True), "write GGUF", len(shards)):
         writer.write_tensor_data(array)
     writer.close()
     return path
@@ -113,21 +116,20 @@ def _check_config(config: dict[str, Any], folder: Path) -> None:
             )
 
 
-def _add_config(writer: Any, config: dict[str, Any]) -> None:
+def _add_config(writer: Any, config: dict[str, Any], sizes: ModelSizes) -> None:
     rope = config.get("rope_parameters") or {}
-    head_dim = int(config["head_dim"])
     writer.add_context_length(int(config["max_position_embeddings"]))
-    writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_block_count(int(config["num_hidden_layers"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
-    writer.add_head_count(int(config["num_attention_heads"]))
-    writer.add_head_count_kv(int(config["num_key_value_heads"]))
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_embedding_length(sizes.hidden)
+    writer.add_block_count(sizes.layers)
+    writer.add_feed_forward_length(sizes.ffn)
+    writer.add_head_count(sizes.heads)
+    writer.add_head_count_kv(sizes.kv_heads)
+    writer.add_key_length(sizes.head_dim)
+    writer.add_value_length(sizes.head_dim)
+    writer.add_rope_dimension_count(sizes.head_dim)
     writer.add_rope_freq_base(float(rope.get("rope_theta", config.get("rope_theta", 10000.0))))
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    writer.add_vocab_size(int(config["vocab_size"]))
+    writer.add_vocab_size(sizes.vocab)
 
 
 def _read_tokenizer(folder: Path) -> tuple[dict[str, Any], str]:
@@ -150,11 +152,10 @@ def _read_tokenizer(folder: Path) -> tuple[dict[str, Any], str]:
     return document, pattern
 
 
-def _add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
+def _add_tokenizer(writer: Any, folder: Path, size: int) -> None:
     import gguf
 
     document, pattern = _read_tokenizer(folder)
-    size = int(config["vocab_size"])
     # Rows that no token uses still need a name.
     tokens = [f"[PAD{index}]" for index in range(size)]
     kinds = [5] * size  # unused
@@ -199,9 +200,7 @@ def _pattern_name(pre_tokenizer: dict[str, Any] | None) -> str | None:
     return None
 
 
-def _arrays(
-    shards: list[tuple[Path, str]], config: dict[str, Any], *, data: bool
-) -> Iterator[tuple[Path, str, Any, Any]]:
+def _arrays(shards: list[tuple[Path, str]], sizes: ModelSizes, *, data: bool) -> Iterator[tuple[Path, str, Any, Any]]:
     """Each tensor as numpy and as GGUF calls its dtype; without `data` the values mean nothing and take no time."""
     import gguf
 
@@ -211,7 +210,7 @@ def _arrays(
         torch.bfloat16: gguf.GGMLQuantizationType.BF16,
         torch.float64: gguf.GGMLQuantizationType.F32,
     }
-    heads = {"q_proj": int(config["num_attention_heads"]), "k_proj": int(config["num_key_value_heads"])}
+    heads = {"q_proj": sizes.heads, "k_proj": sizes.kv_heads}
     for shard, name in shards:
         tensor = read_tensor(shard, name)
         module = name.split(".")[-2]

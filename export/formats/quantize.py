@@ -55,7 +55,7 @@ class Stored:
 
 
 def quantize_export(
-    run: Run, folder: Path, scheme: Scheme, floats: torch.dtype, max_shard_bytes: int, out: Path, judge: bool
+    run: Run, folder: Path, scheme: Scheme, model_dtype: torch.dtype, max_shard_bytes: int, out: Path, judge: bool
 ) -> QuantizationQuality | None:
     """Replace the float32 weights of a finished export by 8-bit ones.
 
@@ -63,18 +63,18 @@ def quantize_export(
         run: the run that it comes from; its own prompts are what is measured on, not the random ones.
         folder: with config.json and float32 weights.
         scheme: the scheme.
-        floats: dtype of what is not quantised.
+        model_dtype: dtype of what is not quantised.
         max_shard_bytes: size of a weight file at most.
         out: what the folder will be called, for messages.
         judge: measure what quantisation costs.
 
     Raises:
         ParityError: it costs more than the scheme may.
-        BrokenCheckpoint: a value that does not fit into `floats`.
+        BrokenCheckpoint: a value that does not fit into `model_dtype`.
     """
     quantized = folder / f".{scheme.name}"
     quantized.mkdir()
-    quantize_folder(folder, quantized, scheme, floats, max_shard_bytes)
+    quantize_folder(folder, quantized, scheme, model_dtype, max_shard_bytes)
     quality = measure_quality(folder, quantized, scheme, own_prompts(run)) if judge else None
     if quality is not None:
         quality.require(out, "Nothing was exported: this model loses too much in 8 bits. Export it without --quantize.")
@@ -82,28 +82,28 @@ def quantize_export(
     return quality
 
 
-def quantize_folder(exact: Path, out: Path, scheme: Scheme, floats: torch.dtype, max_shard_bytes: int) -> None:
+def quantize_folder(exact: Path, out: Path, scheme: Scheme, model_dtype: torch.dtype, max_shard_bytes: int) -> None:
     """Write the 8-bit twin of a float32 checkpoint.
 
     Args:
         exact: a folder with config.json and float32 weights.
         out: an empty folder, which gets config.json and the 8-bit weights.
         scheme: the scheme.
-        floats: dtype of what is not quantised: embedding, head, norms, biases.
+        model_dtype: dtype of what is not quantised: embedding, head, norms, biases.
         max_shard_bytes: size of a weight file at most.
 
     Raises:
-        BrokenCheckpoint: a value that does not fit into `floats`.
+        BrokenCheckpoint: a value that does not fit into `model_dtype`.
     """
     where = _sources(exact)
-    shards = _plan_shards(_stored(where, scheme, floats), max_shard_bytes)
+    shards = _plan_shards(_stored(where, scheme, model_dtype), max_shard_bytes)
     files = shard_names(len(shards))
     total = sum(len(shard) for shard in shards)
-    done = track(_tensors(shards, where, scheme, floats), f"quantise to {scheme.name}", total)
+    done = track(_tensors(shards, where, scheme, model_dtype), f"quantise to {scheme.name}", total)
     for file, shard in zip(files, shards, strict=True):
         _write_shard(out / file, shard, done)
     config: dict[str, Any] = json.loads((exact / "config.json").read_text(encoding="utf-8"))
-    config |= {"dtype": str(floats).removeprefix("torch."), "quantization_config": quantization_config(scheme)}
+    config |= {"dtype": str(model_dtype).removeprefix("torch."), "quantization_config": quantization_config(scheme)}
     _write_json(out / "config.json", config)
     if len(files) > 1:
         index = {
@@ -135,14 +135,14 @@ def _sources(folder: Path) -> dict[str, TensorEntry]:
     return found
 
 
-def _stored(where: dict[str, TensorEntry], scheme: Scheme, floats: torch.dtype) -> Iterator[tuple[str, Stored]]:
+def _stored(where: dict[str, TensorEntry], scheme: Scheme, model_dtype: torch.dtype) -> Iterator[tuple[str, Stored]]:
     for name, entry in where.items():
         shape = entry.shape
         if is_quantized(name, shape):
             yield name, Stored(source=name, dtype=scheme.dtype, shape=shape)
             yield name + SCALE_SUFFIX, Stored(source=name, dtype=torch.float32, shape=(shape[0], 1))
         else:
-            yield name, Stored(source=name, dtype=floats, shape=shape)
+            yield name, Stored(source=name, dtype=model_dtype, shape=shape)
 
 
 def _plan_shards(entries: Iterator[tuple[str, Stored]], max_shard_bytes: int) -> list[dict[str, Stored]]:
@@ -161,7 +161,7 @@ def _tensors(
     shards: list[dict[str, Stored]],
     where: dict[str, TensorEntry],
     scheme: Scheme,
-    floats: torch.dtype,
+    model_dtype: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
     """The stored tensors in order, one weight in memory at a time; a scale follows its weight."""
     scale: Tensor | None = None
@@ -175,7 +175,7 @@ def _tensors(
             if entry.dtype == scheme.dtype:
                 tensor, scale = quantize_channels(tensor, scheme)
             else:
-                tensor = round_floats(tensor, floats, name)
+                tensor = round_floats(tensor, model_dtype, name)
             yield name, tensor
 
 

@@ -15,7 +15,7 @@ import torch
 
 from pat_serve.axes import HIDDEN
 from pat_serve.export.files.model_files import dtype_name
-from pat_serve.export.parity.answers import Answers
+from pat_serve.export.parity.answers import Answers, Texts
 from pat_serve.export.parity.comparison import (
     EXACT,
     EXPORTED,
@@ -31,6 +31,7 @@ from pat_serve.export.parity.greedy import compare_greedy
 from pat_serve.export.parity.models import LoadedModels, Models, WalkedModels, must_walk
 from pat_serve.export.parity.prompts import WALKED_NEW_TOKENS, Prompts, parity_prompts
 from pat_serve.export.parity.vllm_scores import compare_listed
+from pat_serve.export.rewrite.contents import architecture
 from pat_serve.export.rewrite.rounding import FileCheck
 from pat_serve.export.run.reader import Run
 from pat_serve.scores import Scorer, ScoreRequest
@@ -45,10 +46,10 @@ COSTLY_NATS = 0.02
 def measure_parity(
     run: Run,
     folder: Path,
-    target: torch.dtype,
+    file_dtype: torch.dtype,
     *,
     out: Path | None = None,
-    runs_in: torch.dtype | None = None,
+    model_dtype: torch.dtype | None = None,
     walk: bool | None = None,
     scorer: Scorer | None = None,
     same_machine: bool = True,
@@ -58,9 +59,9 @@ def measure_parity(
     Args:
         run: the run.
         folder: with the files.
-        target: dtype of the files.
+        file_dtype: dtype of the files.
         out: how a message calls the folder; the folder by default.
-        runs_in: dtype that the model will run in, which rounds the factor of a scaled embedding; `target` by default.
+        model_dtype: in which the model will run: it rounds the factor of a scaled embedding. `file_dtype` by default.
         walk: go layer by layer; None decides by the memory that is there.
         scorer: asks vLLM; None leaves it out.
         same_machine: the files were written here, and are the rewriting's nearest values bit for bit.
@@ -72,42 +73,42 @@ def measure_parity(
         ParityError: a tensor of the files is not the rewriting's nearest value, or transformers does not load them.
         BrokenPlan: the run has lost its examples.
     """
-    check = FileCheck(folder=folder, dtype=target, out=out or folder, same_machine=same_machine)
-    return _Gate(run, check, runs_in or target, walk).measure(scorer)
+    check = FileCheck(folder=folder, dtype=file_dtype, out=out or folder, same_machine=same_machine)
+    return _Gate(run, check, model_dtype or file_dtype, walk).measure(scorer)
 
 
 class _Gate:
     """One measurement, with the trained model's answers and the comparisons so far."""
 
-    def __init__(self, run: Run, check: FileCheck, runs_in: torch.dtype, walk: bool | None) -> None:
-        self._run, self._check, self._runs_in, self._walk = run, check, runs_in, walk
-        self._target = check.dtype
+    def __init__(self, run: Run, check: FileCheck, model_dtype: torch.dtype, walk: bool | None) -> None:
+        self._run, self._check, self._model_dtype, self._walk = run, check, model_dtype, walk
+        self._file_dtype = check.dtype
         self._compute = torch.promote_types(check.dtype, torch.float32)
         self._prompts = parity_prompts(run)
         self._models, self._walked = self._ways(self._prompts, self._compute)
         if self._walked:
             self._prompts = replace(self._prompts, new_tokens=WALKED_NEW_TOKENS)
         self._rows: list[Comparison] = []
-        self._notes = family_notes(run, runs_in)
+        self._notes = family_notes(run, model_dtype)
         # What computing in float32 does to the trained model, where that had to be measured.
         self._float32: Comparison | None = None
 
     def _ways(self, prompts: Prompts, dtype: torch.dtype) -> tuple[Models, bool]:
         walked = must_walk(self._run, prompts, dtype) if self._walk is None else self._walk
         kind = WalkedModels if walked else LoadedModels
-        return kind(run=self._run, check=self._check, runs_in=self._runs_in), walked
+        return kind(run=self._run, check=self._check, model_dtype=self._model_dtype), walked
 
     def measure(self, scorer: Scorer | None) -> Parity:
         """Every comparison that the files' dtype calls for."""
-        if self._target.itemsize > 2 or self._models.exact_dtype != self._compute or self._walked:
+        if self._file_dtype.itemsize > 2 or self._models.exact_dtype != self._compute or self._walked:
             self._models.check_files()
-        if self._target.itemsize == 2:
+        if self._file_dtype.itemsize == 2:
             headline = self._rounded(scorer)
         else:
             self._trained = next(self._models.trained(self._compute, self._prompts))
             headline = self._as_computed(scorer)
         return Parity(
-            dtype=dtype_name(self._target),
+            dtype=dtype_name(self._file_dtype),
             prompts=len(self._prompts.whole),
             layerwise=self._walked,
             headline=headline,
@@ -128,10 +129,10 @@ class _Gate:
 
     def _rounded(self, scorer: Scorer | None) -> Figures:
         """Files of 16 bits: first what they were rounded from, then what rounding does."""
-        compute, target, prompts = self._compute, self._target, self._prompts
+        compute, file_dtype, prompts = self._compute, self._file_dtype, self._prompts
         part = prompts.few()
-        self._trained, narrower = self._models.trained(compute, prompts, (target, part.prompts))
-        exact = self._models.exact(compute, prompts, self._trained.continuations, target)
+        self._trained, narrower = self._models.trained(compute, prompts, (file_dtype, part.prompts))
+        exact = self._models.exact(compute, prompts, self._trained.continuations, file_dtype)
         figures = self._exactly(EXACT, next(exact))
         if not self._proved:
             return figures
@@ -141,15 +142,15 @@ class _Gate:
         files = self._add(EXPORTED, compute, self._trained, exported, proportional(random.figures), random).figures
         del exported
         trained = self._trained.at(part.positions)
-        floor = self._add(TRAINED, target, trained, narrower)
-        own = self._models.exported(target, part.prompts, [])
-        self._add(EXPORTED, target, trained, own, proportional(floor.figures), floor)
+        floor = self._add(TRAINED, file_dtype, trained, narrower)
+        own = self._models.exported(file_dtype, part.prompts, [])
+        self._add(EXPORTED, file_dtype, trained, own, proportional(floor.figures), floor)
         if scorer is not None:
             self._ask(scorer, torch.float32, files.logits_std, proportional(random.figures), random)
-            self._ask(scorer, target, files.logits_std, proportional(floor.figures), floor)
+            self._ask(scorer, file_dtype, files.logits_std, proportional(floor.figures), floor)
         if files.mean_kl_nats > COSTLY_NATS:
             self._notes += (
-                f"Rounding to {dtype_name(target)} costs this model {files.mean_kl_nats:.3g} nats. It is the right "
+                f"Rounding to {dtype_name(file_dtype)} costs this model {files.mean_kl_nats:.3g} nats. It is the right "
                 "one: any rounding of it to this dtype costs about as much. --dtype float32 avoids that.",
             )
         return files
@@ -196,27 +197,7 @@ class _Gate:
         figures: Figures | None = None,
     ) -> Comparison:
         figures = figures or logit_distances(trained.logits, other.logits).figures()
-        greedy = None
-        if trained.continuations and other.continuations:
-            greedy = compare_greedy(
-                trained.continuations,
-                trained.continued_logits,
-                other.continuations,
-                logits_std=figures.logits_std,
-                tolerance=tolerance,
-            )
-        self._rows.append(
-            Comparison(
-                model=model,
-                runtime=TRANSFORMERS,
-                dtype=dtype_name(dtype),
-                figures=figures,
-                greedy=greedy,
-                tolerance=tolerance,
-                yardstick=_name(yardstick),
-            )
-        )
-        return self._rows[-1]
+        return self._note(model, TRANSFORMERS, dtype, figures, trained, other.continuations, tolerance, yardstick)
 
     def _ask(
         self,
@@ -235,44 +216,64 @@ class _Gate:
             new_tokens=prompts.new_tokens,
         )
         scores = scorer(request)
-        greedy = compare_greedy(
-            trained.continuations,
-            trained.continued_logits,
-            scores.continuations,
-            logits_std=logits_std,
-            tolerance=tolerance,
-        )
+        figures = compare_listed(trained.logits, prompts.whole, scores.prompts, logits_std)
+        self._note(EXPORTED, VLLM, dtype, figures, trained, scores.continuations, tolerance, yardstick)
+
+    def _note(
+        self,
+        model: str,
+        runtime: str,
+        dtype: torch.dtype,
+        figures: Figures,
+        trained: Answers,
+        texts: Texts,
+        tolerance: Tolerance | None,
+        yardstick: Comparison | None,
+    ) -> Comparison:
+        """Compare the greedy texts, where both models have some, and keep the whole comparison."""
+        greedy = None
+        if trained.continuations and texts:
+            greedy = compare_greedy(
+                trained.continuations,
+                trained.continued_logits,
+                texts,
+                logits_std=figures.logits_std,
+                tolerance=tolerance,
+            )
         self._rows.append(
             Comparison(
-                model=EXPORTED,
-                runtime=VLLM,
+                model=model,
+                runtime=runtime,
                 dtype=dtype_name(dtype),
-                figures=compare_listed(trained.logits, prompts.whole, scores.prompts, logits_std),
+                figures=figures,
                 greedy=greedy,
                 tolerance=tolerance,
                 yardstick=_name(yardstick),
             )
         )
+        return self._rows[-1]
 
 
 def _name(yardstick: Comparison | None) -> str | None:
     return None if yardstick is None else f"{yardstick.model} in {yardstick.dtype}"
 
 
-def family_notes(run: Run, runs_in: torch.dtype) -> tuple[str, ...]:
-    """What is particular about the base's family, in sentences for the parity report."""
-    cut = run.plan.cuts[HIDDEN]
-    notes = []
-    if cut.is_identity:
-        return ()
-    if any(spec.head_norm for spec in run.base.family.tensors):
+def family_notes(run: Run, model_dtype: torch.dtype) -> tuple[str, ...]:
+    """What is particular about the export of this model, in sentences for the parity report."""
+    base = run.base
+    cut, notes = run.plan.cuts.line(HIDDEN, None, base.sizes), []
+    if not cut.is_identity and any(spec.head_norm for spec in base.family.tensors):
         notes.append(
             "The norms over q and k heads see the changed rms_norm_eps; q_proj and k_proj carry "
             f"sqrt({cut.width}/{len(cut.kept)}), which undoes it exactly."
         )
-    if run.base.family.scaled_embedding:
+    if not cut.is_identity and base.family.scaled_embedding:
         notes.append(
-            f"The embedding is rescaled for sqrt(hidden_size) as {dtype_name(runs_in)} rounds it; "
+            f"The embedding is rescaled for sqrt(hidden_size) as {dtype_name(model_dtype)} rounds it; "
             "both models were compared with that."
         )
+    if architecture(run) != base.family.architecture:
+        notes.append(f"A {base.family.architecture} of these sizes is written as the same {architecture(run)}.")
+    if run.replaced:
+        notes.append(f"The run replaced {len(run.replaced)} of the base's tensors; both models have them.")
     return tuple(notes)

@@ -9,7 +9,7 @@ Shape suffixes: B prompts, T tokens, P positions, D hidden_size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pat_serve.architectures import EMBEDDING, FINAL_NORM, HEAD
 from pat_serve.checkpoints.checkpoint import Checkpoint
+from pat_serve.checkpoints.shards import TensorEntry
 from pat_serve.family import Family
 from pat_serve.rotation import effective_gain, rotate_tensor
 
@@ -52,11 +53,7 @@ class StoredWeights:
         """Some rows, and nothing else is read."""
         if name == _HEAD_WEIGHT and self._checkpoint.tied:
             name = _EMBEDDING_WEIGHT
-        with safe_open(self._checkpoint.tensors[name].shard, framework="pt") as file:
-            stored = file.get_slice(name)
-            if isinstance(rows, slice):
-                return torch.as_tensor(stored[rows])
-            return torch.cat([torch.as_tensor(stored[row : row + 1]) for row in rows])
+        return _rows(name, self._checkpoint.tensors[name], rows)
 
 
 class RotatedWeights:
@@ -88,7 +85,31 @@ class RotatedWeights:
 
 
 class ReplacedWeights:
-    """The same, with some tensors given: norms' gains that were trained."""
+    """The same, with some tensors in the place of others: those that lie in a run's files.
+
+    Args:
+        weights: all others.
+        replaced: where they lie, by name.
+        tied: the head is the embedding, the replaced one too.
+    """
+
+    def __init__(self, weights: Weights, replaced: Mapping[str, TensorEntry], *, tied: bool) -> None:
+        self._weights, self._replaced, self._tied = weights, replaced, tied
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor."""
+        return self._replaced[name].read() if name in self._replaced else self._weights.tensor(name)
+
+    def rows(self, name: str, rows: Sequence[int] | slice) -> Tensor:
+        """Some rows, and nothing else is read."""
+        if name == _HEAD_WEIGHT and self._tied:
+            name = _EMBEDDING_WEIGHT
+        replaced = self._replaced.get(name)
+        return self._weights.rows(name, rows) if replaced is None else _rows(name, replaced, rows)
+
+
+class TrainedGains:
+    """The same, with the gains of some norms given."""
 
     def __init__(self, weights: Weights, replaced: Mapping[str, Tensor]) -> None:
         self._weights, self._replaced = weights, replaced
@@ -109,15 +130,19 @@ class LayerwiseModel:
         model: from `meta_model`, in no wrapper yet.
         weights: gives them.
         dtype: of the weights and the computation.
+        skipped: numbers of layers that hand on their inputs; their weights are not read.
     """
 
-    def __init__(self, model: Any, weights: Weights, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, weights: Weights, dtype: torch.dtype, skipped: Collection[int] = ()) -> None:
         self._decoder, self._weights, self._dtype = model.model, weights, dtype
         self._embedding: nn.Module = model.get_input_embeddings()
         # A wrapper (LoRA's) may take this name later; then it is called, around this linear.
         self.model, self._head_linear = model, model.get_output_embeddings()
         self.vocab_size = int(self._head_linear.out_features)
         for i, layer in enumerate(self._decoder.layers):
+            if i in skipped:
+                layer.forward = _hand_on
+                continue
             parts = _parameters(layer, f"{_LAYERS}.{i}")
             layer.register_forward_pre_hook(partial(self._fetch, parts=parts))
             layer.register_forward_hook(partial(self._drop, parts=parts))
@@ -161,6 +186,18 @@ class LayerwiseModel:
     def _drop(self, *_: Any, parts: Iterable[tuple[nn.Module, str, str]]) -> None:
         for module, kind, _name in parts:
             _set(module, kind, getattr(module, kind).detach().to("meta"))
+
+
+def _rows(name: str, entry: TensorEntry, rows: Sequence[int] | slice) -> Tensor:
+    with safe_open(entry.shard, framework="pt") as file:
+        stored = file.get_slice(name)
+        if isinstance(rows, slice):
+            return torch.as_tensor(stored[rows])
+        return torch.cat([torch.as_tensor(stored[row : row + 1]) for row in rows])
+
+
+def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
 
 
 def _parameters(root: nn.Module, prefix: str) -> list[tuple[nn.Module, str, str]]:

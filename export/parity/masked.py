@@ -1,36 +1,44 @@
-"""The trained model as training saw it: the wide base with its adapter, every HSM applied, cut channels at zero.
+"""The trained model as training saw it: the wide base with its adapter, every HSM applied, what is cut at zero.
 
 This is the reference that an export is held against. It shares nothing with the export's rewriting: the weights stay as
-they are and the operators run as forward hooks.
+they are, operators and masks run as hooks, and a layer that is dropped stays in its place and hands its input on.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pat_serve.axes import HIDDEN
-from pat_serve.checkpoints.checkpoint import Checkpoint
-from pat_serve.checkpoints.recognize import family_of
+from pat_serve.architectures import HEAD
+from pat_serve.axes import FFN, HIDDEN, KV_GROUPS
 from pat_serve.checkpoints.stock_class import meta_model
-from pat_serve.export.parity.layerwise import LayerwiseModel, ReplacedWeights, RotatedWeights, StoredWeights, Weights
+from pat_serve.cuts import AxisCut
+from pat_serve.export.parity.layerwise import (
+    LayerwiseModel,
+    ReplacedWeights,
+    RotatedWeights,
+    StoredWeights,
+    TrainedGains,
+    Weights,
+)
+from pat_serve.export.run.reader import Run
 from pat_serve.hybrid import HybridFold, apply_hybrid
-from pat_serve.plan import PruningPlan
 from pat_serve.rotation import rotate_model, untie_head
 from pat_serve.run_folder import ADAPTER_FOLDER
 
+_HEAD_WEIGHT = f"{HEAD}.weight"
+# The linear whose input is what an axis of the layer has, in every family.
+_READERS = {FFN: "mlp.down_proj", KV_GROUPS: "self_attn.o_proj"}
 
-def load_masked_model(base_folder: Path, run: Path, plan: PruningPlan, dtype: torch.dtype) -> nn.Module:
+
+def load_masked_model(run: Run, dtype: torch.dtype) -> nn.Module:
     """Load the wide model of a finished run.
 
     Args:
-        base_folder: the base checkpoint.
-        run: the training run, with its adapter.
-        plan: the run's plan.
+        run: the training run.
         dtype: of the weights and the computation.
 
     Returns:
@@ -39,18 +47,21 @@ def load_masked_model(base_folder: Path, run: Path, plan: PruningPlan, dtype: to
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype, local_files_only=True)
+    plan, base = run.plan, run.base
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, local_files_only=True)
     if plan.rotation is not None:
-        rotate_model(
-            model, family_of(model.config.to_dict(), base_folder), model.config.num_hidden_layers, plan.rotation
-        )
+        rotate_model(model, base.family, base.num_layers, plan.rotation)
+    _replace_weights(model, run)
     modules = dict(model.named_modules())
     for name, gain in plan.norms.items():
         modules[name].weight = nn.Parameter(gain.to(dtype), requires_grad=False)
     if plan.adapter:
-        model = PeftModel.from_pretrained(model, run / ADAPTER_FOLDER, autocast_adapter_dtype=False)
+        model = PeftModel.from_pretrained(model, run.folder / ADAPTER_FOLDER, autocast_adapter_dtype=False)
         modules = dict(model.get_base_model().named_modules())
-    apply_plan(modules, plan, dtype)
+    apply_plan(modules, run, dtype)
+    for i in dropped_layers(run):
+        # It runs all the same: a cache takes the length of the text from the first layer's keys.
+        modules[f"model.layers.{i}"].register_forward_hook(_hand_on, with_kwargs=True)
     convert_parameters(model, dtype)
     model.eval()
     assert isinstance(model, nn.Module)
@@ -66,22 +77,27 @@ def convert_parameters(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def open_masked_layerwise(base: Checkpoint, run: Path, plan: PruningPlan, dtype: torch.dtype) -> LayerwiseModel:
+def open_masked_layerwise(run: Run, dtype: torch.dtype) -> LayerwiseModel:
     """The same model for one that does not fit into memory; arguments as for `load_masked_model`."""
     from peft import PeftModel, load_peft_weights
     from transformers import AutoConfig
 
+    plan, base = run.plan, run.base
     model = meta_model(AutoConfig.from_pretrained(base.folder, local_files_only=True))
     weights: Weights = StoredWeights(base)
     if plan.rotation is not None:
         weights = RotatedWeights(weights, base.family, plan.rotation)
+    parts = plan.rotation is not None or _HEAD_WEIGHT in run.replaced
+    if parts:
         untie_head(model)
+    if run.replaced:
+        weights = ReplacedWeights(weights, run.replaced, tied=base.tied and not parts)
     if plan.norms:
-        weights = ReplacedWeights(weights, {f"{name}.weight": gain for name, gain in plan.norms.items()})
-    layerwise = LayerwiseModel(model, weights, dtype)
+        weights = TrainedGains(weights, {f"{name}.weight": gain for name, gain in plan.norms.items()})
+    layerwise = LayerwiseModel(model, weights, dtype, skipped=dropped_layers(run))
     modules = dict(model.named_modules())
     if plan.adapter:
-        folder = str(run / ADAPTER_FOLDER)
+        folder = str(run.folder / ADAPTER_FOLDER)
         wrapped = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False, low_cpu_mem_usage=True).eval()
         # peft puts an adapter where its linear's weight lies, and that is nowhere yet: the tensors are given by name.
         stored = load_peft_weights(folder, device="cpu").items()
@@ -89,28 +105,74 @@ def open_masked_layerwise(base: Checkpoint, run: Path, plan: PruningPlan, dtype:
         unexpected = wrapped.load_state_dict(adapter, strict=False, assign=True).unexpected_keys
         assert not unexpected, unexpected
         modules = dict(wrapped.get_base_model().named_modules())
-    apply_plan(modules, plan, dtype)
+    apply_plan(modules, run, dtype)
     return layerwise
 
 
-def apply_plan(modules: dict[str, nn.Module], plan: PruningPlan, dtype: torch.dtype) -> None:
-    """Hook the plan's operators to the outputs of the modules that they follow.
+def dropped_layers(run: Run) -> list[int]:
+    """The layers that do not stay."""
+    return sorted(set(range(run.base.num_layers)) - set(run.plan.cuts.layers_kept(run.base.num_layers)))
+
+
+def apply_plan(modules: dict[str, nn.Module], run: Run, dtype: torch.dtype) -> None:
+    """Hook the plan's operators and masks to the modules that they follow or precede; layers are left alone.
 
     Args:
         modules: the model's modules by dotted name, without any wrapper's prefix.
-        plan: gives the operators and the kept channels of the hidden axis.
-        dtype: of the model. The operators keep float32 at least: rounded to bfloat16, a scale near 1 would move in
-            steps of 0.004, and that is no rounding that an export has.
+        run: its plan gives the operators and what is kept.
+        dtype: of the model. Operators and masks keep float32 at least: rounded to bfloat16, a scale near 1 would move
+            in steps of 0.004, and that is no rounding that an export has.
     """
-    cut = plan.cuts[HIDDEN]
+    plan, base = run.plan, run.base
     dtype = torch.promote_types(dtype, torch.float32)
-    gate_D = torch.zeros(cut.width, dtype=dtype).index_fill_(0, cut.kept, 1.0)
-    for site, fold in plan.folds.items():
-        modules[site].register_forward_hook(partial(_hook, fold=fold.to(dtype), gate_D=gate_D))
+    hidden = plan.cuts.get(HIDDEN)
+    gate_D = torch.ones(base.hidden_size, dtype=dtype) if hidden is None else _mask(hidden, dtype)
+    for site in base.family.residual_writers(base.num_layers):
+        if site in plan.folds:
+            fold = plan.folds[site].to(dtype)
+            modules[site].register_forward_hook(partial(_fold_output, fold=fold, gate_D=gate_D))
+        elif hidden is not None:
+            modules[site].register_forward_hook(partial(_mask_output, gate_D=gate_D))
+    for axis, reader in _READERS.items():
+        for i in range(base.num_layers):
+            if cut := plan.cuts.get(f"{axis}.{i}"):
+                module: Any = modules[f"model.layers.{i}.{reader}"]
+                # A group has the outputs of all of its query heads.
+                mask_I = _mask(cut, dtype).repeat_interleave(module.in_features // cut.width)
+                module.register_forward_pre_hook(partial(_mask_input, mask_I=mask_I))
 
 
-def _hook(_module: nn.Module, _inputs: Any, output: Tensor, *, fold: HybridFold, gate_D: Tensor) -> Tensor:
+def _replace_weights(model: Any, run: Run) -> None:
+    if _HEAD_WEIGHT in run.replaced:
+        untie_head(model)
+    parameters = dict(model.named_parameters())
+    for name, entry in run.replaced.items():
+        parameters[name].data.copy_(entry.read())
+
+
+def _mask(cut: AxisCut, dtype: torch.dtype) -> Tensor:
+    """One where an index stays, else zero."""
+    return torch.zeros(cut.width, dtype=dtype).index_fill_(0, cut.kept, 1.0)
+
+
+def _fold_output(_module: nn.Module, _inputs: Any, output: Tensor, *, fold: HybridFold, gate_D: Tensor) -> Tensor:
     return apply_hybrid(output, fold, gate_D)
+
+
+def _mask_output(_module: nn.Module, _inputs: Any, output: Tensor, *, gate_D: Tensor) -> Tensor:
+    return output * gate_D.to(output.dtype)
+
+
+def _mask_input(_module: nn.Module, inputs: tuple[Tensor, ...], *, mask_I: Tensor) -> tuple[Tensor, ...]:
+    return (inputs[0] * mask_I.to(inputs[0].dtype), *inputs[1:])
+
+
+def _hand_on(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+    """What the layer was given, in place of what it made of it."""
+    assert isinstance(output, Tensor)
+    given = inputs[0] if inputs else named["hidden_states"]
+    assert isinstance(given, Tensor)
+    return given
 
 
 def round_normalizer(model: nn.Module, dtype: torch.dtype) -> None:

@@ -26,8 +26,9 @@ from pat_serve.export.parity.masked import (
     round_normalizer,
 )
 from pat_serve.export.parity.prompts import Prompts
+from pat_serve.export.rewrite.blocks import Rewriting
 from pat_serve.export.rewrite.rounding import FileCheck, round_at_random
-from pat_serve.export.rewrite.target import narrow_shapes, narrow_tensors
+from pat_serve.export.rewrite.scratch import Scratch
 from pat_serve.export.run.reader import Run
 from pat_serve.machine.hardware import available_memory_bytes
 from pat_serve.terminal.progress import track
@@ -98,18 +99,18 @@ class _Asked:
     Attributes:
         run: the run.
         check: for the exported files.
-        runs_in: dtype that the model will run in, which rounds the factor of a scaled embedding in whatever dtype is
-            computed.
+        model_dtype: in which the model will run: it rounds the factor of a scaled embedding, whatever dtype is computed
+            in.
     """
 
     run: Run
     check: FileCheck
-    runs_in: torch.dtype
+    model_dtype: torch.dtype
 
     def check_files(self) -> None:
         """See `Models`."""
-        names = list(narrow_shapes(self.run))
-        for _ in track(self.check.watch(self.rewritten(self.exact_dtype)), "parity: files", len(names)):
+        rewriting = self.rewriting(self.exact_dtype)
+        for _ in track(self.check.watch(rewriting.tensors()), "parity: files", len(rewriting.shapes)):
             pass
 
     @property
@@ -117,13 +118,13 @@ class _Asked:
         """In which the rewriting was computed that the files are the nearest values of."""
         return torch.promote_types(torch.promote_types(self.check.dtype, self.run.base.dtype), torch.float32)
 
-    def rewritten(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that the files would hold without rounding."""
-        return narrow_tensors(self.run, list(narrow_shapes(self.run)), dtype, self.runs_in)
+    def rewriting(self, dtype: torch.dtype) -> Rewriting:
+        """Gives the tensors that the files would hold without rounding."""
+        return Rewriting(self.run, dtype, self.model_dtype)
 
     def prepared(self, model: Any, dtype: torch.dtype) -> Any:
         """A model as it is to be asked."""
-        round_normalizer(model, self.runs_in)
+        round_normalizer(model, self.model_dtype)
         if dtype == torch.float64:
             compute_norms_in_float64(model, self.run.base.family.norm_offset)
         return model
@@ -134,7 +135,7 @@ class LoadedModels(_Asked):
 
     def trained(self, dtype: torch.dtype, prompts: Prompts, narrower: Narrower | None = None) -> Iterator[Answers]:
         """Base, adapter and operators; see `pat_serve.export.parity.masked`."""
-        wide = load_masked_model(self.run.base.folder, self.run.folder, self.run.plan, dtype)
+        wide = load_masked_model(self.run, dtype)
         yield answer(self.prepared(wide, dtype), prompts, f"trained model in {dtype_name(dtype)}")
         if narrower is not None:
             dtype, prompts = narrower
@@ -147,10 +148,11 @@ class LoadedModels(_Asked):
     ) -> Iterator[Answers]:
         """The rewritten tensors in a model of the files' config."""
         model = meta_model(_config(self.check.folder))
-        tensors = self.rewritten(dtype)
+        rewriting = self.rewriting(dtype)
+        tensors = rewriting.tensors()
         if dtype == self.exact_dtype:
             tensors = self.check.watch(tensors)
-        tensors = track(tensors, "parity: rewriting", len(narrow_shapes(self.run)))
+        tensors = track(tensors, "parity: rewriting", len(rewriting.shapes))
         model.load_state_dict(dict(tensors), strict=False, assign=True)
         model.tie_weights()
         self.prepared(model, dtype)
@@ -179,7 +181,7 @@ class WalkedModels(_Asked):
     def trained(self, dtype: torch.dtype, prompts: Prompts, narrower: Narrower | None = None) -> Iterator[Answers]:
         """Base, adapter and operators; see `pat_serve.export.parity.masked`."""
         for compute, asked in [(dtype, prompts), *([narrower] if narrower else [])]:
-            wide = open_masked_layerwise(self.run.base, self.run.folder, self.run.plan, compute)
+            wide = open_masked_layerwise(self.run, compute)
             self.prepared(wide.model, compute)
             yield answer_layerwise(wide, asked, f"trained model in {dtype_name(compute)}")
 
@@ -187,11 +189,11 @@ class WalkedModels(_Asked):
         self, dtype: torch.dtype, prompts: Prompts, texts: Texts, rounding: torch.dtype | None = None
     ) -> Iterator[Answers]:
         """Every layer is rewritten when its turn comes."""
-        weights = NarrowWeights(self.run, dtype, self.runs_in)
-        yield self._narrow(weights, dtype, prompts, "rewriting, not rounded", texts)
+        weights = RewrittenWeights(self.rewriting(dtype))
+        yield self._walk(weights, dtype, prompts, "rewriting, not rounded", texts)
         if rounding is not None:
-            weights = NarrowWeights(self.run, dtype, self.runs_in, rounding)
-            yield self._narrow(weights, dtype, prompts, "rewriting, rounded at random", texts)
+            weights = RewrittenWeights(self.rewriting(dtype), rounding)
+            yield self._walk(weights, dtype, prompts, "rewriting, rounded at random", texts)
 
     def exported(self, dtype: torch.dtype, prompts: Prompts, texts: Texts) -> Answers:
         """The files, which must hold the tensors of their class and no others."""
@@ -200,27 +202,25 @@ class WalkedModels(_Asked):
         wanted = {name for name, _ in meta_model(_config(self.check.folder)).named_parameters()}
         if odd := sorted(stored ^ wanted):
             raise _misfit(self.check.folder, f"the tensor {odd[0]} in only one of them")
-        return self._narrow(StoredWeights(checkpoint), dtype, prompts, f"exported model in {dtype_name(dtype)}", texts)
+        return self._walk(StoredWeights(checkpoint), dtype, prompts, f"exported model in {dtype_name(dtype)}", texts)
 
-    def _narrow(
-        self, weights: Weights, dtype: torch.dtype, prompts: Prompts, description: str, texts: Texts
-    ) -> Answers:
+    def _walk(self, weights: Weights, dtype: torch.dtype, prompts: Prompts, description: str, texts: Texts) -> Answers:
         model = LayerwiseModel(meta_model(_config(self.check.folder)), weights, dtype)
         self.prepared(model.model, dtype)
         return answer_layerwise(model, prompts, description, texts)
 
 
-class NarrowWeights:
-    """The narrow model's weights, rewritten when asked for, and then moved at random where a dtype is given."""
+class RewrittenWeights:
+    """The exported model's weights, rewritten when asked for, and then moved at random where a dtype is given."""
 
-    def __init__(self, run: Run, dtype: torch.dtype, runs_in: torch.dtype, rounding: torch.dtype | None = None) -> None:
-        self._run, self._dtype, self._runs_in, self._rounding = run, dtype, runs_in, rounding
-        self._tied = f"{HEAD}.weight" not in narrow_shapes(run)
+    def __init__(self, rewriting: Rewriting, rounding: torch.dtype | None = None) -> None:
+        self._rewriting, self._rounding, self._scratch = rewriting, rounding, Scratch()
+        self._tied = f"{HEAD}.weight" not in rewriting.shapes
         self._last: tuple[str, Tensor] | None = None
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor."""
-        [(_, tensor)] = narrow_tensors(self._run, [name], self._dtype, self._runs_in)
+        tensor = self._rewriting.whole(name, self._scratch)
         if self._rounding is not None:
             round_at_random(tensor, name, self._rounding)
         return tensor

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from pat_serve.axes import HIDDEN
 from pat_serve.export.formats.quality import QuantizationQuality
 from pat_serve.export.formats.schemes import SCHEMES, Scheme
 from pat_serve.export.parity.comparison import Parity
-from pat_serve.export.rewrite.target import architecture, narrow_shapes
+from pat_serve.export.record.shape import changed_sizes, recorded_shape, told_shape
+from pat_serve.export.rewrite.contents import architecture, shapes_of
 from pat_serve.export.run.reader import Run
 from pat_serve.version import __version__
 
@@ -48,20 +48,21 @@ def provenance(
     fitness: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Content of pat_export.json: where the model comes from, what was cut, and how it was checked."""
-    cut = run.plan.cuts[HIDDEN]
+    cuts, shape = run.plan.cuts, recorded_shape(run.base.sizes, run.plan.cuts.sizes(run.base.sizes))
     base_parameters = sum(prod(entry.shape) for entry in run.base.tensors.values())
     return {
-        "version": 1,
+        "version": 2,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "method": run.plan.method,
         "base": run.plan.base.model_dump() | {"source": _public_name(run.plan.base.source)},
         "license": base_license(run.base.folder),
         "architecture": architecture(run),
-        "hidden_size": {"base": cut.width, "exported": len(cut.kept)},
-        "kept_channels": cut.kept.tolist(),
+        "hidden_size": shape["hidden_size"],
+        "shape": shape,
+        "cuts": {line: cut.kept.tolist() for line, cut in cuts.items()},
         "parameters": {
             "base": base_parameters,
-            "exported": sum(prod(shape) for shape in narrow_shapes(run).values()),
+            "exported": sum(prod(shape) for shape in shapes_of(run).values()),
         },
         "dtype": dtype,
         "recipe": run.recipe
@@ -121,26 +122,26 @@ def model_card(record: dict[str, Any], measured: str | None = None) -> str:
 
 def _text(record: dict[str, Any], name: str, scheme: Scheme | None, measured: str) -> str:
     base, exported = record["parameters"]["base"], record["parameters"]["exported"]
-    widths, dtype = record["hidden_size"], record["dtype"]
+    dtype = record["dtype"]
+    rows = "".join(f"| {name} | {of['base']} | {of['exported']} |\n" for name, of in changed_sizes(record).items())
     stored = f"{scheme.name} (W8A8, compressed-tensors), everything else {dtype}" if scheme else dtype
     recipe = "\n".join(f"- {key}: {record['recipe'][key]}" for key in _RECIPE if record["recipe"].get(key))
     runs = f" It runs in {scheme.runs_on}." if scheme else ""
     needs = "\nTransformers needs `pip install compressed-tensors` to read it.\n" if scheme else ""
-    return f"""# {name}, hidden size {widths["exported"]}
+    return f"""# {name}, {told_shape(record)}
 
 A standard `{record["architecture"]}` checkpoint: stock transformers and stock vLLM load it.{runs}
 
 | | base | this model |
 |---|---|---|
-| hidden_size | {widths["base"]} | {widths["exported"]} |
-| parameters | {base:,} | {exported:,} ({exported / base:.1%}) |
+{rows}| parameters | {base:,} | {exported:,} ({exported / base:.1%}) |
 | weights | | {stored} |
 | tensor-parallel degrees | | {_degrees(record)} |
 
 ## How it was made
 
 Tuned with method `{record["method"]}` (PAT: Pruning-Aware Tuning, arXiv 2408.14721) and exported by pat-serve
-{record["versions"]["pat-serve"]}. `pat_export.json` has the kept channels, the whole recipe and the hashes of the base.
+{record["versions"]["pat-serve"]}. `pat_export.json` has what was kept, the whole recipe and the hashes of the base.
 {_gguf_note(record)}
 {recipe}
 

@@ -10,6 +10,9 @@ from pat_serve.errors import PatServeError, RunError, first_line
 from pat_serve.export.record.card import model_card
 from pat_serve.files.atomic import write_text
 
+# Sizes by which a measurement's model is known, and its names for them; layers may have been cut to measure.
+_MEASURED = {"hidden_size": "hidden_size", "intermediate_size": "ffn_size", "num_key_value_heads": "num_kv_heads"}
+
 
 def rewrite_card(folder: Path, *, speedup: Path | None = None, quality: Path | None = None) -> None:
     """Write an export's README.md anew, with what was measured since.
@@ -43,9 +46,11 @@ def rewrite_card(folder: Path, *, speedup: Path | None = None, quality: Path | N
 
 
 def _speed(result: dict[str, Any], record: dict[str, Any], path: Path) -> str:
-    width, measured = record["hidden_size"]["exported"], result["candidate"]["shape"]["hidden_size"]
-    if measured != width:
-        raise _mismatch(path, f"a measurement of a model of hidden_size {width}", f"hidden_size {measured}")
+    for setting, name in _MEASURED.items():
+        measured, exported = result["candidate"]["shape"].get(name), record.get("shape", record).get(setting)
+        if measured and exported and measured != exported["exported"]:
+            expected = f"a measurement of a model of {setting} {exported['exported']}"
+            raise _mismatch(path, expected, f"{setting} {measured}")
     machine = result["machine"]
     # Where models are cut, the check also says where their lines lead for the whole ones.
     cut = f", {result['candidate']['shape']['num_layers']} layers" if result.get("extrapolated") else ""

@@ -1,18 +1,22 @@
-"""Check a run's narrow shape before a byte is written: will its config class, its kernels and its servers take it?"""
+"""Check an export's sizes before a byte is written: will a config class, the kernels and the servers take them?"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from pat_serve.axes import HIDDEN
-from pat_serve.errors import IllegalWidth, UsageError
+from pat_serve.cut_config import describe
+from pat_serve.errors import IllegalShape, IllegalWidth, UsageError
 from pat_serve.export.formats.schemes import Scheme
-from pat_serve.export.rewrite.target import unties_head
+from pat_serve.export.rewrite.contents import unties_head
 from pat_serve.export.run.reader import Run
 from pat_serve.fitness import cautions, group_sizes, shape_of, tensor_parallel_degrees, tensor_parallel_obstacles
 from pat_serve.geometry import legal_step, name_widths, nearest_widths
 from pat_serve.terminal.progress import say
 from pat_serve.tokens.vocabulary import vocabulary_of
+
+# Of tensor cores, and two of AMX.
+_TILE = 64
 
 
 def parse_degrees(text: str) -> tuple[int, ...]:
@@ -40,10 +44,12 @@ def check_fitness(run: Run, degrees: tuple[int, ...], scheme: Scheme | None) -> 
 
     Raises:
         IllegalWidth: a width that the config class or the kernels refuse.
+        IllegalShape: sizes that no stock class takes together.
         UsageError: a degree that the model cannot be split by.
     """
-    cut = run.plan.cuts[HIDDEN]
-    shape, width = shape_of(run.base, unties_head=unties_head(run)), len(cut.kept)
+    base, cuts = run.base, run.plan.cuts
+    cut, exported = cuts.line(HIDDEN, None, base.sizes), cuts.sizes(base.sizes)
+    shape, width = shape_of(base, cuts, unties_head=unties_head(run)), exported.hidden
     step = legal_step(shape.num_attention_heads, hidden_multiple_of_heads=shape.hidden_multiple_of_heads)
     if not cut.is_identity and width % step:
         near = name_widths(nearest_widths(width, step, shape.hidden_size), shape.parameters)
@@ -53,16 +59,27 @@ def check_fitness(run: Run, degrees: tuple[int, ...], scheme: Scheme | None) -> 
             found=name_widths([width], shape.parameters),
             fix=f"Train again with a legal --hidden-size: {near}.",
         )
+    if obstacles := base.family.obstacles(base.sizes, exported, base.config):
+        raise IllegalShape(
+            run.folder,
+            expected="sizes that a stock class takes",
+            found=f"{describe(exported)}: {'; '.join(obstacles)}",
+            fix="Train again with another width, or another number of key-value groups.",
+        )
     possible = tensor_parallel_degrees(shape)
     for degree in degrees:
         if obstacles := tensor_parallel_obstacles(shape, degree):
             raise UsageError(
                 f"--tp {degree}",
-                expected=f"a degree that the base can be split by: {', '.join(map(str, possible))}",
+                expected=f"a degree that the model can be split by: {', '.join(map(str, possible))}",
                 found="; ".join(obstacles),
                 fix="The width is not the obstacle: no --hidden-size changes heads, key-value heads or vocabulary.",
             )
-    warnings = [] if cut.is_identity and not scheme else cautions(shape, width, degrees, eight_bit=scheme is not None)
+    warnings = []
+    if scheme or not cuts.is_identity:
+        warnings = cautions(shape, width, degrees, eight_bit=scheme is not None)
+    if exported.ffn != base.sizes.ffn and exported.ffn % _TILE:
+        warnings.append(f"intermediate_size {exported.ffn} is no multiple of {_TILE}: matrix tiles are partly empty")
     vocabulary = vocabulary_of(run.base.folder, shape.vocab)
     if vocabulary is not None and vocabulary.warning:
         warnings.append(vocabulary.warning)

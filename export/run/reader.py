@@ -13,10 +13,12 @@ import yaml
 from pat_serve.architectures import EMBEDDING
 from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.checkpoints.shards import TensorEntry
 from pat_serve.errors import BrokenPlan, MissingModel, RunError, UnfinishedRun, first_line
 from pat_serve.export.run.adapter import LoraUpdate, read_adapter
 from pat_serve.hybrid import LEAST_SCALE
 from pat_serve.plan import PLAN_JSON, PruningPlan, file_sha256
+from pat_serve.replaced import read_replaced
 from pat_serve.run_folder import ADAPTER_FOLDER, RECIPE_FILE, checkpoint_step, list_checkpoints
 
 __all__ = ["LoraUpdate", "Run", "open_run"]
@@ -26,13 +28,23 @@ OTHER_BASE = "Give the base's original folder with --base."
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished training run with everything that an export reads."""
+    """A finished training run with everything that an export reads.
+
+    Attributes:
+        folder: run/.
+        plan: what to replace, turn, fold and cut.
+        recipe: of the training.
+        base: the model that it began with.
+        adapter: LoRA updates by module name.
+        replaced: the run's own tensors that take the place of the (turned) base's, by name.
+    """
 
     folder: Path
     plan: PruningPlan
     recipe: dict[str, Any]
     base: Checkpoint
     adapter: Mapping[str, LoraUpdate]
+    replaced: Mapping[str, TensorEntry]
 
 
 def open_run(folder: Path, base_override: str | None = None, *, hash_weights: bool = True) -> Run:
@@ -62,7 +74,8 @@ def open_run(folder: Path, base_override: str | None = None, *, hash_weights: bo
     _check_base(plan, base, hash_weights)
     _check_hashes(folder / ADAPTER_FOLDER, plan.adapter, "Copy the run again.")
     adapter = read_adapter(folder / ADAPTER_FOLDER, base, plan.adapter) if plan.adapter else {}
-    return Run(folder=folder, plan=plan, recipe=_read_recipe(folder), base=base, adapter=adapter)
+    replaced = read_replaced(folder, plan.weights, base)
+    return Run(folder=folder, plan=plan, recipe=_read_recipe(folder), base=base, adapter=adapter, replaced=replaced)
 
 
 def _check_finished(folder: Path) -> None:
@@ -111,29 +124,13 @@ def _check_base(plan: PruningPlan, base: Checkpoint, hash_weights: bool) -> None
         )
     hashed = plan.base.sha256 if hash_weights else {"config.json": plan.base.sha256["config.json"]}
     _check_hashes(base.folder, hashed, OTHER_BASE)
-    cut = plan.cuts.get(HIDDEN)
-    if cut is None or cut.width != base.hidden_size:
-        raise BrokenPlan(
-            PLAN_JSON,
-            expected=f"a cut of the axis {HIDDEN} of width {base.hidden_size}",
-            found="none" if cut is None else f"width {cut.width}",
-            fix="Repeat the training.",
-        )
-    unknown = set(plan.cuts) - {HIDDEN}
-    if unknown:
-        raise BrokenPlan(
-            PLAN_JSON,
-            expected=f"a cut of {HIDDEN} alone",
-            found=f"cuts of {', '.join(sorted(unknown))}",
-            fix="This version of pat-export cuts the hidden axis only.",
-        )
-    if plan.weights:
-        raise BrokenPlan(
-            PLAN_JSON,
-            expected="the base's own weights with an adapter",
-            found=f"replaced ones in {sorted(plan.weights)[0]!r:.80}",
-            fix="This version of pat-export replaces no weights.",
-        )
+    plan.cuts.sizes(base.sizes)
+    _check_widths(plan, base)
+    _check_sites(plan, base)
+
+
+def _check_widths(plan: PruningPlan, base: Checkpoint) -> None:
+    """Operators, rotation and gains are as wide as the base's residual stream."""
     widths = {site: plan.folds[site].l0_RD.shape[1] for site in plan.folds}
     widths |= {"rotation": len(plan.rotation)} if plan.rotation is not None else {}
     for what, width in widths.items():
@@ -153,9 +150,13 @@ def _check_base(plan: PruningPlan, base: Checkpoint, hash_weights: bool) -> None
                 found=f"{len(gain)} numbers for {name!r:.80}",
                 fix="Repeat the training.",
             )
-    fold = plan.folds.get(EMBEDDING)
+
+
+def _check_sites(plan: PruningPlan, base: Checkpoint) -> None:
+    """Operators sit where they can be folded, and a tied embedding's where the head can divide by it."""
+    fold, kept = plan.folds.get(EMBEDDING), plan.cuts.line(HIDDEN, None, base.sizes).kept
     if base.tied and fold is not None and not fold.rank:
-        smallest = float(fold.scale_D[cut.kept].abs().min())
+        smallest = float(fold.scale_D[kept].abs().min())
         if smallest < LEAST_SCALE - 1e-6:
             raise BrokenPlan(
                 PLAN_JSON,
@@ -163,12 +164,15 @@ def _check_base(plan: PruningPlan, base: Checkpoint, hash_weights: bool) -> None
                 found=f"{smallest:.3g}",
                 fix="Train again with --tied-embeddings untie, or with a lower --learning-rate.",
             )
-    sites = set(base.family.residual_writers(base.num_layers))
-    if set(plan.folds) - sites or (not cut.is_identity and set(plan.folds) != sites):
+    sites, found = set(base.family.residual_writers(base.num_layers)), set(plan.folds)
+    # Operators of layers that are dropped have nowhere to go; without any at all, the cut is a cut and nothing else.
+    dropped = {f"model.layers.{i}." for i in set(range(base.num_layers)) - set(plan.cuts.layers_kept(base.num_layers))}
+    wanted = {site for site in sites if not site.startswith(tuple(dropped))} if found else set()
+    if found - sites or wanted - found:
         raise BrokenPlan(
             PLAN_JSON,
-            expected=f"an operator on each of the {len(sites)} modules that write to the residual stream",
-            found=f"{len(set(plan.folds) & sites)} of them, {len(set(plan.folds) - sites)} others",
+            expected=f"an operator on each of the {len(wanted)} modules that write to the residual stream, or none",
+            found=f"{len(found & wanted)} of them, {len(found - sites)} others",
             fix="Repeat the training.",
         )
 

@@ -1,4 +1,4 @@
-"""pat-export: rewrite a finished run as a standard narrower checkpoint."""
+"""pat-export: rewrite a finished run as a standard smaller checkpoint."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def export(
     force: Annotated[bool, Flag("--force", help="Replace what is at --out.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Merge LoRA, fold the hybrid operators, cut the hidden dimension, and prove that the model is still the same.
+    """Merge LoRA, fold the hybrid operators, cut what the plan cuts, and prove that the model is still the same.
 
     Example: `pat-export --ckpt run/ --out pruned/`
 
@@ -75,6 +75,7 @@ def export(
     from pat_serve.export.exporter import export_run
     from pat_serve.export.formats.sizes import parse_size
     from pat_serve.export.parity.report import parity_lines
+    from pat_serve.export.record.shape import changed_sizes
     from pat_serve.export.rewrite.shape_check import parse_degrees
     from pat_serve.server.engine.workers.scoring import score_with_vllm
     from pat_serve.terminal.progress import say
@@ -95,9 +96,10 @@ def export(
         gguf=gguf,
         accept=accept,
     )
-    widths, parameters = done.record["hidden_size"], done.record["parameters"]
+    parameters = done.record["parameters"]
+    sizes = "".join(f"{name} {of['base']} -> {of['exported']}, " for name, of in changed_sizes(done.record).items())
     say(
-        f"{out}: hidden_size {widths['base']} -> {widths['exported']}, parameters {parameters['base']:,} -> "
+        f"{out}: {sizes}parameters {parameters['base']:,} -> "
         f"{parameters['exported']:,} ({parameters['exported'] / parameters['base']:.1%})"
     )
     if done.parity is not None:

@@ -1,4 +1,4 @@
-"""Every class that an export is written as, in a real vLLM engine: the same logits and text as in transformers."""
+"""Every class and every cut of an export, in a real vLLM engine: the same logits and text as in transformers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pat_serve.export.exporter import export_run
+from pat_serve.architectures import FAMILIES
+from pat_serve.export.exporter import Exported, export_run
 from pat_serve.export.parity.comparison import VLLM
 from pat_serve.server.engine.workers.scoring import score_with_vllm
 from tests.random_runs import random_run
+from tests.test_export_axes import OWN, SIZES
 from tests.test_families import BASES
 from tests.tiny_models import save_tiny_family
 
@@ -36,6 +38,42 @@ def test_vllm_computes_what_was_trained(name: str, tmp_path: Path, monkeypatch: 
     base = save_tiny_family(tmp_path / "base", model_type, **{**settings, "hidden_size": 128, "head_dim": 32})
     done = export_run(random_run(tmp_path / "run", base, width=96), tmp_path / "out", scorer=score_with_vllm)
     assert done.record["architecture"] == name.split(",")[0]
+    check(done)
+
+
+# Sizes that vLLM's CPU kernels know: channels in 8s, heads of 32.
+CUTS = {
+    "layers": {"layers": 3},
+    "ffn": {"ffn": 88},
+    "kv_groups": {"kv_groups": 2},
+    "all": {"hidden": 96, "layers": 3, "ffn": 88, "kv_groups": 2},
+    "3 groups": {"hidden": 104, "layers": 3, "ffn": 88, "kv_groups": 3},
+}
+# As a Mistral, with every axis cut, from a Llama.
+QUICK_CUT = ("llama", "3 groups")
+# Qwen2 has no head_dim and so none for 3 groups; the others take all.
+EVERY_CUT = [(family, cut) for family in FAMILIES for cut in CUTS if (family, cut) != ("qwen2", "3 groups")]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "cut"), [QUICK_CUT, *(pytest.param(*c, marks=pytest.mark.slow) for c in EVERY_CUT if c != QUICK_CUT)]
+)
+def test_vllm_computes_every_cut(model_type: str, cut: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    head_dim = {} if model_type == "qwen2" else {"head_dim": 32}
+    sizes = {"hidden_size": 128 if head_dim else 256, "intermediate_size": 128, **head_dim}
+    settings = {**SIZES, **OWN[model_type], **sizes}
+    # vLLM has one window for all layers or one of its own for each: the tests of transformers have the latter.
+    settings |= {"use_sliding_window": False} if model_type == "qwen3" else {}
+    base = save_tiny_family(tmp_path / "base", model_type, **settings)
+    run = random_run(tmp_path / "run", base, counts=CUTS[cut])
+    done = export_run(run, tmp_path / "out", scorer=score_with_vllm)
+    if (model_type, cut) == QUICK_CUT:
+        assert done.record["architecture"] == "MistralForCausalLM"
+    check(done)
+
+
+def check(done: Exported) -> None:
     assert done.parity is not None
     [outcome] = [comparison for comparison in done.parity.comparisons if comparison.runtime == VLLM]
     assert outcome.dtype == "float32"
