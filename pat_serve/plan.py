@@ -84,6 +84,9 @@ class PruningPlan:
         folds: operators by the dotted name of the module that they follow. A loaded plan's are read from disk when
             they are asked for: those of a large model are gigabytes.
         rotation: orthogonal Q (D, D); None where the stream stays as it is.
+        tied: a tied base's head stays tied under the rotation. Embedding and head are E Q, and the last norm has the
+            gain of `norms`, which no head takes. The function stays the base's where that gain is constant on all
+            channels but those that Q leaves alone.
         adapter: SHA-256 by file name of the LoRA adapter in `adapter/`; empty for none. Without it an export and its
             parity gate would both trust a damaged adapter.
         norms: trained gains (D,) by the dotted name of their RMSNorm, in the form that the base stores (Gemma: w of
@@ -97,6 +100,7 @@ class PruningPlan:
     cuts: Cuts = field(default_factory=Cuts)
     folds: Mapping[str, HybridFold] = field(default_factory=dict)
     rotation: Tensor | None = None
+    tied: bool = False
     adapter: dict[str, str] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
@@ -125,6 +129,7 @@ class PruningPlan:
             cuts={line: _Line(width=cut.width, kept=len(cut.kept)) for line, cut in self.cuts.items()},
             folds=sorted(self.folds),
             rotated=self.rotation is not None,
+            tied=self.tied,
             norms=sorted(self.norms),
             adapter=self.adapter,
             weights=self.weights,
@@ -174,6 +179,7 @@ class PruningPlan:
             cuts=Cuts(lines),
             folds=folds,
             rotation=rotation,
+            tied=document.tied,
             adapter=document.adapter,
             norms=norms,
             weights=document.weights,
@@ -209,6 +215,7 @@ class _Document(_Common):
 
     version: Literal[2] = 2
     cuts: dict[str, _Line]
+    tied: bool = False
     weights: dict[str, str] = {}
     sparsity: dict[str, Sparsity] = {}
 

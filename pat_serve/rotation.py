@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pat_serve.architectures import FINAL_NORM, HEAD
 from pat_serve.family import Family, TensorSpec
 
 # Of a weight, or columns, that are changed in a wider dtype.
@@ -68,17 +69,23 @@ def effective_gain(stored_D: Tensor, family: Family) -> Tensor:
 
 
 @torch.no_grad()
-def rotate_model(model: Any, family: Family, num_layers: int, rotation_DD: Tensor) -> None:
-    """Rotate a loaded model in place; its function stays the same. A tied head is untied.
+def rotate_model(model: Any, family: Family, num_layers: int, rotation_DD: Tensor, *, keeps_tie: bool = False) -> None:
+    """Rotate a loaded model in place; its function stays the same.
 
     Args:
         model: a causal language model of transformers, without adapters.
         family: its architecture.
         num_layers: of the model.
         rotation_DD: Q (D, D), in any float dtype. Products run in float32, or float64 for a float64 model.
+        keeps_tie: a tied head stays the embedding, and the last norm its gain, which the caller sets; the function is
+            the same only where that gain commutes with Q. Otherwise a tied head is untied.
     """
-    untie_head(model)
-    named = {name: (model.get_submodule(name), spec, i) for name, spec, i in family.modules(num_layers)}
+    left = {HEAD, FINAL_NORM} if keeps_tie else set()
+    if not keeps_tie:
+        untie_head(model)
+    named = {
+        name: (model.get_submodule(name), spec, i) for name, spec, i in family.modules(num_layers) if name not in left
+    }
     gains = {
         name: effective_gain(module.weight, family).clone()
         for name, (module, spec, _) in named.items()

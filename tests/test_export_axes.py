@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from pat_serve.architectures import FAMILIES
 from pat_serve.cuts import Cuts
-from pat_serve.errors import IllegalShape, ParityError
+from pat_serve.errors import BrokenPlan, IllegalShape, ParityError
 from pat_serve.export.exporter import export_run
 from pat_serve.export.rewrite import contents
 from pat_serve.hybrid import HybridFold
 from pat_serve.plan import PruningPlan
+from pat_serve.rotation import rotate_model
 from tests.random_runs import PROMPT, random_run
 from tests.test_export_parity import both_logits
 from tests.tiny_models import save_tiny_family
@@ -187,6 +188,65 @@ def diagonal_folds(plan: PruningPlan) -> dict[str, HybridFold]:
         site: HybridFold(l0_RD=none, l1_DR=none.T, scale_D=fold.scale_D.clamp(min=0.5))
         for site, fold in plan.folds.items()
     }
+
+
+def partial_rotation(channels: list[int]) -> torch.Tensor:
+    """Orthogonal (64, 64), the identity on some channels."""
+    others = sorted(set(range(64)) - set(channels))
+    rotation = torch.eye(64, dtype=torch.float64)
+    turned = torch.linalg.qr(torch.randn(len(others), len(others), dtype=torch.float64)).Q
+    rotation[torch.tensor(others)[:, None], torch.tensor(others)] = turned
+    return rotation
+
+
+@pytest.mark.parametrize("walk", [False, True])
+@pytest.mark.parametrize("counts", [{"hidden": 48}, {"hidden": 48, "layers": 3, "ffn": 88}], ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "gemma"])
+def test_a_tie_survives_a_rotation(model_type: str, counts: dict[str, int], walk: bool, tmp_path: Path):
+    """The last norm's gain is constant on all channels but those that the rotation leaves alone."""
+    base = save_tiny_family(tmp_path / "base", model_type, **SIZES | OWN[model_type] | {"tie_word_embeddings": True})
+    run = random_run(tmp_path / "run", base, counts=counts)
+    plan = PruningPlan.load(run)
+    alone = plan.cuts["hidden"].kept[::6].tolist()
+    gain = torch.full((64,), 0.7)
+    gain[alone] = torch.randn(len(alone))
+    plan = dataclasses.replace(
+        plan, rotation=partial_rotation(alone), tied=True, norms={"model.norm": gain}, folds=diagonal_folds(plan)
+    )
+    plan.save(run)
+    done = export_run(run, tmp_path / "out", walk=walk)
+    assert done.parity is not None
+    assert done.parity.max_abs_over_std < 2e-5
+    assert "lm_head.weight" not in load_file(done.out / "model.safetensors")
+    assert json.loads((done.out / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_such_a_rotation_keeps_the_function(tmp_path: Path):
+    """Nothing is cut: a model whose last gain is constant but on some channels is itself after the turn."""
+    base = save_tiny_family(tmp_path / "base", "llama", **SIZES | OWN["llama"] | {"tie_word_embeddings": True})
+    alone = [3, 17, 40]
+    gain = torch.full((64,), 0.7)
+    gain[alone] = torch.tensor([-2.0, 5.0, 0.1])
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    model.model.norm.weight.data.copy_(gain)
+    with torch.no_grad():
+        before = model(input_ids=PROMPT).logits
+        rotate_model(model, FAMILIES["llama"], 4, partial_rotation(alone), keeps_tie=True)
+        after = model(input_ids=PROMPT).logits
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert (after - before).abs().max() / before.std() < 2e-5
+
+
+@pytest.mark.parametrize("lacking", ["rotation", "norms", "tie"])
+def test_a_plan_that_is_tied_to_nothing_is_refused(lacking: str, tmp_path: Path):
+    settings = SIZES | OWN["llama"] | {"tie_word_embeddings": lacking != "tie"}
+    run = random_run(tmp_path / "run", save_tiny_family(tmp_path / "base", "llama", **settings), counts={"hidden": 48})
+    plan = PruningPlan.load(run)
+    rotation = None if lacking == "rotation" else torch.eye(64)
+    norms = {} if lacking == "norms" else {"model.norm": torch.ones(64)}
+    dataclasses.replace(plan, rotation=rotation, norms=norms, tied=True, folds=diagonal_folds(plan)).save(run)
+    with pytest.raises(BrokenPlan, match="a tie that a rotation leaves"):
+        export_run(run, tmp_path / "out")
 
 
 MISTAKEN = {"groups": "self_attn.o_proj", "channels": "mlp.up_proj", "layers": "mlp.down_proj"}

@@ -59,11 +59,11 @@ class StoredWeights:
 class RotatedWeights:
     """The same, with the residual stream turned by Q: what `rotate_model` does to a loaded model.
 
-    Products run in float32, or float64 for float64 weights.
+    Products run in float32, or float64 for float64 weights. With `tied` the head is the turned embedding.
     """
 
-    def __init__(self, weights: Weights, family: Family, rotation_DD: Tensor) -> None:
-        self._weights, self._family, self._rotation_DD = weights, family, rotation_DD
+    def __init__(self, weights: Weights, family: Family, rotation_DD: Tensor, *, tied: bool = False) -> None:
+        self._weights, self._family, self._rotation_DD, self._tied = weights, family, rotation_DD, tied
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor, turned."""
@@ -71,6 +71,8 @@ class RotatedWeights:
 
     def rows(self, name: str, rows: Sequence[int] | slice) -> Tensor:
         """Some rows, turned: both tables have the hidden axis along their rows."""
+        if name == _HEAD_WEIGHT and self._tied:
+            name = _EMBEDDING_WEIGHT
         return self._turn(name, self._weights.rows(name, rows))
 
     def _turn(self, name: str, tensor: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def load_masked_model(run: Run, dtype: torch.dtype) -> nn.Module:
     plan, base = run.plan, run.base
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, local_files_only=True)
     if plan.rotation is not None:
-        rotate_model(model, base.family, base.num_layers, plan.rotation)
+        rotate_model(model, base.family, base.num_layers, plan.rotation, keeps_tie=plan.tied)
     _replace_weights(model, run)
     modules = dict(model.named_modules())
     for name, gain in plan.norms.items():
@@ -86,8 +86,8 @@ def open_masked_layerwise(run: Run, dtype: torch.dtype) -> LayerwiseModel:
     model = meta_model(AutoConfig.from_pretrained(base.folder, local_files_only=True))
     weights: Weights = StoredWeights(base)
     if plan.rotation is not None:
-        weights = RotatedWeights(weights, base.family, plan.rotation)
-    parts = plan.rotation is not None or _HEAD_WEIGHT in run.replaced
+        weights = RotatedWeights(weights, base.family, plan.rotation, tied=plan.tied)
+    parts = (plan.rotation is not None and not plan.tied) or _HEAD_WEIGHT in run.replaced
     if parts:
         untie_head(model)
     if run.replaced:

@@ -75,8 +75,9 @@ def unties_head(run: Run) -> bool:
     """A tied base's head gets a tensor of its own in the export.
 
     Its embedding carries a full operator, or the head takes the last norm's gain, or has replaced weights: they part
-    ways. Mask and scale alone leave it tied: the final norm divides the scale out again.
+    ways. Mask and scale alone leave it tied: the final norm divides the scale out again. So does a rotation of a plan
+    that says so: the head is the turned embedding then, and the last norm keeps its gain.
     """
     fold = run.plan.folds.get(EMBEDDING)
-    moved = (fold is not None and fold.rank > 0) or run.plan.rotation is not None
+    moved = (fold is not None and fold.rank > 0) or (run.plan.rotation is not None and not run.plan.tied)
     return run.base.tied and (moved or _HEAD_WEIGHT in run.replaced)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pat_serve.architectures import EMBEDDING
+from pat_serve.architectures import EMBEDDING, FINAL_NORM
 from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.checkpoints.shards import TensorEntry
@@ -155,6 +155,15 @@ def _check_widths(plan: PruningPlan, base: Checkpoint) -> None:
 def _check_sites(plan: PruningPlan, base: Checkpoint) -> None:
     """Operators sit where they can be folded, and a tied embedding's where the head can divide by it."""
     fold, kept = plan.folds.get(EMBEDDING), plan.cuts.line(HIDDEN, None, base.sizes).kept
+    ranked = fold is not None and fold.rank > 0
+    if plan.tied and (not base.tied or plan.rotation is None or FINAL_NORM not in plan.norms or ranked):
+        raise BrokenPlan(
+            PLAN_JSON,
+            expected=f"a tie that a rotation leaves: of a tied base, with a gain for {FINAL_NORM} and no operator of a "
+            "rank on the embedding",
+            found="another plan that says tied",
+            fix="Repeat the training.",
+        )
     if base.tied and fold is not None and not fold.rank:
         smallest = float(fold.scale_D[kept].abs().min())
         if smallest < LEAST_SCALE - 1e-6:
