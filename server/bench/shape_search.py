@@ -52,7 +52,7 @@ def for_ratio(setting: Setting, ratio: float) -> Found:
     for axes, unties in _mixes(setting):
         found = None
         for degrees in dict.fromkeys((tuple(setting.degrees), ())):
-            found = counts_for_ratio(
+            tried = counts_for_ratio(
                 setting.base,
                 setting.family,
                 ratio,
@@ -61,7 +61,10 @@ def for_ratio(setting: Setting, ratio: float) -> Found:
                 unties=unties,
                 takes=replace(setting, degrees=degrees).splits,
             )
-            if found and _off(setting, found, unties, ratio) <= TOLERANCE:
+            met = tried is not None and _off(setting, tried, unties, ratio) <= TOLERANCE
+            if met or found is None:
+                found = tried
+            if met:
                 break
         name = " + ".join(axes) + (" untied" if unties else "")
         if found is None:
