@@ -8,19 +8,20 @@ that compiles or captures its graphs has less of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pat_serve.candidates import parameters_of
 from pat_serve.sizes import ModelSizes
+from pat_serve.terminal.progress import track
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # More than the last-level cache of any CPU, and little enough to be filled in a second.
 _LEAST_BYTES = 1 << 29
-_SECONDS, _LEAST_TRIES = 0.25, 3
+_ROUNDS = 10
 _VOCAB = 8192
 
 
@@ -77,13 +78,18 @@ def probe_layers(base: ModelSizes, dtype: str) -> list[TimedStep]:
     # The head is the same at every size, and small: what it costs is counted as what it reads.
     whole = replace(base, layers=deep, vocab=min(base.vocab, _VOCAB))
     half = replace(whole, hidden=max(8, whole.hidden // 16 * 8), ffn=max(8, whole.ffn // 16 * 8))
-    probed = []
     with torch.inference_mode():
-        for sizes in (whole, replace(whole, layers=max(1, deep // 2)), half):
-            model = _Layers(sizes, dtype)
-            for step in STEPS:
-                probed.append(TimedStep(sizes=sizes, step=step, seconds=_shortest_s(model.run_of(step))))
-    return probed
+        models = [_Layers(sizes, dtype) for sizes in (whole, replace(whole, layers=max(1, deep // 2)), half)]
+        runs = [(model.sizes, step, model.run_of(step)) for model in models for step in STEPS]
+        for *_, run in runs:
+            run()
+        # In turns, so that what disturbs the machine for a while does not fall on one of them alone; and whatever
+        # disturbs a run only makes it slower.
+        taken = [[_seconds(run) for *_, run in runs] for _ in track(range(_ROUNDS), "probe")]
+    return [
+        TimedStep(sizes=sizes, step=step, seconds=min(times))
+        for (sizes, step, _), times in zip(runs, zip(*taken, strict=True), strict=True)
+    ]
 
 
 class _Layers:
@@ -161,17 +167,7 @@ class _Layers:
         return run
 
 
-def _shortest_s(run: Callable[[], Any]) -> float:
-    """Seconds of the quickest of several tries: whatever disturbs one only makes it slower."""
+def _seconds(run: Callable[[], Any]) -> float:
+    begun_s = time.perf_counter()
     run()
-    tried = list(_tries(run))
-    return min(tried)
-
-
-def _tries(run: Callable[[], Any]) -> Iterator[float]:
-    deadline_s, tries = time.perf_counter() + _SECONDS, 0
-    while tries < _LEAST_TRIES or time.perf_counter() < deadline_s:
-        begun_s = time.perf_counter()
-        run()
-        tries += 1
-        yield time.perf_counter() - begun_s
+    return time.perf_counter() - begun_s
