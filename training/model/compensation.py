@@ -143,14 +143,16 @@ def compensate(
     walked, head = branches(method.family, sizes.layers)
     stays = set(layers)
     try:
-        for at, branch in track(list(enumerate(walked)), "make up for the cut", len(walked)):
-            if branch.layer in stays:
-                _pass(walk, branch, _dropped_after(walked, at, stays))
-            elif not any(before.layer in stays for before in walked[:at]):
-                # Dropped, with nothing before it to make up for it.
-                _advance_dense(walk, [branch])
-        if kept_K is not None and refit != "none":
-            _set_readers(walk, head, _reader_moments(walk, head))
+        # An adapter that is not started here adds nothing yet, and costs a pass as much as if it did.
+        with _without_adapters(None if refit == "lora" else base):
+            for at, branch in track(list(enumerate(walked)), "make up for the cut", len(walked)):
+                if branch.layer in stays:
+                    _pass(walk, branch, _dropped_after(walked, at, stays))
+                elif not any(before.layer in stays for before in walked[:at]):
+                    # Dropped, with nothing before it to make up for it.
+                    _advance_dense(walk, [branch])
+            if kept_K is not None and refit != "none":
+                _set_readers(walk, head, _reader_moments(walk, head))
     finally:
         for handle in walk.masks:
             handle.remove()
@@ -191,7 +193,8 @@ def _advance_dense(walk: _Walk, passed: Sequence[Branch], *, wants: bool = False
         before_BTD = stream.dense_BTD
         total_BTD = (before_BTD - stream.cut_BTD).float() if wants else None
         for branch in passed:
-            with _dense(branch.block(walk.base), walk.method):
+            # Where no adapter is to be started, all of them are off throughout.
+            with _dense(branch.block(walk.base) if walk.refit == "lora" else None, walk.method):
                 added_BTD = branch.added(walk.base, stream.dense_BTD, stream.settings)
             stream.dense_BTD = stream.dense_BTD + added_BTD
             if total_BTD is not None:
@@ -324,14 +327,22 @@ def _product(weight_OD: Tensor, felt_DK: Tensor) -> Tensor:
 
 
 @contextmanager
-def _dense(block: nn.Module, method: Method) -> Iterator[None]:
+def _dense(block: nn.Module | None, method: Method) -> Iterator[None]:
     """While it lasts, a block computes as in the base: switching all adapters of a deep model takes longer than it."""
-    adapted = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
+    with _without_adapters(block), method.disabled():
+        yield
+
+
+@contextmanager
+def _without_adapters(within: nn.Module | None) -> Iterator[None]:
+    """While it lasts, the adapters of a module, if one is given, are off."""
+    adapted = (
+        [module for module in within.modules() if isinstance(module, BaseTunerLayer)] if within is not None else []
+    )
     for module in adapted:
         module.enable_adapters(False)
     try:
-        with method.disabled():
-            yield
+        yield
     finally:
         for module in adapted:
             module.enable_adapters(True)
