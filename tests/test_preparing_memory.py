@@ -116,13 +116,13 @@ def test_states_and_masks_of_all_rows(
     held: list[torch.Tensor] = []
 
     def enter(*args: Any) -> Any:
-        entry = _enter(*args)
+        entry = original(*args)
         held.extend([entry.dense_BTD, entry.cut_BTD])
         held.extend(value for name, value in entry.settings.items() if name == "attention_mask" and value is not None)
         return entry
 
-    _enter = compensation._enter
-    monkeypatch.setattr(compensation, "_enter", enter)
+    original = compensation.enter
+    monkeypatch.setattr(compensation, "enter", enter)
     measured = Calibration(importance_D=torch.linspace(1, 0, 64), rotation_DD=None)
     model, method = adapt(load_base(opened, recipe, torch.float32), opened.family, recipe, {"hidden": 48}, 24, measured)
     method.on_step(0)

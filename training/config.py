@@ -14,10 +14,9 @@ from pat_serve.checkpoints.locate import absolute
 from pat_serve.errors import UsageError, first_line
 from pat_serve.files.atomic import write_text
 from pat_serve.run_folder import RECIPE_FILE
-from pat_serve.shape import parse_shape
-from pat_serve.training.choices import CHOICE_NAMES
 from pat_serve.training.groups import check_groups, parse_scales, untrained_group
 from pat_serve.training.methods.pat.settings import PatSettings
+from pat_serve.training.shape_settings import ShapeSettings
 
 TENSORBOARD: Literal["tensorboard"] = "tensorboard"
 
@@ -68,7 +67,7 @@ def preset(name: str) -> dict[str, Any]:
     return presets[name]
 
 
-class TrainRecipe(PatSettings):
+class TrainRecipe(ShapeSettings, PatSettings):
     """Settings of a run; the defaults are what measured best (docs/ablation.md, docs/study.md), or else the paper's.
 
     `run/recipe.yaml` holds every value, so `pat-train --config run/recipe.yaml --out again/` repeats a run.
@@ -90,10 +89,6 @@ class TrainRecipe(PatSettings):
     method: str = "pat"
     ratio: float | None = None
     hidden_size: int | None = None
-    # Counts to end with by axis, and what chooses them where it is not the default (training/choices/).
-    shape: dict[str, int] = pydantic.Field(default_factory=dict)
-    choose: dict[str, str] = pydantic.Field(default_factory=dict)
-
     # Of 0, what is cut is made up for and nothing is trained.
     max_steps: int | None = pydantic.Field(default=None, ge=0)
     epochs: float = pydantic.Field(default=3.0, gt=0)
@@ -150,11 +145,6 @@ class TrainRecipe(PatSettings):
             raise ValueError(f"the teacher is the dense model, which a cut of {inner[0]} leaves nothing of")
         if inner and self.quantize_base:
             raise ValueError(f"a quantized base cannot be cut down, as a cut of {inner[0]} does")
-        if stray := sorted(set(self.choose) - set(inner)):
-            raise ValueError(f"choose says how to cut an axis of shape, and {stray[0]} is none")
-        for axis, name in self.choose.items():
-            if name not in CHOICE_NAMES[axis]:
-                raise ValueError(f"choose {axis}={' or '.join(CHOICE_NAMES[axis])}")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -184,33 +174,6 @@ class TrainRecipe(PatSettings):
         if self.streaming and self.eval_share is not None:
             raise ValueError("eval_data beside streaming, since a stream cannot be split")
         return self
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _method_follows_shape(cls, settings: object) -> object:
-        """Where the stream is not cut, nothing of PAT is left to do."""
-        if not isinstance(settings, dict) or not settings.get("shape") or settings.get("method") is not None:
-            return settings
-        shape = settings["shape"]
-        counts = parse_shape(shape) if isinstance(shape, str) else shape
-        return settings if HIDDEN in counts else {**settings, "method": "cut"}
-
-    @pydantic.field_validator("shape", mode="before")
-    @classmethod
-    def _parse_shape(cls, shape: object) -> object:
-        """As a flag it is a text."""
-        return parse_shape(shape) if isinstance(shape, str) else shape
-
-    @pydantic.field_validator("choose", mode="before")
-    @classmethod
-    def _parse_choose(cls, choose: object) -> object:
-        """As a flag it is a text: `layers=last,ffn=energy`."""
-        if not isinstance(choose, str):
-            return choose
-        pairs = [part.partition("=")[::2] for part in choose.split(",") if part.strip()]
-        if len({axis.strip() for axis, _ in pairs}) < len(pairs):
-            raise ValueError("every axis once")
-        return {axis.strip(): name.strip() for axis, name in pairs}
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -346,8 +309,9 @@ class TrainRecipe(PatSettings):
     def save(self, run: Path) -> None:
         """Write recipe.yaml, atomically."""
         settings = self.model_dump(mode="json")
-        # The run's own first, then the method's.
-        ordered = {name: settings[name] for name in sorted(settings, key=PatSettings.model_fields.__contains__)}
+        # The run's own first, then the shape's and the method's.
+        inherited = ShapeSettings.model_fields | PatSettings.model_fields
+        ordered = {name: settings[name] for name in sorted(settings, key=inherited.__contains__)}
         write_text(run / RECIPE_FILE, yaml.safe_dump(ordered, sort_keys=False))
 
     @staticmethod

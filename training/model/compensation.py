@@ -23,14 +23,12 @@ Shape suffixes: N tokens, B rows, T positions, D hidden_size, I inputs of a line
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -43,28 +41,10 @@ from pat_serve.training.choices import InnerChoice, Inputs
 from pat_serve.training.methods.base import Method
 from pat_serve.training.model.branches import Branch, branches
 from pat_serve.training.model.least_squares import Moments, low_rank_update
+from pat_serve.training.model.streams import Stream, dense, enter, without_adapters
 from pat_serve.training.ranks import same_on_all
 
 Refit = Literal["none", "lora", "full"]
-
-
-@dataclass(kw_only=True)
-class _Batch:
-    """The residual streams of one batch, as far as they have come.
-
-    Attributes:
-        dense_BTD: of the dense model.
-        cut_BTD: of the cut one.
-        settings: what else an attention is called with.
-        real_BT: False for padding.
-        wanted_ND: of the real tokens, what the branch at work should add to the cut stream.
-    """
-
-    dense_BTD: Tensor
-    cut_BTD: Tensor
-    settings: dict[str, Any]
-    real_BT: Tensor
-    wanted_ND: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -91,7 +71,7 @@ class _Walk:
     counts: Mapping[str, int]
     sizes: ModelSizes
     choose: Callable[[str, int, Inputs], Tensor]
-    streams: Sequence[_Batch]
+    streams: Sequence[Stream]
     found: Compensated = field(default_factory=Compensated)
     masks: list[RemovableHandle] = field(default_factory=list)
 
@@ -138,13 +118,13 @@ def compensate(
         counts=counts,
         sizes=sizes,
         choose=choose,
-        streams=[_enter(model, base, method, batch) for batch in batches],
+        streams=[enter(model, base, method, batch) for batch in batches],
     )
     walked, head = branches(method.family, sizes.layers)
     stays = set(layers)
     try:
         # An adapter that is not started here adds nothing yet, and costs a pass as much as if it did.
-        with _without_adapters(None if refit == "lora" else base):
+        with without_adapters(None if refit == "lora" else base):
             for at, branch in track(list(enumerate(walked)), "make up for the cut", len(walked)):
                 if branch.layer in stays:
                     _pass(walk, branch, _dropped_after(walked, at, stays))
@@ -194,7 +174,7 @@ def _advance_dense(walk: _Walk, passed: Sequence[Branch], *, wants: bool = False
         total_BTD = (before_BTD - stream.cut_BTD).float() if wants else None
         for branch in passed:
             # Where no adapter is to be started, all of them are off throughout.
-            with _dense(branch.block(walk.base) if walk.refit == "lora" else None, walk.method):
+            with dense(branch.block(walk.base) if walk.refit == "lora" else None, walk.method):
                 added_BTD = branch.added(walk.base, stream.dense_BTD, stream.settings)
             stream.dense_BTD = stream.dense_BTD + added_BTD
             if total_BTD is not None:
@@ -324,60 +304,3 @@ def _product(weight_OD: Tensor, felt_DK: Tensor) -> Tensor:
     for at in range(0, len(weight_OD), ROWS_AT_ONCE):
         torch.mm(weight_OD[at : at + ROWS_AT_ONCE].float(), felt_DK, out=product_OK[at : at + ROWS_AT_ONCE])
     return product_OK
-
-
-@contextmanager
-def _dense(block: nn.Module | None, method: Method) -> Iterator[None]:
-    """While it lasts, a block computes as in the base: switching all adapters of a deep model takes longer than it."""
-    with _without_adapters(block), method.disabled():
-        yield
-
-
-@contextmanager
-def _without_adapters(within: nn.Module | None) -> Iterator[None]:
-    """While it lasts, the adapters of a module, if one is given, are off."""
-    adapted = (
-        [module for module in within.modules() if isinstance(module, BaseTunerLayer)] if within is not None else []
-    )
-    for module in adapted:
-        module.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for module in adapted:
-            module.enable_adapters(True)
-
-
-class _StopForwardError(Exception):
-    """The first layer has been reached."""
-
-
-def _enter(model: Any, base: nn.Module, method: Method, batch: dict[str, Tensor]) -> _Batch:
-    """Run the embedding, dense and cut, and catch what the first layer is called with."""
-    first = base.get_submodule("model.layers.0")
-    caught: list[tuple[Tensor, dict[str, Any]]] = []
-
-    def catch(_layer: nn.Module, inputs: tuple[Any, ...], settings: dict[str, Any]) -> None:
-        caught.append((inputs[0] if inputs else settings["hidden_states"], settings))
-        raise _StopForwardError
-
-    device = model.device
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        with method.disabled():
-            _run(model, inputs)
-        _run(model, inputs)
-    finally:
-        handle.remove()
-    [(dense_BTD, settings), (cut_BTD, _)] = caught
-    settings = {name: value for name, value in settings.items() if name != "hidden_states"}
-    return _Batch(dense_BTD=dense_BTD, cut_BTD=cut_BTD, settings=settings, real_BT=inputs["attention_mask"].bool())
-
-
-def _run(model: Any, inputs: dict[str, Tensor]) -> None:
-    try:
-        model(**inputs)
-    except _StopForwardError:
-        return
-    raise AssertionError("the decoder has no first layer")

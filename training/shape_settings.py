@@ -1,0 +1,53 @@
+"""The settings that say how much of each axis stays, and what chooses it. The recipe inherits them."""
+
+from __future__ import annotations
+
+import pydantic
+
+from pat_serve.axes import HIDDEN
+from pat_serve.shape import parse_shape
+from pat_serve.training.choices import CHOICE_NAMES
+
+
+class ShapeSettings(pydantic.BaseModel):
+    """Each is a flag of `pat-train`, a line of a recipe and an entry of `PatConfig` of the same name."""
+
+    # Counts to end with by axis, and what chooses them where it is not the default (training/choices/).
+    shape: dict[str, int] = pydantic.Field(default_factory=dict)
+    choose: dict[str, str] = pydantic.Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _method_follows_shape(cls, settings: object) -> object:
+        """Where the stream is not cut, nothing of PAT is left to do."""
+        if not isinstance(settings, dict) or not settings.get("shape") or settings.get("method") is not None:
+            return settings
+        shape = settings["shape"]
+        counts = parse_shape(shape) if isinstance(shape, str) else shape
+        return settings if HIDDEN in counts else {**settings, "method": "cut"}
+
+    @pydantic.field_validator("shape", mode="before")
+    @classmethod
+    def _parse_shape(cls, shape: object) -> object:
+        """As a flag it is a text."""
+        return parse_shape(shape) if isinstance(shape, str) else shape
+
+    @pydantic.field_validator("choose", mode="before")
+    @classmethod
+    def _parse_choose(cls, choose: object) -> object:
+        """As a flag it is a text: `layers=last,ffn=energy`."""
+        if not isinstance(choose, str):
+            return choose
+        pairs = [part.partition("=")[::2] for part in choose.split(",") if part.strip()]
+        if len({axis.strip() for axis, _ in pairs}) < len(pairs):
+            raise ValueError("every axis once")
+        return {axis.strip(): name.strip() for axis, name in pairs}
+
+    @pydantic.model_validator(mode="after")
+    def _known_choices(self) -> ShapeSettings:
+        if stray := sorted(set(self.choose) - (set(self.shape) - {HIDDEN})):
+            raise ValueError(f"choose says how to cut an axis of shape, and {stray[0]} is none")
+        for axis, name in self.choose.items():
+            if name not in CHOICE_NAMES[axis]:
+                raise ValueError(f"choose {axis}={' or '.join(CHOICE_NAMES[axis])}")
+        return self
