@@ -67,6 +67,6 @@ def test_layers_are_timed_at_two_depths_and_widths() -> None:
     assert {(one.sizes.layers, one.sizes.hidden, one.sizes.ffn) for one in timed} == {
         (4, 64, 96),
         (2, 64, 96),
-        (4, 32, 48),
+        (4, 16, 24),
     }
     assert all(one.seconds > 0 for one in timed)

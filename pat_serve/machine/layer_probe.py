@@ -40,9 +40,11 @@ class Step:
     prefill: bool = False
 
 
+# Short caches: torch's attention over a long one takes several times what an engine's does, and would pass for the cost
+# of a byte.
 STEPS = (
     Step(batch_size=1, tokens=128),
-    Step(batch_size=8, tokens=512),
+    Step(batch_size=4, tokens=64),
     Step(batch_size=1, tokens=128, prefill=True),
 )
 
@@ -63,7 +65,7 @@ class TimedStep:
 
 
 def probe_layers(base: ModelSizes, dtype: str) -> list[TimedStep]:
-    """Time layers of a model's sizes, half as many, and as many of half the width.
+    """Time layers of a model's sizes, half as many, and as many of a quarter of the width.
 
     Args:
         base: sizes of the model.
@@ -77,9 +79,9 @@ def probe_layers(base: ModelSizes, dtype: str) -> list[TimedStep]:
     deep = max(2, min(base.layers, -(-_LEAST_BYTES // layer_bytes)))
     # The head is the same at every size, and small: what it costs is counted as what it reads.
     whole = replace(base, layers=deep, vocab=min(base.vocab, _VOCAB))
-    half = replace(whole, hidden=max(8, whole.hidden // 16 * 8), ffn=max(8, whole.ffn // 16 * 8))
+    narrow = replace(whole, hidden=max(8, whole.hidden // 32 * 8), ffn=max(8, whole.ffn // 32 * 8))
     with torch.inference_mode():
-        models = [_Layers(sizes, dtype) for sizes in (whole, replace(whole, layers=max(1, deep // 2)), half)]
+        models = [_Layers(sizes, dtype) for sizes in (whole, replace(whole, layers=max(1, deep // 2)), narrow)]
         runs = [(model.sizes, step, model.run_of(step)) for model in models for step in STEPS]
         for *_, run in runs:
             run()
