@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import BrokenPlan
 from pat_serve.export.exporter import export_run
 from pat_serve.export.verify import verify_export
+from pat_serve.training import run as training_run
+from pat_serve.training.config import TrainRecipe
 from tests.random_runs import PROMPT, random_run
 from tests.test_export_axes import OWN, SHAPES, SIZES, make_run
 from tests.tiny_models import save_tiny_family
@@ -39,6 +42,33 @@ def test_random_counts(seed: int, model_type: str, tmp_path: Path):
     model, report = AutoModelForCausalLM.from_pretrained(done.out, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.config.num_hidden_layers == counts.get("layers", 4)
+
+
+def test_the_export_is_what_was_trained_on_the_smaller_model(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Closes the chain: the smaller model's last logits are those of the files, with the updates of every layer."""
+    base = save_tiny_family(tmp_path / "base", "llama", **(SIZES | OWN["llama"]))
+    trained: dict[str, torch.Tensor] = {}
+    finish = training_run._finish
+
+    def keep_logits(prepared: Any, run: Path, job: Any, ranks: Any) -> None:
+        with torch.no_grad():
+            trained["logits"] = job.trainer.model.eval()(input_ids=PROMPT, use_cache=False).logits
+        finish(prepared, run, job, ranks)
+
+    monkeypatch.setattr(training_run, "_finish", keep_logits)
+    short = {"max_steps": 12, "batch_size": 2, "gradient_accumulation_steps": 1, "dtype": "float32"}
+    recipe = TrainRecipe(model=str(base), data=str(rows), shape=SHAPES["all"], learning_rate=2e-3, **short)
+    training_run.start(recipe, tmp_path / "run")
+    done = export_run(tmp_path / "run", tmp_path / "out", walk=True)
+    assert done.parity is not None
+    assert done.parity.max_abs_over_std < 2e-5
+    with torch.no_grad():
+        narrow = AutoModelForCausalLM.from_pretrained(done.out)(input_ids=PROMPT).logits
+    assert (narrow - trained["logits"]).abs().max() / narrow.std() < 2e-5
+    # A layer beyond the smaller model's number of layers was kept, and its updates count.
+    assert done.record["cuts"]["layers"][-1] == 3
 
 
 @pytest.mark.parametrize(("model_type", "dtype"), [("qwen3", "bfloat16"), ("phi3", "float16"), ("qwen2", "bfloat16")])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pat_serve.errors import Diverged
@@ -52,6 +53,9 @@ def write_result(
         )
     with new_folder(run / ADAPTER_FOLDER) as staging:
         model.save_pretrained(staging, state_dict=lora, save_embedding_layers=False)
+        # peft drops what its model has no module for: the last layers' updates, where the model lost other layers.
+        whole = {name.replace(".default.weight", ".weight"): tensor.contiguous() for name, tensor in lora.items()}
+        save_file(whole, staging / "adapter_model.safetensors", {"format": "pt"})
         _sort_targets(staging / "adapter_config.json")
     tokenizer.save_pretrained(run)
     lines = (json.dumps({"token_ids": prompt}) + "\n" for prompt in prompts)
