@@ -125,7 +125,7 @@ def test_what_is_trained_is_what_the_run_leaves(model_type: str, shape: dict[str
 def test_a_run_along_several_axes_is_resumed_to_the_bit(shape: dict[str, int], rows: Path, tmp_path: Path):
     base, run = save_tiny_family(tmp_path / "base", "llama", num_hidden_layers=LAYERS), tmp_path / "run"
     settings = {**DEFAULTS, "hio_rank": None, "lora_dropout": 0.05, "max_steps": 6, "save_steps": 3}
-    start(tiny_recipe(base, rows, shape=shape, refit="full", calibration_rows=8, **settings), run)
+    start(tiny_recipe(base, rows, shape=shape, refit="full", calibration_rows=8, **settings, lora_rank=40), run)
     plan = PruningPlan.load(run)
     sizes = open_checkpoint(str(base)).sizes
     assert plan.cuts.sizes(sizes) == sizes.with_counts(shape)
@@ -139,10 +139,16 @@ def test_a_run_along_several_axes_is_resumed_to_the_bit(shape: dict[str, int], r
     # The adapter is of the base's shapes, zeros for what was dropped; and the training was of the smaller ones.
     adapter = load_file(run / "adapter/adapter_model.safetensors")
     dropped = set(range(LAYERS)) - set(plan.cuts.layers_kept(LAYERS))
+    linears = {name.partition(".lora_")[0] for name in adapter}
+    assert len(linears) == 7 * LAYERS + 1
+    assert len(adapter) == 2 * len(linears)
+    rank = adapter["base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"].shape[0]
     for name, tensor in adapter.items():
-        if "down_proj.lora_A" in name:
+        # More than the outputs of a group.
+        assert tensor.shape["lora_B" in name] == rank
+        if "layers." in name and "lora_A" in name:
             layer = int(name.partition("layers.")[2].partition(".")[0])
-            assert tensor.shape[1] == sizes.ffn
+            assert "down_proj" not in name or tensor.shape[1] == sizes.ffn
             assert bool(tensor.any()) == (layer not in dropped)
 
 

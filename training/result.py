@@ -57,6 +57,9 @@ def write_result(
         whole = {name.replace(".default.weight", ".weight"): tensor.contiguous() for name, tensor in lora.items()}
         save_file(whole, staging / "adapter_model.safetensors", {"format": "pt"})
         _sort_targets(staging / "adapter_config.json")
+        # Peft leaves out what it finds no module for, such as a layer's number in the base that the cut model has not.
+        named = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in lora.items()}
+        save_file(named, staging / "adapter_model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(run)
     lines = (json.dumps({"token_ids": prompt}) + "\n" for prompt in prompts)
     write_text(run / PARITY_PROMPTS_FILE, "".join(lines))

@@ -148,7 +148,7 @@ def wide_adapter(lora: Mapping[str, Tensor], method: Method) -> dict[str, Tensor
     if method.sliced_by.is_identity:
         return dict(lora)
     wide: dict[str, Tensor] = {}
-    ranks = {name.rpartition(".lora_")[0].rpartition(".")[2]: min(tensor.shape) for name, tensor in lora.items()}
+    ranks = {name.partition(".lora_A.")[0].rpartition(".")[2]: len(a) for name, a in lora.items() if ".lora_A." in name}
     left = dict(lora)
     for name, spec, target in _targets(method, method.sliced_by):
         for half, dimension in _HALVES:
