@@ -74,7 +74,8 @@ paths = st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=4)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz")
-    random_run(folder / "run", save_tiny_llama(folder / "base"))
+    counts = {"hidden": 48, "layers": 1, "ffn": 96, "kv_groups": 1}
+    random_run(folder / "run", save_tiny_llama(folder / "base"), counts=counts, replaced=["model.norm.weight"])
     return folder
 
 
