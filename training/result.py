@@ -53,9 +53,6 @@ def write_result(
         )
     with new_folder(run / ADAPTER_FOLDER) as staging:
         model.save_pretrained(staging, state_dict=lora, save_embedding_layers=False)
-        # peft drops what its model has no module for: the last layers' updates, where the model lost other layers.
-        whole = {name.replace(".default.weight", ".weight"): tensor.contiguous() for name, tensor in lora.items()}
-        save_file(whole, staging / "adapter_model.safetensors", {"format": "pt"})
         _sort_targets(staging / "adapter_config.json")
         # Peft leaves out what it finds no module for, such as a layer's number in the base that the cut model has not.
         named = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in lora.items()}
