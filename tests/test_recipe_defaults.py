@@ -50,6 +50,24 @@ def test_what_is_left_open_follows_from_the_rest(
     assert decided.resolved(tied=tied) == decided
 
 
+@pytest.mark.parametrize(
+    ("settings", "refit"),
+    [
+        ({}, "full"),
+        ({"refit": "lora"}, "lora"),
+        ({"distillation_weight": 0.5}, "lora"),
+        ({"compensate": False}, "auto"),
+        ({"quantize_base": "nf4", "gate": "cut"}, "auto"),
+        (PAPER, "auto"),
+    ],
+)
+def test_weights_make_up_for_a_cut_unless_a_teacher_shares_them(settings: dict[str, Any], refit: str) -> None:
+    assert recipe(**settings).resolved(tied=False).refit == refit
+    inner = {name: value for name, value in settings.items() if name in ("refit", "compensate")}
+    if inner == settings:
+        assert recipe(shape="layers=3", **inner).resolved(tied=False, narrows=False).refit == refit
+
+
 def test_dense_baseline_is_plain_lora() -> None:
     decided = recipe(method="lora").resolved(tied=False, prunes=False)
     assert (decided.rotate, decided.compensate, decided.lora_head) == ("none", False, False)

@@ -114,7 +114,7 @@ class TrainRecipe(ShapeSettings, PatSettings):
     lora_dropout: float = pydantic.Field(default=0.05, ge=0, lt=1)
 
     compensate: bool | None = None
-    # Where that goes: into LoRA's start, or whole in the place of the weights.
+    # Where that goes: whole in the place of the weights, or into LoRA's start.
     refit: Literal["auto", "lora", "full"] = "auto"
     # Rows that the stream is measured on, before the first step; the export's parity prompts are the first 8.
     calibration_rows: int = pydantic.Field(default=128, ge=LEAST_CALIBRATION_ROWS)
@@ -277,7 +277,10 @@ class TrainRecipe(ShapeSettings, PatSettings):
         return TrainRecipe.build(self.model_dump() | chosen | refit, "recipe")
 
     def _resolved_refit(self, compensate: bool) -> str:
-        return "lora" if self.refit == "auto" and compensate else self.refit
+        """In the weights' place; where the teacher shares them, in LoRA's start, which is switched off for it."""
+        if self.refit != "auto" or not compensate:
+            return self.refit
+        return "lora" if self.distillation_weight else "full"
 
     def _refuse_untrained_groups(self, *, lora_head: bool, prunes: bool) -> None:
         found = untrained_group(self.lr_scale, lora_head=lora_head, prunes=prunes, train_norms=self.train_norms)

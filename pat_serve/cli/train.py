@@ -144,7 +144,10 @@ def train(
     ] = None,
     refit: Annotated[
         str | None,
-        Flag(help="Where that goes: full (new weights) or lora (the adapter's start, at its rank). [default: lora]"),
+        Flag(
+            help="Where that goes: full (new weights) or lora (the adapter's start, at its rank). [default: full; lora "
+            "with --distillation-weight]"
+        ),
     ] = None,
     calibration_rows: Annotated[
         int | None,

@@ -120,8 +120,8 @@ def test_separate_masks_are_kept_apart_and_aligned(
     name: str, method: dict[str, Any], tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs.register()
-    keys = ("method", "rotate", "mask_start", "gate", "compensate", "lora_head")
-    own = {key: method[key] for key in keys}
+    keys = ("method", "rotate", "mask_start", "gate", "compensate", "refit", "lora_head")
+    own = {key: method[key] for key in keys if key in method}
     recipe = tiny_recipe(tiny_base, rows, max_steps=12, gradient_accumulation_steps=1, **own)
     scores = runs.scores_of(recipe.model_dump(), name)
     assert all(score_D.any() for score_D in scores.values())

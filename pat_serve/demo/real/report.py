@@ -137,8 +137,8 @@ def _training(findings: dict[str, Any]) -> str:
     parity = findings["parity"]
     told = (
         "The residual stream is turned to the axes of its energy and of the loss's gradient; the weakest, with "
-        f"{cut:.1%} of both, are cut before the first step, and LoRA starts where it makes up for them. The turn "
-        "unties the output head from the embedding, so fewer parameters go than a quarter. The exported files compute "
+        f"{cut:.1%} of both, are cut before the first step, and the weights make up for them by least squares. "
+        "The turn unties the head from the embedding, so fewer parameters go than a quarter. The exported files give "
         f"what was trained: largest logit difference {parity['max_abs_over_std']:.1e} of their standard deviation "
         f"over {parity['positions']} positions."
     )

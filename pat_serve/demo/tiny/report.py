@@ -70,8 +70,8 @@ def _training(findings: dict[str, Any]) -> str:
     cut = sum(findings["axes"][kept:])
     told = (
         "Equal steps, tokens and LoRA for both. PAT first turns the residual stream to the axes of its energy and of "
-        f"the loss's gradient; the weakest, with {cut:.1%} of both, are cut before the first step, and LoRA starts "
-        "where it makes up for them."
+        f"the loss's gradient; the weakest, with {cut:.1%} of both, are cut before the first step, and least squares "
+        "make up for them in the weights."
     )
     axes = axes_chart(findings["axes"], kept)
     charts = f"<div>{figure(loss_chart(training))}</div><div>{figure(axes)}</div>"
