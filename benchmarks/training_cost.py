@@ -24,10 +24,11 @@ import torch
 
 from pat_serve.architectures import FAMILIES
 from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio, percentile
-from pat_serve.training.config import PAPER, TrainRecipe
+from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import METHODS as PRUNERS
 from pat_serve.training.model.insert import adapt
 from pat_serve.training.model.slicing import slice_model
+from pat_serve.training.presets import PAPER
 
 # The paper matches PAT (LoRA 20 and HIO 200) with LoRA 64 in parameters; LoRA 20 is the same adapter without PAT.
 METHODS: dict[str, dict[str, Any]] = {

@@ -92,7 +92,8 @@ class PruningPlan:
         norms: trained gains (D,) by the dotted name of their RMSNorm, in the form that the base stores (Gemma: w of
             1 + w). A norm without a line keeps its own.
         weights: SHA-256 by file name of the replaced tensors in `weights/` (`pat_serve.replaced`).
-        sparsity: what pattern of zeros a module's weight has, "2:4" or "unstructured", by dotted name.
+        sparsity: what pattern of zeros a module's weight has, "2:4" or "unstructured", by dotted name. No method writes
+            it yet, and the export refuses a plan that has it.
     """
 
     method: str

@@ -83,7 +83,8 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
 
 def tiny_recipe(base: Path, rows: Path, **overrides: object):
     """PAT as published unless a test says otherwise: its mask is the part with a state of its own."""
-    from pat_serve.training.config import PAPER, TrainRecipe
+    from pat_serve.training.config import TrainRecipe
+    from pat_serve.training.presets import PAPER
 
     settings: dict[str, object] = {
         **PAPER,

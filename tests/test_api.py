@@ -16,15 +16,16 @@ from pat_serve.errors import ChangedInput, Diverged, RunError, UnfinishedRun, Us
 from pat_serve.export.exporter import export_run
 from pat_serve.plan import PruningPlan
 from pat_serve.training import PatCallback, PatConfig, apply_pat, save_run
-from pat_serve.training.config import PAPER as METHOD
-from pat_serve.training.config import TrainRecipe, preset
+from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import PadBatch, encode_rows, load_rows, load_tokenizer
+from pat_serve.training.presets import PAPER as METHOD
+from pat_serve.training.presets import preset_settings
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import tiny_llama
 
 ROOT = Path(__file__).parent.parent
-PAPER = PatConfig(recipe="paper", hio_rank=8)
+PAPER = PatConfig(preset="paper", hio_rank=8)
 
 
 class TakeGradient(TrainerCallback):
@@ -75,7 +76,7 @@ def stock_trainer(base: Path, rows: Path, out: Path, config: PatConfig | None = 
 
 # Of "auto", by the rule of thumb, the published recipe has 8 at this width too.
 @pytest.mark.parametrize(
-    "config", [PatConfig(recipe="paper", hio_rank="auto"), PatConfig()], ids=lambda config: config.recipe
+    "config", [PatConfig(preset="paper", hio_rank="auto"), PatConfig()], ids=lambda config: config.preset
 )
 def test_a_stock_trainer_comes_to_what_the_command_comes_to(
     config: PatConfig, tiny_base: Path, rows: Path, tmp_path: Path
@@ -86,7 +87,7 @@ def test_a_stock_trainer_comes_to_what_the_command_comes_to(
             **tiny_recipe(tiny_base, rows, max_steps=16, gradient_accumulation_steps=3).model_dump(
                 exclude={*METHOD, "lora_alpha"}
             ),
-            **preset(config.recipe), "learning_rate": 1e-3, "max_grad_norm": 1.0, "warmup_steps": 1,
+            **preset_settings(config.preset), "learning_rate": 1e-3, "max_grad_norm": 1.0, "warmup_steps": 1,
             "hio_rank": config.hio_rank,
         },
         "test",
@@ -165,6 +166,12 @@ def test_an_unfinished_training_is_not_saved(tiny_base: Path, tmp_path: Path):
     with pytest.raises(UnfinishedRun, match="PatCallback"):
         save_run(model, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_preset_has_an_old_name_too(tiny_base: Path, capsys: pytest.CaptureFixture[str]):
+    model = apply_pat(AutoModelForCausalLM.from_pretrained(tiny_base), PatConfig(recipe="paper", hio_rank=8))
+    assert model.pat.recipe.gate == "anneal"
+    assert "PatConfig.recipe is now called PatConfig.preset" in capsys.readouterr().err
 
 
 def test_the_default_recipe_wants_examples(tiny_base: Path):

@@ -346,7 +346,10 @@ def test_a_row_that_is_no_utf_8(tiny_base: Path, tmp_path: Path):
         (["train", "--model", "{base}", "--data", "x.jsonl", "--ratio", "0.9", "--out", "run"], 2, "--ratio: expected"),
         (["train", "--model", "{base}"], 2, "expected --out for a new run"),
         (["train", "--resume", "run", "--seed", "1"], 2, "--seed"),
-        (["train", "--resume", "run", "--recipe", "paper", "--force"], 2, "found --recipe, --force"),
+        (["train", "--resume", "run", "--preset", "paper", "--force"], 2, "found --preset, --force"),
+        (["train", "--resume", "run", "--recipe", "paper"], 2, "found --recipe"),
+        (["train", "--preset", "best", "--out", "run"], 2, "--preset: expected default or paper, found best"),
+        (["train", "--preset", "default", "--recipe", "paper", "--out", "run"], 2, "default, and --recipe paper"),
         (
             ["train", "--config", "{base}/model.safetensors", "--out", "run"],
             2,

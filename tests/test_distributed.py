@@ -114,7 +114,7 @@ def test_two_ranks_train_one_mask_after_one_teacher(
 ):
     """The default is cut down before its first step; the published mask moves, here with a distance to the base."""
     # The teacher has no norms of its own.
-    more = ["--recipe", "paper", "--hio-rank", "8", "--distillation-weight", "0.5", "--no-train-norms"]
+    more = ["--preset", "paper", "--hio-rank", "8", "--distillation-weight", "0.5", "--no-train-norms"]
     more += ["--lr-scale", "hsm=2"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert trainings.run(arguments(tiny_base, rows, one, batch_size=4) + more) == 0, trainings.log.read_text()

@@ -353,6 +353,11 @@ def test_operators_of_another_width(folder: Path):
     refuse(folder, BrokenPlan, "width 64 of")
 
 
+def test_a_plan_that_promises_zeros(folder: Path):
+    edit_plan(folder / "run", sparsity={"model.layers.0.mlp.up_proj": "2:4"})
+    refuse(folder, BrokenPlan, r"a plan without sparsity.*found 2:4 for 'model\.layers\.0\.mlp\.up_proj'")
+
+
 @pytest.mark.parametrize("names", [{}, {"config.json": "0" * 64}, {"../run/plan.json": "0" * 64}])
 def test_a_plan_that_does_not_say_which_base(names: dict[str, str], folder: Path):
     """Without the hashes any base of the same shape would do."""

@@ -77,7 +77,7 @@ def test_an_export_finds_its_base_again(file: Path, run: Path, tmp_path: Path):
 
 
 def test_a_model_that_transformers_has_read_is_taken_in_a_notebook(file: Path):
-    config = PatConfig(recipe="paper", ratio=0.25)
+    config = PatConfig(preset="paper", ratio=0.25)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
     adapted = apply_pat(model, config)
     assert adapted.pat.checkpoint.folder == locate(str(file))

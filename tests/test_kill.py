@@ -45,16 +45,16 @@ def uninterrupted(trainings: Trainings, tiny_base: Path, rows: Path, tmp_path_fa
     return run
 
 
-@pytest.mark.parametrize("recipe", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["default", "paper"])
 def test_killed_again_and_again(
-    recipe: str, trainings: Trainings, uninterrupted: Path, tiny_base: Path, rows: Path, tmp_path: Path
+    preset: str, trainings: Trainings, uninterrupted: Path, tiny_base: Path, rows: Path, tmp_path: Path
 ):
-    """By default the adapter starts from a calibration; in the paper's recipe the mask moves between the kills."""
+    """By default the adapter starts from a calibration; under the paper's preset the mask moves between the kills."""
     run = tmp_path / "run"
     # Without operators the default trains the kept channels alone; the paper's mask and factors are D wide.
-    method = ["--recipe", recipe, *(["--hio-rank", "8"] if recipe == "paper" else [])]
+    method = ["--preset", preset, *(["--hio-rank", "8"] if preset == "paper" else [])]
     auto = arguments(tiny_base, rows, run) + method
-    if recipe == "paper":
+    if preset == "paper":
         uninterrupted = tmp_path / "whole"
         whole = arguments(tiny_base, rows, uninterrupted) + method
         assert trainings.run(whole) == 0, trainings.log.read_text()

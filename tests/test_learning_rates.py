@@ -133,7 +133,7 @@ def test_a_larger_rate_moves_its_group_further(tiny_base: Path, rows: Path, tmp_
 
 
 def test_a_stock_trainer_takes_the_groups(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
-    config = PatConfig(recipe="paper", hio_rank=8, lr_scale={"lora_b": 4.0})
+    config = PatConfig(preset="paper", hio_rank=8, lr_scale={"lora_b": 4.0})
     trainer = stock_trainer(tiny_base, rows, tmp_path, config, max_steps=12, gradient_accumulation_steps=1)
     seen: list[dict[str, float]] = []
 

@@ -15,11 +15,12 @@ from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import ChangedInput
 from pat_serve.export.exporter import export_run
 from pat_serve.plan import PruningPlan
-from pat_serve.training.config import PAPER, TrainRecipe
+from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import METHODS
 from pat_serve.training.model.calibration import Calibration
 from pat_serve.training.model.insert import adapt
 from pat_serve.training.model.slicing import slice_model
+from pat_serve.training.presets import PAPER
 from pat_serve.training.run import resume, start
 from tests.conftest import tiny_recipe, write_rows
 from tests.random_runs import PROMPT

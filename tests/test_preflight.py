@@ -13,11 +13,12 @@ from pat_serve.errors import TooLarge
 from pat_serve.training.checks import preflight
 from pat_serve.training.checks.memory import BatchSize
 from pat_serve.training.checks.preflight import estimate_training
-from pat_serve.training.config import PAPER, TrainRecipe
+from pat_serve.training.config import TrainRecipe
 from pat_serve.training.model.calibration import Calibration
 from pat_serve.training.model.insert import adapt
 from pat_serve.training.model.norms import train_norms
 from pat_serve.training.model.slicing import slice_model
+from pat_serve.training.presets import PAPER
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_llama

@@ -1,4 +1,4 @@
-"""What a recipe means when little is said: the defaults, `--recipe paper`, and what follows from a tied base."""
+"""What a recipe means when little is said: the defaults, `--preset paper`, and what follows from a tied base."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import yaml
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.plan import PruningPlan
-from pat_serve.training.config import PAPER, TrainRecipe, preset
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.presets import PAPER, preset_settings
 from pat_serve.training.run import resume, start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_llama
@@ -107,7 +108,18 @@ def test_an_automatic_rank_is_the_default_in_words() -> None:
 
 def test_unknown_preset() -> None:
     with pytest.raises(UsageError, match="default or paper"):
-        preset("best")
+        preset_settings("best")
+
+
+def test_the_old_name_of_the_preset_still_works_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert preset_settings(None, "paper") == preset_settings("paper")
+    assert preset_settings("paper", "paper", "PatConfig.preset") == preset_settings("paper")
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [
+        "--recipe is now called --preset; the old name still works.",
+        "PatConfig.recipe is now called PatConfig.preset; the old name still works.",
+    ]
+    assert not told.out
 
 
 def test_default_run_resumes_and_exports(rows: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from pat_serve.export.parity.masked import load_masked_model
 from pat_serve.export.run.reader import open_run
 from pat_serve.plan import PruningPlan
 from pat_serve.training import PatConfig, save_run
-from pat_serve.training.config import PAPER, TrainRecipe
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.presets import PAPER
 from pat_serve.training.run import resume, start
 from tests.conftest import tiny_recipe, write_rows
 from tests.random_runs import PROMPT

@@ -16,6 +16,7 @@ from pat_serve.files.atomic import write_text
 from pat_serve.run_folder import RECIPE_FILE
 from pat_serve.training.groups import check_groups, parse_scales, untrained_group
 from pat_serve.training.methods.pat.settings import PatSettings
+from pat_serve.training.presets import PAPER, UNPRUNED
 from pat_serve.training.shape_settings import ShapeSettings
 
 TENSORBOARD: Literal["tensorboard"] = "tensorboard"
@@ -31,40 +32,7 @@ SCHEDULERS = (
     "inverse_sqrt",
 )
 
-# PAT as published, where the defaults are what measured best (docs/ablation.md).
-PAPER: dict[str, Any] = {
-    "rotate": "none",
-    "mask_start": "zero",
-    "gate": "anneal",
-    "compensate": False,
-    "lora_head": False,
-    "distillation_weight": 0.0,
-}
-
-# The published rates, made for thirty thousand steps of 128 rows. A run of some hundred steps learns a fraction of what
-# it could with them, pruned or dense (docs/study.md, "Learning rate and LoRA's alpha").
-PAPER_RATES: dict[str, Any] = {
-    "learning_rate": 5e-5,
-    "lora_alpha": 4.0,
-    "lora_dropout": 0.05,
-    "max_grad_norm": 0.3,
-}
-
 LEAST_CALIBRATION_ROWS = 8
-
-UNPRUNED: dict[str, Any] = {name: PAPER[name] for name in ("rotate", "mask_start", "gate", "compensate")}
-
-
-def preset(name: str) -> dict[str, Any]:
-    """Settings that `--recipe` stands for; a recipe file and flags win over them.
-
-    Raises:
-        UsageError: no such name.
-    """
-    presets: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER | PAPER_RATES}
-    if name not in presets:
-        raise UsageError("--recipe", expected="default or paper", found=name, fix="A file goes to --config.")
-    return presets[name]
 
 
 class TrainRecipe(ShapeSettings, PatSettings):

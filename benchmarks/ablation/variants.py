@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pat_serve.training.config import PAPER
+from pat_serve.training.presets import PAPER
 
 # The budget and the widths that all share: equal steps, equal tokens, the same data order for the same seed.
 SHARED: dict[str, Any] = {

@@ -62,6 +62,7 @@ def open_run(folder: Path, base_override: str | None = None, *, hash_weights: bo
     """
     _check_finished(folder)
     plan = PruningPlan.load(folder)
+    _check_sparsity(plan)
     try:
         base = open_checkpoint(base_override or plan.base.source, plan.base.revision)
     except MissingModel as error:
@@ -98,6 +99,18 @@ def _check_finished(folder: Path) -> None:
         found="a folder without one" if folder.is_dir() else "no such folder",
         fix="Give the folder that pat-train --out wrote.",
     )
+
+
+def _check_sparsity(plan: PruningPlan) -> None:
+    """Refuse a plan that promises zeros: the export neither checks the promise nor records it."""
+    if plan.sparsity:
+        module, pattern = next(iter(plan.sparsity.items()))
+        raise BrokenPlan(
+            PLAN_JSON,
+            expected="a plan without sparsity, which no export can write yet",
+            found=f"{pattern} for {module!r:.80}",
+            fix="Leave it out of the plan: a weight with zeros is exported as it is.",
+        )
 
 
 def _read_recipe(folder: Path) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def train(
     gradient_accumulation_steps: Annotated[int | None, Flag(help="Micro-batches a step. [default: 16]")] = None,
     max_length_tokens: Annotated[int | None, Flag(help="Tokens of an example. [default: 256]")] = None,
     learning_rate: Annotated[
-        float | None, Flag(help="Peak learning rate. [default: 2e-4; 5e-5 with --recipe paper]")
+        float | None, Flag(help="Peak learning rate. [default: 2e-4; 5e-5 with --preset paper]")
     ] = None,
     mask_learning_rate: Annotated[
         float | None, Flag(help="The mask's. [default: 0.5 / milestone, the paper's way at any length]")
@@ -93,7 +93,7 @@ def train(
     lr_scheduler: Annotated[str | None, Flag(help="A transformers scheduler. [default: cosine]")] = None,
     warmup_steps: Annotated[int | None, Flag(help="[default: 100, or a tenth of a short run]")] = None,
     weight_decay: Annotated[float | None, Flag(help="[default: 0]")] = None,
-    max_grad_norm: Annotated[float | None, Flag(help="[default: 1; 0.3 with --recipe paper]")] = None,
+    max_grad_norm: Annotated[float | None, Flag(help="[default: 1; 0.3 with --preset paper]")] = None,
     seed: Annotated[int | None, Flag(help="[default: 0]")] = None,
     dtype: Annotated[str | None, Flag(help="auto, float32 or bfloat16, of the frozen base. [default: auto]")] = None,
     gradient_checkpointing: Annotated[
@@ -106,15 +106,20 @@ def train(
         bool | None, Flag("--skip-preflight", help="Begin although memory or disk are expected not to suffice.")
     ] = None,
     lora_rank: Annotated[int | None, Flag(help="[default: 20]")] = None,
-    lora_alpha: Annotated[float | None, Flag(help="[default: the rank; 4 with --recipe paper]")] = None,
+    lora_alpha: Annotated[float | None, Flag(help="[default: the rank; 4 with --preset paper]")] = None,
     lora_dropout: Annotated[float | None, Flag(help="[default: 0.05]")] = None,
     lora_head: Annotated[
         bool | None,
         Flag("--lora-head/--no-lora-head", help="Adapt the output head too. [default: with --rotate, when pruning]"),
     ] = None,
-    recipe: Annotated[
-        str, Flag(help="Method settings to begin with: default, or paper (PAT as published, arXiv 2408.14721).")
-    ] = "default",
+    preset: Annotated[
+        str | None,
+        Flag(
+            help="Settings to begin with: default, or paper (PAT as published, arXiv 2408.14721); --config and flags "
+            "win over them. [default: default]"
+        ),
+    ] = None,
+    recipe: Annotated[str | None, Flag("--recipe", hidden=True, help="The former name of --preset.")] = None,
     rotate: Annotated[
         str | None,
         Flag(
@@ -200,7 +205,7 @@ def train(
 
     then `pat-export --ckpt run/ --out pruned/`.
     """
-    own = {"context", "out", "resume", "config", "recipe", "force", "debug"}
+    own = {"context", "out", "resume", "config", "preset", "recipe", "force", "debug"}
     flags: dict[str, Any] = {
         name: value for name, value in context.params.items() if name not in own and value not in (None, [], ())
     }
@@ -219,7 +224,8 @@ def train(
             found="neither" if out is None else "both",
             fix="Give one of them.",
         )
-    unheard = [*flags, *(["config"] if config else []), *(["recipe"] if recipe != "default" else [])]
+    others_given = {"config": config, "preset": preset, "recipe": recipe}
+    unheard = [*flags, *(name for name, value in others_given.items() if value is not None)]
     if resume is not None and not auto and (unheard or force):
         raise UsageError(
             "--resume",
@@ -228,7 +234,8 @@ def train(
             fix="Leave them out, or start a new run.",
         )
     from pat_serve.terminal.progress import say
-    from pat_serve.training.config import TrainRecipe, preset
+    from pat_serve.training.config import TrainRecipe
+    from pat_serve.training.presets import preset_settings
     from pat_serve.training.run import Finished, start, start_or_resume
     from pat_serve.training.run import resume as resume_run
 
@@ -237,7 +244,7 @@ def train(
         finished = resume_run(Path(resume))
     else:
         assert out is not None
-        settings = preset(recipe) | (TrainRecipe.read(config) if config else {})
+        settings = preset_settings(preset, recipe) | (TrainRecipe.read(config) if config else {})
         # A flag also wins over the file's other way to say the same.
         sizes = ("ratio", "hidden_size", "shape")
         others = {one: tuple(other for other in sizes if other != one) for one in sizes} | {"epochs": ("max_steps",)}

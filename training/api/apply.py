@@ -16,11 +16,12 @@ from pat_serve.training.api.callback import add_losses
 from pat_serve.training.checks.base_weights import require_same_weights
 from pat_serve.training.checks.cut_report import report_cut
 from pat_serve.training.checks.width import check_ties, target_shape
-from pat_serve.training.config import TrainRecipe, preset
+from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import method_of
 from pat_serve.training.model.calibration import Calibration, calibrate, calibration_batches
 from pat_serve.training.model.norms import hidden_norms
 from pat_serve.training.model.ready import make_ready
+from pat_serve.training.presets import preset_settings
 
 CALIBRATION_BATCH = 8
 # Any number that every schedule can be made for: they are stretched once the Trainer knows its steps.
@@ -32,7 +33,7 @@ class PatConfig:
     """What `apply_pat` adds to a model: the settings of `pat-train` of the same names.
 
     Attributes:
-        recipe: "default", or "paper" for PAT as published. What is None below is as the recipe has it.
+        preset: "default" (as None is), or "paper" for PAT as published. A setting below that is None is as the preset has it.
         ratio: share of the hidden channels to cut, in (0, 0.6]; 0.25 when neither this nor hidden_size is given.
         hidden_size: width to end with, instead of a ratio.
         shape: counts to end with by axis (hidden, layers, ffn, kv_groups), instead of either.
@@ -55,9 +56,10 @@ class PatConfig:
         lr_scale: factors of the Trainer's learning rate by group: "lora_a", "lora_b", "head", "hsm", "norms".
         base: where the model's files are, if not where `from_pretrained` found them.
         revision: of the base on the hub; the loaded one's by default.
+        recipe: the former name of `preset`.
     """
 
-    recipe: Literal["default", "paper"] = "default"
+    preset: Literal["default", "paper"] | None = None
     ratio: float | None = None
     hidden_size: int | None = None
     shape: Mapping[str, int] | None = None
@@ -80,6 +82,7 @@ class PatConfig:
     lr_scale: Mapping[str, float] | None = None
     base: str | None = None
     revision: str | None = None
+    recipe: Literal["default", "paper"] | None = None
 
 
 def apply_pat(
@@ -92,7 +95,7 @@ def apply_pat(
             Its weights are changed in place: rotated, and cut down to the kept channels, as the recipe says.
         config: the settings.
         calibration: about 128 examples of the training data, as the Trainer gets them: `input_ids`, and `labels` if
-            they differ. The default recipe measures the stream on them; the paper's needs none.
+            they differ. The default preset measures the stream on them; the paper's needs none.
 
     Returns:
         the PEFT model, with an `AppliedPat` as its attribute `pat`. Its config keeps the base's hidden_size, whatever
@@ -106,7 +109,8 @@ def apply_pat(
     source = str(settings.pop("base", model.config._name_or_path))
     revision = settings.pop("revision", getattr(model.config, "_commit_hash", None))
     source = absolute(source)
-    chosen = preset(settings.pop("recipe")) | settings
+    named = settings.pop("preset", None), settings.pop("recipe", None)
+    chosen = preset_settings(*named, option="PatConfig.preset") | settings
     recipe = TrainRecipe.build(
         {"model": source, "revision": revision, "data": "passed to a Trainer", **chosen}, "PatConfig"
     )
@@ -126,7 +130,7 @@ def apply_pat(
             "calibration",
             expected="some examples of the training data, to measure the residual stream on",
             found="none",
-            fix='apply_pat(model, config, calibration=examples[:128]); PatConfig(recipe="paper") needs none.',
+            fix='apply_pat(model, config, calibration=examples[:128]); PatConfig(preset="paper") needs none.',
         )
     measured = _measure(model, checkpoint, recipe, batches) if chosen_method.wants_calibration(recipe) else None
     ready = make_ready(model, checkpoint.family, recipe, shape, SOME_STEPS, calibration=measured, batches=batches)
