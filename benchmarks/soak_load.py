@@ -1,4 +1,4 @@
-"""What a soak's clients do: ask well, ask wrongly, and leave at every stage of a request."""
+"""Clients of a soak: they ask well, ask wrongly, and leave at every stage of a request."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Load:
                     self._change.notify_all()
 
     def _body(self, chance: random.Random, route: str, tokens: int, **more: Any) -> dict[str, Any]:
-        # Of its own each time, so that the prefix cache fills and is emptied.
+        # Every prompt is another one, so that the prefix cache fills and is emptied.
         prompt = [chance.randrange(3, 380) for _ in range(chance.randrange(4, 60))]
         body: dict[str, Any] = {"max_tokens": tokens, "ignore_eos": True}
         own = {"prompt_token_ids": prompt} if route == "/generate" else {"prompt": prompt, "model": self._model}

@@ -1,4 +1,4 @@
-"""What PAT costs in training: time of an optimizer step and peak memory against LoRA, at Llama-2-7B's layer shapes.
+"""The cost of PAT in training: time of an optimizer step and peak memory against LoRA, at Llama-2-7B's layer shapes.
 
 Example: python benchmarks/training_cost.py --layers 2 --vocab 4096 --batch 1 --length 128 --rounds 6
 
@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-64": {"method": "lora", "lora_rank": 64},
 }
 PRUNING, DENSE = ("pat", "pat-wide", "pat-paper"), ("lora-20", "lora-64")
-# What a calibration decides costs no step anything: which channels, and which axes.
+# A calibration decides which channels and which axes, and neither costs a step anything.
 UNCALIBRATED = {"rotate": "none", "mask_start": "zero"}
 TIME_BAR, MEMORY_BAR = 1.15, 1.10
 TOTAL_STEPS = 10_000

@@ -1,4 +1,4 @@
-"""What a width gains in the matrix products alone: a Llama-2-7B layer at several hidden sizes, without vLLM.
+"""The gain of a width in the matrix products alone: a Llama-2-7B layer at several hidden sizes, without vLLM.
 
     python -m benchmarks.widths --rows 1,4,64
 

@@ -57,7 +57,7 @@ _FREE = "Free some space, or choose another --out; nothing was left behind."
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What an export came to."""
+    """A finished export: its folder, its record and the gate's findings."""
 
     out: Path
     record: dict[str, Any]

@@ -34,7 +34,7 @@ _SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was found.
+    """Findings of a verification.
 
     Attributes:
         folder: the export.
@@ -49,7 +49,7 @@ class Verification:
     quality: QuantizationQuality | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json."""
+        """The findings as JSON has them (`pat-export verify --json`)."""
         return {
             "passed": self.parity.passed and (self.quality is None or self.quality.passed),
             "folder": str(self.folder),
@@ -153,7 +153,7 @@ def _check_scheme(folder: Path, scheme: Scheme | None) -> None:
 def _measure_eight_bits(
     run: Run, folder: Path, scheme: Scheme, model_dtype: torch.dtype, walk: bool | None
 ) -> tuple[Parity, QuantizationQuality]:
-    """As at the export: the exact float32 weights against the trained model, and the 8-bit ones against these."""
+    """Repeat the export's gate: exact float32 weights against the trained model, 8-bit ones against these."""
     check_eight_bits(run, folder, scheme, model_dtype)
     with tempfile.TemporaryDirectory(prefix="pat-verify-") as scratch:
         exact = Path(scratch)

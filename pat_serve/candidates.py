@@ -19,7 +19,7 @@ from pat_serve.family import Family
 from pat_serve.geometry import MAX_RATIO, fast_tile, legal_widths, width_step
 from pat_serve.sizes import ModelShape, ModelSizes
 
-# What a table of candidates shows: each axis alone, and mixes of them.
+# A table of candidates shows each axis alone, and mixes of them.
 MIXES: tuple[tuple[str, ...], ...] = (
     (HIDDEN,),
     (LAYERS,),
@@ -89,7 +89,7 @@ def counts_for_ratio(
 ) -> dict[str, int] | None:
     """Counts along some axes that cut a share of all parameters.
 
-    Of all mixes within 1 % of the share the most even one is taken, and the nearest to the share where none is within.
+    The most even mix within 1 % of the share is taken, and the nearest to the share where none is within.
     `share_cut` tells which of both it was.
 
     Args:

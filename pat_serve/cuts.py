@@ -1,4 +1,4 @@
-"""What of each axis stays: the kept indices of a cut, and where they lie in a tensor's dimensions."""
+"""The part of each axis that stays: the kept indices of a cut, and where they lie in a tensor's dimensions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class AxisCut:
 
     @property
     def is_identity(self) -> bool:
-        """Nothing is cut."""
+        """Whether every index stays, in order."""
         return len(self.kept) == self.width
 
 
@@ -89,7 +89,7 @@ class Cuts(Mapping[str, AxisCut]):
 
     @property
     def is_identity(self) -> bool:
-        """Nothing is cut."""
+        """Whether every index stays, in order."""
         return all(cut.is_identity for cut in self.values())
 
     def line(self, axis: str, layer: int | None, base: ModelSizes) -> AxisCut:

@@ -1,4 +1,4 @@
-"""What a model family is: the lines of its tensors, and the rules of its config class."""
+"""A model family: the lines of its tensors, and the rules of its config class."""
 
 from __future__ import annotations
 

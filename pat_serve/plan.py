@@ -64,7 +64,7 @@ class BaseReference(pydantic.BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class PruningPlan:
-    """What to replace, turn, tune, fold and cut.
+    """Everything that an export replaces, turns, tunes, folds and cuts.
 
     A model is made of a plan in this order, each step on what the ones before left:
 
@@ -189,7 +189,7 @@ class PruningPlan:
 
 
 class _Line(pydantic.BaseModel):
-    """What plan.json says of a line of the cuts; its indices are among the arrays."""
+    """A line of the cuts in plan.json; its indices are among the arrays."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
@@ -198,7 +198,7 @@ class _Line(pydantic.BaseModel):
 
 
 class _Common(pydantic.BaseModel):
-    """What plan.json has in every version."""
+    """The fields that plan.json has in every version."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
@@ -212,7 +212,7 @@ class _Common(pydantic.BaseModel):
 
 
 class _Document(_Common):
-    """plan.json."""
+    """The content of plan.json, in the present version."""
 
     version: Literal[2] = 2
     cuts: dict[str, _Line]

@@ -40,7 +40,7 @@ class StoredFolds(Mapping[str, HybridFold]):
         return len(self._sites)
 
     def arrays(self) -> list[str]:
-        """Names of all arrays."""
+        """Names of all arrays that plan.safetensors has for the operators."""
         return [name for site in self._sites for name in self._names(site)]
 
     def check(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pat_serve.architectures import FINAL_NORM, HEAD
 from pat_serve.family import Family, TensorSpec
 
-# Of a weight, or columns, that are changed in a wider dtype.
+# So many rows of a weight, or columns, are changed at once in a wider dtype.
 ROWS_AT_ONCE = 4096
 
 
@@ -64,7 +64,7 @@ def rotate_tensor(
 
 
 def effective_gain(stored_D: Tensor, family: Family) -> Tensor:
-    """What a norm multiplies with: the stored weight, plus one on Gemma."""
+    """The gain that a norm multiplies by: the stored weight, plus one on Gemma."""
     return stored_D + family.norm_offset
 
 

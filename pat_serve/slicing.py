@@ -1,4 +1,4 @@
-"""What of every tensor a cut keeps, and what the cut model calls it: the mapping that exporting and training share.
+"""The part of every tensor that a cut keeps, and its name in the cut model: export and training share this mapping.
 
 No weight is read or computed here: what the kept entries hold (folds, factors of a narrower stream) is the business of
 whoever slices.
@@ -40,7 +40,7 @@ class Target:
 
     @property
     def is_whole(self) -> bool:
-        """Every entry stays."""
+        """Whether every entry of the tensor stays."""
         return all(positions is None for positions in self.kept)
 
     def take(self, tensor: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Target:
 
 
 def targets(family: Family, cuts: Cuts, base: ModelSizes, names: Iterable[str]) -> dict[str, Target | None]:
-    """What becomes of a base's tensors.
+    """Map each tensor of the base to its place in the cut model.
 
     Args:
         family: the base's.

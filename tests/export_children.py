@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-# What changes or reads files; every block of a weight opens its shard.
+# The events that change or read files; every block of a weight opens its shard.
 EVENTS = frozenset(
     ["open", "os.rename", "os.mkdir", "os.chmod", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile"]
 )
@@ -52,7 +52,7 @@ class Children:
         self._process.stdin.flush()
 
     def answer(self) -> list[dict[str, Any]]:
-        """What the children came to: `code` (negative for a signal), `events`, `message` and `left` of each."""
+        """The end of each child: `code` (negative for a signal), `events`, `message` and `left`."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, f"the process that starts exports ended with {self._process.wait()}"

@@ -20,7 +20,7 @@ Model = Callable[..., str]
 
 
 def fake_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """What makes model folders for engines of known latency; every engine that starts from now on is one."""
+    """A maker of model folders for engines of known latency; every engine that starts from now on is one."""
     monkeypatch.setattr(worker_process, "WORKER", "tests.fake_worker")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -57,7 +57,7 @@ class FakeEngine:
         return self._truth.get("gpu_memory_bytes")
 
     def rates(self) -> MachineRates:
-        """What its next probe finds."""
+        """The rates that its next probe finds."""
         found = self._truth.get("rates", [[1e8, 1e10]])
         bytes_per_s, flops_per_s = found[min(self._probes, len(found) - 1)]
         self._probes += 1

@@ -74,7 +74,7 @@ def stock_trainer(base: Path, rows: Path, out: Path, config: PatConfig | None = 
     )
 
 
-# Of "auto", by the rule of thumb, the published recipe has 8 at this width too.
+# The rule of thumb gives the published recipe a rank of 8 at this width too.
 @pytest.mark.parametrize(
     "config", [PatConfig(preset="paper", hio_rank="auto"), PatConfig()], ids=lambda config: config.preset
 )

@@ -1,4 +1,4 @@
-"""What a JSON body may ask of vLLM's routes."""
+"""Fields that a JSON body may send to vLLM's routes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check(fields: Any, policy: Policy = POLICY) -> int:
         ({"request_id": "abc-1.2:3_4"}, 1),
         ({"tool_choice": {"type": "auto"}}, 1),
         ({"tool_choice": {"type": "none"}, "output_config": {"effort": "low"}, "text": {"verbosity": "low"}}, 1),
-        # As the openai package repeats an answer, and as an agent repeats what its tools were asked and said.
+        # The openai package repeats an answer so, and an agent repeats its tools' calls and results so.
         ({"messages": [{"role": "assistant", "content": "a", "audio": None, "refusal": None}]}, 1),
         ({"messages": [{"content": [{"type": "tool_use", "input": {"file": {"type": "image"}}}]}]}, 1),
         ({"messages": [{"content": [TOOL_RESULT | {"content": [{"type": "text", "text": "a"}]}]}]}, 1),

@@ -64,7 +64,7 @@ def chat(answer: Any, question: Any = "q", **columns: Any) -> dict[str, Any]:
 
 
 def learned(row: dict[str, Any], template: str, remarks: Remarks | None = None) -> tuple[str, str]:
-    """What is put to the model, and what counts in the loss."""
+    """The text that the model reads, and the text that counts in the loss."""
     tokenizer = chat_tokenizer(template)
     example = encode_row(parse_row(row, "row 1", tokenizer, remarks), tokenizer, 512)
     assert example is not None
@@ -96,7 +96,7 @@ def test_an_answer_is_learned_as_the_template_shows_it(template: str, answer: An
 
 
 def test_an_answer_without_the_opening_that_a_server_sends(capsys: pytest.CaptureFixture[str]):
-    """What both renderings begin with is the prompt, as far as the answer; the difference is said once."""
+    """The common start of both renderings, up to the answer, is the prompt; the difference is said once."""
     remarks = Remarks("rows")
     assert learned(chat("a"), THINKING, remarks) == (OPENED, "a<|im_end|>")
     assert learned(chat("<th> a"), THINKING, remarks) == (OPENED, "<th> a<|im_end|>")
@@ -237,7 +237,7 @@ MARKED = CHATML.replace("{{ m.content }}<|im_end|>\n", (
 
 
 def test_earlier_answers_are_learned_where_the_template_marks_them():
-    """As transformers masks them, and TRL's assistant_only_loss with it."""
+    """transformers masks them in the same way, and TRL's assistant_only_loss with it."""
     row = {"messages": [*chat("first", "one")["messages"], *chat("second", "two")["messages"]]}
     tokenizer = chat_tokenizer(MARKED)
     example = encode_row(parse_row(row, "", tokenizer), tokenizer, 512)

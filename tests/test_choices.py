@@ -1,4 +1,4 @@
-"""What decides which indices stay, against what it promises."""
+"""The choices of indices that stay, each against its promise."""
 
 from __future__ import annotations
 

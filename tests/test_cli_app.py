@@ -1,4 +1,4 @@
-"""What is left of a command once typer has returned: called on a shallow stack, with the same errors and exit codes."""
+"""A command's own work after typer has returned: called on a shallow stack, with the same errors and exit codes."""
 
 from __future__ import annotations
 

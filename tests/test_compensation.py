@@ -79,7 +79,7 @@ def adapted(checkpoint: Checkpoint, recipe: TrainRecipe) -> tuple[Any, Method]:
 
 
 def normed(model: Any, norms: list[str], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What every norm gives for the real tokens of a batch in one pass of the whole model, float64."""
+    """Outputs of every norm for the real tokens of a batch in one pass of the whole model, float64."""
     found: dict[str, Tensor] = {}
     real, base = batch["attention_mask"].bool(), model.get_base_model()
 
@@ -107,7 +107,7 @@ def test_every_reader_gets_the_least_squares_of_the_models_own_passes(
     """
     used = {"sliding_window": 16} if model_type == "mistral" else {}
     checkpoint = open_checkpoint(str(save_tiny_family(tmp_path / "base", model_type, head_dim=32, **used)))
-    # Of full rank: nothing is left to an approximation.
+    # The adapter has full rank, so nothing is left to an approximation.
     recipe = tiny_recipe(checkpoint.folder, rows, lora_head=True, lora_rank=48, **CUT)
     model, method = adapted(checkpoint, recipe)
     method.on_step(0)
@@ -146,7 +146,7 @@ def test_cut_model_is_nearer_to_the_dense_one(tiny_base: Path, rows: Path, head:
 
     @torch.no_grad()
     def distance() -> float:
-        """Of the cut model's predictions from the dense model's: mean KL in nats."""
+        """Mean KL in nats from the dense model's predictions to the cut model's."""
         total = 0.0
         for batch in batches():
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

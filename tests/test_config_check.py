@@ -107,7 +107,7 @@ def test_a_bad_config_is_one_line_at_every_command(case: str, base: Path):
     if "hidden_size" in changes or "num_attention_heads" in changes:
         changes = {**changes, "head_dim": GONE}
     write_config(base, changes)
-    # What vLLM may know and the table does not is vLLM's to refuse.
+    # vLLM may know a family that the table does not, so vLLM refuses it or not.
     commands = ["pat-train", "pat-eval"] if "model_type" in changes else list(OPENERS)
     for command in commands:
         with pytest.raises(PatServeError, match=message) as refused:

@@ -1,4 +1,4 @@
-"""What pat-train says of a cut before it starts is what the exported model has."""
+"""pat-train's report of a cut before it starts holds for the exported model."""
 
 from __future__ import annotations
 

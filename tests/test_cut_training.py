@@ -65,7 +65,7 @@ def ready_of(checkpoint: Checkpoint, recipe: TrainRecipe) -> Ready:
 
 @torch.no_grad()
 def masked_logits(checkpoint: Checkpoint, ready: Ready) -> Tensor:
-    """What a run leaves, put into the base by hand: in its shapes, with zeros for what is cut, no table asked."""
+    """Logits of the base with a run's results put in by hand, in its shapes: zeros for what is cut, no table asked."""
     method, model = ready.method, AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     modules = dict(model.named_modules())
     for name, weight in replaced_weights(ready.model, method, ready.replaced):
@@ -107,7 +107,7 @@ def test_what_is_trained_is_what_the_run_leaves(model_type: str, shape: dict[str
     with torch.no_grad():
         for name, parameter in ready.model.named_parameters():
             if ".lora_" in name:
-                # As after some steps.
+                # The adapter is as it could be after some steps.
                 parameter.add_(torch.randn_like(parameter) * 0.05)
         trained = ready.model.eval()(input_ids=PROMPT).logits
     wanted = masked_logits(checkpoint, ready)
@@ -171,7 +171,7 @@ def test_a_notebook_cuts_and_saves_the_same_way(tmp_path: Path):
     config = PatConfig(shape={"layers": 4, "ffn": 96}, choose={"layers": "last"}, lora_rank=4, refit="full")
     model = apply_pat(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config, calibration=examples)
     assert model.get_base_model().model.layers[0].mlp.down_proj.weight.shape == (64, 96)
-    # As the callback says when a Trainer has come to its end.
+    # The callback says so when a Trainer has come to its end.
     model.pat.trained = True
     run = save_run(model, tmp_path / "run", prompts=[[3, 4, 5]])
     plan = PruningPlan.load(run)

@@ -274,5 +274,5 @@ def test_as_many_samples_as_the_calibration_wants(streaming: bool, wanted: int, 
 
     data = read(wanted)
     assert len(data.samples) == found
-    # What identifies the rows does not depend on how many are measured.
+    # The hash of the rows does not depend on how many are measured.
     assert data.train_sha256 == read(8).train_sha256

@@ -1,4 +1,4 @@
-"""What vLLM's own routes answer when its engine dies under a request: its real routers and handlers, and no engine."""
+"""Answers of vLLM's own routes when its engine dies under a request: its real routers and handlers, and no engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a server changes of vLLM is put back."""
+    """Put back everything that a server changes of vLLM."""
     from vllm.entrypoints.anthropic import api_router
 
     monkeypatch.setattr(api_router, "create_error_response", api_router.create_error_response)
@@ -48,7 +48,7 @@ class Failing:
 
 
 async def answer(path: str, error: Exception) -> tuple[httpx.Response, bool]:
-    """What the route answers, and whether vLLM's server ends."""
+    """The route's answer, and whether vLLM's server ends."""
     from vllm.entrypoints.anthropic import api_router as messages
     from vllm.entrypoints.openai.chat_completion import api_router as chat
     from vllm.entrypoints.openai.completion import api_router as completion

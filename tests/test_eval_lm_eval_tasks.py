@@ -1,4 +1,4 @@
-"""What is made of lm-eval's own tasks, with real lm-eval and its dummy model, which always generates "lol"."""
+"""pat-eval on lm-eval's own tasks, with real lm-eval and its dummy model, which always generates "lol"."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_number_of_examples_that_would_be_ignored_is_refused(tasks: Tasks):
 
 
 def test_a_log_handler_made_in_silence_lives_on(capsys: pytest.CaptureFixture[str]):
-    """As vLLM's, which is made when it is imported and logs until the process ends."""
+    """vLLM's handler is one: its import makes it, and it logs until the process ends."""
     with quiet():
         handler = logging.StreamHandler()
     capsys.readouterr()

@@ -62,7 +62,7 @@ def test_the_score_interval_has_a_width_where_nothing_differs():
     low, high = paired_difference(5, 0, 5)
     assert 0 < low < 0.7
     assert high == pytest.approx(1.0)
-    # Of many items it is what a normal distribution gives.
+    # Many items give the interval of a normal distribution.
     low, high = paired_difference(3000, 4000, 100_000)
     spread = 1.959964 * math.sqrt((0.07 - 0.01**2) / 100_000)
     assert (low, high) == (pytest.approx(-0.01 - spread, abs=1e-5), pytest.approx(-0.01 + spread, abs=1e-5))

@@ -106,7 +106,7 @@ def test_pickles_beside_safetensors_are_neither_read_nor_carried(folder: Path):
 
 
 def test_named_chat_templates_are_carried(folder: Path):
-    """As transformers saves a tokenizer that has several: one by default, the others in a folder of their own."""
+    """transformers saves a tokenizer with several so: one by default, the others in a folder of their own."""
     base = folder / "base"
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "tools: {{ messages[0].content }}"}
@@ -193,7 +193,7 @@ def test_a_header_that_lies_about_its_length(length: int, folder: Path):
 
 
 def test_an_oversized_header(folder: Path):
-    """As long as it says, and still more than any model's: it is not parsed."""
+    """The header is as long as it says, and still longer than any model's: it is not parsed."""
     shard = folder / "base" / SHARD
     with shard.open("wb") as file:
         file.write(struct.pack("<Q", 2**32))

@@ -99,7 +99,7 @@ def swapped(tensors: dict[str, Tensor]) -> str:
 
 
 def zeroed(tensors: dict[str, Tensor]) -> str:
-    """Of a token that stands in no prompt: no logit shows it."""
+    """Zero the embedding of a token that stands in no prompt: no logit shows it."""
     tensors["model.embed_tokens.weight"][383] = 0
     return "model.embed_tokens.weight"
 

@@ -1,4 +1,4 @@
-"""What is said where an optional package is missing."""
+"""Errors where an optional package is missing."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def cut_pair(model: Model, *, ratio: float, **disturbance: Any) -> tuple[str, st
 
 
 def test_two_depths_give_the_verdict_for_the_whole_models(model: Model) -> None:
-    """What neither depth shows: a claim that fixed work hides in a cut model and that the whole one meets."""
+    """Neither depth shows it: fixed work hides the claim in a cut model, and the whole one meets it."""
     dense, narrow = cut_pair(model, ratio=1.36, noise=0.004)
     result = check(dense, narrow, rounds=12, depths=(2, 6), claim=1.33)
     truth = (0.009 + 24 * 0.009) / (0.009 + 24 * 0.009 / 1.36)

@@ -93,7 +93,7 @@ def test_every_reader_names_the_norm_that_feeds_it(model_type: str):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_defaults_are_the_stock_classes_own(model_type: str):
-    """What config.json leaves out means what transformers takes it to mean."""
+    """A field that config.json leaves out has transformers' own default."""
     stock, family = CONFIG_MAPPING[model_type](), FAMILIES[model_type]
     plain = {"head_dim": stock.hidden_size // stock.num_attention_heads, "tie_word_embeddings": False}
     for name in ("num_key_value_heads", "head_dim", "tie_word_embeddings"):
@@ -213,7 +213,7 @@ def test_16_bit_files_of_every_family_with_lora_on_any_linears(name: str, dtype:
 
 
 def _told(lora: dict[str, Any]) -> str:
-    """What a refusal has to name: the option, but for modules, which are the adapter's tensors."""
+    """The option that a refusal has to name; none for modules, which are the adapter's tensors."""
     [option] = lora
     return "" if option == "target_modules" else option
 

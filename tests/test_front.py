@@ -33,7 +33,7 @@ class EngineError(Exception):
 
 
 class DeadError(EngineError):
-    """Of the kind that is told."""
+    """An engine error of the kind that is told."""
 
 
 class App:
@@ -86,7 +86,7 @@ class App:
         raise DeadError("see the stack trace")
 
     async def stop(self, _: Request, error: Exception) -> JSONResponse:
-        """As vLLM's handler of all its errors, which ends the server where the engine is dead."""
+        """Stand in for vLLM's handler of all its errors, which ends the server where the engine is dead."""
         self.stopping.set()
         return JSONResponse({"error": {"message": str(error)}}, status_code=500)
 

@@ -23,7 +23,7 @@ from tests.test_export_interruption import IN_NAMESPACE, can_mount
 from tests.tiny_models import save_tiny_llama
 from tests.trainings import Trainings
 
-# What a run writes, how large a file may become from then on, and what is there to go on from.
+# A file that a run writes, how large a file may become from then on, and the state to go on from.
 MOMENTS = {
     "the run's folder": (r"open .*\.partial-\S*/\.inputs\.json", 64, "nothing was left behind"),
     "metrics.jsonl": (r"open .*/metrics\.jsonl a", 64, "from its start"),

@@ -178,7 +178,7 @@ def test_vllm_splits_by_the_same_rules(shape: Shape, degree: int):
     from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
 
     def splits() -> bool:
-        """As vllm's LlamaAttention, MLP and VocabParallelEmbedding do."""
+        """Whether vLLM's LlamaAttention, MLP and VocabParallelEmbedding can divide the model."""
         try:
             divide(shape.num_attention_heads, degree)
             if shape.num_key_value_heads >= degree:

@@ -197,7 +197,7 @@ def test_llama_cpp_computes_the_same(kind: str, tmp_path: Path):
 
 
 def rope_factors(head_dim: int, theta: float, factor: float) -> torch.Tensor:
-    """What transformers divides each frequency by for Llama 3, from its own tables of both ropes."""
+    """transformers' divisors of the frequencies for Llama 3, from its own tables of both ropes."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

@@ -58,7 +58,7 @@ def test_an_export_says_which_file_its_base_was(file: Path, run: Path, tmp_path:
 
 
 def test_an_export_finds_its_base_again(file: Path, run: Path, tmp_path: Path):
-    # What is read again is the same, byte for byte.
+    # A second reading gives the same bytes.
     shutil.rmtree(locate(str(file)))
     export_run(run, tmp_path / "first", parity=False)
     moved = file.with_name("moved.gguf")

@@ -1,4 +1,4 @@
-"""What only a GPU shows: training there, in bfloat16 and on the kept channels, and an export from it."""
+"""Tests that need a GPU: training there, in bfloat16 and on the kept channels, and an export from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine says in place of tokens, as it leaves the server."""
+"""Errors that an engine gives in place of tokens, as they leave the server."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def test_trailers_that_do_not_end(after: bytes) -> None:
         client.sendall(CHUNKED)
         piece = b"a: b\r\n" * 10_000 if after.endswith(b"0\r\n") else b"a" * 60_000
         deadline_s = time.monotonic() + HANG_S
-        # What comes after the refusal is thrown away for a while, so that the client can read it.
+        # The server throws away bytes after the refusal for a while, so that the client can read the refusal.
         with suppress(OSError):
             client.sendall(after)
             while time.monotonic() < deadline_s:

@@ -22,7 +22,7 @@ TOKEN = "hf_thetoken"
 
 @dataclass
 class Hub:
-    """What the server was told."""
+    """Requests that a stand-in for the hub received."""
 
     created: list[dict] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)

@@ -116,7 +116,7 @@ def test_every_group_follows_the_schedule_and_a_resumed_run_goes_on_with_it(
 
 
 def test_a_larger_rate_moves_its_group_further(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
-    """Of the head's B, which starts at zero without compensation; Adam's first steps are as long as the rate."""
+    """The head's B starts at zero without compensation, and Adam's first steps are as long as the rate."""
     norms = {}
     for factor in (1.0, 8.0):
         run = tmp_path / str(factor)

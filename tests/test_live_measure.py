@@ -1,4 +1,4 @@
-"""What the live benchmarks ask of an engine, with one that answers at once."""
+"""Requests of the live benchmarks, to an engine that answers at once."""
 
 from __future__ import annotations
 

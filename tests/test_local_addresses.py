@@ -110,7 +110,7 @@ def test_the_images_health_check(web: Web):
     assert (web.direct, web.proxied) == (["/ready"], [])
 
 
-# Of a kind that httpx does not know, or knows with another package alone; desktops write them for all addresses.
+# httpx does not know this kind, or only with another package; desktops write such proxies for all addresses.
 SOCKS = ["socks://127.0.0.1:9", "socks5://127.0.0.1:9"]
 
 

@@ -91,7 +91,7 @@ def test_narrow_training_is_wide_training(name: str, rows: Path, tmp_path: Path,
     assert losses(wide)[0][0] != pytest.approx(losses(wide)[-1][0], rel=1e-2), "the training changed nothing"
     assert (logits["auto"] - logits["off"]).abs().max() / logits["off"].std() < 1e-3
 
-    # What leaves the run is as wide as the base, whatever it was trained at.
+    # The saved tensors are as wide as the base, whatever the width in training was.
     ours, reference = (load_file(run / "adapter/adapter_model.safetensors") for run in (narrow, wide))
     assert {key: tensor.shape for key, tensor in ours.items()} == {key: t.shape for key, t in reference.items()}
     ours_plan, plan = PruningPlan.load(narrow), PruningPlan.load(wide)
@@ -150,7 +150,7 @@ def test_a_narrow_run_goes_on_from_its_checkpoint(tiny_base: Path, rows: Path, t
 
 
 def test_a_run_that_began_wide_is_not_resumed_narrow(tiny_base: Path, rows: Path, tmp_path: Path):
-    """As one that an earlier version began: its inputs do not say how wide it is."""
+    """An earlier version began such a run: its inputs do not say how wide it is."""
     run = tmp_path / "run"
     start(tiny_recipe(tiny_base, rows, **SHORT), run)
     (run / "plan.json").unlink()

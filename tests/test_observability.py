@@ -1,4 +1,4 @@
-"""What one sees of a run while it trains, and how it stops when it goes wrong."""
+"""A run's figures while it trains, and how it stops when it goes wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the outermost part of the server sees of requests to a small app, and what becomes of it in the metrics."""
+"""The outermost part of the server: how it sees requests to a small app, and counts them in the metrics."""
 
 from __future__ import annotations
 

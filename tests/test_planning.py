@@ -98,7 +98,7 @@ def test_mixed_lengths_are_m_g_1() -> None:
 
 
 def test_in_turn_to_two_equal_engines_is_m_d_2() -> None:
-    """Of constant service times, going in turn is first come first served at two servers; counting is a bit worse."""
+    """Where service times are constant, turns are first come first served at two servers; counting is a bit worse."""
     one, free_s, waits_s = engine(max_batch=1), [0.0, 0.0], []
     traffic = poisson(crossed([(100, 1)], [(1, 1)]), rate_per_s=1.6 / 0.12, requests=20_000, seed=2)
     for arrival in traffic:

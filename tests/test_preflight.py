@@ -155,7 +155,7 @@ def test_what_cannot_fit_is_refused_before_it_loads(
     with pytest.raises(TooLarge, match=r"expected at most 0.05 GB.*--gradient-checkpointing.*--skip-preflight"):
         start(tiny_recipe(tiny_base, rows), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
-    # What the recipe does already is no way out.
+    # A setting that the recipe has already is no way out.
     used = {"gradient_checkpointing": True, "batch_size": 1, "dtype": "bfloat16"}
     with pytest.raises(TooLarge) as caught:
         start(tiny_recipe(tiny_base, rows, **used), tmp_path / "run")

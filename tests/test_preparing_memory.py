@@ -1,4 +1,4 @@
-"""What calibration, rotation and compensation hold at once, against what the pre-flight counts."""
+"""The memory that calibration, rotation and compensation hold at once, against the pre-flight's count."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class FakeEngine:
         if self.hangs:
             await asyncio.sleep(3600)
         for token_ids in self.pieces:
-            # As the watch of a real engine's output does.
+            # The watch of a real engine's output does the same.
             self.last_token_s = time.monotonic() if token_ids else self.last_token_s
             yield SimpleNamespace(token_ids=token_ids)
 

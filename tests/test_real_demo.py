@@ -159,7 +159,7 @@ def test_without_the_index_the_small_model_takes_its_place_where_it_may(
 
 
 def findings() -> dict[str, Any]:
-    """As real_findings collects them, with one conversation in which a model says markup."""
+    """Findings as `real_findings` collects them, with one conversation in which a model says markup."""
     said = {"text": "<script>alert(1)</script>", "finish_reason": "length", "usage": {}, "timings": {}}
     ratio = {"median": 1.1, "low": 1.05, "high": 1.15}
     regime = {

@@ -1,4 +1,4 @@
-"""What a recipe means when little is said: the defaults, `--preset paper`, and what follows from a tied base."""
+"""The meaning of a recipe that says little: the defaults, `--preset paper`, and what follows from a tied base."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_covariance_leaves_padding_out_and_weighs_tokens_alike() -> None:
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_gradients_are_those_of_the_stock_loss(model_type: str, tmp_path: Path) -> None:
-    """Of the whole model with logits for every token, whose norms' outputs keep their gradients."""
+    """The reference is the whole model with logits for every token, whose norms' outputs keep their gradients."""
     checkpoint = open_checkpoint(str(save_tiny_family(tmp_path / "base", model_type, head_dim=32)))
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder).eval()
     ids = torch.randint(3, 384, (3, 12), generator=torch.Generator().manual_seed(3))

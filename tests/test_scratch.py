@@ -1,4 +1,4 @@
-"""What is left of a measurement's folder."""
+"""A measurement's scratch folder, and its end."""
 
 from __future__ import annotations
 

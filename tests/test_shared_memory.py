@@ -41,7 +41,7 @@ def test_queues_of_a_small_dev_shm_carry_small_and_large_messages(monkeypatch: p
         for ready in [threads.submit(end.wait_until_ready) for end in (writer, reader)]:
             ready.result()
     assert reader.buffer.max_chunk_bytes == SMALL_CHUNK_BYTES
-    # What does not fit into a chunk takes vLLM's socket.
+    # A message that does not fit into a chunk takes vLLM's socket.
     for message in ("a step", b"x" * (3 * SMALL_CHUNK_BYTES), "the next"):
         writer.enqueue(message)
         assert reader.dequeue(timeout=300) == message

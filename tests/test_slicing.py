@@ -46,7 +46,7 @@ SHAPES: tuple[dict[str, int], ...] = (
 
 
 def base_config(model_type: str, **overrides: Any) -> dict[str, Any]:
-    """A small base's config.json."""
+    """The config.json of a small base, parsed."""
     own = {"head_dim": HEAD_DIMS[model_type]} if model_type in HEAD_DIMS else {}
     config = AutoConfig.for_model(model_type, **(SETTINGS | own | overrides))
     found: dict[str, Any] = json.loads(config.to_json_string())
@@ -54,7 +54,7 @@ def base_config(model_type: str, **overrides: Any) -> dict[str, Any]:
 
 
 def stock_config(config: dict[str, Any]) -> Any:
-    """What transformers makes of a config.json."""
+    """transformers' config object for a config.json."""
     return CONFIG_MAPPING[config["model_type"]].from_dict(config)
 
 

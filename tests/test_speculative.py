@@ -39,7 +39,7 @@ def test_speed_up_and_acceptance_of_known_steps() -> None:
         SpeculativeRound(
             first="plain" if index % 2 == 0 else "drafted",
             plain=steps(0.1, *[1] * 12),
-            # Of three proposed tokens two are kept in each checking step; the last step is cut short.
+            # Each checking step keeps two of three proposed tokens; the last step is cut short.
             drafted=steps(0.15, 1, 3, 3, 3, 2),
             identical=True,
             other_cpu_share=0.0,

@@ -129,7 +129,7 @@ def test_an_inconclusive_check_says_what_would_decide_it() -> None:
 
 
 def test_a_ratio_at_the_claim_itself_passes_within_the_margin_and_never_strictly() -> None:
-    """What a candidate shows that is exactly as fast as claimed: an interval that holds the claim, on 40 series."""
+    """A candidate exactly as fast as claimed shows an interval that holds the claim, on 40 series."""
     found = [pair(claim=1.33).analyse(rounds(24, ratio=1.33, noise=0.01, seed=seed))[0] for seed in range(40)]
     assert sum(result.verdict is PASS for result in found) >= 38
     assert sum(result.strict_verdict is INCONCLUSIVE for result in found) >= 34

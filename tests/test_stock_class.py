@@ -227,7 +227,7 @@ def test_a_single_file_and_an_index_that_names_only_it(base: Path):
 
 @pytest.mark.parametrize("name", ["config.json", SHARD, "tokenizer.json", "generation_config.json"])
 def test_a_link_to_nothing(name: str, base: Path):
-    """What is left of a hub snapshot that was copied without its blobs."""
+    """A hub snapshot that was copied without its blobs has such links."""
     (base / name).unlink()
     (base / name).symlink_to("../../blobs/0123abcd")
     # The server looks for its model's folder before its weights.

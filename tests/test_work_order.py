@@ -1,4 +1,4 @@
-"""What is given out together is there, and shares what it is said to share."""
+"""Work that is given out together is there, and shares the files that it is said to share."""
 
 from __future__ import annotations
 

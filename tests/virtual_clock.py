@@ -34,6 +34,6 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """As `asyncio.run`, by the virtual clock."""
+    """Run a coroutine as `asyncio.run` does, by the virtual clock."""
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
         return runner.run(main)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is about to run."""
+    """A training that is ready to run."""
 
     trainer: PruningTrainer
     ready: Ready
@@ -36,7 +36,7 @@ class Job:
 
     @property
     def method(self) -> Method:
-        """The run's."""
+        """The method that prunes the run's model."""
         return self.ready.method
 
 

@@ -21,7 +21,7 @@ from pat_serve.training.shape_settings import ShapeSettings
 
 TENSORBOARD: Literal["tensorboard"] = "tensorboard"
 
-# Of transformers' schedulers, those that need no arguments of their own and no metric.
+# The schedulers of transformers that need no arguments of their own and no metric.
 SCHEDULERS = (
     "linear",
     "cosine",
@@ -57,7 +57,7 @@ class TrainRecipe(ShapeSettings, PatSettings):
     method: str = "pat"
     ratio: float | None = None
     hidden_size: int | None = None
-    # Of 0, what is cut is made up for and nothing is trained.
+    # With 0, the cut is made up for and nothing is trained.
     max_steps: int | None = pydantic.Field(default=None, ge=0)
     epochs: float = pydantic.Field(default=3.0, gt=0)
     batch_size: int = pydantic.Field(default=8, ge=1)
@@ -154,7 +154,7 @@ class TrainRecipe(ShapeSettings, PatSettings):
     @pydantic.field_validator("report_to", mode="before")
     @classmethod
     def _split_names(cls, names: object) -> object:
-        """As a flag they are one text; `none` is nobody."""
+        """Split the names, which a flag gives as one text; `none` is nobody."""
         if not isinstance(names, str):
             return names
         return tuple(name.strip() for name in names.split(",") if name.strip() not in ("", "none"))
@@ -162,7 +162,7 @@ class TrainRecipe(ShapeSettings, PatSettings):
     @pydantic.field_validator("lr_scale", mode="before")
     @classmethod
     def _split_scales(cls, scales: object) -> object:
-        """As flags they are texts."""
+        """Parse the factors, which flags give as texts."""
         return parse_scales(scales)
 
     @pydantic.field_validator("lr_scale")
@@ -215,7 +215,7 @@ class TrainRecipe(ShapeSettings, PatSettings):
             return self.model_copy(update=whole)
         rotate = self.rotate
         if rotate == "auto":
-            # Of principal axes an undecided mask throws strong ones away.
+            # An undecided mask throws strong principal axes away.
             stays = (tied and self.tied_embeddings == "keep") or self.mask_start in ("gradient", "zero")
             rotate = "none" if stays or self.quantize_base else "loss"
         gate = self.gate
@@ -278,7 +278,7 @@ class TrainRecipe(ShapeSettings, PatSettings):
         return self.warmup_steps if self.warmup_steps is not None else min(100, total_steps // 10)
 
     def save(self, run: Path) -> None:
-        """Write recipe.yaml, atomically."""
+        """Write recipe.yaml, complete or not at all."""
         settings = self.model_dump(mode="json")
         # The run's own first, then the shape's and the method's.
         inherited = ShapeSettings.model_fields | PatSettings.model_fields

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LORA_A, LORA_B, HEAD_GROUP, HSM, NORMS = "lora_a", "lora_b", "head", "hsm", "norms"
 GROUPS = (LORA_A, LORA_B, HEAD_GROUP, HSM, NORMS)
-# Of an optimizer's group: the method sets its rate, not the recipe's schedule.
+# An optimizer's group with this key has a rate that the method sets, not the recipe's schedule.
 OWN_RATE = "own_rate"
 
 
@@ -39,7 +39,7 @@ def groups_of(parameter: str) -> frozenset[str]:
 
 
 def rate_factor(parameter: str, scales: Mapping[str, float]) -> float:
-    """What a parameter's learning rate is multiplied by: the product over its groups."""
+    """The factor of a parameter's learning rate: the product over its groups."""
     return math.prod(scales[group] for group in sorted(groups_of(parameter)) if group in scales)
 
 

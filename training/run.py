@@ -35,7 +35,7 @@ PARITY_ROWS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What a run came to."""
+    """A finished run: its folder, its steps and its sizes."""
 
     run: Path
     shape: dict[str, int]
@@ -48,7 +48,7 @@ def start(recipe: TrainRecipe, run: Path, *, force: bool = False) -> Finished:
 
     Raises:
         OutputExists: `run` is there already, or is no run of ours.
-        PatServeError: the model, the data or a setting is unusable. What stood at `run` stands there still.
+        PatServeError: the model, the data or a setting is unusable. An earlier folder at `run` is untouched.
         DiskFull: the run does not fit on its disk, or another has filled it since; then it can be resumed.
     """
     ranks = Ranks.join()

@@ -29,13 +29,13 @@ class ShapeSettings(pydantic.BaseModel):
     @pydantic.field_validator("shape", mode="before")
     @classmethod
     def _parse_shape(cls, shape: object) -> object:
-        """As a flag it is a text."""
+        """Parse the shape, which a flag gives as a text."""
         return parse_shape(shape) if isinstance(shape, str) else shape
 
     @pydantic.field_validator("choose", mode="before")
     @classmethod
     def _parse_choose(cls, choose: object) -> object:
-        """As a flag it is a text: `layers=last,ffn=energy`."""
+        """Parse the choices, which a flag gives as a text: `layers=last,ffn=energy`."""
         if not isinstance(choose, str):
             return choose
         pairs = [part.partition("=")[::2] for part in choose.split(",") if part.strip()]

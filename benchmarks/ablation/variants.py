@@ -1,4 +1,4 @@
-"""What is compared: the paper's recipe, each option alone, their combinations, and prune-then-tune baselines."""
+"""Variants to compare: the paper's recipe, each option alone, their combinations, and prune-then-tune baselines."""
 
 from __future__ import annotations
 

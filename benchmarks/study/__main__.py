@@ -152,7 +152,7 @@ def _prepare(
             train_base(corpus.base_texts, out / "base", settings)
         else:
             shutil.copytree(base, out / "base")
-    # Of a folder that is older than domains there is none.
+    # A folder that is older than domains has no marker.
     written = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else None
     if written != domain:
         raise typer.BadParameter(f"{out} holds the texts of domain {written}, not {domain}: choose another --out")

@@ -16,9 +16,9 @@ from benchmarks.ablation.corpus import row_of
 from benchmarks.study import package_docs
 from pat_serve.demo.corpus import build_corpus as build_documentation
 
-# Of each task, and of all subjects of MMLU together, whatever is more than this goes into training.
+# Each task holds out so many items, and so do all subjects of MMLU together; the rest goes into training.
 HELDOUT_ITEMS = 60
-# Of articles' paragraphs.
+# So many paragraphs of articles are held out.
 HELDOUT_PARAGRAPHS = 200
 LEAST_CHARACTERS = 200
 # A line that so many items of a task begin with is an instruction.
@@ -126,7 +126,7 @@ def _items(folder: Path, shuffler: random.Random) -> tuple[list[str], dict[str, 
 
 
 def _contexts(prompts: list[str]) -> dict[str, str]:
-    """What an item is about: its first line (a passage, a fact), or its second where the first is the task's own."""
+    """The subject of each item: its first line (a passage, a fact), or its second where the first is the task's own."""
     first = Counter(prompt.split("\n")[0] for prompt in prompts)
     shared = {line for line, count in first.items() if count > len(prompts) * INSTRUCTION_SHARE}
     return {prompt: next(line for line in prompt.split("\n") if line not in shared) for prompt in prompts}

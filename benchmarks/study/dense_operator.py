@@ -27,7 +27,7 @@ class DenseModule(HybridModule):
         self.l0_RD.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the hybrid one, without the multiplication by an identity, which would be charged to the step's time."""
+        """Compute what the hybrid one does, without the product with an identity, which would cost the step time."""
         if not self.enabled:
             return x
         gain_D = self.scale_D * self._mask[0]()

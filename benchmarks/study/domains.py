@@ -36,7 +36,7 @@ CATALOGUES = Path("/usr/share/locale")
 # Five scripts' worth of differences, and English, which all of them were translated from.
 LANGUAGES = ("de", "es", "fr", "ja", "ru")
 ENGLISH = "en"
-# Of each language, so that none outweighs the others, in base and tuning together; and for the measures.
+# Every language has as many, so that none outweighs the others: for base and tuning together, and for the measures.
 TRAINED_CHARACTERS = 400_000
 HELDOUT_CHARACTERS = 25_000
 # Less is no corpus.

@@ -1,4 +1,4 @@
-"""What the study knows of a checkpoint: quality by pat-eval's own code, size, and speed against the dense one."""
+"""Measurements of a checkpoint in the study: quality by pat-eval's own code, size, and speed against the dense one."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def course(run: Path) -> dict[str, Any]:
         for line in lines
         if "gate_softness" in line and "gate_freeze_gap" not in line
     ]
-    # The gate begins open, with every channel kept: as hard as at the end. What counts is the last time it is soft.
+    # The gate begins open, with every channel kept: as hard as at the end. The last time that it is soft counts.
     undecided = [at for at, (_, softness) in enumerate(soft) if softness >= POLARISED]
     decided = soft[undecided[-1] + 1 :] if undecided else []
     return figures | {

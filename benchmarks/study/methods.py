@@ -22,7 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "PCA slice, then LoRA": VARIANTS["baseline: PCA slice, cut, LoRA"],
 }
 _PUBLISHED, _DEFAULT, _SLICE = "PAT as published", "the default", "PCA slice, then LoRA"
-# What a domain's slice of the curve holds.
+# The slice of the curve that a domain has.
 DOMAIN_METHODS = {name: METHODS[name] for name in (_PUBLISHED, _DEFAULT, _SLICE)}
 DOMAIN_RATIOS = (0.25,)
 
@@ -34,7 +34,7 @@ _RATES: dict[str, dict[str, Any] | None] = {
     "5e-4": {"learning_rate": 5e-4},
 }
 
-# What the cut is measured on; 128 is the product's.
+# So many rows measure the cut; 128 is the product's default.
 CALIBRATION_ROWS = (512, 2048)
 
 # The paper leaves the operator's rank open.

@@ -1,4 +1,4 @@
-"""What each operator of the rank sweep costs: time of an optimizer step, in turns, and how many numbers it trains."""
+"""The cost of each operator of the rank sweep: time of an optimizer step, in turns, and how many numbers it trains."""
 
 from __future__ import annotations
 

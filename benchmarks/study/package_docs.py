@@ -3,8 +3,8 @@
     python -m benchmarks.study.package_docs --out texts.jsonl.gz
     python -m benchmarks.study --size large --more texts.jsonl.gz ...
 
-The locked environment's packages hold some 70 million characters, mostly English. What the study holds out is left out:
-modules of a held-out name, and every docstring that quotes a held-out sentence.
+The locked environment's packages hold some 70 million characters, mostly English. They leave out modules of a
+held-out name, and every docstring that quotes a held-out sentence.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def spread(values: list[float], form: str) -> str:
 
 
 def _mean(lines: list[Line], key: str, form: str) -> str:
-    """What the lines have of a figure; nothing where none has it."""
+    """Mean and spread of a figure over the lines; empty where no line has it."""
     values = [line[key] for line in lines if line.get(key) is not None]
     return spread(values, form) if values else ""
 

@@ -38,7 +38,7 @@ def run(out: Path, job: Job, steps: int, base_width: int, part: str | None = Non
     recipe = settings(job, width) | inputs
     own = out if part is None else out / part
     own.mkdir(exist_ok=True)
-    # Of the dense models only the first serves as the one that speed is measured against, and no part measures speed.
+    # Speed is measured against the first of the dense models alone, and no part measures speed.
     reference = (job.name, job.seed) == (DENSE, 0) and part is None
     trained, exported = own / "run", (out / "dense" if reference else own / "exported")
     method = METHODS[str(recipe.get("method", "pat"))]

@@ -42,7 +42,7 @@ class _File:
 
 
 class Settling:
-    """Files that other threads write, in about this order. As a context manager it runs two threads.
+    """Files that other threads write, in about this order. Two threads run while its context lasts.
 
     Args:
         files: a descriptor of each file, open to read and write, and the file's final size in bytes.

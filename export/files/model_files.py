@@ -60,5 +60,5 @@ def write_model(
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As config.json has it."""
+    """Name a dtype as config.json does: `float32`, `bfloat16`."""
     return str(dtype).removeprefix("torch.")

@@ -23,8 +23,8 @@ THREADS = 2
 class WeightFiles:
     """The weight files of a checkpoint, each of its full size from the start, filled block by block in any order.
 
-    Several threads may write at once. As a context manager it hashes the files and forces them to the disk while they
-    are written; at its end they are on the disk, and `sha256` has their hashes.
+    Several threads may write at once. While its context lasts, the files are hashed and forced to the disk as they are
+    written; at the end of the context they are on the disk, and `sha256` has their hashes.
 
     Args:
         folder: for the files.

@@ -3,8 +3,8 @@
 Llamas alone (Mistrals without a sliding window and exported Qwen2s are Llamas to llama.cpp). A pruned model has
 heads x head_dim != hidden_size, which GGUF states as attention.key_length and value_length.
 
-What could not be shown right is refused and not guessed: other architectures, scaled ropes, and tokenizers whose
-pre-tokenizer llama.cpp would have to be told by a name that does not stand in tokenizer.json.
+The export refuses everything that no test could show right, and does not guess: other architectures, scaled ropes, and
+tokenizers whose pre-tokenizer llama.cpp would have to be told by a name that does not stand in tokenizer.json.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _add_tokenizer(writer: Any, folder: Path, size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=size)
-    # What tokenizer.json really adds to a text; left out, llama.cpp goes by the name of the pre-tokenizer.
+    # The ids that tokenizer.json really adds to a text; without them llama.cpp goes by the pre-tokenizer's name.
     ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").ids
     special.add_special_token = {
         "bos": ids[0] == special.special_token_ids.get("bos"),

@@ -90,7 +90,7 @@ class _Gate:
             self._prompts = replace(self._prompts, new_tokens=WALKED_NEW_TOKENS)
         self._rows: list[Comparison] = []
         self._notes = family_notes(run, model_dtype)
-        # What computing in float32 does to the trained model, where that had to be measured.
+        # The trained model in float32 against itself in float64, where that had to be measured.
         self._float32: Comparison | None = None
 
     def _ways(self, prompts: Prompts, dtype: torch.dtype) -> tuple[Models, bool]:
@@ -259,7 +259,7 @@ def _name(yardstick: Comparison | None) -> str | None:
 
 
 def family_notes(run: Run, model_dtype: torch.dtype) -> tuple[str, ...]:
-    """What is particular about the export of this model, in sentences for the parity report."""
+    """Sentences for the parity report on the particulars of this model's export."""
     base = run.base
     cut, notes = run.plan.cuts.line(HIDDEN, None, base.sizes), []
     if not cut.is_identity and any(spec.head_norm for spec in base.family.tensors):

@@ -1,8 +1,8 @@
 """A causal language model too big for memory, run with the weights of one decoder layer at a time.
 
 The model stands on the meta device and its own forward runs; each decoder layer fetches its weights before its turn
-and drops them after it. All prompts go through each layer together, so that every weight is read once a pass. Of the
-embedding only the rows that the prompts use are read, of the head one block of the vocabulary at a time.
+and drops them after it. All prompts go through each layer together, so that every weight is read once a pass. Only the
+rows that the prompts use are read of the embedding, and one block of the vocabulary at a time of the head.
 
 Shape suffixes: B prompts, T tokens, P positions, D hidden_size, V vocabulary.
 """
@@ -31,7 +31,7 @@ class Weights(Protocol):
     """Where a model's weights come from, by their names in a checkpoint."""
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """Give a whole tensor by its name in the checkpoint."""
         ...
 
     def rows(self, name: str, rows: Sequence[int] | slice) -> Tensor:
@@ -46,7 +46,7 @@ class StoredWeights:
         self._checkpoint = checkpoint
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """Give a whole tensor by its name in the checkpoint."""
         return self._checkpoint.read(name)
 
     def rows(self, name: str, rows: Sequence[int] | slice) -> Tensor:
@@ -66,7 +66,7 @@ class RotatedWeights:
         self._weights, self._family, self._rotation_DD, self._tied = weights, family, rotation_DD, tied
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor, turned."""
+        """Give a whole tensor of the turned model."""
         return self._turn(name, self._weights.tensor(name))
 
     def rows(self, name: str, rows: Sequence[int] | slice) -> Tensor:
@@ -99,7 +99,7 @@ class ReplacedWeights:
         self._weights, self._replaced, self._tied = weights, replaced, tied
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """Give a whole tensor by its name in the checkpoint."""
         return self._replaced[name].read() if name in self._replaced else self._weights.tensor(name)
 
     def rows(self, name: str, rows: Sequence[int] | slice) -> Tensor:
@@ -117,7 +117,7 @@ class TrainedGains:
         self._weights, self._replaced = weights, replaced
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """Give a whole tensor by its name in the checkpoint."""
         return self._replaced[name] if name in self._replaced else self._weights.tensor(name)
 
     def rows(self, name: str, rows: Sequence[int] | slice) -> Tensor:
@@ -152,7 +152,7 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """What the head reads at every position of every prompt, (P, D).
+        """Hidden states that the head reads at every position of every prompt, (P, D).
 
         Prompts are padded at their ends, where causal attention lets no position before see it.
         """

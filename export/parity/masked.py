@@ -168,7 +168,7 @@ def _mask_input(_module: nn.Module, inputs: tuple[Tensor, ...], *, mask_I: Tenso
 
 
 def _hand_on(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Tensor) -> Tensor:
-    """What the layer was given, in place of what it made of it."""
+    """Give the layer's input in place of its output."""
     assert isinstance(output, Tensor)
     given = inputs[0] if inputs else named["hidden_states"]
     assert isinstance(given, Tensor)

@@ -33,7 +33,7 @@ from pat_serve.export.run.reader import Run
 from pat_serve.machine.hardware import available_memory_bytes
 from pat_serve.terminal.progress import track
 
-# What loading takes beside the weights: a tensor in two dtypes, activations, the libraries.
+# Loading takes so much beside the weights: a tensor in two dtypes, activations, the libraries.
 _LOADING_BYTES = 1 << 30
 
 
@@ -73,7 +73,7 @@ class Models(Protocol):
         ...
 
     def exported(self, dtype: torch.dtype, prompts: Prompts, texts: Texts) -> Answers:
-        """The files."""
+        """Answers of the exported files, which stock classes load."""
         ...
 
     def check_files(self) -> None:
@@ -108,7 +108,7 @@ class _Asked:
     model_dtype: torch.dtype
 
     def check_files(self) -> None:
-        """See `Models`."""
+        """Hold every written tensor against the rewriting, as `Models` asks."""
         rewriting = self.rewriting(self.exact_dtype)
         for _ in track(self.check.watch(rewriting.tensors()), "parity: files", len(rewriting.shapes)):
             pass
@@ -219,7 +219,7 @@ class RewrittenWeights:
         self._last: tuple[str, Tensor] | None = None
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """Give a whole tensor of the export, before or after its rounding."""
         tensor = self._rewriting.whole(name, self._scratch)
         if self._rounding is not None:
             round_at_random(tensor, name, self._rounding)

@@ -1,4 +1,4 @@
-"""What travels with the weights: provenance (pat_export.json) and the model card (README.md)."""
+"""Provenance (pat_export.json) and the model card (README.md), which travel with the weights."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from pat_serve.hybrid import HybridFold
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """What is merged into one weight, folded into it and cut from it.
+    """Everything that is merged into one weight, folded into it and cut from it.
 
     T (W + c B A) on the rows K is s (W[K] + L1[K] (L0 W) + B'[K] A) with B' = c (B + L1 L0 B), and in the same way on
     the columns of a weight whose last axis is the hidden one.
@@ -73,7 +73,7 @@ class Fused:
 
 
 def fuse(spec: TensorSpec, kept: Tensor, fold: HybridFold | None, update: LoraUpdate | None) -> Fused:
-    """What `Fused` needs, computed once for a weight.
+    """Compute the parts of `Fused` once for a weight.
 
     Args:
         spec: the weight's line in the architecture table; one of its axes is the hidden one.

@@ -68,7 +68,7 @@ class Job:
             memory: gives a tensor of a shape that the result may be put in.
         """
         if self.trained_gain is not None:
-            # Of the turned stream, where it is turned.
+            # A trained gain belongs to the turned stream, where the stream is turned.
             tensor = self.trained_gain
         elif self.rotation is not None:
             tensor = rotate_tensor(tensor, self.target.spec, self.family, self.rotation, self.gain_D)
@@ -113,7 +113,7 @@ class Jobs:
         self._rotation_kept = None if self._rotation is None else self._rotation[:, self._cut.kept].contiguous()
 
     def job(self, target: Target, *, turned: bool) -> Job:
-        """What a tensor's rewriting needs.
+        """Collect everything that a tensor's rewriting needs.
 
         Args:
             target: the exported tensor.

@@ -15,7 +15,7 @@ from pat_serve.geometry import legal_step, name_widths, nearest_widths
 from pat_serve.terminal.progress import say
 from pat_serve.tokens.vocabulary import vocabulary_of
 
-# Of tensor cores, and two of AMX.
+# A tile of tensor cores has so many, and two tiles of AMX.
 _TILE = 64
 
 

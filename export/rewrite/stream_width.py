@@ -1,10 +1,10 @@
-"""What the narrower stream changes beside the cut itself, tensor by tensor, as pure maths.
+"""Changes that the narrower stream makes beside the cut itself, tensor by tensor, as pure maths.
 
 With K the kept channels of the hidden dimension, D its old and d = |K| its new width, T = diag(s)(I + L1 L0) and
 f = sqrt(D / d): a wide stream that is zero outside K has an RMS that is f times smaller than its kept part's, so the
 narrow norm's gain takes a factor f and its eps a factor D / d, and then both models compute the same function.
 
-What families add, each exact:
+Families add these, each exact:
 - norms that multiply by 1 + w (Gemma) store f (1 + w) - 1;
 - an embedding that is multiplied by sqrt(hidden_size) (Gemma) takes the ratio of the two widths' factors, e;
 - norms over each head share the eps: RMSNorm(f x) with eps f^2 is RMSNorm(x) with eps, so q_proj and k_proj take f;

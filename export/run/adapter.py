@@ -116,7 +116,7 @@ def read_adapter(folder: Path, base: Checkpoint, named: Mapping[str, str]) -> Ma
     return _StoredAdapter(entries, modules, scaling)
 
 
-# What peft writes for an adapter whose merge is W + scaling * B A, for every setting that could make it another one.
+# peft writes these values for an adapter whose merge is W + scaling * B A. Any other value could make it another merge.
 # Read without peft, which takes half of an export's memory to import.
 _PLAIN_ADAPTER: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),

@@ -17,7 +17,7 @@ _PIECE_BYTES = 1 << 22
 class BaseFiles:
     """Checks in a thread of its own that the base's weights are those of the training.
 
-    As a context manager it ends with the check. No result may get its name before `require` has returned. If the block
+    The end of its context waits for the check. No result may get its name before `require` has returned. If the block
     fails and the check finds another base, the check's error is raised: it explains the failure better.
 
     Args:

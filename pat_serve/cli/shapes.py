@@ -60,8 +60,9 @@ def shapes(
 
     Example: `pat-shapes llama2-7b --ratio 0.25 --at 1x128,8x1024 --tp 2,4`
 
-    Needs no weights, and takes a second or two. What it shows goes to `pat-train --shape`. Ceilings count bytes and
-    FLOPs alone; with --probe or --results a speed-up with the fixed work of each layer and step stands beside them.
+    Needs no weights, and takes a second or two. `pat-train --shape` takes the shapes that it shows. Ceilings
+    count bytes and FLOPs alone; with --probe or --results a speed-up with the fixed work of each layer and step stands
+    beside them.
     """
     want("--probe", not (probe and results), "--probe or --results", "both", "Leave one out.")
     want("--ratio", ratio is None or speedup is None, "--ratio or --speedup", "both", "Leave one out.")
@@ -132,7 +133,7 @@ def _print(setting: Setting, found: Found, costs: FoundCosts | None, *, as_json:
 
 
 def _notes(setting: Setting, costs: FoundCosts | None) -> list[str]:
-    """What the figures are worth."""
+    """Notes on how far the figures can be trusted, a line each."""
     if costs:
         found = costs.costs
         worth = f"{1e-9 / found.byte_s:.1f} GB/s" if found.byte_s else "nothing for a byte"
@@ -213,5 +214,5 @@ def _degrees(text: str | None) -> list[int]:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line of `pat-shapes`, to the end of the process."""
     run_command(shapes)

@@ -1,4 +1,4 @@
-"""pat-train: fine-tune a model and prune its hidden dimension on the way."""
+"""pat-train: fine-tune a model and make it smaller on the way."""
 
 from __future__ import annotations
 
@@ -65,39 +65,59 @@ def train(
         str | None,
         Flag(
             metavar="AXIS=NAME,...",
-            help="What chooses those that stay: layers=influence or last, ffn=obs or energy, kv_groups=refit. "
+            help="How to choose those that stay: layers=influence or last, ffn=obs or energy, kv_groups=refit. "
             "[default: the first of each]",
         ),
     ] = None,
     max_steps: Annotated[
         int | None,
-        Flag(help="Optimizer steps; wins over --epochs. 0: cut and make up for it, without any training."),
+        Flag(help="Optimizer steps; they win over --epochs. 0: cut and make up for it, without any training."),
     ] = None,
     epochs: Annotated[float | None, Flag(help="Passes over the data. [default: 3]")] = None,
-    batch_size: Annotated[int | None, Flag(help="Examples a device and micro-batch. [default: 8]")] = None,
-    gradient_accumulation_steps: Annotated[int | None, Flag(help="Micro-batches a step. [default: 16]")] = None,
-    max_length_tokens: Annotated[int | None, Flag(help="Tokens of an example. [default: 256]")] = None,
+    batch_size: Annotated[int | None, Flag(help="Examples in a device's micro-batch. [default: 8]")] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, Flag(help="Micro-batches in an optimizer step. [default: 16]")
+    ] = None,
+    max_length_tokens: Annotated[
+        int | None, Flag(help="Tokens of the longest example; the rest of it is cut off. [default: 256]")
+    ] = None,
     learning_rate: Annotated[
         float | None, Flag(help="Peak learning rate. [default: 2e-4; 5e-5 with --preset paper]")
     ] = None,
     mask_learning_rate: Annotated[
-        float | None, Flag(help="The mask's. [default: 0.5 / milestone, the paper's way at any length]")
+        float | None,
+        Flag(help="Peak learning rate of the mask. [default: 0.5 / milestone, the paper's way at any length]"),
     ] = None,
     lr_scale: Annotated[
         list[str] | None,
         Flag(
             metavar="GROUP=FACTOR",
-            help="Multiply the learning rate of a group: lora_a, lora_b (LoRA+: 16), head, hsm, norms. Repeatable.",
+            help="Multiply the learning rate of a group of parameters: lora_a, lora_b (LoRA+: 16), head, hsm, norms. "
+            "Repeatable.",
         ),
     ] = None,
-    lr_scheduler: Annotated[str | None, Flag(help="A transformers scheduler. [default: cosine]")] = None,
-    warmup_steps: Annotated[int | None, Flag(help="[default: 100, or a tenth of a short run]")] = None,
-    weight_decay: Annotated[float | None, Flag(help="[default: 0]")] = None,
-    max_grad_norm: Annotated[float | None, Flag(help="[default: 1; 0.3 with --preset paper]")] = None,
-    seed: Annotated[int | None, Flag(help="[default: 0]")] = None,
-    dtype: Annotated[str | None, Flag(help="auto, float32 or bfloat16, of the frozen base. [default: auto]")] = None,
+    lr_scheduler: Annotated[
+        str | None, Flag(help="Scheduler of transformers for the learning rate. [default: cosine]")
+    ] = None,
+    warmup_steps: Annotated[
+        int | None,
+        Flag(help="Steps in which the learning rate rises to its peak. [default: 100, or a tenth of a short run]"),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, Flag(help="AdamW's weight decay; scales and gains near one have none. [default: 0]")
+    ] = None,
+    max_grad_norm: Annotated[
+        float | None, Flag(help="Clip the gradient to this norm. [default: 1; 0.3 with --preset paper]")
+    ] = None,
+    seed: Annotated[
+        int | None, Flag(help="Seed of the rows' order, of held-out rows and of new weights. [default: 0]")
+    ] = None,
+    dtype: Annotated[
+        str | None, Flag(help="Dtype of the frozen base: auto, float32 or bfloat16. [default: auto]")
+    ] = None,
     gradient_checkpointing: Annotated[
-        bool | None, Flag("--gradient-checkpointing", help="Trade time for memory.")
+        bool | None,
+        Flag("--gradient-checkpointing", help="Recompute activations in the backward pass: less memory, more time."),
     ] = None,
     quantize_base: Annotated[
         str | None, Flag(help="nf4: train on a 4-bit base (QLoRA); needs bitsandbytes. [default: none]")
@@ -105,9 +125,11 @@ def train(
     skip_preflight: Annotated[
         bool | None, Flag("--skip-preflight", help="Begin although memory or disk are expected not to suffice.")
     ] = None,
-    lora_rank: Annotated[int | None, Flag(help="[default: 20]")] = None,
-    lora_alpha: Annotated[float | None, Flag(help="[default: the rank; 4 with --preset paper]")] = None,
-    lora_dropout: Annotated[float | None, Flag(help="[default: 0.05]")] = None,
+    lora_rank: Annotated[int | None, Flag(help="Rank of LoRA's update of each linear. [default: 20]")] = None,
+    lora_alpha: Annotated[
+        float | None, Flag(help="LoRA's update is scaled by alpha / rank. [default: the rank; 4 with --preset paper]")
+    ] = None,
+    lora_dropout: Annotated[float | None, Flag(help="Dropout on the inputs of LoRA's updates. [default: 0.05]")] = None,
     lora_head: Annotated[
         bool | None,
         Flag("--lora-head/--no-lora-head", help="Adapt the output head too. [default: with --rotate, when pruning]"),
@@ -171,8 +193,8 @@ def train(
     tied_embeddings: Annotated[
         str | None,
         Flag(
-            help="Of a tied base: keep (mask and scale on the embedding), untie (full operator) or auto (untied by "
-            "the rotation, kept without one)."
+            help="How to treat a tied base: keep (mask and scale on the embedding), untie (full operator) or auto "
+            "(untied by the rotation, kept without one). [default: auto]"
         ),
     ] = None,
     train_norms: Annotated[
@@ -187,19 +209,19 @@ def train(
         ),
     ] = None,
     milestone_share: Annotated[
-        float | None, Flag(help="Share of the run after which the gate would be hard. [default: 1/3]")
+        float | None, Flag(help="Share of the run after which an annealed gate would be hard. [default: 1/3]")
     ] = None,
     report_to: Annotated[
         str | None,
-        Flag(help="Of tensorboard, wandb, trackio: those to report to, with commas, or none. [default: tensorboard]"),
+        Flag(help="Trackers, with commas between them: tensorboard, wandb, trackio; or none. [default: tensorboard]"),
     ] = None,
-    logging_steps: Annotated[int | None, Flag(help="[default: 10]")] = None,
+    logging_steps: Annotated[int | None, Flag(help="Steps between lines of metrics. [default: 10]")] = None,
     save_steps: Annotated[int | None, Flag(help="Steps between checkpoints. [default: 500]")] = None,
-    keep_checkpoints: Annotated[int | None, Flag(help="Checkpoints to keep. [default: 2]")] = None,
+    keep_checkpoints: Annotated[int | None, Flag(help="How many checkpoints to keep, the newest. [default: 2]")] = None,
     force: Annotated[bool, Flag("--force", help="Replace what is at --out.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a Llama-family model with LoRA while PAT prunes its hidden dimension.
+    """Fine-tune a Llama-family model with LoRA while PAT cuts its hidden dimension, or the axes of `--shape`.
 
     Example: `pat-train --model meta-llama/Llama-2-7b-hf --data train.jsonl --ratio 0.25 --out run/`
 

@@ -43,11 +43,11 @@ class Stages(ABC):
         out: demo-out/.
     """
 
-    # Of the demo; an output folder belongs to one.
+    # The demo's name; an output folder belongs to one demo.
     name: str
     # Goes with the pruned model.
     notice: str
-    # What leads to the pruned model and nothing else.
+    # The stages that lead to the pruned model, without its measurements.
     model_stages: Collection[str]
 
     def __init__(self, out: Path) -> None:

@@ -215,7 +215,7 @@ def _server(url: str, settings: BackendSettings) -> Any:
 
 
 def served_model(root: str, headers: dict[str, str]) -> dict[str, Any]:
-    """What a server says of its first model.
+    """Ask a server for its first model.
 
     Args:
         root: its address, without /v1.

@@ -1,4 +1,4 @@
-"""What a shape saves and how fast it can be, counted from its sizes. Pure mathematics."""
+"""Savings of a shape and the speed that it can have, counted from its sizes. Pure mathematics."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ShapeFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all shapes of a table have in common.
+    """Everything that the shapes of a table have in common.
 
     Attributes:
         base: sizes of the base.

@@ -42,7 +42,7 @@ class PairedRatio:
 
     @property
     def rounds(self) -> int:
-        """Number of pairs."""
+        """How many pairs were measured."""
         return len(self.ratios)
 
 

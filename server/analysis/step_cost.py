@@ -1,4 +1,4 @@
-"""What a byte, an operation, a layer and a step cost on a machine, fitted to measured times. Pure mathematics.
+"""Costs of a byte, an operation, a layer and a step on a machine, fitted to measured times. Pure mathematics.
 
 Bytes and operations alone say what a step takes at least. On small models much of a step is work that no size changes:
 starting kernels once for each layer, and scheduler and sampler once for each step. Here a step takes the sum
@@ -22,7 +22,7 @@ from pat_serve.sizes import ModelShape, decode_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a step does, counted from a model's sizes.
+    """Work of a step, counted from a model's sizes.
 
     Attributes:
         read_bytes: of weights and of the KV cache.
@@ -47,12 +47,12 @@ class StepCosts:
     step_s: float
 
     def seconds(self, work: Work) -> float:
-        """Of a step."""
+        """Time of a step that does this work."""
         return float(np.dot(astuple(self), astuple(work)))
 
 
 def decode_work(shape: ModelShape, *, batch_size: int, context_tokens: float, dtype_bytes: int) -> Work:
-    """Of one decode step.
+    """Work of one decode step.
 
     Args:
         shape: the model.
@@ -68,7 +68,7 @@ def decode_work(shape: ModelShape, *, batch_size: int, context_tokens: float, dt
 
 
 def prefill_work(shape: ModelShape, *, batch_size: int, prompt_tokens: int, dtype_bytes: int) -> Work:
-    """Of the step that reads the prompts of a batch.
+    """Work of the step that reads the prompts of a batch.
 
     Args:
         shape: the model.

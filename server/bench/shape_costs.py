@@ -1,4 +1,4 @@
-"""What a byte, an operation, a layer and a step cost here: from recorded results of pat-bench, or by a quick probe."""
+"""Costs of a byte, an operation, a layer and a step here: from recorded results of pat-bench, or by a quick probe."""
 
 from __future__ import annotations
 

@@ -72,6 +72,6 @@ def _remarks(number: int, one: ShapeFigures, base: ShapeFigures) -> list[str]:
     said = [f"not served: {obstacle}" if obstacle.startswith("--tp") else obstacle for obstacle in one.obstacles]
     if one.architecture not in (None, base.architecture):
         said.append(f"written as {one.architecture}, which computes the same")
-    # What is slow about the base is no fault of the cut.
+    # A slowness that the base has too is no fault of the cut.
     said += [caution for caution in one.cautions if caution not in base.cautions]
     return [f"{number}: {text}" for text in said]

@@ -1,4 +1,4 @@
-"""What the tests of proxy and relay send, and how they read what came."""
+"""Requests that the tests of proxy and relay send, and how they read the answers."""
 
 from __future__ import annotations
 

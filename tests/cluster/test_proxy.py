@@ -76,7 +76,7 @@ def says(status: int, kind: bytes, *chunks: bytes, whole: bool = True) -> Step:
 
 
 async def dies(scope: Scope, receive: Receive, send: Send) -> None:
-    """What Ray Serve's proxy does when a replica dies before it answers: nothing."""
+    """Do nothing, like Ray Serve's proxy when a replica dies before it answers."""
 
 
 async def fails(scope: Scope, receive: Receive, send: Send) -> None:

@@ -23,7 +23,7 @@ CONFIG = yaml.safe_load((ROOT / "deploy/serve_config.yaml").read_text())
 
 def test_arguments_become_the_command_of_a_server(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model.parent)
-    # As `serve run` hands them on: text.
+    # `serve run` hands all arguments on as text.
     settings = read_settings({"model": "model", "flags": "--dtype float32 -- --max-num-seqs 8", "start_timeout_s": "9"})
     assert (settings.model, settings.start_timeout_s) == (str(model), 9)
     command = server_command(settings, port=1234, parent=77)

@@ -49,7 +49,7 @@ def image() -> str:
 
 
 def holds_the_chat_model(name: str) -> bool:
-    """What NOTICE says, borne out by the record of the export."""
+    """Whether the image holds the pretrained chat model, as NOTICE and the export's record both say."""
     notice = docker("exec", name, "cat", "/model/NOTICE")
     record: dict[str, Any] = json.loads(docker("exec", name, "cat", "/model/pat_export.json"))
     if (source := record["base"]["source"]) == FILE:

@@ -38,7 +38,7 @@ class Brake:
         self.file = file
 
     def environment(self) -> dict[str, str]:
-        """What a server needs in its environment to have this brake."""
+        """Environment variables that give a server this brake."""
         paths = os.pathsep.join(filter(None, (str(PLUGIN), os.environ.get("PYTHONPATH", ""))))
         step_s = "0.02" if ENGINE == "slow" else "0"
         return {BRAKE_FILE: str(self.file), STEP_S: step_s, "VLLM_PLUGINS": "engine_brake", "PYTHONPATH": paths}

@@ -30,11 +30,11 @@ ROWLESS = ["<|im_start|>", "<|im_end|>"]
 # Named "tests" in logs.
 KEY = "integration-key-7f3a"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
-# What is shown of it: the record that pat-export leaves has more.
+# The server shows these fields; the record that pat-export leaves has more.
 EXPORT_RECORD = {"method": "pat", "base": {"source": "owner/base"}, "hidden_size": {"base": 86, "exported": 64}}
 # A tiny engine is up in 40 s on two idle cores; most of that is imports, which suffer from a busy machine.
 START_TIMEOUT_S = 420
-# What hangs is to fail its test, before pytest-timeout ends the whole run; nothing else is told by it.
+# A hang is to fail its own test, before pytest-timeout ends the whole run; this number has no other meaning.
 HANG_S = 300
 
 
@@ -142,7 +142,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=MAX_MODEL_LEN, num_hidden_layers=LAYERS
     )
     (model / "pat_export.json").write_text(json.dumps(EXPORT_RECORD))
-    # As after adding tokens without resizing, and an end token of the same kind.
+    # Tokens were added without resizing the model, an end token among them.
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(ROWLESS, special_tokens=True)
     tokenizer.save_pretrained(model)

@@ -76,7 +76,7 @@ class Nodes:
 
 
 def node_arguments() -> dict[str, Any]:
-    """Of a node with room for one replica, on the loopback address."""
+    """Arguments of a node with room for one replica, on the loopback address."""
     return {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_log_monitor": False, "no_monitor": True}
 
 

@@ -49,7 +49,7 @@ CUTS = {
     "all": {"hidden": 96, "layers": 3, "ffn": 88, "kv_groups": 2},
     "3 groups": {"hidden": 104, "layers": 3, "ffn": 88, "kv_groups": 3},
 }
-# As a Mistral, with every axis cut, from a Llama.
+# A Llama that is written as a Mistral, with every axis cut.
 QUICK_CUT = ("llama", "3 groups")
 # Qwen2 has no head_dim and so none for 3 groups; the others take all.
 EVERY_CUT = [(family, cut) for family in FAMILIES for cut in CUTS if (family, cut) != ("qwen2", "3 groups")]

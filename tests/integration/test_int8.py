@@ -22,7 +22,7 @@ from tests.tiny_models import save_tiny_llama, tiny_llama
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 QUESTIONS, ANSWER_TOKENS = 16, 4
-# What int8 moves a logit by in this model is below 0.1; a token that leads by more than this must stay.
+# int8 moves a logit of this model by less than 0.1; a token that leads by more than this must stay.
 SURE_NATS = 0.5
 
 

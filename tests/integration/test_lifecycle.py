@@ -171,7 +171,7 @@ def test_a_signal_lets_requests_finish_and_a_second_one_ends_them(
 def test_a_deadline_ends_a_request_and_gives_its_place_back(tiny_model: Path, log: Path) -> None:
     with running(tiny_model, log, "--kv-cache-gib", "0.25", "--request-timeout", "10") as started:
         url = started.url
-        # What an engine does once, at its first requests, is not to fall into the time of those that are looked at.
+        # An engine has work at its first requests alone, which must not fall into the time of the observed ones.
         for warm in [Stream(url, tokens=8), Stream(url, path="/v1/completions", model=tiny_model, tokens=8)]:
             warm.end()
         with started.brake.held(), httpx.Client(base_url=url, timeout=HANG_S) as client:

@@ -1,4 +1,4 @@
-"""What the real server tells of its work: metrics, dashboard, access log, request ids."""
+"""The real server's account of its work: metrics, dashboard, access log, request ids."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_rejections_are_counted_by_reason(server: Server, client: httpx.Client) 
         ("unparsed", "not_http"): 1,
     }
     assert after.value("requests_total", route="other", key="tests", status="404") >= 4
-    # What a client makes up is no label: only routes that were asked for here are new.
+    # A path that a client makes up is no label: only routes that were asked for here are new.
     assert after.routes() - before.routes() <= {*ROUTES, "/metrics", "other", "unparsed"}
     assert not {route for route in after.routes() if route.startswith("/no")}
 

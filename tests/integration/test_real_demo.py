@@ -50,7 +50,7 @@ def test_the_demo_goes_from_a_chat_model_to_a_report(tmp_path: Path) -> None:
     html = (demo.out / "report.html").read_text()
     assert "hidden size 64 to 48" in html
     assert demo.summary_lines()[1] == "trained:     3 steps of 16 conversations, of 584"
-    # What is there stays: a second call writes the report anew and nothing else.
+    # Finished stages stay: a second call writes the report anew and nothing else.
     written = {path: path.stat().st_mtime_ns for path in demo.out.glob("*") if path.name.endswith("json")}
     demo.run()
     again = {path: path.stat().st_mtime_ns for path in written}

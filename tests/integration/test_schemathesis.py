@@ -57,7 +57,7 @@ VLLMS = [
     ("POST", "/ping", 2),
     ("POST", "/invocations", 4),
 ]
-# Of these the document says nothing that a request could break.
+# The document says nothing of these that a request could break.
 WITHOUT_BODY = {"/v1/responses/{response_id}/cancel", "/ping", "/invocations"}
 # This server runs no dense parent.
 WITHOUT_BASELINE = {
@@ -65,7 +65,7 @@ WITHOUT_BASELINE = {
     ("GET", "/benchmark/speedup"): (404, "not_found"),
     ("POST", "/baseline/generate"): (409, "no_baseline"),
 }
-# What a document cannot say: how many tokens a text has, and how many of them this model takes.
+# No document can say how many tokens a text has, and how many of them this model takes.
 BY_THE_MODEL = {
     "prompt",
     "prompt_token_ids",

@@ -1,4 +1,4 @@
-"""Real engines on tiny shapes. What is asserted is never how fast they are."""
+"""Real engines on tiny shapes. No assertion is about how fast they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the study trains on and what it measures have nothing in common."""
+"""The study's training data and its measurements have nothing in common."""
 
 from __future__ import annotations
 

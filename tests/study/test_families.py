@@ -72,7 +72,7 @@ def test_families_are_done_in_parts_beside_each_other(
     "name", [pytest.param(name, marks=[] if name == "gemma" else pytest.mark.slow) for name in families.NAMES]
 )
 def test_a_base_of_each_family_can_be_tuned_as_the_study_does(name: str, built: corpus.Corpus, tmp_path: Path):
-    """Of two steps: that the table knows it, and that the default's recipe is not refused."""
+    """Two steps show that the table knows the family, and that the default recipe is not refused."""
     from benchmarks.exported import train_and_export
 
     base = BaseSettings(

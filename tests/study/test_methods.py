@@ -1,4 +1,4 @@
-"""What the study trains that the product does not: dense operators and a mask for every writer."""
+"""Methods that the study trains and the product does not: dense operators and a mask for every writer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pat_serve.training.methods.pat.schedule import GateSchedule
 from tests.conftest import tiny_recipe
 
 D = 16
-# Of a finite difference: the norms run in float32 whatever the model's dtype.
+# A finite difference takes a large step: the norms run in float32 whatever the model's dtype.
 STEP = 0.05
 
 
@@ -58,7 +58,7 @@ def test_the_common_channels_are_those_of_most_writers() -> None:
 
 
 def test_a_score_is_the_change_of_the_loss_to_first_order(tiny_base: Path) -> None:
-    """Of a channel that is scaled by 1 + h, and of an axis of the turned stream."""
+    """A channel is scaled by 1 + h, and so is an axis of the turned stream."""
     from transformers import AutoModelForCausalLM
 
     from pat_serve.checkpoints.checkpoint import open_checkpoint
@@ -70,7 +70,7 @@ def test_a_score_is_the_change_of_the_loss_to_first_order(tiny_base: Path) -> No
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     axes = torch.linalg.qr(torch.randn(model.config.hidden_size, model.config.hidden_size))[0]
     site = "model.layers.1.mlp.down_proj"
-    # Of two tokens the loss sees one: what its channel changes is the only term of the sum.
+    # The loss sees one of two tokens, so the change by its channel is the only term of the sum.
     for rotation, direction in ((None, torch.eye(len(axes))[3]), (axes, axes[:, 3])):
         found = writer_scores(model, checkpoint.family, checkpoint.num_layers, [batch], rotation)[site][3]
         losses = []

@@ -1,4 +1,4 @@
-"""What `apply_pat` leaves on a model, for the callback and for saving."""
+"""The state that `apply_pat` leaves on a model, for the callback and for saving."""
 
 from __future__ import annotations
 

@@ -30,10 +30,11 @@ SOME_STEPS = 24
 
 @dataclass(frozen=True, kw_only=True)
 class PatConfig:
-    """What `apply_pat` adds to a model: the settings of `pat-train` of the same names.
+    """Settings of `apply_pat`: those of `pat-train` with the same names.
 
     Attributes:
-        preset: "default" (as None is), or "paper" for PAT as published. A setting below that is None is as the preset has it.
+        preset: "default" (as None is), or "paper" for PAT as published. A setting that is None
+            is as the preset has it.
         ratio: share of the hidden channels to cut, in (0, 0.6]; 0.25 when neither this nor hidden_size is given.
         hidden_size: width to end with, instead of a ratio.
         shape: counts to end with by axis (hidden, layers, ffn, kv_groups), instead of either.

@@ -1,4 +1,4 @@
-"""What a cut takes away, told before a weight is read: of the parameters, of a decode step's bytes, of the KV cache.
+"""The savings of a cut, told before a weight is read: parameters, a decode step's bytes, the KV cache.
 
 A share of the channels is not that share of the model: a tied base whose head gets a matrix of its own keeps most of
 its parameters, and no width changes the KV cache.
@@ -22,7 +22,7 @@ from pat_serve.training.methods import method_of
 
 # Batch and context: one answer alone, and a server at work.
 LOADS = ((1, 128), (8, 1024))
-# Of all parameters: what a cut may miss of the share that was asked for before it is worth a word.
+# A cut may miss the asked share by so much of all parameters before it is worth a word.
 TOLERANCE = 0.02
 
 
@@ -88,7 +88,7 @@ def gets_own_head(recipe: TrainRecipe, checkpoint: Checkpoint) -> bool:
 
 
 def _way_out(checkpoint: Checkpoint, before: Shape, after: Shape, asked: float, width: int) -> str:
-    """What takes the share of all parameters that was asked for of the channels."""
+    """Name the width that cuts as large a share of all parameters as was asked of the channels."""
     base = before.parameters(checkpoint.hidden_size)
     step = legal_step(before.num_attention_heads, hidden_multiple_of_heads=before.hidden_multiple_of_heads)
     nearest = min(legal_widths(step, checkpoint.hidden_size), key=lambda k: abs(1 - after.parameters(k) / base - asked))

@@ -1,4 +1,4 @@
-"""What a run began with: recorded at its first step, compared when it is resumed."""
+"""The inputs of a run: recorded at its first step, compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RunInputs(pydantic.BaseModel):
 
     Attributes:
         base: the base model, with the hash of every file.
-        examples_sha256: of the token ids and labels, in order: of the data as the tokenizer made it. Of a stream, its
+        examples_sha256: of the token ids and labels, in order, as the tokenizer made them; for a stream, its
             name and the hash of its first 1,000 examples.
         held_out_sha256: likewise of the rows that it is evaluated on.
         total_steps: optimizer steps, which the schedules are stretched over.
@@ -58,7 +58,7 @@ class RunInputs(pydantic.BaseModel):
         return record
 
     def save(self, run: Path) -> None:
-        """Write inputs.json, atomically."""
+        """Write inputs.json, complete or not at all."""
         write_text(run / INPUTS_FILE, self.model_dump_json(indent=2) + "\n")
 
     def require_unchanged(self, run: Path) -> None:

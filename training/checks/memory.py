@@ -1,4 +1,4 @@
-"""What a training holds, counted from a checkpoint's headers: parameters, activations, and what comes before training.
+"""Memory of a training, counted from a checkpoint's headers: parameters, activations, and what comes before training.
 
 The activations are what autograd keeps of LlamaDecoderLayer, peft's LoRA and the HSMs, for each token;
 tests/test_preflight.py compares the counts with what is kept.
@@ -26,7 +26,7 @@ NF4_BYTES = 4.127 / 8
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSize:
-    """Of one padded batch: its rows, the positions of each, and how many positions of all of them are in the loss."""
+    """One padded batch: its rows, the positions of each, and how many positions of all rows are in the loss."""
 
     rows: int
     length_tokens: int
@@ -42,7 +42,7 @@ class BatchSize:
 
     @property
     def tokens(self) -> int:
-        """All positions, padding included."""
+        """How many positions all rows have, padding included."""
         return self.rows * self.length_tokens
 
 
@@ -75,13 +75,13 @@ def unties(checkpoint: Checkpoint, recipe: TrainRecipe) -> bool:
 
 
 def _quantized_parameters(checkpoint: Checkpoint) -> int:
-    """Of the linears inside the layers; bitsandbytes leaves embedding, norms and head as they are."""
+    """Parameters of the linears in the layers; bitsandbytes leaves embedding, norms and head as they are."""
     shapes = [entry.shape for name, entry in checkpoint.tensors.items() if ".layers." in name]
     return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
 
 
 def dense_bytes_per_token(sizes: ModelSizes, width: int) -> int:
-    """What autograd keeps of one frozen decoder layer for each token, in bytes; `width` bytes a number in its dtype.
+    """Bytes that autograd keeps of one frozen decoder layer for each token; a number in its dtype has `width` bytes.
 
     Frozen linears keep nothing of a token. Attention keeps no scores: sdpa's kernels recompute them.
     """
@@ -90,7 +90,7 @@ def dense_bytes_per_token(sizes: ModelSizes, width: int) -> int:
 
 
 def _branches_bytes_per_token(sizes: ModelSizes, width: int) -> tuple[int, int]:
-    """Of an attention and of an MLP, without their norms."""
+    """Bytes a token that an attention and an MLP keep, without their norms."""
     attention = 4 * sizes.heads * sizes.head_dim * width  # q, k, v (repeated), the output
     mlp = 3 * sizes.ffn * width  # gate before and after the activation, up
     return attention, mlp
@@ -99,7 +99,7 @@ def _branches_bytes_per_token(sizes: ModelSizes, width: int) -> tuple[int, int]:
 def tuning_bytes_per_token(
     checkpoint: Checkpoint, recipe: TrainRecipe, width: int, device: str, sizes: ModelSizes
 ) -> int:
-    """What LoRA and the method add to that."""
+    """Bytes a token that LoRA and the method add to a layer's own."""
     hidden, heads = sizes.hidden, sizes.heads * sizes.head_dim
     inputs = 5 * hidden + heads + sizes.ffn  # of the seven linears that LoRA adapts
     # What LoRA's A gets, and what dropout remembers: bits as bytes on a GPU, float32 factors on a CPU.
@@ -144,7 +144,7 @@ def preparing_bytes(
 
 
 def _measuring_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, size: BatchSize) -> int:
-    """Of calibration, on one batch."""
+    """Bytes that calibration takes on one batch."""
     tokens, hidden, layers = size.tokens, checkpoint.hidden_size, checkpoint.num_layers
     layer = dense_bytes_per_token(checkpoint.sizes, width)
     # A second moment in float32 and float64, and its sum before and after; of the gradient, the energy's sum too.
@@ -167,7 +167,7 @@ def _compensating_bytes(
 ) -> int:
     sizes, config = checkpoint.sizes, checkpoint.config
     hidden, kept = sizes.hidden, target.hidden
-    # Of families that have one and may leave it unused.
+    # Some families have a window and may leave it unused.
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     # Dense and cut states of all rows, from layer to layer, and the masks of what is padded or out of a window.
     states = sum(
@@ -177,15 +177,15 @@ def _compensating_bytes(
     full = recipe.refit == "full"
     head = (unties(checkpoint, recipe) or not sizes.tied) if full else recipe.lora_head
     outputs = sizes.vocab if head else sizes.ffn
-    # What the largest reader lacks, in float32; a piece of its 16-bit rows in float32, or its random projection.
+    # The largest reader's shortfall, in float32; a piece of its 16-bit rows in float32, or its random projection.
     piece = 4 * min(ROWS_AT_ONCE, outputs) * hidden if width < 4 else 0
-    # Of a refit, the kept columns before and after in the weight's dtype.
+    # A refit holds the kept columns before and after in the weight's dtype.
     change = 4 * outputs * kept + max(piece, 2 * width * outputs * kept if full else 8 * outputs * recipe.lora_rank)
     # In float64: the moments' factor, and the guess with what it is made of.
     moments = 8 * kept * (kept + 2 * hidden) if kept < hidden else 0
     # A branch at work, and its norm in float32, twice.
     branch = (8 * hidden + max(_branches_bytes_per_token(sizes, width))) * max(size.tokens for size in calibration)
-    # Of a writer that loses inputs: what it should give for every row, its moments, their inverse and a kept part.
+    # A writer that loses inputs: its outputs as they should be for every row, its moments, their inverse, a kept part.
     inner = [
         length
         for length, left in ((sizes.ffn, target.ffn), (sizes.heads * sizes.head_dim, target.heads * sizes.head_dim))
@@ -205,5 +205,5 @@ def _masked(size: BatchSize, window: int | None) -> bool:
 
 
 def _most_outputs(checkpoint: Checkpoint) -> int:
-    """Of the weights that read or write the residual stream."""
+    """The largest number of outputs among the weights that read or write the residual stream."""
     return max(checkpoint.sizes.vocab, checkpoint.sizes.ffn)

@@ -1,4 +1,4 @@
-"""What a training will need, told before a weight is loaded, from the checkpoint's headers and a model without storage.
+"""The needs of a training, told before a weight is loaded, from the checkpoint's headers and a model without storage.
 
 The bytes are counted, not measured (memory.py).
 """
@@ -82,7 +82,7 @@ class Preflight:
         return max(self.weights_bytes + self.trained_bytes + batch, self.preparing_bytes) + OVERHEAD_BYTES
 
     def report(self, available_bytes: int, device: str) -> None:
-        """Tell the user."""
+        """Tell the user parameters, memory and its parts, in a few lines on stderr."""
         trained = self.lora_parameters + self.method_parameters
         say(
             f"preflight: {_count(self.base_parameters)} parameters, {_count(trained)} trained (LoRA "
@@ -93,7 +93,7 @@ class Preflight:
         say(f"preflight: expects {room}: {self.parts()}")
 
     def parts(self) -> str:
-        """The memory's shares."""
+        """Name the parts of the memory in one line, in GB."""
         return (
             f"weights {_gb(self.weights_bytes)}, trained with gradients and Adam moments {_gb(self.trained_bytes)}, "
             f"activations {_gb(self.activations_bytes)}, logits {_gb(self.logits_bytes)}, "
@@ -181,7 +181,7 @@ def estimate_training(
     """
     target = checkpoint.sizes.with_counts(shape)
     wide = method_of(recipe).stays_wide(recipe) is not None
-    # As it is in memory while it is trained.
+    # These are the sizes in memory while the model is trained.
     trained_sizes = replace(target, hidden=checkpoint.hidden_size) if wide else target
     hidden = trained_sizes.hidden
     lora, own, adapter = _trained_parameters(checkpoint, recipe, shape, total_steps)

@@ -31,7 +31,7 @@ from pat_serve.training.ranks import Ranks, refuse_zero3
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a run will work on.
+    """Everything that a run will work on.
 
     Attributes:
         asked: the recipe as it was given, which the run's folder keeps.

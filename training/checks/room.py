@@ -21,12 +21,12 @@ from pat_serve.training.methods import method_of
 _CHECKPOINT_BYTES = 12.25
 # Random states, schedulers and the Trainer's own, in each checkpoint; recipe, prompts and plan.json, once.
 _SMALL_FILES_BYTES = 80_000
-# Of metrics.jsonl, of the copy in a checkpoint's state, and of TensorBoard, which also keeps distributions.
+# A line of metrics.jsonl, its copy in a checkpoint's state, and TensorBoard's, which also keeps distributions.
 _LINE_BYTES = 25_000
 
 
 def run_bytes(prepared: Prepared) -> tuple[int, int, int]:
-    """What a run takes at its largest.
+    """The room on the disk that a run takes at its largest.
 
     Returns:
         checkpoints at once, one's bytes, and the bytes of all else.
@@ -49,7 +49,7 @@ def run_bytes(prepared: Prepared) -> tuple[int, int, int]:
 
 
 def _replaced_bytes(prepared: Prepared) -> int:
-    """Of the weights that a full refit replaces: at most those of all layers that stay, and the head."""
+    """Bytes of the weights that a full refit replaces: at most those of all layers that stay, and the head."""
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
     if not (recipe.compensate and recipe.refit == "full"):
         return 0
@@ -84,7 +84,7 @@ def check_disk(prepared: Prepared, run: Path) -> None:
 
 
 def way_on(run: Path) -> str:
-    """What to do when the disk was full under a run."""
+    """Tell how to go on when the disk was full under a run."""
     if not run.is_dir():
         return "Free some space, or choose another --out; nothing was left behind."
     checkpoints = list_checkpoints(run)

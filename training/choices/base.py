@@ -1,4 +1,4 @@
-"""What decides which indices of an axis stay: one file a choice, named in `CHOICES`."""
+"""Choices of the indices of an axis that stay: one file a choice, named in `CHOICES`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LayerChoice(Choice):
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a linear reads along the axis that is about to be cut.
+    """Inputs of a linear along the axis that is about to be cut.
 
     Attributes:
         second_II: sum over tokens of a a^T, float64, on the inputs that have passed all that was cut before.
@@ -69,7 +69,7 @@ class Inputs:
 
     @property
     def length(self) -> int:
-        """Indices of the axis."""
+        """How many indices the axis has."""
         return len(self.second_II) // self.block
 
     def entries(self, index: int) -> slice:

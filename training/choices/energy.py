@@ -17,5 +17,5 @@ class Energy(InnerChoice):
     name: ClassVar[str] = "energy"
 
     def keep(self, inputs: Inputs, count: int) -> Tensor:
-        """By E[a_j^2] |w_j|^2."""
+        """Keep the indices of the largest E[a_j^2] |w_j|^2."""
         return largest(inputs.second_II.diagonal() * inputs.weight_OI.square().sum(0), count)

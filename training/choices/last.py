@@ -12,10 +12,10 @@ from pat_serve.training.choices.base import LayerChoice
 
 
 class Last(LayerChoice):
-    """Needs no data."""
+    """Drop the last layers; this choice needs no data."""
 
     name: ClassVar[str] = "last"
 
     def importance(self, model: Any, num_layers: int, batches: Sequence[dict[str, Tensor]]) -> Tensor:
-        """The earlier the larger."""
+        """Give an earlier layer the larger score."""
         return torch.arange(num_layers, 0, -1)

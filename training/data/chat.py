@@ -24,7 +24,7 @@ from pat_serve.training.data.messages import (
 from pat_serve.training.data.remarks import Remarks
 from pat_serve.training.data.row import Row, Tokenizer, without_nulls
 
-# What a message carries beside its content. A template that does not show the last answer's would leave it out.
+# A message can carry these beside its content. A template that does not show the last answer's would leave it out.
 _REASONING = ("reasoning", "reasoning_content", "thinking")
 _KNOWN_FIELDS = {"role", "content", "tool_calls", "function_call", *_REASONING}
 # Columns beside the messages that a template may take.
@@ -264,7 +264,7 @@ def _before_token(text: str, at: int, tokenizer: Tokenizer) -> int:
 def _one_turn(turn: str, content: str, tokenizer: Tokenizer) -> tuple[str, bool]:
     """An answer up to the token that the template ends a turn with: <|im_end|>, <|eot_id|>, </s>.
 
-    What separates a turn from the next one, a line feed mostly, is not the model's to say.
+    The model does not say the separator of turns, which is a line feed mostly.
 
     Returns:
         the text, and whether it has such a token at its end; the end of text is as good otherwise.

@@ -17,7 +17,7 @@ from pat_serve.training.data.remarks import Remarks
 from pat_serve.training.data.row import Row, Tokenizer
 
 Example = dict[str, list[int]]
-# What a completion can stand after, where it cannot be told from the prompt which ids it has in the middle of a text.
+# A completion is put after these where the prompt does not tell which ids it has in the middle of a text.
 _NEUTRAL = (":", "a", "\n")
 
 
@@ -169,7 +169,7 @@ class RowEncoder:
 
 
 def encode_row(row: Row, tokenizer: Tokenizer, max_length_tokens: int) -> Example | None:
-    """One example; see `RowEncoder.encode`."""
+    """Encode one row to an example, as `RowEncoder.encode` does; None where it has nothing to learn."""
     return RowEncoder(tokenizer, max_length_tokens).encode(row)
 
 
@@ -181,7 +181,7 @@ def split_ids(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[
     for one), the completion gets the ids that it has in the middle of another text.
 
     Returns:
-        both without special tokens. Of a tokenizer whose ids depend on the text before in every case tried, the ids of
+        both without special tokens. Where a tokenizer's ids depend on the text before in every case tried, the ids of
         both together are split where they differ from the prompt's: the spanning token belongs to the completion, whose
         first characters would not be learned otherwise.
     """
@@ -193,7 +193,7 @@ def split_ids(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[
     for text in (prompt.rstrip(), *_NEUTRAL):
         alone = tokenizer.encode(text, add_special_tokens=False)
         together = tokenizer.encode(text + completion, add_special_tokens=False)
-        # What is encoded as nothing is the start of a text, not the middle of one.
+        # A text without ids of its own leaves the completion at a start, not in the middle of a text.
         if alone and together[: len(alone)] == alone:
             return before, together[len(alone) :]
     return whole[:common], whole[common:]

@@ -1,4 +1,4 @@
-"""What a chat template marks as the model's own words: `{% generation %}`, which TRL's assistant_only_loss reads."""
+"""Marks of a chat template on the model's own words: `{% generation %}`, which TRL's assistant_only_loss reads."""
 
 from __future__ import annotations
 

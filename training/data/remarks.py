@@ -1,4 +1,4 @@
-"""What is said of a source once, however many rows it is about."""
+"""Remarks on a source of rows, each made once, however many rows it is about."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ A row is `prompt`/`completion`, Alpaca's `instruction`/`input`/`output` (Dolly's
 LaMini's `instruction`/`response`), or `messages` (ShareGPT's `conversations`) that end with the assistant's. The values
 tell which one: tables give every row all columns, and fill in null.
 
-Nothing that carries content is left out unsaid. What a form can use is used; a column of content that it cannot use is
-refused; any other column is named once.
+Nothing that carries content is left out unsaid. A form takes the columns that it can use; a column of content that it
+cannot use is refused; any other column is named once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ALPACA_INPUT = (
     "response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-# What an answer is about, in the public sets that have such columns; without it a row is another one.
+# In the public sets that have such columns, an answer is about their content; without it a row is another one.
 _CONTENT = (
     "context", "input", "system", "system_prompt", "history", "tools", "functions", "documents", "image", "images",
     "audio", "audios", "video", "videos",

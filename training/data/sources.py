@@ -20,7 +20,7 @@ from pat_serve.training.data.row import Row, Tokenizer
 from pat_serve.training.data.rows import parse_row
 
 SHOWN_REASONS = 3
-# What a file that is no text begins with, and the way to rows.
+# The first bytes of a file that is no text, its kind, and the way to rows.
 _NO_TEXT = {
     b"\x1f\x8b": ("a gzip archive", "Unpack it (gunzip)."),
     b"\x28\xb5\x2f\xfd": ("a Zstandard archive", "Unpack it (unzstd)."),
@@ -37,7 +37,7 @@ RawRow = tuple[str, dict[str, Any] | DataError]
 
 @dataclass(kw_only=True)
 class SkippedRows:
-    """What `--skip-bad-rows` left out: how many, and the first reasons."""
+    """Rows that `--skip-bad-rows` left out: how many, and the first reasons."""
 
     count: int = 0
     reasons: list[str] = field(default_factory=list)

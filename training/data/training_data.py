@@ -21,13 +21,13 @@ from pat_serve.training.data.streaming import ExampleStream
 if TYPE_CHECKING:
     from pat_serve.training.config import TrainRecipe
 
-# Of a stream, so many rows are checked and hashed before the training starts.
+# So many rows of a stream are checked and hashed before the training starts.
 STREAM_HEAD = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What a run reads.
+    """Data that a run reads.
 
     Attributes:
         train: rows for the Trainer, packed if the recipe says so.

@@ -1,4 +1,4 @@
-"""What happens around a training step: the method's clock, the metrics file and the display."""
+"""Callbacks around a training step: the method's clock, the metrics file and the display."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Display(TrainerCallback):  # type: ignore[misc]  # transformers is not fol
 
 
 def progress_line(title: str, logs: dict[str, float]) -> str:
-    """What stands before the bar, from a line of metrics."""
+    """The text before the progress bar, from a line of metrics."""
     figures = [f"loss {logs['cross_entropy']:.3f}"]
     if "gate_kept" in logs:
         figures.append(f"{logs['gate_kept']:.0f} channels kept")

@@ -13,7 +13,7 @@ from pat_serve.perplexity import IGNORED_LABEL
 
 
 def response_nll(logits_BTV: Tensor | tuple[Tensor, ...], labels_BT: Tensor) -> Tensor:
-    """What is kept of a batch's logits: each row's summed negative log-likelihood in nats and its labelled tokens.
+    """Reduce a batch's logits to each row's summed negative log-likelihood in nats and its labelled tokens.
 
     Returns:
         float64 (batch, 2).

@@ -48,8 +48,8 @@ def tensorboard_callbacks(folder: Path, method: Method, *, writes: bool, done_st
         folder: of the event files.
         method: has the distributions.
         writes: this rank writes.
-        done_steps: optimizer steps before this start of the run. What an earlier one wrote beyond them is taken back,
-            as it is in metrics.jsonl: those steps are made again.
+        done_steps: optimizer steps before this start of the run. Lines that an earlier start wrote beyond them are
+            taken back, as in metrics.jsonl, because those steps are made again.
     """
     from torch.utils.tensorboard import SummaryWriter
 

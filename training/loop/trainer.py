@@ -87,7 +87,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
             if weight:
                 kl = self._distillation(model, inputs, outputs, num_items_in_batch if summed else None)
                 if summed:
-                    # Of the tokens of all ranks, which average their gradients: as transformers does above.
+                    # The mean is over all ranks' tokens, and ranks average their gradients: transformers does so above.
                     kl = kl * self.accelerator.num_processes
                 self._record("distillation", kl, micro_batches if summed else 1)
                 loss = (1 - weight) * cross_entropy + weight * kl.to(loss.device)
@@ -120,7 +120,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
             logs |= self.method.metrics()
             seconds = self._timer.take_s()
             if seconds > 0:
-                # Of all processes, which see the same number each.
+                # The rate is that of all processes, and each sees as many tokens.
                 logs["tokens_per_second"] = int(self._tokens) * self.args.world_size / seconds
             self._sums, self._micro_batches, self._tokens, self._seen = {}, 0, 0, (0.0, 0)
         if "train_loss" in logs:
@@ -278,7 +278,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
     # The means that are being taken when a checkpoint is written between two lines of metrics.jsonl.
 
     def _losses_so_far(self) -> dict[str, Any]:
-        """Of all ranks, which restore the same: rank 0 writes the file, but its micro-batches are a share of them."""
+        """Losses of all ranks, which restore the same: rank 0 writes the file, but has a share of the micro-batches."""
         return {
             "since_last_line": float(self.accelerator.reduce(self._tr_loss.clone(), reduction="mean")),
             "before_last_line": float(self._total_loss_scalar),

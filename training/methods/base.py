@@ -1,4 +1,4 @@
-"""What a training method is: modules that it adds to the model, losses that they want, and the plan that they leave."""
+"""The interface of a training method: modules that it adds, losses that they want, and the plan that they leave."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     prunes: ClassVar[bool] = True
-    # What its cuts may go along.
+    # The axes that its cuts may go along.
     axes: ClassVar[frozenset[str]] = frozenset(AXES)
     # An operator follows every module that writes to the residual stream, and keeps its input for the backward pass.
     follows_writers: ClassVar[bool] = False
@@ -51,14 +51,14 @@ class Method(ABC):
         self.step = 0
         # Set before `attach` when the method wants one.
         self.calibration: Calibration | None = None
-        # Of the other axes than the method's own: what was chosen to stay, before the first step.
+        # The cuts of other axes than the method's own, chosen before the first step.
         self.chosen = Cuts()
-        # What the model in memory was cut down by; nothing while it has all that the base has.
+        # The cuts that the model in memory already has; none while it is as large as the base.
         self.sliced_by = Cuts()
 
     @property
     def hidden_size(self) -> int:
-        """D, the base's width."""
+        """Width D of the base's residual stream."""
         return self.base.hidden
 
     @property
@@ -91,7 +91,7 @@ class Method(ABC):
         return 1
 
     def unfinished(self) -> str | None:
-        """What the steps so far have not reached, after which there is a plan; None if there is one."""
+        """Name the event that the steps so far have not reached and a plan needs; None if there can be a plan."""
         return None
 
     @abstractmethod
@@ -128,7 +128,7 @@ class Method(ABC):
         return {}
 
     def metrics(self) -> dict[str, float]:
-        """Figures for metrics.jsonl."""
+        """Figures of the method's own for a line of metrics.jsonl, by name."""
         return {}
 
     def kept_channels(self) -> Tensor | None:
@@ -140,7 +140,7 @@ class Method(ABC):
         return {}
 
     def plan(self, base: BaseReference) -> PruningPlan:
-        """What an export needs after the last step, all but the adapter's hashes; all ranks must ask."""
+        """The plan after the last step, without the adapter's hashes; all ranks must ask."""
         return PruningPlan(method=self.name, base=base, cuts=self.cuts(), folds=self.folds(), rotation=self.rotation())
 
     def cuts(self) -> Cuts:

@@ -24,7 +24,7 @@ class Cut(LoraOnly):
 
     @classmethod
     def wants_batches(cls, recipe: TrainRecipe) -> bool:
-        """Choices and compensation do."""
+        """Always, since choices and compensation read batches."""
         return True
 
     @classmethod

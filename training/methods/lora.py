@@ -17,8 +17,8 @@ class LoraOnly(Method):
     axes: ClassVar[frozenset[str]] = frozenset()
 
     def attach(self, model: nn.Module, num_layers: int) -> None:
-        """Nothing to add."""
+        """Leave the model as it is: the LoRA modules are peft's."""
 
     def modules(self) -> dict[str, nn.Module]:
-        """None."""
+        """No modules: peft saves the adapter."""
         return {}

@@ -38,7 +38,7 @@ class Branch:
         return base.get_submodule(name)
 
     def added(self, base: nn.Module, hidden_BTD: Tensor, settings: dict[str, Any]) -> Tensor:
-        """What this branch adds to the stream. No family of the table computes anything else, in evaluation mode."""
+        """The branch's addition to the stream. No family of the table computes anything else, in evaluation mode."""
         block, normed_BTD = self.block(base), base.get_submodule(self.norm)(hidden_BTD)
         attends = self.inner_axis == KV_GROUPS
         added_BTD: Tensor = block(hidden_states=normed_BTD, **settings)[0] if attends else block(normed_BTD)

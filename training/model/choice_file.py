@@ -1,4 +1,4 @@
-"""What was chosen and replaced before the first step, kept in a run's folder: a resumed run begins with the same."""
+"""Choices and replaced weights from before the first step, kept in a run's folder for a run that is resumed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save_choice(folder: Path, chosen: Cuts) -> None:
 
 
 def load_earlier(run: Path) -> Earlier:
-    """What a run that is resumed began with."""
+    """Read the choices and weights that a resumed run began with."""
     path = run / CHOICE_FILE
     weights: dict[str, Tensor] = {}
     for file in sorted((run / WEIGHTS_FOLDER).glob("*.safetensors")):

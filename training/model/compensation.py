@@ -7,8 +7,8 @@ guess of W x is W' z, W' = W E[x z^T] E[z z^T]^-1. Three kinds of linears lose i
 - The output of an attention whose key-value groups are cut, and that of an MLP whose channels are.
 - The MLP before layers that are dropped: it should add what they added too (ReplaceMe, arXiv 2505.02819).
 
-What the last two should add is told by the streams: the dense one behind the branch, and behind the dropped layers
-after it, less the cut one before the branch. So it also makes up for what earlier cuts have lost.
+The streams tell what the last two should add: the dense stream behind the branch, and behind the dropped layers after
+it, less the cut stream before the branch. So the addition also makes up for losses of earlier cuts.
 
 W' takes the place of the weight (`full`), or the difference W' - W is given to the linear's LoRA factors at their rank,
 by the singular values that matter to z (`lora`); then plan, export and the dense teacher know nothing of it. Starting
@@ -49,7 +49,7 @@ Refit = Literal["none", "lora", "full"]
 
 @dataclass(kw_only=True)
 class Compensated:
-    """What the walk has decided.
+    """Decisions of the walk.
 
     Attributes:
         kept: int64 indices that stay, by line of the inner axes.
@@ -185,7 +185,7 @@ def _advance_dense(walk: _Walk, passed: Sequence[Branch], *, wants: bool = False
 
 
 def _reader_moments(walk: _Walk, branch: Branch) -> Moments:
-    """Of a norm's outputs in the dense and in the cut model."""
+    """Moments of a norm's outputs in the dense and in the cut model."""
     norm, moments = walk.base.get_submodule(branch.norm), Moments()
     for stream in walk.streams:
         z_ND = norm(stream.cut_BTD)[stream.real_BT]

@@ -1,4 +1,4 @@
-"""What a linear with fewer inputs should be, as pure maths: least squares on moments, whole or at a low rank.
+"""The best linear with fewer inputs, as pure maths: least squares on moments, whole or at a low rank.
 
 Shape suffixes: N tokens, I inputs of the dense linear, K those that stay, O outputs, R rank.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Of the mean diagonal of E[z z^T]: calibration data are few, and channels nearly dependent.
+# A share of the mean diagonal of E[z z^T]: calibration data are few, and channels nearly dependent.
 RIDGE = 1e-3
 
 
@@ -20,7 +20,7 @@ class Moments:
         self.yz_OI: Tensor | None = None
 
     def add(self, y_NO: Tensor, z_NI: Tensor) -> None:
-        """Add a batch's tokens."""
+        """Add the tokens of a batch: outputs (N, O) as they should be, and inputs (N, I)."""
         z_NI = z_NI.float()
         zz_II, yz_OI = (z_NI.T @ z_NI).double(), (y_NO.float().T @ z_NI).double()
         self.zz_II = zz_II if self.zz_II is None else self.zz_II + zz_II

@@ -28,7 +28,7 @@ from pat_serve.training.ranks import same_on_all
 
 @dataclass(frozen=True, kw_only=True)
 class Earlier:
-    """What a run decided before its first step, for one that is resumed.
+    """Decisions of a run before its first step, for a run that is resumed.
 
     Attributes:
         kept: int64 indices that stay, by line of all axes but the stream's.

@@ -94,7 +94,7 @@ def _drop_layers(decoder: Any, kept: list[int]) -> None:
         return
     decoder.layers = nn.ModuleList([decoder.layers[i] for i in kept])
     for number, layer in enumerate(decoder.layers):
-        # What a cache, which no training has, would file keys and values under.
+        # A cache, which no training has, would file keys and values under this number.
         layer.self_attn.layer_idx = number
 
 

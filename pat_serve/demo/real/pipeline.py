@@ -142,7 +142,7 @@ class RealPipeline(Stages):
         self.command("pat-export", ["--ckpt", str(self.run_folder), "--out", str(self.pruned), "--dtype", "bfloat16"])
 
     def write_notice(self) -> None:
-        """pruned/LICENSE, then pruned/NOTICE."""
+        """Copy the parent's license to pruned/LICENSE, then write pruned/NOTICE."""
         copyfile(self.out / "parent" / LICENSE_FILE, self.pruned / "LICENSE")
         super().write_notice()
 

@@ -95,7 +95,7 @@ class Pipeline(Stages):
         say(f"  {len(corpus.train_rows)} instructions, {len(corpus.held_out_rows)} more from held-out modules")
 
     def make_base(self) -> None:
-        """Train the base model."""
+        """Train the base model on the corpus's texts."""
         from pat_serve.demo.tiny.base_model import BaseSettings, train_base
 
         lines = (self.data / "base.jsonl").read_text(encoding="utf-8").splitlines()

@@ -70,7 +70,7 @@ def sent(page: Page) -> dict[str, list[Any]]:
 
 
 def said(page: Page, side: str) -> list[str]:
-    """What a model has answered so far."""
+    """The answers that a model has given so far."""
     texts = page.driver.find_elements("css selector", f"[data-side={side}] .said")
     return [text.get_attribute("textContent") for text in texts]
 

@@ -108,7 +108,7 @@ def test_one_after_the_other_ends_with_the_servers_figures(page: Page) -> None:
     page.until(lambda: "Pruned: finished. Dense: finished." in page["play-news"].get_attribute("textContent"))
     for side in ("pruned", "dense"):
         assert page.answer(side, ".figures").split("\n")[-1] == "12 · length"
-    # What the server refuses is told in the column that it was meant for.
+    # A refusal by the server stands in the column that the request was meant for.
     page.js("document.getElementById('max-tokens').removeAttribute('max')")
     page.fill(max_tokens=MAX_MODEL_LEN)
     page["send"].click()

@@ -66,7 +66,7 @@ class Pat(Method):
         return least_steps(recipe.gate)
 
     def unfinished(self) -> str | None:
-        """The mask's freeze."""
+        """Name the mask's freeze while it is still to come."""
         return None if self.mask.frozen else f"the mask's freeze at step {self.mask.schedule.freeze_step}"
 
     def attach(self, model: nn.Module, num_layers: int) -> None:
@@ -104,7 +104,7 @@ class Pat(Method):
         return {MASK: self.mask.schedule.mask_learning_rate() if rate is None else rate}
 
     def set_total_steps(self, total_steps: int) -> None:
-        """The gate's schedule follows."""
+        """Stretch the gate's schedule to this many steps."""
         super().set_total_steps(total_steps)
         self.mask.schedule = GateSchedule.for_run(total_steps, self.recipe.milestone_share, self.mask.schedule.kind)
 
@@ -162,7 +162,7 @@ class Pat(Method):
         return terms
 
     def metrics(self) -> dict[str, float]:
-        """The gate's."""
+        """Figures of the gate, and the gap at its freeze once it is frozen."""
         figures = self.mask.metrics()
         if self.mask.frozen and self.mask.schedule.trains_mask:
             figures["gate_freeze_gap"] = self.mask.freeze_gap
