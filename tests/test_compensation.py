@@ -14,13 +14,14 @@ from pat_serve.architectures import FAMILIES
 from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
+from pat_serve.rotation import ROWS_AT_ONCE
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import Method
 from pat_serve.training.model.branches import branches
 from pat_serve.training.model.calibration import Calibration, calibrate
-from pat_serve.training.model.compensation import ROWS_AT_ONCE, _product
 from pat_serve.training.model.insert import adapt, load_base
 from pat_serve.training.model.least_squares import RIDGE, low_rank_update
+from pat_serve.training.model.linears import product
 from pat_serve.training.run import start
 from tests.compensating import make_up
 from tests.conftest import tiny_recipe
@@ -52,7 +53,7 @@ def test_update_is_the_best_of_its_rank() -> None:
 
 def test_a_large_weight_is_taken_in_pieces_and_whole() -> None:
     weight, felt = torch.randn(2 * ROWS_AT_ONCE + 5, 8).bfloat16(), torch.randn(8, 6)
-    torch.testing.assert_close(_product(weight, felt).double(), weight.double() @ felt.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(product(weight, felt).double(), weight.double() @ felt.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_weight_of_zeros_keeps_its_adapter(tiny_base: Path, rows: Path) -> None:

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from pat_serve.server.engine.generation import EngineTimes, RequestTimes
 from pat_serve.server.http.errors import explain
 from pat_serve.server.http.limits import MAX_MESSAGES, MAX_SEED, MAX_STOPS
+from pat_serve.server.routes.benchmark_schemas import LatencyRequest, ThroughputRequest
 from pat_serve.server.routes.generate import sse_event
 from pat_serve.server.routes.measure import Run
-from pat_serve.server.routes.schemas import GenerateRequest, LatencyRequest, StreamDelta, ThroughputRequest
+from pat_serve.server.routes.schemas import GenerateRequest, StreamDelta
 
 
 def refusal(model: type[Any], body: dict[str, Any]) -> Any:

@@ -32,7 +32,8 @@ def train(
         bool | None, Flag("--streaming", help="Read --data while training, not before; needs --max-steps.")
     ] = None,
     packing: Annotated[
-        bool | None, Flag("--packing", help="Several examples a row of --max-length-tokens; none sees another.")
+        bool | None,
+        Flag("--packing", help="Put several examples into a row of --max-length-tokens; none sees others."),
     ] = None,
     skip_bad_rows: Annotated[
         bool | None, Flag("--skip-bad-rows", help="Leave bad rows out and say how many, instead of stopping.")
@@ -86,7 +87,7 @@ def train(
     ] = None,
     mask_learning_rate: Annotated[
         float | None,
-        Flag(help="Peak learning rate of the mask. [default: 0.5 / milestone, the paper's way at any length]"),
+        Flag(help="Learning rate of the mask; no scheduler changes it. [default: 0.5 / milestone, as in the paper]"),
     ] = None,
     lr_scale: Annotated[
         list[str] | None,

@@ -15,9 +15,7 @@ from pat_serve.server.engine.online import Engine
 from pat_serve.server.http.errors import InvalidRequestError
 from pat_serve.server.http.limits import LimitError, check_benchmark
 from pat_serve.server.routes.benchmark_roofline import roofline
-from pat_serve.server.routes.exclusive import Exclusive
-from pat_serve.server.routes.measure import Run, Shape, measure_latency, measure_throughput
-from pat_serve.server.routes.schemas import (
+from pat_serve.server.routes.benchmark_schemas import (
     LatencyRequest,
     LatencyResponse,
     LatencySummary,
@@ -28,6 +26,8 @@ from pat_serve.server.routes.schemas import (
     ThroughputResponse,
     ThroughputSummary,
 )
+from pat_serve.server.routes.exclusive import Exclusive
+from pat_serve.server.routes.measure import Run, Shape, measure_latency, measure_throughput
 
 
 async def latency(

@@ -35,20 +35,17 @@ from pat_serve.server.http.route_names import RouteNames
 from pat_serve.server.http.served_routes import keep_served
 from pat_serve.server.http.web_page import PageModel, page_router, read_card
 from pat_serve.server.routes import benchmark
+from pat_serve.server.routes.benchmark_schemas import (
+    LatencyRequest,
+    LatencyResponse,
+    ThroughputRequest,
+    ThroughputResponse,
+)
 from pat_serve.server.routes.exclusive import Exclusive
 from pat_serve.server.routes.generate import generate
 from pat_serve.server.routes.live_speedup import Side, check_live_speedup
 from pat_serve.server.routes.provenance import model_labels
-from pat_serve.server.routes.schemas import (
-    GenerateRequest,
-    GenerateResponse,
-    HealthResponse,
-    LatencyRequest,
-    LatencyResponse,
-    ReadyResponse,
-    ThroughputRequest,
-    ThroughputResponse,
-)
+from pat_serve.server.routes.schemas import GenerateRequest, GenerateResponse, HealthResponse, ReadyResponse
 from pat_serve.server.routes.speedup_request import LiveSpeedupResult, SpeedupRequest
 from pat_serve.server.start.handover import Handover
 from pat_serve.version import __version__

@@ -34,13 +34,13 @@ from torch.utils.hooks import RemovableHandle
 
 from pat_serve.axes import AXES
 from pat_serve.cuts import line_name
-from pat_serve.rotation import ROWS_AT_ONCE
 from pat_serve.sizes import ModelSizes
 from pat_serve.terminal.progress import track
 from pat_serve.training.choices import InnerChoice, Inputs
 from pat_serve.training.methods.base import Method
 from pat_serve.training.model.branches import Branch, branches
-from pat_serve.training.model.least_squares import Moments, low_rank_update
+from pat_serve.training.model.least_squares import Moments
+from pat_serve.training.model.linears import is_tied, product, start_lora, unwrapped, weight_of
 from pat_serve.training.model.streams import Stream, dense, enter, without_adapters
 from pat_serve.training.ranks import same_on_all
 
@@ -202,12 +202,12 @@ def _set_readers(walk: _Walk, branch: Branch, moments: Moments) -> None:
     felt_DK = (guess_DK @ factor_KK).float()
     for name in branch.readers:
         linear: Any = walk.base.get_submodule(name)
-        weight = _weight(linear)
+        weight = weight_of(linear)
         if walk.refit == "lora":
             if hasattr(linear, "lora_A"):
-                _start_lora(linear, _product(weight, felt_DK), factor_KK, kept_K)
-        elif not _is_tied(walk.base, weight):
-            refitted_OK = _product(weight, guess_DK.float()).add_(weight[:, kept_K])
+                start_lora(linear, product(weight, felt_DK), factor_KK, kept_K)
+        elif not is_tied(walk.base, weight):
+            refitted_OK = product(weight, guess_DK.float()).add_(weight[:, kept_K])
             _replace(walk, name, refitted_OK, kept_K)
 
 
@@ -217,7 +217,7 @@ def _set_writer(walk: _Walk, branch: Branch) -> None:
     assert branch.inner_axis is not None
     assert branch.layer is not None
     linear: Any = walk.base.get_submodule(branch.writer)
-    weight, moments = _weight(linear), Moments()
+    weight, moments = weight_of(linear), Moments()
     caught: list[Tensor] = []
     handle = linear.register_forward_pre_hook(lambda _m, inputs: caught.append(inputs[0]))
     try:
@@ -225,7 +225,7 @@ def _set_writer(walk: _Walk, branch: Branch) -> None:
             branch.added(walk.base, stream.cut_BTD, stream.settings)
             y_ND = stream.wanted_ND
             assert y_ND is not None
-            bias = _inner(linear).bias
+            bias = unwrapped(linear).bias
             moments.add(y_ND if bias is None else y_ND - bias, caught.pop()[stream.real_BT])
     finally:
         handle.remove()
@@ -243,7 +243,7 @@ def _set_writer(walk: _Walk, branch: Branch) -> None:
         _replace(walk, branch.writer, wanted_OK, kept_I)
     elif hasattr(linear, "lora_A"):
         lacks_OK = wanted_OK - weight[:, kept_I].double()
-        _start_lora(linear, (lacks_OK @ factor_KK).float(), factor_KK, kept_I)
+        start_lora(linear, (lacks_OK @ factor_KK).float(), factor_KK, kept_I)
 
 
 def _choose(walk: _Walk, branch: Branch, weight: Tensor, moments: Moments) -> Tensor:
@@ -262,45 +262,9 @@ def _masked(_linear: nn.Module, inputs: tuple[Tensor, ...], *, mask_I: Tensor) -
     return (inputs[0] * mask_I, *inputs[1:])
 
 
-def _inner(linear: Any) -> Any:
-    """The linear inside peft's wrapper, or itself."""
-    return getattr(linear, "base_layer", linear)
-
-
-def _weight(linear: Any) -> Tensor:
-    weight: Tensor = _inner(linear).weight
-    return weight
-
-
-def _is_tied(base: Any, weight: Tensor) -> bool:
-    return base.get_input_embeddings().weight is weight
-
-
 def _replace(walk: _Walk, name: str, weight_OK: Tensor, kept_K: Tensor) -> None:
     """Give a linear new weights, with zeros for the inputs that are cut."""
-    weight = _weight(walk.base.get_submodule(name))
+    weight = weight_of(walk.base.get_submodule(name))
     weight.data.zero_()
     weight.data[:, kept_K] = weight_OK.to(weight)
     walk.found.replaced.append(name)
-
-
-def _start_lora(linear: Any, felt_OK: Tensor, factor_KK: Tensor, kept_K: Tensor) -> None:
-    """Let a linear's adapter begin as a change of its weight (times the factor), at the adapter's rank."""
-    if not felt_OK.any():
-        # A weight of zeros lacks nothing, and an adapter of zeros would learn nothing.
-        return
-    a, b = linear.lora_A["default"].weight, linear.lora_B["default"].weight
-    b_OR, a_RK = low_rank_update(felt_OK, factor_KK, len(a))
-    scaling = linear.scaling["default"] ** 0.5
-    a.zero_()
-    a[: len(a_RK), kept_K] = (a_RK / scaling).to(a)
-    b.zero_()
-    b[:, : b_OR.shape[1]] = (b_OR / scaling).to(b)
-
-
-def _product(weight_OD: Tensor, felt_DK: Tensor) -> Tensor:
-    """Their product in float32, by rows: a 16-bit head in float32 can be larger than the rest of the model."""
-    product_OK = torch.empty(len(weight_OD), felt_DK.shape[1], device=weight_OD.device)
-    for at in range(0, len(weight_OD), ROWS_AT_ONCE):
-        torch.mm(weight_OD[at : at + ROWS_AT_ONCE].float(), felt_DK, out=product_OK[at : at + ROWS_AT_ONCE])
-    return product_OK
