@@ -45,7 +45,7 @@ def start_lora(linear: Any, felt_OK: Tensor, factor_KK: Tensor, kept_K: Tensor) 
 
 
 def product(weight_OD: Tensor, felt_DK: Tensor) -> Tensor:
-    """Product of a weight and a matrix in float32, by rows: a 16-bit head in float32 can be larger than the rest of the model."""
+    """Product in float32, (O, K), by rows: a 16-bit head in float32 can be larger than the rest of the model."""
     product_OK = torch.empty(len(weight_OD), felt_DK.shape[1], device=weight_OD.device)
     for at in range(0, len(weight_OD), ROWS_AT_ONCE):
         torch.mm(weight_OD[at : at + ROWS_AT_ONCE].float(), felt_DK, out=product_OK[at : at + ROWS_AT_ONCE])
