@@ -26,6 +26,7 @@ from pat_serve.training.model.calibration import calibrate
 from pat_serve.training.model.choice_file import replaced_weights
 from pat_serve.training.model.ready import Ready, make_ready
 from pat_serve.training.model.slicing import wide_adapter
+from pat_serve.training.recipe_file import read_recipe
 from pat_serve.training.run import resume, start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family
@@ -255,7 +256,7 @@ def test_the_names_of_a_runs_config_are_read_back(tmp_path: Path):
     flags = TrainRecipe.build({"model": "m", "data": "d", "shape": "ffn=96,layers=3", "choose": "layers=last"}, "flags")
     assert flags.method == "cut"
     flags.save(tmp_path)
-    assert TrainRecipe.build(TrainRecipe.read(tmp_path / "recipe.yaml"), "file") == flags
+    assert TrainRecipe.build(read_recipe(tmp_path / "recipe.yaml"), "file") == flags
     assert json.dumps(flags.shape) == '{"ffn": 96, "layers": 3}'
 
 

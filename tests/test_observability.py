@@ -19,6 +19,7 @@ from pat_serve.training.loop.callbacks import progress_line
 from pat_serve.training.methods.pat.hsm import SharedMask
 from pat_serve.training.methods.pat.method import Pat
 from pat_serve.training.methods.pat.schedule import GateSchedule
+from pat_serve.training.recipe_file import read_recipe
 from pat_serve.training.run import resume, start
 from tests.conftest import tiny_recipe
 from tests.test_resume import interrupt
@@ -75,7 +76,7 @@ def test_no_reporter_leaves_no_folder(tiny_base: Path, rows: Path, tmp_path: Pat
     recipe = TrainRecipe.build(tiny_recipe(tiny_base, rows, max_steps=12).model_dump() | {"report_to": "none"}, "test")
     start(recipe, tmp_path / "run")
     assert not (tmp_path / "run/tensorboard").exists()
-    assert TrainRecipe.read(tmp_path / "run/recipe.yaml")["report_to"] == []
+    assert read_recipe(tmp_path / "run/recipe.yaml")["report_to"] == []
 
 
 def test_a_reporter_that_is_not_installed(tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

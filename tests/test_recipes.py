@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING
 from pat_serve.architectures import FAMILIES
 from pat_serve.geometry import check_width, snap_ratio
 from pat_serve.training.config import TrainRecipe
+from pat_serve.training.recipe_file import read_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # model_type, hidden_size, query heads, head_dim, tied: from the models' published config.json.
@@ -35,7 +36,7 @@ def test_every_recipe_is_in_the_table():
 def test_a_recipe_is_legal_for_its_model(name: str):
     model_type, hidden_size, heads, head_dim, tied = MODELS[name]
     path = RECIPES / f"{name}.yaml"
-    recipe = TrainRecipe.build(TrainRecipe.read(path), str(path))
+    recipe = TrainRecipe.build(read_recipe(path), str(path))
     family = FAMILIES[model_type]
     rule = family.hidden_multiple_of_heads
     assert recipe.hidden_size is not None

@@ -15,6 +15,7 @@ from pat_serve.export.run.reader import open_run
 from pat_serve.plan import PruningPlan
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods.pat.method import Pat
+from pat_serve.training.recipe_file import read_recipe
 from pat_serve.training.run import resume, start
 from tests.conftest import tiny_recipe, write_rows
 from tests.tiny_models import save_tiny_llama
@@ -143,6 +144,6 @@ def test_a_finished_run_is_not_resumed(finished_run: Path):
 
 
 def test_the_recipe_repeats_the_run(finished_run: Path, tmp_path: Path):
-    start(TrainRecipe.build(TrainRecipe.read(finished_run / "recipe.yaml"), "recipe.yaml"), tmp_path / "again")
+    start(TrainRecipe.build(read_recipe(finished_run / "recipe.yaml"), "recipe.yaml"), tmp_path / "again")
     first, again = (load_file(folder / "plan.safetensors") for folder in (finished_run, tmp_path / "again"))
     assert all(torch.equal(first[name], again[name]) for name in first)

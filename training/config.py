@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 
 from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.locate import absolute
-from pat_serve.errors import UsageError, first_line
-from pat_serve.files.atomic import write_text
-from pat_serve.run_folder import RECIPE_FILE
+from pat_serve.errors import UsageError
 from pat_serve.training.groups import check_groups, parse_scales, untrained_group
 from pat_serve.training.methods.pat.settings import PatSettings
 from pat_serve.training.presets import PAPER, UNPRUNED
+from pat_serve.training.recipe_file import write_recipe
 from pat_serve.training.shape_settings import ShapeSettings
 
 TENSORBOARD: Literal["tensorboard"] = "tensorboard"
@@ -146,7 +144,7 @@ class TrainRecipe(ShapeSettings, PatSettings):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _alpha_follows_rank(cls, settings: object) -> object:
-        """So that a larger rank does not come with a smaller scale."""
+        """Let alpha follow the rank, so that a larger rank does not come with a smaller scale."""
         if isinstance(settings, dict) and settings.get("lora_rank") is not None:
             return {"lora_alpha": settings["lora_rank"], **settings}
         return settings
@@ -282,8 +280,7 @@ class TrainRecipe(ShapeSettings, PatSettings):
         settings = self.model_dump(mode="json")
         # The run's own first, then the shape's and the method's.
         inherited = ShapeSettings.model_fields | PatSettings.model_fields
-        ordered = {name: settings[name] for name in sorted(settings, key=inherited.__contains__)}
-        write_text(run / RECIPE_FILE, yaml.safe_dump(ordered, sort_keys=False))
+        write_recipe(run, {name: settings[name] for name in sorted(settings, key=inherited.__contains__)})
 
     @staticmethod
     def build(settings: dict[str, Any], source: str) -> TrainRecipe:
@@ -303,22 +300,3 @@ class TrainRecipe(ShapeSettings, PatSettings):
                 found=repr(first.get("input")) if first["type"] != "missing" else "no value",
                 fix="See pat-train --help.",
             ) from error
-
-    @staticmethod
-    def read(path: Path) -> dict[str, Any]:
-        """The settings in a YAML file, unchecked, for flags to be laid over them.
-
-        Raises:
-            UsageError: the file is missing or is not a YAML mapping.
-        """
-        try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(
-                path, expected="a YAML recipe", found=first_line(error), fix="Check the path and its content."
-            ) from error
-        if not isinstance(settings, dict):
-            raise UsageError(
-                path, expected="a YAML mapping", found=type(settings).__name__, fix="Write one `name: value` a line."
-            )
-        return settings

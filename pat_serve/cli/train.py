@@ -259,6 +259,7 @@ def train(
     from pat_serve.terminal.progress import say
     from pat_serve.training.config import TrainRecipe
     from pat_serve.training.presets import preset_settings
+    from pat_serve.training.recipe_file import read_recipe
     from pat_serve.training.run import Finished, start, start_or_resume
     from pat_serve.training.run import resume as resume_run
 
@@ -267,7 +268,7 @@ def train(
         finished = resume_run(Path(resume))
     else:
         assert out is not None
-        settings = preset_settings(preset, recipe) | (TrainRecipe.read(config) if config else {})
+        settings = preset_settings(preset, recipe) | (read_recipe(config) if config else {})
         # A flag also wins over the file's other way to say the same.
         sizes = ("ratio", "hidden_size", "shape")
         others = {one: tuple(other for other in sizes if other != one) for one in sizes} | {"epochs": ("max_steps",)}

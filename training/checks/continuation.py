@@ -17,6 +17,7 @@ from pat_serve.run_folder import (
     RECIPE_FILE,
 )
 from pat_serve.training.config import TrainRecipe
+from pat_serve.training.recipe_file import read_recipe
 
 
 class RunState(Enum):
@@ -59,7 +60,7 @@ def require_unfinished(run: Path) -> None:
 
 def saved_recipe(run: Path) -> TrainRecipe:
     """Read the recipe that a run began with."""
-    return TrainRecipe.build(TrainRecipe.read(run / RECIPE_FILE), str(run / RECIPE_FILE))
+    return TrainRecipe.build(read_recipe(run / RECIPE_FILE), str(run / RECIPE_FILE))
 
 
 def require_same_recipe(run: Path, recipe: TrainRecipe) -> None:
