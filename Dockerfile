@@ -34,7 +34,7 @@ RUN case "$DEMO" in tiny) flag=--tiny ;; real) flag= ;; "") flag=--or-tiny ;; \
     && PAT_SERVE_CACHE=/demo/cache /opt/venv/bin/pat-demo $flag --out /demo --model-only \
     && mv /demo/pruned /model && chmod -R a+rX /model && rm -rf /demo && head -n 1 /model/NOTICE
 
-# What both images end in, without their packages.
+# The common end of both images, without their packages.
 FROM base AS runtime
 COPY --from=model /model /model
 COPY docker/ready.py /opt/ready.py

@@ -25,7 +25,7 @@ compile cpu.lock --extra train --extra cpu --extra bench --extra eval --extra gg
 # A resolver that finds no CPU wheel takes the CUDA build, which no lock of ours may name.
 grep -qE '^torch==[0-9.]+\+cpu' "$tools/cpu.lock" \
   || { echo "lock: expected torch's CPU wheel, found $(grep '^torch==' "$tools/cpu.lock"). Set FIND_LINKS." >&2; exit 1; }
-# What the images serve with: no training, no tests; GGUF files are read; the same versions.
+# Packages that the images serve with: no training, no tests; GGUF files are read; the same versions.
 compile serve-cpu.lock --extra cpu --extra gguf --override requirements/overrides.txt --constraint "$tools/cpu.lock" "${links[@]}"
 # Without the folders of CPU wheels: the index's torch is the CUDA build.
 compile serve-cuda.lock --extra cuda --extra gguf --no-config

@@ -21,14 +21,8 @@ TENSORBOARD: Literal["tensorboard"] = "tensorboard"
 
 # The schedulers of transformers that need no arguments of their own and no metric.
 SCHEDULERS = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-)
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
 
 LEAST_CALIBRATION_ROWS = 8
 
