@@ -64,7 +64,7 @@ class FakeEngine:
         return MachineRates(dtype=self._start.dtype, bytes_per_s=bytes_per_s, flops_per_s=flops_per_s, cache_bytes=1)
 
     def next_batch(self) -> float:
-        """By how much the coming batch is slower than the truth."""
+        """Factor by which the coming batch is slower than the truth."""
         number, truth = self._batches, self._truth
         self._batches += 1
         if number == truth.get("dies_at"):

@@ -81,7 +81,7 @@ def stock_trainer(base: Path, rows: Path, out: Path, config: PatConfig | None = 
 def test_a_stock_trainer_comes_to_what_the_command_comes_to(
     config: PatConfig, tiny_base: Path, rows: Path, tmp_path: Path
 ):
-    """With accumulation, where a regulariser that is counted once a micro-batch would weigh three times too much."""
+    """Gradients are accumulated: a regulariser that counts once a micro-batch would weigh three times too much."""
     recipe = TrainRecipe.build(
         {
             **tiny_recipe(tiny_base, rows, max_steps=16, gradient_accumulation_steps=3).model_dump(

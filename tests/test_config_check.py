@@ -148,7 +148,7 @@ def test_a_command_shows_the_line_and_nothing_else(base: Path, tmp_path: Path):
 )
 @pytest.mark.parametrize("old", [False, True])
 def test_scaled_ropes_are_taken(rope: dict[str, Any], old: bool, tmp_path: Path):
-    """In both spellings, with a head_dim that is not the width's share of a head (24 of 16)."""
+    """The config has both spellings in turn, and a head_dim that is not the width's share of a head (24, not 16)."""
     base = save_tiny_llama(tmp_path / "base", head_dim=24)
     if old:
         write_config(base, {"rope_scaling": rope, "rope_theta": 10_000.0, "rope_parameters": GONE})
@@ -180,7 +180,7 @@ def test_configs_that_are_fine(changes: dict[str, Any], base: Path):
 
 
 def test_a_quantized_models_config_is_looked_at_too(tmp_path: Path):
-    """Its weights are not: their names are the quantizer's."""
+    """The weights are not looked at, because the quantizer chose their names."""
     base = save_tiny_family(tmp_path / "base", "llama")
     edit_config(base, quantization_config={"quant_method": "compressed-tensors"})
     for command in ("pat-eval", "pat-serve", "pat-bench"):

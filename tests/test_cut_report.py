@@ -100,7 +100,7 @@ def test_the_export_has_what_was_said(rows: Path, tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize("where", ["transformers.Trainer.training_step", "pat_serve.training.run._finish"])
 def test_a_run_of_one_step_is_resumed(where: str, tiny_base: Path, rows: Path, tmp_path: Path):
-    """With no step done, and with all of them."""
+    """The run stops before its step, and after it."""
     recipe = tiny_recipe(tiny_base, rows, **DEFAULTS, max_steps=1)
     start(recipe, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:

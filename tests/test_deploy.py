@@ -82,6 +82,6 @@ def test_compose_gives_no_empty_keys() -> None:
 
 
 def test_the_image_takes_its_packages_from_where_it_is_told() -> None:
-    """In the stage that all those begin from which call pip."""
+    """The build argument stands in the stage from which all stages that call pip begin."""
     base = (ROOT / "Dockerfile").read_text().partition(" AS base\n")[2].partition("\nFROM ")[0]
     assert "\nARG PIP_INDEX_URL\n" in base

@@ -35,7 +35,7 @@ def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Failing:
-    """In the place of vLLM's handlers of requests, all of whose calls raise."""
+    """Stand in for vLLM's handlers of requests: every call raises."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error

@@ -54,7 +54,7 @@ def test_equal_models_are_equal():
 
 
 def test_the_score_interval_has_a_width_where_nothing_differs():
-    """Its ends are z^2 / (n + z^2) then."""
+    """The interval's ends are z^2 / (n + z^2) then."""
     for items in (1, 5, 1000):
         low, high = paired_difference(0, 0, items)
         assert high == pytest.approx(1.959964**2 / (items + 1.959964**2), rel=1e-6)

@@ -164,7 +164,7 @@ def test_values_in_a_plan(path: list[float], value: Any, folder: Path, made: Pat
 @bounded
 @given(path=paths, value=values)
 def test_values_in_the_header_of_a_plan(path: list[float], value: Any, folder: Path, made: Path):
-    """With the hash of what was changed: a plan by somebody who knows how they are made."""
+    """The plan has the hash of the changed arrays, as by somebody who knows how plans are made."""
     whole = (made / "run/plan.safetensors").read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
     header = json.dumps(replaced(json.loads(whole[8 : 8 + length]), path, value)).encode()

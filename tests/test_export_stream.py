@@ -69,7 +69,7 @@ def test_hashes_are_taken_while_the_files_are_written(run: Path, tmp_path: Path)
 
 
 def test_another_base_is_noticed_before_anything_has_a_name(run: Path, tmp_path: Path):
-    """Its hash is taken beside the writing, so a weight that is read may be another one until the end."""
+    """The base is hashed beside the writing, so a weight may turn out to be another one until the end."""
     base = shutil.copytree(run.parent / "base", tmp_path / "base")
     content = bytearray((base / "model.safetensors").read_bytes())
     content[-2] ^= 1
@@ -168,7 +168,7 @@ def test_an_update_without_a_tensor_of_its_own(tmp_path: Path):
 
 
 def test_an_adapter_of_another_rank(run: Path, tmp_path: Path):
-    """Its scaling would be of the configuration's rank, and so another one than that of the training."""
+    """The adapter's scaling would follow the configuration's rank, and differ from the training's."""
     copy = shutil.copytree(run, tmp_path / "run")
     config = copy / "adapter/adapter_config.json"
     config.write_text(config.read_text().replace('"r": 4', '"r": 8'))

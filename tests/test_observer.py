@@ -223,7 +223,7 @@ def test_what_a_model_says_of_itself(tmp_path: Path) -> None:
 
 
 def test_several_processes_share_the_figures(tmp_path: Path) -> None:
-    """With PROMETHEUS_MULTIPROC_DIR, as vLLM then collects them: from the files of all processes."""
+    """PROMETHEUS_MULTIPROC_DIR is set, and figures come from the files of all processes, as vLLM collects them."""
     record = (
         "from pat_serve.server.http.admission import Admission\n"
         "from pat_serve.server.http.exchange import Exchange\n"

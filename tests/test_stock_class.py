@@ -119,7 +119,7 @@ def test_biases_that_only_the_config_has(setting: str, example: str, base: Path)
 
 
 def test_a_qwen2_without_its_biases(tmp_path: Path):
-    """Its class has them whatever the config says."""
+    """Qwen2's class has the biases whatever the config says."""
     base = save_tiny_family(tmp_path / "base", "qwen2")
     accept(base)
     edit_weights(base, **{"model.layers.1.self_attn.k_proj.bias": None})

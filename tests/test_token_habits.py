@@ -164,7 +164,7 @@ def test_a_tokenizer_without_an_end_says_so_once(capsys: pytest.CaptureFixture[s
 
 
 def test_a_tokenizer_that_ends_every_text_is_named(capsys: pytest.CaptureFixture[str]):
-    """Its end is the completion's; a server would end its prompts with it."""
+    """The end token belongs to the completion; a server would end its prompts with it."""
     tokenizer = tiny_tokenizer()
     specials = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

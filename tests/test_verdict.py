@@ -21,7 +21,7 @@ QUIET = Surroundings(other_cpu_share=0.0, settled=True)
 
 
 def judged(low: float, high: float, margin: float = 0.0, **settings: Any) -> Judgement:
-    """On a quiet machine but for the settings."""
+    """The judgement on a quiet machine, but for the settings."""
     chosen = {"rounds": 9, "spread": 0.02, "drift": 0.0, "surroundings": QUIET} | settings
     return judge(claim=Claim(ratio=1.33, margin=margin), low=low, high=high, **chosen)
 

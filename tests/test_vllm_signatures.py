@@ -151,7 +151,7 @@ def test_endpoint_plugin_protocol() -> None:
 
 
 def test_served_routes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all that vLLM can be told to add; the list is what it names, and no route is left that it does not."""
+    """vLLM adds every route that it can be told to add, and the list of served routes decides on each."""
     from vllm.entrypoints.launchers.app import build_app
 
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")

@@ -237,7 +237,7 @@ class TrainRecipe(ShapeSettings, PatSettings):
         return TrainRecipe.build(self.model_dump() | chosen | refit, "recipe")
 
     def _resolved_refit(self, compensate: bool) -> str:
-        """In the weights' place; where the teacher shares them, in LoRA's start, which is switched off for it."""
+        """Full, or lora where a teacher shares the weights: LoRA's start is switched off for the teacher."""
         if self.refit != "auto" or not compensate:
             return self.refit
         return "lora" if self.distillation_weight else "full"

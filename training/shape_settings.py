@@ -19,7 +19,7 @@ class ShapeSettings(pydantic.BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _method_follows_shape(cls, settings: object) -> object:
-        """Where the stream is not cut, nothing of PAT is left to do."""
+        """Choose the method `cut` where the stream stays whole, since PAT has nothing to do there."""
         if not isinstance(settings, dict) or not settings.get("shape") or settings.get("method") is not None:
             return settings
         shape = settings["shape"]

@@ -148,7 +148,7 @@ class Job:
         return self.method.get("method") == DENSE_METHOD["method"]
 
     def key(self, steps: int) -> tuple[str, float, int, int]:
-        """By which it is known among the results once it has taken so many steps."""
+        """Key of the job's result after so many steps."""
         return self.name, self.ratio, self.seed, steps
 
 

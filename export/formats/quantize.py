@@ -50,7 +50,7 @@ class Stored:
 
     @property
     def size_bytes(self) -> int:
-        """Its length in the file."""
+        """Length of the tensor in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
 

@@ -157,7 +157,7 @@ class _Gate:
 
     @property
     def _proved(self) -> bool:
-        """So far; after a comparison that failed no other one is worth its minutes."""
+        """Whether every comparison so far has passed; after a failed one no other is worth its minutes."""
         return all(row.passed for row in self._rows)
 
     def _exactly(self, model: str, answers: Answers) -> Figures:

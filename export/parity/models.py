@@ -69,7 +69,7 @@ class Models(Protocol):
 
     @property
     def exact_dtype(self) -> torch.dtype:
-        """In which the rewriting was computed that the files are the nearest values of."""
+        """The dtype of the rewriting, before its tensors were rounded to those of the files."""
         ...
 
     def exported(self, dtype: torch.dtype, prompts: Prompts, texts: Texts) -> Answers:
@@ -115,7 +115,7 @@ class _Asked:
 
     @property
     def exact_dtype(self) -> torch.dtype:
-        """In which the rewriting was computed that the files are the nearest values of."""
+        """The dtype of the rewriting, before its tensors were rounded to those of the files."""
         return torch.promote_types(torch.promote_types(self.check.dtype, self.run.base.dtype), torch.float32)
 
     def rewriting(self, dtype: torch.dtype) -> Rewriting:

@@ -53,7 +53,7 @@ class Job:
 
     @property
     def thick(self) -> bool:
-        """Its products are many to a number: they want large blocks."""
+        """Whether the job computes many products for each number, which wants large blocks."""
         return self.rotation is not None or (self.fused is not None and self.fused.l0_RD is not None)
 
     def part(self, start: int, stop: int) -> Job:

@@ -18,7 +18,7 @@ class Scratch:
         self._memory: dict[str, Tensor] = {}
 
     def take(self, use: str, size_bytes: int) -> Tensor:
-        """So many bytes for one use; what they held before is lost."""
+        """Give so many bytes for one use; their former content is lost."""
         memory = self._memory.get(use)
         if memory is None or len(memory) < size_bytes:
             self._memory.pop(use, None)

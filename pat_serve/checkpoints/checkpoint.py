@@ -52,7 +52,7 @@ class Checkpoint:
 
     @cached_property
     def sizes(self) -> ModelSizes:
-        """Its sizes, explicit or by the config class's rules."""
+        """Sizes of the model, explicit or by the config class's rules."""
         return ModelSizes.of(self.config, self.family, self.folder)
 
     @property
@@ -95,7 +95,7 @@ class Checkpoint:
         return self.tensors[name].read()
 
     def shards(self) -> list[Path]:
-        """Its weight files, in order."""
+        """The checkpoint's weight files, in order."""
         return sorted({entry.shard for entry in self.tensors.values()})
 
     def reference(self) -> BaseReference:

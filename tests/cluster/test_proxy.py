@@ -1,4 +1,4 @@
-"""In Ray Serve's proxies: what is repeated, and what a client is told of a loss. Without Ray."""
+"""The middleware in Ray Serve's proxies: it repeats some requests and tells clients of a loss. Without Ray."""
 
 from __future__ import annotations
 

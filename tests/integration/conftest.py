@@ -172,7 +172,7 @@ def client(server: Server) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def serves_afterwards(server: Server, client: httpx.Client) -> Iterator[None]:
-    """After the test: a good request is served, and the log holds neither a key nor a traceback."""
+    """Check after the test that a good request is served, and that the log has neither a key nor a traceback."""
     yield
     assert client.post("/generate", json={"prompt": "a", "max_tokens": 2}).status_code == 200
     assert client.get("/ready").status_code == 200

@@ -60,7 +60,7 @@ class Nodes:
         return [process for process in psutil.process_iter() if _is_replica(process)]
 
     def replicas_of(self, node: Any) -> list[psutil.Process]:
-        """Those of one node: the children of its raylet."""
+        """Replicas of one node: the children of its raylet."""
         [raylet] = node.all_processes["raylet"]
         return [process for process in self.replicas() if process.ppid() == raylet.process.pid]
 

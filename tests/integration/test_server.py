@@ -25,7 +25,7 @@ PROMPT = "Return a new dictionary"
 
 
 def check_timings(timings: dict[str, float], response: httpx.Response) -> None:
-    """In seconds, and within what the client saw of them: httpx stops its clock when it has read all."""
+    """Timings are in seconds and within the client's own: httpx stops its clock when it has read all."""
     assert timings.keys() == {"queue_s", "ttft_s", "tpot_s", "e2e_s"}
     seen_s = response.elapsed.total_seconds()
     assert 0 <= timings["queue_s"] < timings["ttft_s"] < timings["e2e_s"] < seen_s

@@ -51,7 +51,7 @@ class RunInputs(pydantic.BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _of_an_earlier_version(cls, record: object) -> object:
-        """Its runs cut the stream alone."""
+        """Read the record of an earlier version, whose runs cut the stream alone."""
         if isinstance(record, dict) and "target_width" in record:
             record = {**record, "shape": {HIDDEN: record["target_width"]}}
             del record["target_width"]

@@ -25,7 +25,7 @@ class Refit(InnerChoice):
     name: ClassVar[str] = "refit"
 
     def keep(self, inputs: Inputs, count: int) -> Tensor:
-        """By trying every group that is left, until `count` are."""
+        """Drop the group that costs least, one after the other, until `count` are left."""
         inverse_II, weight_OI = inputs.inverse(RIDGE), inputs.weight_OI.clone()
         left = list(range(inputs.length))
         while len(left) > count:

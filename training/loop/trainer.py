@@ -210,7 +210,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
                 self._seen = (total, self._micro_batches)
 
     def _saved(self) -> str:
-        """Where the run could be gone on from, as the end of a sentence."""
+        """Name the last whole checkpoint, as the end of a sentence; empty where there is none."""
         checkpoints = list_checkpoints(self.checkpoints.parent)
         return f"; {checkpoints[-1].name} in its checkpoints folder is the last whole one" if checkpoints else ""
 

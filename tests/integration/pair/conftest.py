@@ -42,7 +42,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """In the place of the shared one: half as wide a model beside its baseline, and a page that a browser can open."""
+    """A server in place of the shared one: half as wide a model beside its baseline, with a page for browsers."""
     with running_pair(dense, tmp_path_factory.mktemp("pair")) as server:
         yield server
         # Both engines end with the server.

@@ -45,7 +45,7 @@ class Pat(Method):
 
     @classmethod
     def wants_batches(cls, recipe: TrainRecipe) -> bool:
-        """So do choices along other axes."""
+        """Whether the calibration or a choice along another axis reads batches."""
         return cls.wants_calibration(recipe) or bool(set(recipe.shape) - {HIDDEN})
 
     @classmethod
@@ -62,7 +62,7 @@ class Pat(Method):
 
     @classmethod
     def least_steps(cls, recipe: TrainRecipe) -> int:
-        """Those in which the gate closes."""
+        """The steps in which the gate closes."""
         return least_steps(recipe.gate)
 
     def unfinished(self) -> str | None:
