@@ -158,6 +158,10 @@ def test_without_the_index_the_small_model_takes_its_place_where_it_may(
     assert json.loads((out / "demo.json").read_text()) == {"demo": "tiny"}
 
 
+def _shape(layers: int, ffn: int) -> dict[str, int]:
+    return {"hidden_size": 576, "num_hidden_layers": layers, "intermediate_size": ffn, "num_key_value_heads": 3}
+
+
 def findings() -> dict[str, Any]:
     """Findings as `real_findings` collects them, with one conversation in which a model says markup."""
     said = {"text": "<script>alert(1)</script>", "finish_reason": "length", "usage": {}, "timings": {}}
@@ -172,8 +176,8 @@ def findings() -> dict[str, Any]:
         "machine": {"cpu_model": "a <fast> one", "cpu_cores": 2},
         "plan": {"steps": 41, "rows": 600, "rows_per_step": 16, "probe_s": 2.5},
         "models": {
-            "parent": {"parameters": 1000, "hidden_size": 576},
-            "pruned": {"parameters": 910, "hidden_size": 432, "weights_bytes": 1820},
+            "parent": {"parameters": 1000, "shape": _shape(30, 1536)},
+            "pruned": {"parameters": 910, "shape": _shape(24, 1280), "weights_bytes": 1820},
         },
         "parity": {"max_abs_over_std": 1e-6, "positions": 300},
         "quality": {"held-out answers": {"parent": perplexity, "pruned": perplexity | {"perplexity": 15.0}}},
@@ -191,7 +195,6 @@ def findings() -> dict[str, Any]:
             "dtype": "bfloat16", "regimes": [regime],
         },
         "training": [{"step": 1, "cross_entropy": 2.0, "distillation": 0.5}],
-        "axes": [0.5, 0.3, 0.2] + [0.0] * 573,
         "stage_s": {"prune": 100.0},
     }  # fmt: skip
 
@@ -202,7 +205,15 @@ def test_the_report_shows_both_answers_and_makes_no_markup_of_them() -> None:
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt; …") == 4
     assert "a &lt;fast&gt; one" in html
     assert "Who &amp; what?" in html
-    for figure in ("41 steps", "of 600 in which", "-9.0%", "+50%", "1.100x [1.050, 1.150]", "0 of 1"):
+    for figure in (
+        "41 steps",
+        "of 600 in which",
+        "30 to 24 layers, 1536 to 1280 FFN channels,",
+        "-9.0%",
+        "+50%",
+        "1.100x [1.050, 1.150]",
+        "0 of 1",
+    ):
         assert figure in html, figure
 
 
@@ -214,17 +225,19 @@ def test_the_real_model_goes_the_whole_way(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", rows[:32])
     write_rows(tmp_path / "heldout.jsonl", rows[32:48])
     command(
-        "pat-train", "--model", file, "--data", tmp_path / "train.jsonl", "--ratio", "0.25", "--max-steps", "2",
+        "pat-train", "--model", file, "--data", tmp_path / "train.jsonl",
+        "--shape", "layers=24,ffn=1280", "--max-steps", "2",
         "--batch-size", "4", "--gradient-accumulation-steps", "1", "--calibration-rows", "16",
         "--learning-rate", "1e-3", "--max-length-tokens", "128", "--out", tmp_path / "run",
     )  # fmt: skip
     command("pat-export", "--ckpt", tmp_path / "run", "--out", tmp_path / "pruned")
     record = json.loads((tmp_path / "pruned/pat_export.json").read_text())
-    assert record["hidden_size"] == {"base": 576, "exported": 432}
+    assert record["shape"]["num_hidden_layers"] == {"base": 30, "exported": 24}
+    assert record["parameters"]["exported"] < 0.77 * record["parameters"]["base"]  # the head stays tied
     quality = json.loads(command("pat-eval", file, tmp_path / "pruned", "--data", tmp_path / "heldout.jsonl", "--json"))
     [measure] = quality["measures"]
     parent, pruned = (result["value"] for result in measure["results"])
-    # Two steps after a cut of a quarter: a model still, and a worse one. A lost scale or eps gives thousands.
+    # Two steps after the cut: a model still, and a worse one. A lost scale or eps gives thousands.
     assert 1 < parent < pruned < 40 * parent
     # The parent, read from the GGUF file, is the chat model that its authors made.
     folder = locate(str(file))

@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 class TinyParent(RealPipeline):
     """With a parent that is made and not fetched."""
 
+    shape = "layers=1,ffn=64"
+
     @property
     def parent(self) -> Path:  # type: ignore[override]
         return self.out / "parent"
@@ -37,7 +39,7 @@ def test_the_demo_goes_from_a_chat_model_to_a_report(tmp_path: Path) -> None:
     write_json(demo.plan_file, granted)
     demo.run()
     findings = json.loads((demo.out / "report.json").read_text())
-    assert (findings["models"]["parent"]["hidden_size"], findings["models"]["pruned"]["hidden_size"]) == (64, 48)
+    assert findings["models"]["pruned"]["shape"]["num_hidden_layers"] == 1
     assert [line["step"] for line in findings["training"]][-1] == 3
     assert all("distillation" in line for line in findings["training"])
     first = findings["talk"][0]
@@ -48,7 +50,7 @@ def test_the_demo_goes_from_a_chat_model_to_a_report(tmp_path: Path) -> None:
     assert (demo.pruned / "LICENSE").read_text() == "Anybody may do anything with it."
     assert "made by HuggingFaceTB" in (demo.pruned / "NOTICE").read_text()
     html = (demo.out / "report.html").read_text()
-    assert "hidden size 64 to 48" in html
+    assert "2 to 1 layers, 128 to 64 FFN channels" in html
     assert demo.summary_lines()[1] == "trained:     3 steps of 16 conversations, of 584"
     # Finished stages stay: a second call writes the report anew and nothing else.
     written = {path: path.stat().st_mtime_ns for path in demo.out.glob("*") if path.name.endswith("json")}

@@ -7,11 +7,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pat_serve.demo.tiny.findings import axis_importances, metrics_of, without_rounds
+from pat_serve.demo.tiny.findings import metrics_of, without_rounds
 from pat_serve.machine.hardware import describe
 
 # The texts stand in the order in which the demo gives them to pat-eval.
 MEASURED_ON = ("held-out answers", "Python's reference")
+_SIZES = {
+    "hidden_size": "channels",
+    "num_hidden_layers": "layers",
+    "intermediate_size": "FFN channels",
+    "num_key_value_heads": "key-value heads",
+}
 
 
 def collect(out: Path) -> dict[str, Any]:
@@ -27,11 +33,11 @@ def collect(out: Path) -> dict[str, Any]:
         "models": {
             "parent": {
                 "parameters": record["parameters"]["base"],
-                "hidden_size": record["hidden_size"]["base"],
+                "shape": {setting: sizes["base"] for setting, sizes in record["shape"].items()},
             },
             "pruned": {
                 "parameters": record["parameters"]["exported"],
-                "hidden_size": record["hidden_size"]["exported"],
+                "shape": {setting: sizes["exported"] for setting, sizes in record["shape"].items()},
                 "weights_bytes": sum(path.stat().st_size for path in (out / "pruned").glob("*.safetensors")),
             },
         },
@@ -46,7 +52,6 @@ def collect(out: Path) -> dict[str, Any]:
         "fact_answers": talk["facts"],
         "speedup": without_rounds(talk["speedup"]),
         "training": metrics_of(out / "run" / "metrics.jsonl"),
-        "axes": axis_importances(out / "run"),
         "stage_s": _json(out / "timings.json"),
     }
 
@@ -58,7 +63,7 @@ def summary_lines(out: Path) -> list[str]:
     lines = [
         "",
         f"trained:     {plan['steps']} steps of {plan['rows_per_step']} conversations, of {plan['rows']}",
-        f"width:       {models['parent']['hidden_size']} -> {models['pruned']['hidden_size']}, "
+        f"cut:         {told_cut(models['parent']['shape'], models['pruned']['shape'])}; "
         f"parameters {models['parent']['parameters']:,} -> {models['pruned']['parameters']:,} "
         f"({models['pruned']['parameters'] / models['parent']['parameters'] - 1:+.1%})",
         f"facts:       of {facts['asked']}, the parent knows {facts['parent']} and the pruned model {facts['pruned']}",
@@ -74,6 +79,20 @@ def summary_lines(out: Path) -> list[str]:
         f"talk to it:  pat-serve --model {out / 'pruned'} --baseline {out / 'parent'}",
     ]
     return lines
+
+
+def told_cut(parent: dict[str, int], pruned: dict[str, int]) -> str:
+    """Tell the sizes that differ: "30 to 24 layers, 1536 to 1280 FFN channels".
+
+    Args:
+        parent: sizes by the names of config.json.
+        pruned: the same of the pruned model.
+    """
+    return ", ".join(
+        f"{parent[setting]} to {pruned[setting]} {name}"
+        for setting, name in _SIZES.items()
+        if parent[setting] != pruned[setting]
+    )
 
 
 def _results(measure: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from pat_serve.demo.charts import axes_chart, losses_chart, speedup_chart
+from pat_serve.demo.charts import losses_chart, speedup_chart
 from pat_serve.demo.real.budget import PROBE_TOKENS
+from pat_serve.demo.real.findings import told_cut
 from pat_serve.demo.report_parts import Html, cards, colored, figure, measured_ratio, note, page, plain, table
 
 _NAMES = ("parent", "pruned")
@@ -19,8 +20,8 @@ _MORE = (
     ("Your own data", "<code>--data</code> takes prompts and completions, Alpaca fields and chats: README.md."),
     (
         "Another size",
-        "<code>--ratio 0.1</code> cuts less and loses less. <code>pat-train</code> says before it starts what share of "
-        "the parameters and of the bytes a token costs will go.",
+        "<code>--shape layers=27,ffn=1408</code> cuts less and loses less. <code>pat-shapes</code> lists what each "
+        "shape saves, before a weight is read.",
     ),
     (
         "A larger model",
@@ -40,9 +41,9 @@ def render(findings: dict[str, Any]) -> str:
 def _head(findings: dict[str, Any]) -> str:
     models, plan, machine = findings["models"], findings["plan"], findings["machine"]
     return (
-        "<h1>A chat model, a quarter narrower after ten minutes</h1>"
-        f"<p class='lead'>SmolLM2-135M-Instruct, hidden size {models['parent']['hidden_size']} to "
-        f"{models['pruned']['hidden_size']}, trained for {plan['steps']} steps of {plan['rows_per_step']} "
+        "<h1>A chat model, a quarter smaller after ten minutes</h1>"
+        f"<p class='lead'>SmolLM2-135M-Instruct, {told_cut(models['parent']['shape'], models['pruned']['shape'])}, "
+        f"trained for {plan['steps']} steps of {plan['rows_per_step']} "
         f"conversations, of {plan['rows']} in which it answers itself. {escape(findings['date'])}, "
         f"{escape(str(machine['cpu_model']))}, {machine['cpu_cores']} cores.</p>"
         "<p>That is a taste and no finished model: so few steps bring back a part of what the cut took. Read what both "
@@ -121,8 +122,8 @@ def _speed(findings: dict[str, Any]) -> str:
     told = (
         f"POST /benchmark/speedup of the server that answered above: {speedup['rounds']} paired rounds, batch 1, 128 "
         f"prompt tokens, {speedup['dtype']}. The ceiling counts bytes and operations alone. A model this small spends "
-        "much of its time on other work in each of its layers, and a narrower stream leaves their number as it is: "
-        "larger models come closer to the ceiling: see Llama-2-7B's shapes in docs/numbers.md."
+        "much of its time on other work in each of its layers, so that a dropped layer saves more than a narrower "
+        "one. What larger models gain is in docs/numbers.md."
     )
     return (
         f"<h2>Speed: at least {speedup['settings']['claim']}x? {colored(speedup['verdict'])}</h2>"
@@ -132,21 +133,14 @@ def _speed(findings: dict[str, Any]) -> str:
 
 
 def _training(findings: dict[str, Any]) -> str:
-    kept = findings["models"]["pruned"]["hidden_size"]
-    cut = sum(findings["axes"][kept:])
     parity = findings["parity"]
     told = (
-        "The residual stream is turned to the axes of its energy and of the loss's gradient; the weakest, with "
-        f"{cut:.1%} of both, are cut before the first step, and the weights make up for them by least squares. "
-        "The turn unties the head from the embedding, so fewer parameters go than a quarter. The exported files give "
-        f"what was trained: largest logit difference {parity['max_abs_over_std']:.1e} of their standard deviation "
-        f"over {parity['positions']} positions."
+        "The layers that change the residual stream least are dropped, and from each other layer those FFN channels "
+        "that the rest makes up for best. Least squares gives new weights to what reads the rest, before the first "
+        "step. LoRA then trains the smaller model. The exported files compute what was trained: largest logit "
+        f"difference {parity['max_abs_over_std']:.1e} of their standard deviation over {parity['positions']} positions."
     )
-    charts = (
-        f"<div>{figure(losses_chart(findings['training']))}</div>"
-        f"<div>{figure(axes_chart(findings['axes'], kept))}</div>"
-    )
-    return f"<h2>Training</h2><div class='two'>{charts}</div>{note(told)}"
+    return f"<h2>Training</h2>{figure(losses_chart(findings['training']))}{note(told)}"
 
 
 def _more() -> str:
