@@ -21,6 +21,7 @@ HELD_OUT_EVERY = 12
 # default.
 SHAPE = "layers=24,ffn=1280"
 RECIPE = [
+    *("--refit", "full"),
     *("--lora-rank", "64"),
     *("--lora-dropout", "0"),
     *("--learning-rate", "1e-3"),
