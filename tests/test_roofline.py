@@ -3,7 +3,7 @@ from importlib.resources import files
 
 import pytest
 import torch
-from transformers import GemmaConfig, GemmaForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaForCausalLM
 
 from pat_serve.errors import BrokenCheckpoint
 from pat_serve.server.analysis.roofline import decode_ceiling, prefill_ceiling, prefill_flops
@@ -23,6 +23,16 @@ def test_parameters_of_the_paper_s_shapes() -> None:
     assert DENSE.parameters == 6_738_415_616
     # All matrices and norms shrink with the hidden dimension.
     assert PRUNED.parameters * 4 == DENSE.parameters * 3
+
+
+@pytest.mark.parametrize("name", ["llama2-7b-groups25", "llama2-7b-mix25"])
+def test_the_other_shipped_shapes_are_a_quarter_smaller_and_load(name: str) -> None:
+    assert shipped(name).parameters == pytest.approx(0.75 * DENSE.parameters, rel=0.01)
+    config = json.loads((files("pat_serve.server.bench") / "shapes" / f"{name}.json").read_text())
+    stock = AutoConfig.for_model(config.pop("model_type"), **config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(stock)
+    assert sum(parameter.numel() for parameter in model.parameters()) == shipped(name).parameters
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -25,7 +25,7 @@ from pat_serve.cli.bench.options import (
 )
 from pat_serve.machine.extras import require
 
-Model = Annotated[str, typer.Option(help="Folder, .gguf, hub id, or a shipped shape (llama2-7b, llama2-7b-pat25).")]
+Model = Annotated[str, typer.Option(help="Folder, .gguf, hub id, or a shipped shape (llama2-7b, ...).")]
 Layers = Annotated[int | None, typer.Option(help="Number of layers to cut the model to; random weights only.")]
 Eager = Annotated[bool, typer.Option(help="Run the model without torch.compile.")]
 Seed = Annotated[int, typer.Option(help="Seed of prompts and random weights.")]

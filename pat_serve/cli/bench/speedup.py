@@ -32,7 +32,7 @@ BOTH = ("prefill", "decode")
 def speedup(
     baseline: Annotated[
         str,
-        typer.Option(help="Dense model: folder, .gguf, hub id, or a shipped shape (llama2-7b, llama2-7b-pat25)."),
+        typer.Option(help="Dense model: folder, .gguf, hub id, or a shipped shape (llama2-7b, llama2-7b-pat25, ...)."),
     ],
     candidate: Annotated[str, typer.Option(help="Model that is claimed to be faster, in the same forms.")],
     claim: Annotated[float, typer.Option(help="The speed-up to check.")] = 1.33,
