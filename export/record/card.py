@@ -99,7 +99,7 @@ def model_card(record: dict[str, Any], measured: str | None = None) -> str:
 
     Args:
         record: content of pat_export.json.
-        measured: speed and quality tables (`measured.py`), where they were measured.
+        measured: speed and quality tables (`card_sections.py`), where they were measured.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
