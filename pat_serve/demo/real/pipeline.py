@@ -21,7 +21,6 @@ HELD_OUT_EVERY = 12
 # default.
 SHAPE = "layers=24,ffn=1280"
 RECIPE = [
-    *("--refit", "full"),
     *("--lora-rank", "64"),
     *("--lora-dropout", "0"),
     *("--learning-rate", "1e-3"),
