@@ -179,8 +179,8 @@ def _compensating_bytes(
     outputs = sizes.vocab if head else sizes.ffn
     # The largest reader's shortfall, in float32; a piece of its 16-bit rows in float32, or its random projection.
     piece = 4 * min(ROWS_AT_ONCE, outputs) * hidden if width < 4 else 0
-    # A refit holds the kept columns before and after in the weight's dtype.
-    change = 4 * outputs * kept + max(piece, 2 * width * outputs * kept if full else 8 * outputs * recipe.lora_rank)
+    # A refit holds the kept columns before, and then after, in the weight's dtype.
+    change = 4 * outputs * kept + max(piece, width * outputs * kept if full else 8 * outputs * recipe.lora_rank)
     # In float64: the moments' factor, and the guess with what it is made of.
     moments = 8 * kept * (kept + 2 * hidden) if kept < hidden else 0
     # A branch at work, and its norm in float32, twice.
