@@ -58,7 +58,14 @@ def cut(checkpoint: Checkpoint, recipe: TrainRecipe, batches: list[dict[str, Ten
     calibration = None
     if method.wants_calibration(recipe):
         assert recipe.rotate != "auto"
-        calibration = calibrate(base, checkpoint.family, checkpoint.num_layers, batches, rotate=recipe.rotate)
+        calibration = calibrate(
+            base,
+            checkpoint.family,
+            checkpoint.num_layers,
+            batches,
+            rotate=recipe.rotate,
+            keeps_tie=recipe.keeps_tie,
+        )
     shape = target_shape(recipe, checkpoint)
     return make_ready(base, checkpoint.family, recipe, shape, 24, calibration=calibration, batches=batches).model
 
@@ -75,6 +82,7 @@ def main() -> None:
     parser.add_argument("--refit", default="none,lora,full", help="of none, lora, full, with commas [default: all]")
     parser.add_argument("--choose", default="", help="as of pat-train")
     parser.add_argument("--rotate", default="auto", help="as of pat-train [default: auto]")
+    parser.add_argument("--tied-embeddings", default="auto", help="as of pat-train [default: auto]")
     parser.add_argument("--context-tokens", type=int, default=512, help="tokens of a window [default: 512]")
     parser.add_argument("--calibration-windows", type=int, default=32, help="windows to calibrate on [default: 32]")
     parser.add_argument("--windows", type=int, default=0, help="windows to measure on [default: all]")
@@ -95,7 +103,7 @@ def main() -> None:
             else:
                 asked: dict[str, Any] = {"shape": shape, "choose": options.choose}
                 if "hidden" in shape:
-                    asked["rotate"] = options.rotate
+                    asked |= {"rotate": options.rotate, "tied_embeddings": options.tied_embeddings}
                 asked |= {"compensate": False} if refit == "none" else {"refit": refit}
                 recipe = TrainRecipe.build({"model": options.model, "data": "given", **asked}, "the command")
                 model = cut(checkpoint, recipe, batches, dtype)
@@ -106,6 +114,7 @@ def main() -> None:
                 "shape": shape,
                 "refit": refit,
                 "choose": options.choose,
+                "tied": base.get_output_embeddings().weight is base.get_input_embeddings().weight,
                 "perplexity": perplexity(model, measured),
                 "windows": len(measured),
                 "parameters": parameters,

@@ -63,22 +63,28 @@ def smollm2(folder: Path) -> Path:
     return folder
 
 
-def test_a_quarter_of_the_channels_of_smollm2_is_a_tenth_of_its_parameters(tmp_path: Path):
+def test_a_quarter_of_smollm2_is_a_quarter_while_its_head_stays_tied(tmp_path: Path):
+    [cut] = lines(smollm2(tmp_path), ratio=0.25)
+    assert cut.startswith("cut: hidden_size 576 to 432; parameters 134.52 M to 100.89 M, 25.0% less; ")
+    assert "24.7% less at 1x128, 14.7% less at 8x1024 (batch x context); KV cache unchanged" in cut
+
+
+def test_a_quarter_of_the_channels_of_smollm2_untied_is_a_tenth_of_its_parameters(tmp_path: Path):
     base = smollm2(tmp_path)
-    [cut, way_out] = lines(base, ratio=0.25)
+    [cut, way_out] = lines(base, ratio=0.25, tied_embeddings="untie")
     assert cut.startswith("cut: hidden_size 576 to 432; parameters 134.52 M to 122.12 M, 9.2% less; ")
     assert "24.7% less at 1x128, 14.7% less at 8x1024 (batch x context); KV cache unchanged" in cut
-    assert "--hidden-size 360 (101.77 M, 24.3% less), or --tied-embeddings keep without --rotate" in way_out
+    assert "--hidden-size 360 (101.77 M, 24.3% less), or --tied-embeddings keep, at" in way_out
     assert way_out.endswith("at hidden_size 432 (100.89 M, 25.0% less)")
     # Each way out gives what it says.
     for settings, told in (
-        ({"hidden_size": 360}, "134.52 M to 101.77 M, 24.3% less"),
+        ({"hidden_size": 360, "tied_embeddings": "untie"}, "134.52 M to 101.77 M, 24.3% less"),
         ({"ratio": 0.25, "tied_embeddings": "keep"}, "134.52 M to 100.89 M, 25.0% less"),
     ):
         [cut] = lines(base, **settings)
         assert told in cut
     # Where no legal width is nearer, none is named.
-    assert "--hidden-size" not in lines(base, ratio=0.6)[1]
+    assert "--hidden-size" not in lines(base, ratio=0.6, tied_embeddings="untie")[1]
 
 
 def test_no_word_of_a_way_out_where_the_share_is_that_of_the_channels(tiny_base: Path, tmp_path: Path):
@@ -87,15 +93,16 @@ def test_no_word_of_a_way_out_where_the_share_is_that_of_the_channels(tiny_base:
     assert len(lines(qwen, ratio=0.25, tied_embeddings="keep")) == 1
 
 
-def test_the_export_has_what_was_said(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("tie", ["auto", "untie"])
+def test_the_export_has_what_was_said(tie: str, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=True)
-    start(tiny_recipe(base, rows, **DEFAULTS, max_steps=1), tmp_path / "run")
+    start(tiny_recipe(base, rows, **DEFAULTS, tied_embeddings=tie, max_steps=1), tmp_path / "run")
     told = capsys.readouterr().err
     out = export_run(tmp_path / "run", tmp_path / "out").out
     [before, after] = re.findall(r"([\d.]+) M", told.partition("parameters ")[2].partition(";")[0])
     assert float(before) == pytest.approx(count(base) / 1e6, abs=0.005)
     assert float(after) == pytest.approx(count(out) / 1e6, abs=0.005)
-    assert "gets a matrix of its own" in told
+    assert ("gets a matrix of its own" in told) == (tie == "untie")
 
 
 @pytest.mark.parametrize("where", ["transformers.Trainer.training_step", "pat_serve.training.run._finish"])

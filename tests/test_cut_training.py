@@ -59,7 +59,14 @@ def ready_of(checkpoint: Checkpoint, recipe: TrainRecipe) -> Ready:
     calibration = None
     if method_of(recipe).wants_calibration(recipe):
         assert recipe.rotate != "auto"
-        calibration = calibrate(base, checkpoint.family, checkpoint.num_layers, batches(), rotate=recipe.rotate)
+        calibration = calibrate(
+            base,
+            checkpoint.family,
+            checkpoint.num_layers,
+            batches(),
+            rotate=recipe.rotate,
+            keeps_tie=recipe.keeps_tie,
+        )
     shape = target_shape(recipe, checkpoint)
     return make_ready(base, checkpoint.family, recipe, shape, 24, calibration=calibration, batches=batches())
 

@@ -58,7 +58,9 @@ def most_held(opened: Checkpoint, recipe: TrainRecipe, dtype: torch.dtype, batch
     base = AutoModelForCausalLM.from_pretrained(opened.folder, dtype=dtype)
     by_gradient = recipe.mask_start == "gradient"
     with LiveBytes(list(base.parameters())) as measuring:
-        measured = calibrate(base, opened.family, 2, batches, rotate=recipe.rotate, by_gradient=by_gradient)
+        measured = calibrate(
+            base, opened.family, 2, batches, rotate=recipe.rotate, by_gradient=by_gradient, keeps_tie=recipe.keeps_tie
+        )
     with LiveBytes(list(base.parameters())) as turning:
         model, method = adapt(base, opened.family, recipe, {"hidden": 48}, 24, measured)
     method.on_step(0)
@@ -82,15 +84,17 @@ def most_held(opened: Checkpoint, recipe: TrainRecipe, dtype: torch.dtype, batch
         ({"rotate": "energy"}, LARGE_VOCABULARY, (9, 8)),
         ({"rotate": "energy", "compensate": True, "lora_head": True}, LARGE_VOCABULARY, (64, 9, 40, 64, 30)),
         ({"rotate": "energy", "compensate": True, "refit": "full"}, LARGE_VOCABULARY, (64, 9, 40, 64, 30)),
+        ({"rotate": "energy", "compensate": True, "refit": "full", "tied_embeddings": "keep"}, 384, (9, 8)),
         ({"compensate": True}, 384, (128,) * 4),
         ({"compensate": True}, 384, (64,) * 60),
     ],
-    ids=["loss", "gradient", "energy", "turning", "head", "refit", "branch", "states"],
+    ids=["loss", "gradient", "energy", "turning", "head", "refit", "tie", "branch", "states"],
 )
 def test_what_is_counted_is_what_is_held(
     settings: dict[str, Any], vocabulary: int, lengths: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
 ):
-    opened = open_checkpoint(str(save_tiny_llama(tmp_path / "base", vocab_size=vocabulary)))
+    tied = "tied_embeddings" in settings
+    opened = open_checkpoint(str(save_tiny_llama(tmp_path / "base", vocab_size=vocabulary, tie_word_embeddings=tied)))
     recipe = tiny_recipe(opened.folder, Path("d"), **CUT | settings)
     batches = calibration_batches(samples(*lengths), recipe.batch_size)
     held = most_held(opened, recipe, dtype, batches)

@@ -16,7 +16,7 @@ from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.export.exporter import export_run
 from pat_serve.plan import PruningPlan
 from pat_serve.rotation import effective_gain, principal_axes, rotate_model
-from pat_serve.training.model.calibration import Calibration, calibrate, stream_covariance
+from pat_serve.training.model.calibration import Calibration, calibrate, stream_moments
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family, save_tiny_llama, tiny_llama
@@ -65,13 +65,13 @@ def test_covariance_leaves_padding_out_and_weighs_tokens_alike() -> None:
     model = tiny_llama()
     ids = torch.randint(384, (1, 10), generator=torch.Generator().manual_seed(3))
     alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    plain, _ = stream_covariance(model, LLAMA, 2, [alone])
+    plain = stream_moments(model, LLAMA, 2, [alone])["energy"]
     padded = {
         "input_ids": torch.cat([ids, torch.zeros(1, 6, dtype=torch.int64)], dim=1),
         "attention_mask": torch.tensor([[1] * 10 + [0] * 6]),
         "labels": torch.cat([ids, torch.full((1, 6), -100)], dim=1),
     }
-    assert torch.allclose(stream_covariance(model, LLAMA, 2, [padded])[0], plain, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(stream_moments(model, LLAMA, 2, [padded])["energy"], plain, rtol=1e-4, atol=1e-4)
     # 5 norms and 10 tokens, each of square length D = 64.
     assert float(plain.trace()) == pytest.approx(5 * 10 * 64, rel=1e-5)
 
@@ -102,7 +102,7 @@ def test_gradients_are_those_of_the_stock_loss(model_type: str, tmp_path: Path) 
         assert output.grad is not None
         gradient = (output.grad[mask.bool()] * effective_gain(norm.weight.detach(), checkpoint.family)).double()
         expected += gradient.T @ gradient
-    _, found = stream_covariance(model, checkpoint.family, 2, [batch], with_gradient=True)
+    found = stream_moments(model, checkpoint.family, 2, [batch], with_gradient=True)["gradient"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.diagonal().mean()))
 
 

@@ -121,6 +121,7 @@ def _measure(base: Any, prepared: Prepared, batches: list[dict[str, Tensor]]) ->
         track(batches, "calibrate", len(batches)),
         rotate=rotate,
         by_gradient=recipe.mask_start == "gradient",
+        keeps_tie=recipe.keeps_tie,
     )
 
 

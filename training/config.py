@@ -179,8 +179,8 @@ class TrainRecipe(ShapeSettings, PatSettings):
         """The recipe with every `auto` of the method decided by what measured best (docs/ablation.md).
 
         Args:
-            tied: the base's head is its embedding. The rotation unties them: at equal parameters that keeps far more
-                than an unrotated model that stays tied, and what a step of decoding reads is the same.
+            tied: the base's head is its embedding. A rotation leaves them tied where the cut stands from the start and
+                is compensated, which fits the last norm's gain, and where nothing needs the dense model's own head.
             prunes: the method does; for one that does not there is nothing to decide.
             narrows: it cuts the stream; for one that does not there are no axes, no mask and no gate.
 
@@ -205,23 +205,31 @@ class TrainRecipe(ShapeSettings, PatSettings):
                 "refit": self._resolved_refit(compensate),
             }
             return self.model_copy(update=whole)
-        rotate = self.rotate
-        if rotate == "auto":
-            # An undecided mask throws strong principal axes away.
-            stays = (tied and self.tied_embeddings == "keep") or self.mask_start in ("gradient", "zero")
-            rotate = "none" if stays or self.quantize_base else "loss"
         gate = self.gate
         if gate == "auto":
             # Undecided means that the training decides; a 4-bit base cannot be compensated, nor was a gradient's choice
             # measured with it.
             trains = self.mask_start in ("zero", "gradient") or self.quantize_base
             gate = "anneal" if trains else "cut"
+        compensate = gate == "cut" and not self.quantize_base if self.compensate is None else self.compensate
+        can_keep_tie = gate == "cut" and compensate and not self.distillation_weight and not self.lora_head
+        rotate = self.rotate
+        if rotate == "auto":
+            # An undecided mask throws strong principal axes away.
+            stays = self.mask_start in ("gradient", "zero")
+            stays = stays or (tied and self.tied_embeddings == "keep" and not can_keep_tie)
+            rotate = "none" if stays or self.quantize_base else "loss"
+        tie = self.tied_embeddings
+        if tied and tie == "auto" and rotate != "none":
+            tie = "keep" if can_keep_tie else "untie"
+        own_head = rotate != "none" and not (tied and tie == "keep")
         chosen = {
             "rotate": rotate,
+            "tied_embeddings": tie,
             "mask_start": "energy" if self.mask_start == "auto" else self.mask_start,
             "gate": gate,
-            "compensate": gate == "cut" and not self.quantize_base if self.compensate is None else self.compensate,
-            "lora_head": rotate != "none" if self.lora_head is None else self.lora_head,
+            "compensate": compensate,
+            "lora_head": own_head if self.lora_head is None else self.lora_head,
         }
         refit = {"refit": self._resolved_refit(bool(chosen["compensate"]))}
         self._refuse_untrained_groups(lora_head=bool(chosen["lora_head"]), prunes=True)
@@ -235,6 +243,12 @@ class TrainRecipe(ShapeSettings, PatSettings):
                 fix="Leave it out.",
             )
         return TrainRecipe.build(self.model_dump() | chosen | refit, "recipe")
+
+    @property
+    def keeps_tie(self) -> bool:
+        """The head of a tied base stays tied under the rotation; of a resolved recipe."""
+        settled = self.gate == "cut" and bool(self.compensate) and not self.distillation_weight
+        return self.rotate in ("energy", "loss") and self.tied_embeddings == "keep" and settled
 
     def _resolved_refit(self, compensate: bool) -> str:
         """Full, or lora where a teacher shares the weights: LoRA's start is switched off for the teacher."""

@@ -133,7 +133,7 @@ def train(
     lora_dropout: Annotated[float | None, Flag(help="Dropout on the inputs of LoRA's updates. [default: 0.05]")] = None,
     lora_head: Annotated[
         bool | None,
-        Flag("--lora-head/--no-lora-head", help="Adapt the output head too. [default: with --rotate, when pruning]"),
+        Flag("--lora-head/--no-lora-head", help="Adapt the output head too. [default: with --rotate, unless tied]"),
     ] = None,
     preset: Annotated[
         str | None,
@@ -147,7 +147,7 @@ def train(
         str | None,
         Flag(
             help="Turn the residual stream to its principal axes first: none, energy (of its activations) or loss (and "
-            "of the loss's gradient). [default: loss; none with --tied-embeddings keep, --mask-start zero or gradient]"
+            "of the loss's gradient). [default: loss; none with --mask-start zero or gradient]"
         ),
     ] = None,
     mask_start: Annotated[
@@ -194,8 +194,9 @@ def train(
     tied_embeddings: Annotated[
         str | None,
         Flag(
-            help="How to treat a tied base: keep (mask and scale on the embedding), untie (full operator) or auto "
-            "(untied by the rotation, kept without one). [default: auto]"
+            help="How to treat a tied base: keep (a rotation then leaves alone the channels whose last gain stands "
+            "out), untie (by the rotation, or a full operator) or auto (keep; untie for a rotation beside "
+            "--distillation-weight, --lora-head, --no-compensate or another gate than cut). [default: auto]"
         ),
     ] = None,
     train_norms: Annotated[

@@ -154,7 +154,15 @@ def apply_pat(
 def _measure(model: Any, checkpoint: Checkpoint, recipe: TrainRecipe, batches: list[dict[str, Any]]) -> Calibration:
     rotate, by_gradient = recipe.rotate, recipe.mask_start == "gradient"
     assert rotate != "auto", "the recipe was not resolved"
-    return calibrate(model, checkpoint.family, checkpoint.num_layers, batches, rotate=rotate, by_gradient=by_gradient)
+    return calibrate(
+        model,
+        checkpoint.family,
+        checkpoint.num_layers,
+        batches,
+        rotate=rotate,
+        by_gradient=by_gradient,
+        keeps_tie=recipe.keeps_tie,
+    )
 
 
 def _example(entry: Mapping[str, Any]) -> dict[str, list[int]]:

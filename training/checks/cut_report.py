@@ -82,9 +82,9 @@ def _changes(base: ModelSizes, target: ModelSizes) -> str:
 
 
 def gets_own_head(recipe: TrainRecipe, checkpoint: Checkpoint) -> bool:
-    """A tied base is exported with a head of its own: after a rotation, or behind a full operator on the embedding."""
+    """A tied base is exported with a head of its own: a rotation unties it, or a full operator on the embedding."""
     operator = recipe.tied_embeddings == "untie" and recipe.resolved_hio_rank(checkpoint.hidden_size) > 0
-    return checkpoint.tied and (recipe.rotate != "none" or operator)
+    return checkpoint.tied and ((recipe.rotate != "none" and not recipe.keeps_tie) or operator)
 
 
 def _way_out(checkpoint: Checkpoint, before: Shape, after: Shape, asked: float, width: int) -> str:
@@ -99,7 +99,7 @@ def _way_out(checkpoint: Checkpoint, before: Shape, after: Shape, asked: float, 
     narrower = f"--hidden-size {nearest} ({leaves(after.parameters(nearest))}), or " if nearest < width else ""
     return (
         f"cut: {asked:g} is a share of the channels; the head, tied to the embedding in the base, gets a matrix of its "
-        f"own. Nearer to that share of the parameters: {narrower}--tied-embeddings keep without --rotate, at "
+        f"own. Nearer to that share of the parameters: {narrower}--tied-embeddings keep, at "
         f"hidden_size {width} ({leaves(before.parameters(width))})"
     )
 

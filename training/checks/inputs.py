@@ -32,6 +32,7 @@ class RunInputs(pydantic.BaseModel):
         shape: counts to end with, by axis; the stream's always among them.
         dtype: of the frozen base weights, which `auto` chose by the machine.
         narrow: the model is cut down to the kept channels before its first step, so checkpoints are as narrow.
+        keeps_tie: a rotation leaves the head tied to the embedding.
         day: that the chat template wrote into the rows, as ISO 8601 has it; None where it writes none.
         processes: that train together; with the recipe's batch size they make the batch of an optimizer step.
     """
@@ -45,6 +46,7 @@ class RunInputs(pydantic.BaseModel):
     shape: dict[str, int]
     dtype: str
     narrow: bool = False
+    keeps_tie: bool = False
     day: str | None = None
     processes: int = 1
 

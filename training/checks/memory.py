@@ -71,7 +71,7 @@ def weights_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, sizes
 
 def unties(checkpoint: Checkpoint, recipe: TrainRecipe) -> bool:
     """The run gives a tied base a head of its own."""
-    return checkpoint.tied and method_of(recipe).prunes and recipe.rotate != "none"
+    return checkpoint.tied and method_of(recipe).prunes and recipe.rotate != "none" and not recipe.keeps_tie
 
 
 def _quantized_parameters(checkpoint: Checkpoint) -> int:
@@ -183,6 +183,9 @@ def _compensating_bytes(
     change = 4 * outputs * kept + max(piece, width * outputs * kept if full else 8 * outputs * recipe.lora_rank)
     # In float64: the moments' factor, and the guess with what it is made of.
     moments = 8 * kept * (kept + 2 * hidden) if kept < hidden else 0
+    if recipe.keeps_tie:
+        # The last gain's fit: the head's second moment, what the dense head is of it, and their products.
+        moments = max(moments, 8 * (4 * hidden * hidden + 4 * kept * kept) - change)
     # A branch at work, and its norm in float32, twice.
     branch = (8 * hidden + max(_branches_bytes_per_token(sizes, width))) * max(size.tokens for size in calibration)
     # A writer that loses inputs: its outputs as they should be for every row, its moments, their inverse, a kept part.

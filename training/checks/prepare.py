@@ -114,6 +114,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
         processes=ranks.count,
         dtype=dtype,
         narrow=method.stays_wide(recipe) is None,
+        keeps_tie=recipe.keeps_tie,
     )
     return Prepared(
         asked=asked,

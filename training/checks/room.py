@@ -14,6 +14,7 @@ from pat_serve.axes import HIDDEN, LAYERS
 from pat_serve.files.disk import check_room
 from pat_serve.machine.hardware import DTYPE_BYTES
 from pat_serve.run_folder import checkpoint_step, list_checkpoints
+from pat_serve.training.checks.memory import unties
 from pat_serve.training.checks.prepare import Prepared
 from pat_serve.training.methods import method_of
 
@@ -58,7 +59,8 @@ def _replaced_bytes(prepared: Prepared) -> int:
     narrows = shape[HIDDEN] < checkpoint.hidden_size
     numbers = 0
     for name, spec, layer in checkpoint.family.modules(sizes.layers):
-        reads = narrows and spec.norm is not None and not (name == HEAD and checkpoint.tied and recipe.rotate == "none")
+        stays_tied = name == HEAD and checkpoint.tied and not unties(checkpoint, recipe)
+        reads = narrows and spec.norm is not None and not stays_tied
         axis = spec.dims[-1][0].axis
         writes = layer is not None and spec.writes_residual and (axis in shape or LAYERS in shape)
         numbers += math.prod(spec.shape("weight", checkpoint.sizes)) if reads or writes else 0

@@ -93,15 +93,16 @@ def check_ties(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
             "--lora-head",
             expected="a head of its own",
             found="one that stays tied to the embedding",
-            fix="Leave it out, or choose --rotate loss"
-            + (", or --tied-embeddings untie with --hio-rank 8." if prunes else " and a method that prunes."),
+            fix=_way_to_a_head(prunes=prunes, rotates=rotates),
         )
     if not checkpoint.tied:
         why = "the base's head is its own tensor"
     elif not prunes:
         why = f"--method {recipe.method} puts no operator there"
     elif rotates and recipe.tied_embeddings == "keep":
-        why = "--rotate unties the head, which takes the last norm's gain"
+        if recipe.keeps_tie:
+            return
+        why = "--rotate unties the head, unless --gate cut is compensated for and nothing distilled"
     elif recipe.tied_embeddings == "untie" and not parts:
         raise UsageError(
             "--tied-embeddings",
@@ -116,3 +117,11 @@ def check_ties(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
     raise UsageError(
         "--tied-embeddings", expected=f"auto, since {why}", found=recipe.tied_embeddings, fix="Leave it out."
     )
+
+
+def _way_to_a_head(*, prunes: bool, rotates: bool) -> str:
+    if not prunes:
+        return "Leave it out, or choose --rotate loss and a method that prunes."
+    if rotates:
+        return "Leave it out, or choose --tied-embeddings untie."
+    return "Leave it out, or choose --rotate loss, or --tied-embeddings untie with --hio-rank 8."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pat_serve.architectures import FINAL_NORM
 from pat_serve.axes import AXES, HIDDEN
 from pat_serve.cuts import AxisCut, Cuts
 from pat_serve.family import Family
@@ -51,6 +52,8 @@ class Method(ABC):
         self.step = 0
         # Set before `attach` when the method wants one.
         self.calibration: Calibration | None = None
+        # The base's last gain (D,) of a model that was turned and stays tied; the turned one has another.
+        self.dense_gain_D: Tensor | None = None
         # The cuts of other axes than the method's own, chosen before the first step.
         self.chosen = Cuts()
         # The cuts that the model in memory already has; none while it is as large as the base.
@@ -141,7 +144,16 @@ class Method(ABC):
 
     def plan(self, base: BaseReference) -> PruningPlan:
         """The plan after the last step, without the adapter's hashes; all ranks must ask."""
-        return PruningPlan(method=self.name, base=base, cuts=self.cuts(), folds=self.folds(), rotation=self.rotation())
+        last_gain_D = None if self.calibration is None else self.calibration.last_gain_D
+        return PruningPlan(
+            method=self.name,
+            base=base,
+            cuts=self.cuts(),
+            folds=self.folds(),
+            rotation=self.rotation(),
+            tied=last_gain_D is not None,
+            norms={} if last_gain_D is None else {FINAL_NORM: last_gain_D},
+        )
 
     def cuts(self) -> Cuts:
         """The plan's: the channels that stay, and what was chosen of other axes."""

@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from pat_serve.architectures import FINAL_NORM
 from pat_serve.family import Family
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.rotation import effective_gain, principal_axes
 from pat_serve.training.data import PadBatch
+from pat_serve.training.model.tie import axes_beside, column_energies, gain_of_the_turned
 
 if TYPE_CHECKING:
     from pat_serve.training.config import TrainRecipe
@@ -37,16 +39,21 @@ class Calibration:
     Attributes:
         importance_D: share of the total in each channel (of the rotated stream, if it is rotated), float32.
         rotation_DD: Q, float32; None when the stream stays as it is.
+        last_gain_D: the last norm's weight of a turned model whose head stays tied, float32, in the form that the base
+            stores; None for any other.
     """
 
     importance_D: Tensor
     rotation_DD: Tensor | None
+    last_gain_D: Tensor | None = None
 
     def save(self, folder: Path) -> None:
         """Write calibration.safetensors, complete or not at all."""
         tensors = {"importance": self.importance_D}
         if self.rotation_DD is not None:
             tensors["rotation"] = self.rotation_DD
+        if self.last_gain_D is not None:
+            tensors["last_gain"] = self.last_gain_D
         temporary = folder / f".{CALIBRATION_FILE}.partial"
         save_file(tensors, temporary)
         with temporary.open("rb") as file:
@@ -60,7 +67,11 @@ class Calibration:
         if not path.is_file():
             return None
         tensors = load_file(path)
-        return Calibration(importance_D=tensors["importance"], rotation_DD=tensors.get("rotation"))
+        return Calibration(
+            importance_D=tensors["importance"],
+            rotation_DD=tensors.get("rotation"),
+            last_gain_D=tensors.get("last_gain"),
+        )
 
 
 def rows_at_once(recipe: TrainRecipe) -> int:
@@ -84,6 +95,7 @@ def calibrate(
     *,
     rotate: Literal["none", "energy", "loss"],
     by_gradient: bool = False,
+    keeps_tie: bool = False,
 ) -> Calibration:
     """Measure the stream where the norms read it.
 
@@ -95,54 +107,75 @@ def calibrate(
         rotate: "energy" finds the stream's principal axes; "loss" those of its energy and of the loss's gradient
             together, each with a trace of one; "none" leaves the channels as they are.
         by_gradient: rank the channels of an unrotated stream as LLM-Pruner does, and not by their energy.
+        keeps_tie: the head of a rotated model stays tied, so some channels are left out of the rotation (`tie.py`).
     """
     if rotate == "none":
         if by_gradient:
             importance_D = gradient_importance(model, family, num_layers, batches)
         else:
-            importance_D = stream_covariance(model, family, num_layers, batches)[0].diagonal()
+            importance_D = stream_moments(model, family, num_layers, batches)["energy"].diagonal()
         return Calibration(importance_D=(importance_D / importance_D.sum()).float(), rotation_DD=None)
-    energy_DD, gradient_DD = stream_covariance(model, family, num_layers, batches, with_gradient=rotate == "loss")
-    metric_DD = energy_DD / energy_DD.trace()
-    if gradient_DD is not None:
-        metric_DD = metric_DD + gradient_DD / gradient_DD.trace()
+    moments = stream_moments(model, family, num_layers, batches, with_gradient=rotate == "loss")
+    metric_DD = moments["energy"] / moments["energy"].trace()
+    if "gradient" in moments:
+        metric_DD = metric_DD + moments["gradient"] / moments["gradient"].trace()
+    if keeps_tie:
+        return _calibrated_tied(model, family, metric_DD, moments["last"])
     rotation_DD, importance_D = principal_axes(metric_DD)
     return Calibration(importance_D=importance_D.float(), rotation_DD=rotation_DD.float().contiguous())
 
 
-def stream_covariance(
+def _calibrated_tied(model: Any, family: Family, metric_DD: Tensor, last_D: Tensor) -> Calibration:
+    """Axes of all channels but those that the last norm's gain keeps apart; these always stay."""
+    head = model.get_output_embeddings().weight
+    gain_D = effective_gain(model.get_submodule(FINAL_NORM).weight.detach().cpu().double(), family)
+    alone, tied_gain_D = gain_of_the_turned(gain_D, last_D, column_energies(head))
+    rotation_DD, importance_D = axes_beside(metric_DD, alone)
+    return Calibration(
+        importance_D=importance_D.float(),
+        rotation_DD=rotation_DD.float().contiguous(),
+        last_gain_D=(tied_gain_D - family.norm_offset).to(head.dtype).float(),
+    )
+
+
+def stream_moments(
     model: Any,
     family: Family,
     num_layers: int,
     batches: Iterable[dict[str, Tensor]],
     *,
     with_gradient: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> dict[str, Tensor]:
     """Second moments of what the layers see of the stream, over all hidden norms and all real tokens.
 
     A layer sees x divided by its RMS, times a gain that belongs to its weights; so a token with large activations
     counts no more than any other. The gradient is the loss's with respect to the same normalised x.
 
     Returns:
-        sum of x x^T, and of g g^T if asked for: float64 (D, D).
+        float64 sums over tokens: "energy" of x x^T (D, D), "last" of the last norm's x^2 alone (D,), and, if asked
+        for, "gradient" of g g^T (D, D).
     """
     norms = [model.get_submodule(name) for name, spec, _ in family.modules(num_layers) if spec.hidden_norm]
+    last = model.get_submodule(FINAL_NORM)
     moments = _Moments()
 
     def listen(norm: Any, inputs: tuple[Tensor, ...], output_BTD: Any) -> None:
         x_BTD, real_BT = inputs[0], moments.real
         x_ND = x_BTD.detach()[real_BT].float()
-        moments.add("energy", x_ND * x_ND.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt())
+        x_ND = x_ND * x_ND.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+        moments.add("energy", _second(x_ND))
+        if norm is last:
+            moments.add("last", x_ND.square().sum(0))
         if with_gradient:
             gain_D = effective_gain(norm.weight.detach(), family).float()
-            output_BTD.register_hook(lambda g_BTD: moments.add("gradient", g_BTD[real_BT].float() * gain_D))
+            output_BTD.register_hook(lambda g_BTD: moments.add("gradient", _second(g_BTD[real_BT].float() * gain_D)))
 
     handles = [norm.register_forward_hook(listen) for norm in norms]
     with _evaluating(model, handles), torch.set_grad_enabled(with_gradient):
         for batch in batches:
             moments.real = batch["attention_mask"].to(model.device).bool()
             _loss(model, batch, with_gradient)
-    return moments.sums["energy"].cpu(), moments.sums["gradient"].cpu() if with_gradient else None
+    return {name: total.cpu() for name, total in moments.sums.items()}
 
 
 def gradient_importance(model: Any, family: Family, num_layers: int, batches: Iterable[dict[str, Tensor]]) -> Tensor:
@@ -178,16 +211,19 @@ def gradient_importance(model: Any, family: Family, num_layers: int, batches: It
 
 
 class _Moments:
-    """Running sums of outer products; the mask of real tokens is set before every batch."""
+    """Running sums in float64; the mask of real tokens is set before every batch."""
 
     real: Tensor
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, name: str, x_ND: Tensor) -> None:
-        product_DD = (x_ND.T @ x_ND).double()
-        self.sums[name] = product_DD if name not in self.sums else self.sums[name] + product_DD
+    def add(self, name: str, product: Tensor) -> None:
+        self.sums[name] = product.double() if name not in self.sums else self.sums[name] + product.double()
+
+
+def _second(x_ND: Tensor) -> Tensor:
+    return x_ND.T @ x_ND
 
 
 def _loss(model: Any, batch: dict[str, Tensor], backward: bool) -> None:

@@ -10,6 +10,9 @@ guess of W x is W' z, W' = W E[x z^T] E[z z^T]^-1. Three kinds of linears lose i
 The streams tell what the last two should add: the dense stream behind the branch, and behind the dropped layers after
 it, less the cut stream before the branch. So the addition also makes up for losses of earlier cuts.
 
+A head that stays tied to the embedding has no weights of its own: after a rotation the last norm's gain is fitted in
+their place (`tie.py`).
+
 W' takes the place of the weight (`full`), or the difference W' - W is given to the linear's LoRA factors at their rank,
 by the singular values that matter to z (`lora`); then plan, export and the dense teacher know nothing of it. Starting
 LoRA from a decomposition is LoftQ's idea (arXiv 2310.08659), which makes up for quantization with it.
@@ -24,7 +27,7 @@ Shape suffixes: N tokens, B rows, T positions, D hidden_size, I inputs of a line
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -42,6 +45,7 @@ from pat_serve.training.model.branches import Branch, branches
 from pat_serve.training.model.least_squares import Moments
 from pat_serve.training.model.linears import is_tied, product, start_lora, unwrapped, weight_of
 from pat_serve.training.model.streams import Stream, dense, enter, without_adapters
+from pat_serve.training.model.tie import fitted_gain
 from pat_serve.training.ranks import same_on_all
 
 Refit = Literal["none", "lora", "full"]
@@ -132,7 +136,10 @@ def compensate(
                     # Dropped, with nothing before it to make up for it.
                     _advance_dense(walk, [branch])
             if kept_K is not None and refit != "none":
-                _set_readers(walk, head, _reader_moments(walk, head))
+                if method.dense_gain_D is None:
+                    _set_readers(walk, head, _reader_moments(walk, head))
+                else:
+                    _set_last_gain(walk, head, kept_K)
     finally:
         for handle in walk.masks:
             handle.remove()
@@ -209,6 +216,27 @@ def _set_readers(walk: _Walk, branch: Branch, moments: Moments) -> None:
         elif not is_tied(walk.base, weight):
             refitted_OK = product(weight, guess_DK.float()).add_(weight[:, kept_K])
             _replace(walk, name, refitted_OK, kept_K)
+
+
+def _set_last_gain(walk: _Walk, head: Branch, kept_K: Tensor) -> None:
+    """Of a turned model whose head stays tied, the last norm makes up for what the head cannot."""
+    method, norm = walk.method, walk.base.get_submodule(head.norm)
+    measured, dense_gain_D, stored = method.calibration, method.dense_gain_D, norm.weight
+    assert measured is not None
+    assert measured.rotation_DD is not None
+    assert dense_gain_D is not None
+    assert isinstance(stored, Tensor)
+    offset = method.family.norm_offset
+    stored.fill_(1.0 - offset)
+    moments = _reader_moments(walk, head)
+    xz_DK, zz_KK = moments.yz_OI, moments.second()
+    assert xz_DK is not None
+    rotation_DD = measured.rotation_DD.to(zz_KK)
+    mixed_DD = rotation_DD.T @ (dense_gain_D.to(zz_KK)[:, None] * rotation_DD)
+    embedding = walk.base.get_input_embeddings().weight  # type: ignore[operator]  # a causal model's
+    stored.copy_(fitted_gain(embedding, mixed_DD, xz_DK, zz_KK, kept_K.to(zz_KK.device)) - offset)
+    # The plan gets what the model has.
+    method.calibration = replace(measured, last_gain_D=stored.detach().float().cpu())
 
 
 def _set_writer(walk: _Walk, branch: Branch) -> None:

@@ -9,11 +9,11 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from pat_serve.architectures import HEAD
+from pat_serve.architectures import FINAL_NORM, HEAD
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.errors import MissingExtra
 from pat_serve.family import Family
-from pat_serve.rotation import rotate_model
+from pat_serve.rotation import effective_gain, rotate_model
 from pat_serve.sizes import ModelSizes
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import Method, method_of
@@ -71,8 +71,14 @@ def adapt(
     from peft import LoraConfig, get_peft_model
 
     base.config.use_cache = False
+    dense_gain_D = None
     if calibration is not None and calibration.rotation_DD is not None:
-        rotate_model(base, family, base.config.num_hidden_layers, calibration.rotation_DD)
+        last_norm, last_gain_D = base.get_submodule(FINAL_NORM), calibration.last_gain_D
+        keeps_tie = last_gain_D is not None
+        rotate_model(base, family, base.config.num_hidden_layers, calibration.rotation_DD, keeps_tie=keeps_tie)
+        if last_gain_D is not None:
+            dense_gain_D = effective_gain(last_norm.weight.detach().double(), family)
+            last_norm.weight.data.copy_(last_gain_D)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.lora_rank,
@@ -83,7 +89,7 @@ def adapt(
     model = get_peft_model(base, lora)
     sizes = ModelSizes.of(base.config.to_dict(), family)
     method = method_of(recipe)(recipe, family, sizes, sizes.with_counts(shape), total_steps)
-    method.calibration = calibration
+    method.calibration, method.dense_gain_D = calibration, dense_gain_D
     method.attach(model.get_base_model(), sizes.layers)
     # The base is on its device already, and the Trainer would move what is new only after it has been called, or, with
     # a quantized base, never.
