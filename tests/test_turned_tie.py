@@ -18,6 +18,7 @@ from pat_serve.errors import ChangedInput, UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.plan import PruningPlan
 from pat_serve.rotation import effective_gain, rotate_model
+from pat_serve.training import PatConfig, apply_pat, save_run
 from pat_serve.training.model.calibration import calibrate
 from pat_serve.training.model.tie import axes_beside, column_energies, fitted_gain, gain_of_the_turned
 from pat_serve.training.run import resume, start
@@ -178,6 +179,23 @@ def test_the_gain_is_fitted_and_a_resumed_run_has_the_same(rows: Path, tmp_path:
         (run / lost).rename(tmp_path / lost.replace("/", "-"))
         resume(run)
         assert {path: path.read_bytes() for path in results} == before
+
+
+def test_a_notebook_keeps_the_tie_too(tmp_path: Path) -> None:
+    base = tied_base(tmp_path / "base")
+    examples = [{"input_ids": row.tolist()} for batch in batches() for row in batch["input_ids"]]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = apply_pat(model, PatConfig(lora_rank=4), calibration=examples)
+    # The callback says so when a Trainer has come to its end.
+    model.pat.trained = True
+    ids = batches()[0]["input_ids"][:2]
+    with torch.no_grad():
+        wanted = model.eval()(input_ids=ids).logits
+    done = export_run(save_run(model, tmp_path / "run", prompts=ids.tolist()), tmp_path / "out")
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(done.out).eval()(input_ids=ids).logits
+    assert (found - wanted).abs().max() < 1e-4 * wanted.std()
+    assert "lm_head.weight" not in load_file(done.out / "model.safetensors")
 
 
 def test_a_run_that_was_begun_untied_is_not_met_with_a_tied_model(rows: Path, tmp_path: Path) -> None:
