@@ -219,7 +219,7 @@ def _set_readers(walk: _Walk, branch: Branch, moments: Moments) -> None:
 
 
 def _set_last_gain(walk: _Walk, head: Branch, kept_K: Tensor) -> None:
-    """Of a turned model whose head stays tied, the last norm makes up for what the head cannot."""
+    """The last norm of a turned model makes up for what a head that stays tied cannot do."""
     method, norm = walk.method, walk.base.get_submodule(head.norm)
     measured, dense_gain_D, stored = method.calibration, method.dense_gain_D, norm.weight
     assert measured is not None

@@ -19,7 +19,7 @@ from pat_serve.rotation import ROWS_AT_ONCE, principal_axes
 # Channels that a rotation leaves alone, and the share of a narrow stream that they are at most.
 ALONE = 64
 _LARGEST_SHARE = 8
-# Of each diagonal entry: a channel that is hardly read keeps about the gain that it begins with.
+# A share of each diagonal entry: a channel that is hardly read keeps about the gain that it begins with.
 _RIDGE = 1e-3
 
 
