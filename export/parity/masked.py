@@ -60,7 +60,7 @@ def load_masked_model(run: Run, dtype: torch.dtype) -> nn.Module:
         modules = dict(model.get_base_model().named_modules())
     apply_plan(modules, run, dtype)
     for i in dropped_layers(run):
-        # It runs all the same: a cache takes the length of the text from the first layer's keys.
+        # A dropped layer still runs: a cache takes the length of the text from the first layer's keys.
         modules[f"model.layers.{i}"].register_forward_hook(_hand_on, with_kwargs=True)
     convert_parameters(model, dtype)
     model.eval()

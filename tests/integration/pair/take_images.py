@@ -40,7 +40,7 @@ def main() -> None:
             page.until(lambda: ENDED in page["play-news"].get_attribute("textContent"), within_s=300)
         page.js("document.getElementById('card').hidden = true")
         page.fill(claim=1.05)
-        # It may lie under the page's edge, where a click of the mouse would meet something else.
+        # The button may lie under the page's edge, where a click of the mouse would meet something else.
         page.js("document.getElementById('check-run').click()")
         page.until(lambda: page.driver.find_elements("id", "verdict-word"), within_s=600)
         # The page's head stays in view where it is scrolled, and would lie over what is below.
