@@ -26,6 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     longest_first(items)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their length: an archive holds the second of its writing, and xdist's workers compare names."""
+    return f"{argname}-{len(val)}-bytes" if isinstance(val, bytes) and len(val) > 8 else None
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether | None:
     return FilesTogether(config, log) if config.getvalue("dist") == "loadfile" else None

@@ -138,7 +138,7 @@ def test_a_folder_that_datasets_saved(streaming: bool, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "start", "found"),
     [
-        ("rows.jsonl.gz", gzip.compress(b"{}"), "a gzip archive. Unpack it"),
+        ("rows.jsonl.gz", gzip.compress(b"{}", mtime=0), "a gzip archive. Unpack it"),
         ("rows.xlsx", b"PK\x03\x04", "a zip archive or a spreadsheet"),
         ("data-00000-of-00001.arrow", b"ARROW1\x00\x00", "an Arrow file. Give the folder"),
         ("rows.data", b"PAR1", "a Parquet file. Rename it"),
