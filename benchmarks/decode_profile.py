@@ -26,7 +26,7 @@ from typing import Any
 from pat_serve.machine.hardware import DTYPE_BYTES, describe, serving_dtype
 from pat_serve.server.bench.model_source import resolve
 from pat_serve.server.engine.workers.process import worker_environment
-from pat_serve.sizes import decode_bytes
+from pat_serve.shapes.sizes import decode_bytes
 
 KINDS = ("products", "attention", "other operators", "between")
 _PRODUCTS = ("mm", "linear", "matmul", "gemm", "onednn", "mkldnn")

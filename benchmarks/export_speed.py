@@ -37,14 +37,14 @@ def make(folder: Path, options: argparse.Namespace) -> None:
     import yaml
     from safetensors.torch import save_file
 
-    from pat_serve.architectures import LLAMA
     from pat_serve.checkpoints.checkpoint import open_checkpoint
     from pat_serve.checkpoints.shard_layout import index_document
-    from pat_serve.cuts import AxisCut, Cuts
+    from pat_serve.cut.cuts import AxisCut, Cuts
+    from pat_serve.cut.hybrid import HybridFold
     from pat_serve.export.files.writer import WeightFiles
-    from pat_serve.hybrid import HybridFold
-    from pat_serve.plan import PruningPlan, file_sha256
-    from pat_serve.sizes import ModelSizes
+    from pat_serve.families.architectures import LLAMA
+    from pat_serve.run.plan import PruningPlan, file_sha256
+    from pat_serve.shapes.sizes import ModelSizes
 
     base, run = folder / "base", folder / "run"
     base.mkdir(parents=True)

@@ -37,7 +37,7 @@ from pat_serve.server.analysis.roofline import (
 )
 from pat_serve.server.analysis.statistics import paired_ratio, percentile
 from pat_serve.server.engine.workers.probe import MachineRates, measure_rates
-from pat_serve.sizes import ModelShape, decode_bytes, shape_of
+from pat_serve.shapes.sizes import ModelShape, decode_bytes, shape_of
 
 SHAPES = {"dense": "llama2-7b", "narrow": "llama2-7b-pat25"}
 DTYPE, DTYPE_BYTES = torch.bfloat16, 2

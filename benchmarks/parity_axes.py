@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from pat_serve.architectures import FAMILIES
 from pat_serve.export.exporter import export_run
 from pat_serve.export.parity.gate import measure_parity
 from pat_serve.export.run.reader import open_run
+from pat_serve.families.architectures import FAMILIES
 from pat_serve.machine.hardware import describe
 from tests.test_export_axes import SHAPES, make_run
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from pat_serve.architectures import FAMILIES
+from pat_serve.families.architectures import FAMILIES
 from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio, percentile
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import METHODS as PRUNERS

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import pydantic
 import torch
 
-from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.locate import read_config
+from pat_serve.cut.axes import HIDDEN
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, MissingModel, UsageError, first_line
 from pat_serve.export.files.model_files import write_model
 from pat_serve.export.formats.check import check_eight_bits
@@ -25,7 +25,7 @@ from pat_serve.export.rewrite.contents import shapes_of
 from pat_serve.export.run.hashes import hash_files
 from pat_serve.export.run.reader import Run, open_run
 from pat_serve.files.disk import check_room
-from pat_serve.plan import BaseReference
+from pat_serve.run.plan import BaseReference
 from pat_serve.scores import Scorer
 
 RECORD = "pat_export.json"

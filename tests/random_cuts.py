@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from pat_serve.axes import AXES
-from pat_serve.cuts import Cuts
-from pat_serve.sizes import ModelSizes
+from pat_serve.cut.axes import AXES
+from pat_serve.cut.cuts import Cuts
+from pat_serve.shapes.sizes import ModelSizes
 
 
 def random_cuts(base: ModelSizes, counts: Mapping[str, int], seed: int = 0) -> Cuts:

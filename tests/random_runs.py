@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pat_serve.checkpoints.checkpoint import open_checkpoint
-from pat_serve.cuts import AxisCut, Cuts
+from pat_serve.cut.cuts import AxisCut, Cuts
+from pat_serve.cut.hybrid import HybridFold
 from pat_serve.files.atomic import write_text
-from pat_serve.hybrid import HybridFold
-from pat_serve.plan import PruningPlan, file_sha256
-from pat_serve.replaced import write_replaced
+from pat_serve.run.plan import PruningPlan, file_sha256
+from pat_serve.run.replaced import write_replaced
 from tests.random_cuts import random_cuts
 
 PROMPT = torch.randint(384, (3, 40), generator=torch.Generator().manual_seed(5))

@@ -17,7 +17,7 @@ from pat_serve.server.bench.speedup.result import DepthMeasurement, ModelRecord,
 from pat_serve.server.bench.speedup.series import Pair
 from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
 from pat_serve.server.engine.workers.probe import MachineRates
-from pat_serve.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelShape
 
 DENSE = ModelShape(
     hidden_size=4096, num_layers=2, num_heads=32, num_kv_heads=32, head_dim=128, ffn_size=11008, vocab_size=32000,

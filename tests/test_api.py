@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from pat_serve.errors import ChangedInput, Diverged, RunError, UnfinishedRun, UsageError
 from pat_serve.export.exporter import export_run
-from pat_serve.plan import PruningPlan
+from pat_serve.run.plan import PruningPlan
 from pat_serve.training import PatCallback, PatConfig, apply_pat, save_run
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import PadBatch, encode_rows, load_rows, load_tokenizer

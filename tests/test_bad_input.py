@@ -30,7 +30,7 @@ from pat_serve.errors import (
     UsageError,
 )
 from pat_serve.export.exporter import export_run
-from pat_serve.plan import PruningPlan, file_sha256
+from pat_serve.run.plan import PruningPlan, file_sha256
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe

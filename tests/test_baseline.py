@@ -26,7 +26,7 @@ from pat_serve.server.engine.workers.process_group import ProcessGroup
 from pat_serve.server.http.errors import HttpError
 from pat_serve.server.routes.live_speedup import Side, _judge, batch_trace
 from pat_serve.server.routes.speedup_request import SpeedupRequest
-from pat_serve.sizes import shape_of
+from pat_serve.shapes.sizes import shape_of
 from tests.tiny_models import tiny_config
 
 

@@ -9,9 +9,12 @@ from itertools import combinations
 
 import pytest
 
-from pat_serve.architectures import FAMILIES, LLAMA, QWEN2
-from pat_serve.axes import AXES
-from pat_serve.candidates import (
+from pat_serve.cut.axes import AXES
+from pat_serve.errors import IllegalRatio
+from pat_serve.families.architectures import FAMILIES, LLAMA, QWEN2
+from pat_serve.families.family import Family
+from pat_serve.server.analysis.roofline import decode_ceiling
+from pat_serve.shapes.candidates import (
     TOLERANCE,
     axis_grid,
     counts_for_ratio,
@@ -20,11 +23,8 @@ from pat_serve.candidates import (
     parameters_of,
     share_cut,
 )
-from pat_serve.errors import IllegalRatio
-from pat_serve.family import Family
-from pat_serve.server.analysis.roofline import decode_ceiling
-from pat_serve.shape import nearest_legal
-from pat_serve.sizes import ModelShape, ModelSizes
+from pat_serve.shapes.shape import nearest_legal
+from pat_serve.shapes.sizes import ModelShape, ModelSizes
 
 LLAMA_7B = ModelSizes.of(
     json.loads((files("pat_serve.server.bench") / "shapes" / "llama2-7b.json").read_text(encoding="utf-8")), LLAMA

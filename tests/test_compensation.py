@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from pat_serve.architectures import FAMILIES
 from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.cut.rotation import ROWS_AT_ONCE
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
-from pat_serve.rotation import ROWS_AT_ONCE
+from pat_serve.families.architectures import FAMILIES
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import Method
 from pat_serve.training.model.branches import branches

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pat_serve.architectures import FAMILIES
 from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.errors import IllegalShape, UsageError
-from pat_serve.plan import PruningPlan
+from pat_serve.families.architectures import FAMILIES
+from pat_serve.run.plan import PruningPlan
 from pat_serve.training import PatConfig, apply_pat, save_run
 from pat_serve.training.checks.preflight import estimate_training
 from pat_serve.training.checks.width import target_shape

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from pat_serve.architectures import FAMILIES, GEMMA, LLAMA, QWEN2
-from pat_serve.axes import AXES, FFN_DIM, GATE_UP_DIM, HIDDEN_DIM, KV_DIM, Q_DIM, QKV_DIM, VOCAB_DIM
-from pat_serve.cuts import AxisCut, Cuts
+from pat_serve.cut.axes import AXES, FFN_DIM, GATE_UP_DIM, HIDDEN_DIM, KV_DIM, Q_DIM, QKV_DIM, VOCAB_DIM
+from pat_serve.cut.cuts import AxisCut, Cuts
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, IllegalShape
-from pat_serve.shape import check_shape, parse_shape
-from pat_serve.sizes import ModelSizes
+from pat_serve.families.architectures import FAMILIES, GEMMA, LLAMA, QWEN2
+from pat_serve.shapes.shape import check_shape, parse_shape
+from pat_serve.shapes.sizes import ModelSizes
 
 BASE = ModelSizes(hidden=12, layers=3, heads=6, kv_heads=3, head_dim=4, ffn=10, vocab=20, tied=False)
 

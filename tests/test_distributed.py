@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
-from pat_serve.plan import PruningPlan
+from pat_serve.run.plan import PruningPlan
 from pat_serve.training.ranks import refuse_zero3, use_one_device
 from tests.trainings import Trainings
 

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pat_serve.architectures import FAMILIES
-from pat_serve.cuts import Cuts
+from pat_serve.cut.cuts import Cuts
+from pat_serve.cut.hybrid import HybridFold
+from pat_serve.cut.rotation import rotate_model
 from pat_serve.errors import BrokenPlan, IllegalShape, ParityError
 from pat_serve.export.exporter import export_run
 from pat_serve.export.rewrite import contents
-from pat_serve.hybrid import HybridFold
-from pat_serve.plan import PruningPlan
-from pat_serve.rotation import rotate_model
+from pat_serve.families.architectures import FAMILIES
+from pat_serve.run.plan import PruningPlan
 from tests.random_runs import PROMPT, random_run
 from tests.test_export_parity import both_logits
 from tests.tiny_models import save_tiny_family

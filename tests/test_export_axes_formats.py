@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pat_serve.architectures import FAMILIES
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import BrokenPlan
 from pat_serve.export.exporter import export_run
 from pat_serve.export.verify import verify_export
+from pat_serve.families.architectures import FAMILIES
 from pat_serve.training import run as training_run
 from pat_serve.training.config import TrainRecipe
 from tests.random_runs import PROMPT, random_run

@@ -24,7 +24,7 @@ from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.checkpoints.shards import read_header
 from pat_serve.errors import PatServeError
 from pat_serve.export.exporter import export_run
-from pat_serve.plan import PruningPlan, file_sha256
+from pat_serve.run.plan import PruningPlan, file_sha256
 from tests.test_export_parity import random_run
 from tests.tiny_models import save_tiny_llama
 

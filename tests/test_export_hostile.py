@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from pat_serve.cut.hybrid import HybridFold
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, PatServeError, UnsupportedModel, UsageError
 from pat_serve.export.exporter import export_run
-from pat_serve.hybrid import HybridFold
-from pat_serve.plan import PruningPlan, file_sha256
+from pat_serve.run.plan import PruningPlan, file_sha256
 from tests.test_export_parity import random_run
 from tests.tiny_models import save_tiny_llama
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pat_serve.plan import file_sha256
+from pat_serve.run.plan import file_sha256
 from tests.export_children import Children
 from tests.test_export_parity import random_run
 from tests.tiny_models import save_tiny_llama

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from pat_serve.cut.hybrid import HybridFold
 from pat_serve.errors import ParityError
 from pat_serve.export import exporter
 from pat_serve.export.exporter import export_run
@@ -27,8 +28,7 @@ from pat_serve.export.parity.vllm_scores import compare_listed
 from pat_serve.export.rewrite import job
 from pat_serve.export.rewrite.fused import fuse
 from pat_serve.export.run.reader import open_run
-from pat_serve.hybrid import HybridFold
-from pat_serve.plan import PruningPlan
+from pat_serve.run.plan import PruningPlan
 from pat_serve.scores import ListedScores
 from tests.random_runs import PROMPT, random_run
 from tests.tiny_models import save_tiny_family, save_tiny_llama, tiny_llama

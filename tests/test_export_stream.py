@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pat_serve.checkpoints.checkpoint import open_checkpoint
+from pat_serve.cut.hybrid import HybridFold
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, DiskFull
 from pat_serve.export import exporter
 from pat_serve.export.exporter import export_run
@@ -21,8 +22,7 @@ from pat_serve.export.rewrite.scratch import Scratch
 from pat_serve.export.run.adapter import LoraUpdate
 from pat_serve.export.run.hashes import hash_files
 from pat_serve.export.run.reader import open_run
-from pat_serve.hybrid import HybridFold
-from pat_serve.plan import PruningPlan, file_sha256
+from pat_serve.run.plan import PruningPlan, file_sha256
 from tests.test_export_parity import random_run
 from tests.tiny_models import save_tiny_llama
 

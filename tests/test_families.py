@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from pat_serve.architectures import EMBEDDING, FAMILIES, HEAD
-from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import open_checkpoint
+from pat_serve.cut.axes import HIDDEN
+from pat_serve.cut.hybrid import LEAST_SCALE, HybridFold
+from pat_serve.cut.rotation import rotate_model
 from pat_serve.errors import BrokenPlan, PatServeError, UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.export.run.reader import open_run
-from pat_serve.hybrid import LEAST_SCALE, HybridFold
-from pat_serve.plan import PruningPlan
-from pat_serve.rotation import rotate_model
+from pat_serve.families.architectures import EMBEDDING, FAMILIES, HEAD
+from pat_serve.run.plan import PruningPlan
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.run import resume, start
 from tests.conftest import tiny_recipe

@@ -13,7 +13,7 @@ from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import IllegalRatio, IllegalWidth, UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.export.rewrite.shape_check import parse_degrees
-from pat_serve.fitness import (
+from pat_serve.shapes.fitness import (
     CPU_HEAD_DIMS,
     Shape,
     cautions,
@@ -23,7 +23,7 @@ from pat_serve.fitness import (
     tensor_parallel_degrees,
     tensor_parallel_obstacles,
 )
-from pat_serve.geometry import check_width, fast_tile, legal_step, legal_widths, snap_ratio
+from pat_serve.shapes.geometry import check_width, fast_tile, legal_step, legal_widths, snap_ratio
 from tests.tiny_models import save_tiny_llama, tiny_llama
 
 

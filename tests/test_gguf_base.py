@@ -21,7 +21,7 @@ from pat_serve.errors import BrokenCheckpoint, MissingExtra, MissingModel, Model
 from pat_serve.gguf import folder as gguf_folder
 from pat_serve.gguf.folder import _Parts
 from pat_serve.gguf.header import read_header
-from pat_serve.plan import file_sha256
+from pat_serve.run.plan import file_sha256
 from tests.gguf_files import add, write_gguf
 from tests.tiny_models import SENTENCES, save_tiny_family, save_tiny_llama
 

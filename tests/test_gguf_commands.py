@@ -15,7 +15,7 @@ from pat_serve.errors import BrokenPlan, ChangedInput, MissingModel
 from pat_serve.evaluation.backends import BackendSettings
 from pat_serve.evaluation.subject import Subject
 from pat_serve.export.exporter import export_run
-from pat_serve.plan import file_sha256
+from pat_serve.run.plan import file_sha256
 from pat_serve.server.bench.model_source import resolve
 from pat_serve.server.cluster.settings import read_settings
 from pat_serve.server.start.settings import ServeSettings, serve_arguments, with_stock_folders

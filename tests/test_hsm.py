@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pat_serve.hybrid import apply_hybrid
+from pat_serve.cut.hybrid import apply_hybrid
 from pat_serve.training.methods.pat.hsm import HybridModule, SharedMask
 from pat_serve.training.methods.pat.schedule import GateSchedule
 

@@ -26,7 +26,7 @@ from pat_serve.server.engine.workers.probe import (
     last_level_cache_bytes,
     measure_rates,
 )
-from pat_serve.sizes import decode_bytes
+from pat_serve.shapes.sizes import decode_bytes
 from tests.speedup_records import DENSE, trace
 
 RATES = MachineRates(dtype="float32", bytes_per_s=20e9, flops_per_s=100e9)

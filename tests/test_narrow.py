@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import ChangedInput
 from pat_serve.export.exporter import export_run
-from pat_serve.plan import PruningPlan
+from pat_serve.run.plan import PruningPlan
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import METHODS
 from pat_serve.training.model.calibration import Calibration

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pat_serve.cuts import AxisCut, Cuts
+from pat_serve.cut.cuts import AxisCut, Cuts
 from pat_serve.errors import BrokenPlan
-from pat_serve.plan import BaseReference, PruningPlan, file_sha256
+from pat_serve.run.plan import BaseReference, PruningPlan, file_sha256
 
 BASE = BaseReference(source="base", architecture="LlamaForCausalLM", sha256={"config.json": "0" * 64})
 KEPT = torch.tensor([0, 2, 3])

@@ -11,7 +11,7 @@ import yaml
 
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
-from pat_serve.plan import PruningPlan
+from pat_serve.run.plan import PruningPlan
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.presets import PAPER, preset_settings
 from pat_serve.training.run import resume, start

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING
 
-from pat_serve.architectures import FAMILIES
-from pat_serve.geometry import check_width, snap_ratio
+from pat_serve.families.architectures import FAMILIES
+from pat_serve.shapes.geometry import check_width, snap_ratio
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.recipe_file import read_recipe
 

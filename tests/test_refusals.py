@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pat_serve.architectures import FAMILIES
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import UnknownTensor, UnsupportedModel
+from pat_serve.families.architectures import FAMILIES
 from tests.tiny_models import save_tiny_family
 
 SIZES: dict[str, Any] = {

@@ -9,7 +9,7 @@ import torch
 
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import BrokenPlan
-from pat_serve.replaced import read_replaced, write_replaced
+from pat_serve.run.replaced import read_replaced, write_replaced
 
 UP, DOWN = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("up", "down"))
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from pat_serve.errors import ChangedInput, Diverged, RunError, UnfinishedRun
 from pat_serve.export.run.reader import open_run
-from pat_serve.plan import PruningPlan
+from pat_serve.run.plan import PruningPlan
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods.pat.method import Pat
 from pat_serve.training.recipe_file import read_recipe

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GemmaFor
 
 from pat_serve.errors import BrokenCheckpoint
 from pat_serve.server.analysis.roofline import decode_ceiling, prefill_ceiling, prefill_flops
-from pat_serve.sizes import ModelShape, decode_bytes, shape_of
+from pat_serve.shapes.sizes import ModelShape, decode_bytes, shape_of
 from tests.tiny_models import tiny_config
 
 

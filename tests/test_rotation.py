@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pat_serve.architectures import FAMILIES, LLAMA
 from pat_serve.checkpoints.checkpoint import open_checkpoint
+from pat_serve.cut.rotation import effective_gain, principal_axes, rotate_model
 from pat_serve.export.exporter import export_run
-from pat_serve.plan import PruningPlan
-from pat_serve.rotation import effective_gain, principal_axes, rotate_model
+from pat_serve.families.architectures import FAMILIES, LLAMA
+from pat_serve.run.plan import PruningPlan
 from pat_serve.training.model.calibration import Calibration, calibrate, stream_moments
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe

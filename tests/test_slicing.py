@@ -10,13 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pat_serve.architectures import FAMILIES, LLAMA, QWEN2
 from pat_serve.checkpoints.stock_class import meta_model
-from pat_serve.cut_config import cut_config
-from pat_serve.cuts import Cuts
+from pat_serve.cut.config import cut_config
+from pat_serve.cut.cuts import Cuts
+from pat_serve.cut.slicing import targets
 from pat_serve.errors import IllegalShape
-from pat_serve.sizes import ModelSizes
-from pat_serve.slicing import targets
+from pat_serve.families.architectures import FAMILIES, LLAMA, QWEN2
+from pat_serve.shapes.sizes import ModelSizes
 from tests.random_cuts import random_cuts
 
 SETTINGS: dict[str, Any] = {

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pat_serve.architectures import FAMILIES
 from pat_serve.errors import BrokenPlan, ChangedInput, UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.export.parity.masked import load_masked_model
 from pat_serve.export.run.reader import open_run
-from pat_serve.plan import PruningPlan
+from pat_serve.families.architectures import FAMILIES
+from pat_serve.run.plan import PruningPlan
 from pat_serve.training import PatConfig, save_run
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.presets import PAPER

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pat_serve.architectures import FINAL_NORM
 from pat_serve.checkpoints.checkpoint import open_checkpoint
+from pat_serve.cut.rotation import effective_gain, rotate_model
 from pat_serve.errors import ChangedInput, UsageError
 from pat_serve.export.exporter import export_run
-from pat_serve.plan import PruningPlan
-from pat_serve.rotation import effective_gain, rotate_model
+from pat_serve.families.architectures import FINAL_NORM
+from pat_serve.run.plan import PruningPlan
 from pat_serve.training import PatConfig, apply_pat, save_run
 from pat_serve.training.model.calibration import calibrate
 from pat_serve.training.model.tie import axes_beside, column_energies, fitted_gain, gain_of_the_turned

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from pat_serve.architectures import LLAMA
-from pat_serve.sizes import ModelSizes
+from pat_serve.families.architectures import LLAMA
+from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.training.methods.pat.method import Pat
 from tests.conftest import tiny_recipe
 from tests.tiny_models import tiny_llama

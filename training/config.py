@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.locate import absolute
+from pat_serve.cut.axes import HIDDEN
 from pat_serve.errors import UsageError
 from pat_serve.training.groups import check_groups, parse_scales, untrained_group
 from pat_serve.training.methods.pat.settings import PatSettings

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pat_serve.architectures import HEAD
+from pat_serve.families.architectures import HEAD
 
 if TYPE_CHECKING:
     from torch import nn

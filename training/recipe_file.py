@@ -9,7 +9,7 @@ import yaml
 
 from pat_serve.errors import UsageError, first_line
 from pat_serve.files.atomic import write_text
-from pat_serve.run_folder import RECIPE_FILE
+from pat_serve.run.folder import RECIPE_FILE
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pat_serve.errors import Diverged
 from pat_serve.files.atomic import new_folder, write_json, write_text
-from pat_serve.plan import PruningPlan, file_sha256
-from pat_serve.run_folder import ADAPTER_FOLDER, END_TOKENS_FILE, PARITY_PROMPTS_FILE
+from pat_serve.run.folder import ADAPTER_FOLDER, END_TOKENS_FILE, PARITY_PROMPTS_FILE
+from pat_serve.run.plan import PruningPlan, file_sha256
 
 
 def write_result(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pat_serve.files.atomic import check_vacant, new_folder
 from pat_serve.files.disk import room_on_disk
-from pat_serve.plan import file_sha256
-from pat_serve.replaced import write_replaced
-from pat_serve.run_folder import TENSORBOARD_FOLDER, WEIGHTS_FOLDER, checkpoint_step, list_checkpoints
+from pat_serve.run.folder import TENSORBOARD_FOLDER, WEIGHTS_FOLDER, checkpoint_step, list_checkpoints
+from pat_serve.run.plan import file_sha256
+from pat_serve.run.replaced import write_replaced
 from pat_serve.training.assemble import Job, assemble
 from pat_serve.training.checks.continuation import (
     RunState,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pydantic
 
-from pat_serve.axes import HIDDEN
-from pat_serve.shape import parse_shape
+from pat_serve.cut.axes import HIDDEN
+from pat_serve.shapes.shape import parse_shape
 from pat_serve.training.choices import CHOICE_NAMES
 
 

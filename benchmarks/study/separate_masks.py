@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pat_serve.axes import HIDDEN
-from pat_serve.cuts import AxisCut, Cuts
-from pat_serve.family import Family
-from pat_serve.hybrid import HybridFold
-from pat_serve.plan import PruningPlan
+from pat_serve.cut.axes import HIDDEN
+from pat_serve.cut.cuts import AxisCut, Cuts
+from pat_serve.cut.hybrid import HybridFold
+from pat_serve.families.family import Family
+from pat_serve.run.plan import PruningPlan
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods.base import Method
 from pat_serve.training.methods.pat.hsm import HybridModule, SharedMask

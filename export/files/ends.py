@@ -13,7 +13,7 @@ from typing import Any
 from pat_serve.errors import BrokenPlan, first_line
 from pat_serve.export.run.reader import Run
 from pat_serve.files.atomic import write_json
-from pat_serve.run_folder import END_TOKENS_FILE
+from pat_serve.run.folder import END_TOKENS_FILE
 from pat_serve.terminal.progress import say
 
 _GENERATION_CONFIG = "generation_config.json"

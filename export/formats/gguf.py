@@ -20,10 +20,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pat_serve.architectures import FAMILIES
 from pat_serve.checkpoints.checkpoint import read_tensor, tensor_names
 from pat_serve.errors import BrokenCheckpoint, MissingExtra, UnsupportedModel, UsageError, first_line
-from pat_serve.sizes import ModelSizes
+from pat_serve.families.architectures import FAMILIES
+from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.terminal.progress import track
 
 GGUF_FILE = "model.gguf"

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, HEAD
 from pat_serve.checkpoints.shard_layout import shard_names
 from pat_serve.checkpoints.shards import TensorEntry, read_header
 from pat_serve.export.formats.overflow import round_floats
@@ -25,6 +24,7 @@ from pat_serve.export.formats.quality import QuantizationQuality, measure_qualit
 from pat_serve.export.formats.schemes import SCALE_SUFFIX, Scheme, quantization_config, quantize_channels
 from pat_serve.export.parity.prompts import own_prompts
 from pat_serve.export.run.reader import Run
+from pat_serve.families.architectures import EMBEDDING, HEAD
 from pat_serve.terminal.progress import track
 
 _INDEX = "model.safetensors.index.json"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pat_serve.architectures import HEAD
 from pat_serve.errors import UsageError
+from pat_serve.families.architectures import HEAD
 
 SCALE_SUFFIX = "_scale"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pat_serve.axes import HIDDEN
+from pat_serve.cut.axes import HIDDEN
 from pat_serve.export.files.model_files import dtype_name
 from pat_serve.export.parity.answers import Answers, Texts
 from pat_serve.export.parity.comparison import (

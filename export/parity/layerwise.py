@@ -17,11 +17,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pat_serve.architectures import EMBEDDING, FINAL_NORM, HEAD
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.checkpoints.shards import TensorEntry
-from pat_serve.family import Family
-from pat_serve.rotation import effective_gain, rotate_tensor
+from pat_serve.cut.rotation import effective_gain, rotate_tensor
+from pat_serve.families.architectures import EMBEDDING, FINAL_NORM, HEAD
+from pat_serve.families.family import Family
 
 _EMBEDDING_WEIGHT, _HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{HEAD}.weight"
 _LAYERS = "model.layers"

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pat_serve.architectures import HEAD
-from pat_serve.axes import FFN, HIDDEN, KV_GROUPS
 from pat_serve.checkpoints.stock_class import meta_model
-from pat_serve.cuts import AxisCut
+from pat_serve.cut.axes import FFN, HIDDEN, KV_GROUPS
+from pat_serve.cut.cuts import AxisCut
+from pat_serve.cut.hybrid import HybridFold, apply_hybrid
+from pat_serve.cut.rotation import rotate_model, untie_head
 from pat_serve.export.parity.layerwise import (
     LayerwiseModel,
     ReplacedWeights,
@@ -25,9 +26,8 @@ from pat_serve.export.parity.layerwise import (
     Weights,
 )
 from pat_serve.export.run.reader import Run
-from pat_serve.hybrid import HybridFold, apply_hybrid
-from pat_serve.rotation import rotate_model, untie_head
-from pat_serve.run_folder import ADAPTER_FOLDER
+from pat_serve.families.architectures import HEAD
+from pat_serve.run.folder import ADAPTER_FOLDER
 
 _HEAD_WEIGHT = f"{HEAD}.weight"
 # The linear whose input is what an axis of the layer has, in every family.

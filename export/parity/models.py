@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, HEAD
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.checkpoints.stock_class import meta_model
 from pat_serve.errors import ParityError
@@ -30,6 +29,7 @@ from pat_serve.export.rewrite.blocks import Rewriting
 from pat_serve.export.rewrite.rounding import FileCheck, round_at_random
 from pat_serve.export.rewrite.scratch import Scratch
 from pat_serve.export.run.reader import Run
+from pat_serve.families.architectures import EMBEDDING, HEAD
 from pat_serve.machine.hardware import available_memory_bytes
 from pat_serve.terminal.progress import track
 

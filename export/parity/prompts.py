@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pat_serve.errors import BrokenPlan, first_line
 from pat_serve.export.run.reader import Run
-from pat_serve.run_folder import PARITY_PROMPTS_FILE
+from pat_serve.run.folder import PARITY_PROMPTS_FILE
 
 RANDOM_PROMPTS = 4
 RANDOM_TOKENS = 32

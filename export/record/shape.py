@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pat_serve.sizes import ModelSizes
+from pat_serve.shapes.sizes import ModelSizes
 
 # By the names that config.json has for them, in the order in which the card tells them.
 _SETTINGS = {

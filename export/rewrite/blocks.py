@@ -13,8 +13,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.shards import TensorEntry, broken
+from pat_serve.cut.axes import HIDDEN
 from pat_serve.errors import UsageError
 from pat_serve.export.rewrite.contents import Zeros, contents, entry_of
 from pat_serve.export.rewrite.job import Job, Jobs

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from pat_serve.axes import HIDDEN
-from pat_serve.cut_config import cut_config
+from pat_serve.cut.axes import HIDDEN
+from pat_serve.cut.config import cut_config
 from pat_serve.export.rewrite.contents import unties_head
 from pat_serve.export.rewrite.stream_width import exported_eps
 from pat_serve.export.run.reader import Run

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pat_serve.architectures import EMBEDDING, HEAD
 from pat_serve.checkpoints.shards import TensorEntry
+from pat_serve.cut.slicing import Target, targets
 from pat_serve.export.run.reader import Run
-from pat_serve.family import ExportAs
-from pat_serve.slicing import Target, targets
+from pat_serve.families.architectures import EMBEDDING, HEAD
+from pat_serve.families.family import ExportAs
 
 _EMBEDDING_WEIGHT, _HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{HEAD}.weight"
 

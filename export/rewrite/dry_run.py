@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from pat_serve.architectures import EMBEDDING, HEAD
 from pat_serve.errors import BrokenPlan, first_line
 from pat_serve.export.rewrite.blocks import Rewriting
 from pat_serve.export.rewrite.contents import unties_head
 from pat_serve.export.rewrite.scratch import Scratch
 from pat_serve.export.run.reader import Run
+from pat_serve.families.architectures import EMBEDDING, HEAD
 
 
 def dry_run(run: Run, dtype: torch.dtype) -> None:

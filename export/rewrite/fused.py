@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pat_serve.cut.hybrid import HybridFold
 from pat_serve.export.run.adapter import LoraUpdate
-from pat_serve.family import TensorSpec
-from pat_serve.hybrid import HybridFold
+from pat_serve.families.family import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, FINAL_NORM
-from pat_serve.axes import HIDDEN
-from pat_serve.cuts import AxisCut
+from pat_serve.cut.axes import HIDDEN
+from pat_serve.cut.cuts import AxisCut
+from pat_serve.cut.hybrid import HybridFold
+from pat_serve.cut.rotation import effective_gain, rotate_tensor
+from pat_serve.cut.slicing import Target
 from pat_serve.export.rewrite.contents import unties_head
 from pat_serve.export.rewrite.fused import Fused, fuse
 from pat_serve.export.rewrite.stream_width import rewrite_tensor
 from pat_serve.export.run.adapter import LoraUpdate
 from pat_serve.export.run.reader import Run
-from pat_serve.family import Family
-from pat_serve.hybrid import HybridFold
-from pat_serve.rotation import effective_gain, rotate_tensor
-from pat_serve.slicing import Target
+from pat_serve.families.architectures import EMBEDDING, FINAL_NORM
+from pat_serve.families.family import Family
 
 
 @dataclass(frozen=True, kw_only=True)

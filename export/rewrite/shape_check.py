@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from pat_serve.axes import HIDDEN
-from pat_serve.cut_config import describe
+from pat_serve.cut.axes import HIDDEN
+from pat_serve.cut.config import describe
 from pat_serve.errors import IllegalShape, IllegalWidth, UsageError
 from pat_serve.export.formats.schemes import Scheme
 from pat_serve.export.rewrite.contents import unties_head
 from pat_serve.export.run.reader import Run
-from pat_serve.fitness import cautions, group_sizes, shape_of, tensor_parallel_degrees, tensor_parallel_obstacles
-from pat_serve.geometry import legal_step, name_widths, nearest_widths
+from pat_serve.shapes.fitness import (
+    cautions,
+    group_sizes,
+    shape_of,
+    tensor_parallel_degrees,
+    tensor_parallel_obstacles,
+)
+from pat_serve.shapes.geometry import legal_step, name_widths, nearest_widths
 from pat_serve.terminal.progress import say
 from pat_serve.tokens.vocabulary import vocabulary_of
 

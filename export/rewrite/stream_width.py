@@ -18,10 +18,10 @@ import math
 import torch
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING
-from pat_serve.cuts import AxisCut
+from pat_serve.cut.cuts import AxisCut
 from pat_serve.export.rewrite.fused import Fused
-from pat_serve.family import TensorSpec
+from pat_serve.families.architectures import EMBEDDING
+from pat_serve.families.family import TensorSpec
 
 
 def norm_gain_factor(cut: AxisCut) -> float:

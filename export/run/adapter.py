@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, HEAD
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.checkpoints.shards import TensorEntry, read_header
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, UnsupportedModel, first_line
+from pat_serve.families.architectures import EMBEDDING, HEAD
 from pat_serve.files.strict_json import parse
-from pat_serve.plan import PLAN_JSON
+from pat_serve.run.plan import PLAN_JSON
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _ADAPTER_PREFIX = "base_model.model."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pat_serve.plan import file_sha256
+from pat_serve.run.plan import file_sha256
 
 # hashlib leaves Python's lock while it works; more threads than this wait for the disk.
 _THREADS = 2

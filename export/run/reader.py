@@ -10,16 +10,16 @@ from typing import Any
 
 import yaml
 
-from pat_serve.architectures import EMBEDDING, FINAL_NORM
-from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.checkpoints.shards import TensorEntry
+from pat_serve.cut.axes import HIDDEN
+from pat_serve.cut.hybrid import LEAST_SCALE
 from pat_serve.errors import BrokenPlan, MissingModel, RunError, UnfinishedRun, first_line
 from pat_serve.export.run.adapter import LoraUpdate, read_adapter
-from pat_serve.hybrid import LEAST_SCALE
-from pat_serve.plan import PLAN_JSON, PruningPlan, file_sha256
-from pat_serve.replaced import read_replaced
-from pat_serve.run_folder import ADAPTER_FOLDER, RECIPE_FILE, checkpoint_step, list_checkpoints
+from pat_serve.families.architectures import EMBEDDING, FINAL_NORM
+from pat_serve.run.folder import ADAPTER_FOLDER, RECIPE_FILE, checkpoint_step, list_checkpoints
+from pat_serve.run.plan import PLAN_JSON, PruningPlan, file_sha256
+from pat_serve.run.replaced import read_replaced
 
 __all__ = ["LoraUpdate", "Run", "open_run"]
 

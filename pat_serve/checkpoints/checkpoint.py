@@ -15,17 +15,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, FAMILIES
 from pat_serve.checkpoints.config_check import check_config
 from pat_serve.checkpoints.locate import absolute, check_plain_folder, commit_of, locate, read_config
 from pat_serve.checkpoints.recognize import family_of
 from pat_serve.checkpoints.shards import DTYPES, TensorEntry, broken, read_tensors
 from pat_serve.checkpoints.stock_class import check_stock_tensors, stock_shapes
 from pat_serve.errors import ModelError
-from pat_serve.family import Family
+from pat_serve.families.architectures import EMBEDDING, FAMILIES
+from pat_serve.families.family import Family
 from pat_serve.gguf.folder import sha256_of_folder
-from pat_serve.plan import BaseReference, file_sha256
-from pat_serve.sizes import ModelSizes
+from pat_serve.run.plan import BaseReference, file_sha256
+from pat_serve.shapes.sizes import ModelSizes
 
 __all__ = ["DTYPES", "Checkpoint", "TensorEntry", "open_checkpoint", "read_tensor", "tensor_names"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pat_serve.checkpoints.shards import broken
 from pat_serve.errors import BrokenCheckpoint, UnsupportedModel
-from pat_serve.family import Family
+from pat_serve.families.family import Family
 
 CONFIG = "config.json"
 CORRECT = "Correct the file, or download it again."

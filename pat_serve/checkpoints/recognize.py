@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pat_serve.architectures import FAMILIES, LLAMA
 from pat_serve.errors import UnknownTensor, UnsupportedModel
-from pat_serve.family import Family
+from pat_serve.families.architectures import FAMILIES, LLAMA
+from pat_serve.families.family import Family
 
 _WRAPPERS = ("text_config", "vision_config", "audio_config", "thinker_config")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -43,7 +43,7 @@ def family_of(config: Mapping[str, Any], source: object, tensor_names: Iterable[
             source,
             expected=f"model_type {', '.join(sorted(FAMILIES))} (Llama and Yi are llama)",
             found=f"model_type {model_type!r}" + (f" with {'; '.join(reasons)}" if reasons else ""),
-            fix="Choose a model of a covered family; pat_serve/architectures.py lists them.",
+            fix="Choose a model of a covered family; pat_serve/families/architectures.py lists them.",
         )
     if config.get("quantization_config"):
         raise UnsupportedModel(

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from pat_serve.architectures import EMBEDDING, FAMILIES, HEAD
 from pat_serve.checkpoints.config_check import CONFIG, CORRECT, bad_config, check_config
 from pat_serve.checkpoints.locate import check_no_adapter, read_config
 from pat_serve.checkpoints.shards import TensorEntry, broken, read_header
 from pat_serve.errors import BrokenCheckpoint
-from pat_serve.family import Family
+from pat_serve.families.architectures import EMBEDDING, FAMILIES, HEAD
+from pat_serve.families.family import Family
 
 _COMPARED_BYTES = 1 << 24
 _MESSAGE_CHARS = 240

@@ -71,13 +71,13 @@ def shapes(
 
     from dataclasses import replace
 
-    from pat_serve.axes import AXES
-    from pat_serve.candidates import check_ratio
     from pat_serve.checkpoints.recognize import family_of
+    from pat_serve.cut.axes import AXES
     from pat_serve.server.analysis.shape_figures import Setting
     from pat_serve.server.bench.shape_search import Found, for_ratio, for_speedup
-    from pat_serve.shape import check_shape, parse_shape
-    from pat_serve.sizes import ModelSizes
+    from pat_serve.shapes.candidates import check_ratio
+    from pat_serve.shapes.shape import check_shape, parse_shape
+    from pat_serve.shapes.sizes import ModelSizes
 
     if ratio is not None:
         check_ratio(ratio)

@@ -14,11 +14,11 @@ from typing import Any
 
 import httpx
 
-from pat_serve.architectures import FAMILIES
 from pat_serve.checkpoints.locate import read_config
 from pat_serve.checkpoints.shards import require_no_pattern
 from pat_serve.errors import EngineError, UsageError, first_line
 from pat_serve.evaluation.lm_eval_tasks import quiet, require_lm_eval
+from pat_serve.families.architectures import FAMILIES
 from pat_serve.machine.extras import require
 from pat_serve.machine.hardware import DTYPE_BYTES
 from pat_serve.machine.local_addresses import UNUSABLE_PROXY, is_local

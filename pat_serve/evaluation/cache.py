@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pat_serve.checkpoints.locate import HUB_PATTERNS
 from pat_serve.evaluation.outcomes import OUTCOME, Answers, Likelihoods
 from pat_serve.files.atomic import write_json
-from pat_serve.plan import file_sha256
+from pat_serve.run.plan import file_sha256
 
 CACHE_FOLDER = "outcomes"
 # The version rises when the same settings would give other figures.

@@ -7,7 +7,7 @@ from collections.abc import Set
 from functools import cache
 from pathlib import Path
 
-from pat_serve.plan import file_sha256
+from pat_serve.run.plan import file_sha256
 
 # The time limit of a request whose answer has a few hundred bytes.
 _HUB_TIMEOUT_S = 10.0

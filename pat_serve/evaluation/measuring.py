@@ -22,7 +22,7 @@ from pat_serve.evaluation.paper14.questions import SOURCES
 from pat_serve.evaluation.report import Measure, Model
 from pat_serve.evaluation.subject import Examples, Subject
 from pat_serve.evaluation.text import DEFAULT_CONTEXT_TOKENS, cut_windows
-from pat_serve.plan import file_sha256
+from pat_serve.run.plan import file_sha256
 from pat_serve.terminal.progress import say
 
 # Tokens in a batch of windows. Their logits fill the memory.

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pat_serve.architectures import FAMILIES
 from pat_serve.errors import UnsupportedModel
-from pat_serve.family import Family
+from pat_serve.families.architectures import FAMILIES
+from pat_serve.families.family import Family
 from pat_serve.gguf.header import GgufHeader, broken
 
 ROPE_FREQUENCIES = "rope_freqs.weight"
@@ -92,7 +92,7 @@ def family_of_header(header: GgufHeader) -> Family:
             header.path,
             expected=f"a GGUF file of the architecture {', '.join(sorted(_FAMILIES))} (Yi and Mistral are llama)",
             found=header.architecture,
-            fix="Choose a model of a covered family; pat_serve/architectures.py lists them.",
+            fix="Choose a model of a covered family; pat_serve/families/architectures.py lists them.",
         )
     return FAMILIES[name]
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pat_serve.architectures import HEAD
 from pat_serve.checkpoints.shard_layout import encode_header, index_document, plan_shards, shard_names
 from pat_serve.checkpoints.shards import INDEX
 from pat_serve.errors import UnsupportedModel
-from pat_serve.family import Family
+from pat_serve.families.architectures import HEAD
+from pat_serve.families.family import Family
 from pat_serve.files.atomic import write_json
 from pat_serve.gguf.config import ROPE_FREQUENCIES
 from pat_serve.gguf.header import GgufHeader, GgufTensor, broken

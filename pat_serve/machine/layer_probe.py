@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pat_serve.candidates import parameters_of
-from pat_serve.sizes import ModelSizes
+from pat_serve.shapes.candidates import parameters_of
+from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.terminal.progress import track
 
 if TYPE_CHECKING:

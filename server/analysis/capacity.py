@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pat_serve.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)

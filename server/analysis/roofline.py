@@ -8,7 +8,7 @@ attention's own products, which is why the ceiling falls with batch and context.
 
 from __future__ import annotations
 
-from pat_serve.sizes import ModelShape, decode_bytes
+from pat_serve.shapes.sizes import ModelShape, decode_bytes
 
 
 def prefill_flops(shape: ModelShape, *, batch_size: int, prompt_tokens: int) -> float:

@@ -17,7 +17,7 @@ from itertools import combinations
 import numpy as np
 
 from pat_serve.server.analysis.roofline import decode_flops, prefill_bytes, prefill_flops
-from pat_serve.sizes import ModelShape, decode_bytes
+from pat_serve.shapes.sizes import ModelShape, decode_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from pat_serve.checkpoints.shards import runtime_shards
 from pat_serve.checkpoints.stock_class import check_stock_folder
 from pat_serve.errors import MissingModel, UsageError
 from pat_serve.files.atomic import write_json
-from pat_serve.sizes import ModelShape, shape_of
+from pat_serve.shapes.sizes import ModelShape, shape_of
 
 _SHAPES = files("pat_serve.server.bench") / "shapes"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")

@@ -12,7 +12,7 @@ from pat_serve.server.analysis.step_cost import StepCosts, Work, decode_work, fi
 from pat_serve.server.bench.report.read import read_result
 from pat_serve.server.bench.speedup.result import SpeedupResult
 from pat_serve.server.bench.speedup.settings import Regime
-from pat_serve.sizes import ModelShape, ModelSizes
+from pat_serve.shapes.sizes import ModelShape, ModelSizes
 
 _MACHINE_KEYS = ("accelerator", "cpu_model", "cpu_cores")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

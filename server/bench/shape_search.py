@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from pat_serve.axes import AXES, HIDDEN
-from pat_serve.candidates import (
+from pat_serve.cut.axes import AXES, HIDDEN
+from pat_serve.errors import UsageError
+from pat_serve.server.analysis.shape_figures import Setting, ShapeFigures
+from pat_serve.shapes.candidates import (
     MIXES,
     TOLERANCE,
     axis_grid,
@@ -16,9 +18,7 @@ from pat_serve.candidates import (
     exported_sizes,
     parameters_of,
 )
-from pat_serve.errors import UsageError
-from pat_serve.server.analysis.shape_figures import Setting, ShapeFigures
-from pat_serve.sizes import ModelSizes
+from pat_serve.shapes.sizes import ModelSizes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pat_serve.axes import HIDDEN
-from pat_serve.geometry import count_parameters
+from pat_serve.cut.axes import HIDDEN
 from pat_serve.server.analysis.shape_figures import LoadFigures, ShapeFigures
-from pat_serve.shape import shape_text
+from pat_serve.shapes.geometry import count_parameters
+from pat_serve.shapes.shape import shape_text
 
 
 def shape_lines(

@@ -15,7 +15,7 @@ from pat_serve.server.engine.online import Engine
 from pat_serve.server.engine.readiness import Readiness
 from pat_serve.server.engine.serve import second_engine
 from pat_serve.server.engine.workers.process_group import ProcessGroup, children
-from pat_serve.sizes import ModelShape, shape_of
+from pat_serve.shapes.sizes import ModelShape, shape_of
 
 logger = logging.getLogger(__name__)
 

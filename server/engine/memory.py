@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pat_serve.errors import EngineError
 from pat_serve.machine.hardware import DTYPE_BYTES, available_memory_bytes, free_gpu_bytes
-from pat_serve.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelShape
 
 # A step takes up at most so many tokens: larger batches are prefilled in pieces.
 MAX_STEP_TOKENS = 16384

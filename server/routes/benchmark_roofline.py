@@ -7,7 +7,7 @@ from pat_serve.machine.hardware import DTYPE_BYTES
 from pat_serve.server.analysis.roofline import decode_ceiling, prefill_ceiling, prefill_flops
 from pat_serve.server.engine.online import Engine
 from pat_serve.server.routes.benchmark_schemas import DecodeRoofline, PrefillRoofline, RooflineBody
-from pat_serve.sizes import ModelShape, decode_bytes, shape_of
+from pat_serve.shapes.sizes import ModelShape, decode_bytes, shape_of
 
 
 def roofline(

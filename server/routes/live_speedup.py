@@ -30,7 +30,7 @@ from pat_serve.server.routes.benchmark_roofline import countable_shape
 from pat_serve.server.routes.exclusive import Exclusive
 from pat_serve.server.routes.measure import benchmark_request, together
 from pat_serve.server.routes.speedup_request import LiveSpeedupResult, SpeedupRequest
-from pat_serve.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelShape
 
 # vLLM's worker spins for a second after its last step, and the other engine's turn would begin with a core less.
 _SETTLE_S, _SETTLE_POLL_S, _QUIET_SHARE = 2.0, 0.05, 0.2

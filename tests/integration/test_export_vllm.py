@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pat_serve.architectures import FAMILIES
 from pat_serve.export.exporter import Exported, export_run
 from pat_serve.export.parity.comparison import VLLM
+from pat_serve.families.architectures import FAMILIES
 from pat_serve.server.engine.workers.scoring import score_with_vllm
 from tests.random_runs import random_run
 from tests.test_export_axes import OWN, SIZES

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pat_serve.server.analysis.roofline import prefill_flops
 from pat_serve.server.engine.readiness import FRESH_S
-from pat_serve.sizes import decode_bytes, shape_of
+from pat_serve.shapes.sizes import decode_bytes, shape_of
 from tests.integration.asking import check_error, events, post
 from tests.integration.conftest import HANG_S, KEY, MAX_MODEL_LEN, Server, metric, wait_for
 

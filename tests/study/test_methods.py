@@ -14,8 +14,8 @@ from benchmarks.study import measuring, operator_cost, runs
 from benchmarks.study.dense_operator import DenseModule
 from benchmarks.study.methods import ALIGNED, SWEEPS, Job
 from benchmarks.study.separate_masks import SeparateMasks, align, common_channels, uneven_widths, writer_scores
-from pat_serve.hybrid import apply_hybrid
-from pat_serve.plan import PruningPlan
+from pat_serve.cut.hybrid import apply_hybrid
+from pat_serve.run.plan import PruningPlan
 from pat_serve.training.methods.pat.hsm import SharedMask
 from pat_serve.training.methods.pat.schedule import GateSchedule
 from tests.conftest import tiny_recipe

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.checkpoints.locate import absolute
+from pat_serve.cut.axes import HIDDEN
 from pat_serve.errors import UsageError
 from pat_serve.tokens.vocabulary import Vocabulary
 from pat_serve.training.api.applied import AppliedPat, frozen_hashes

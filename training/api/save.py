@@ -9,7 +9,7 @@ from typing import Any
 from pat_serve.errors import ChangedInput, UnfinishedRun, UsageError
 from pat_serve.files.atomic import check_vacant, new_folder
 from pat_serve.files.disk import room_on_disk
-from pat_serve.replaced import write_replaced
+from pat_serve.run.replaced import write_replaced
 from pat_serve.training.api.applied import AppliedPat, applied, frozen_hashes
 from pat_serve.training.data import load_tokenizer
 from pat_serve.training.model.choice_file import replaced_weights

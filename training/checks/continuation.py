@@ -7,8 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from pat_serve.errors import OutputExists, RunError, UsageError
-from pat_serve.plan import PLAN_ARRAYS, PLAN_JSON
-from pat_serve.run_folder import (
+from pat_serve.run.folder import (
     ADAPTER_FOLDER,
     END_TOKENS_FILE,
     INPUTS_FILE,
@@ -16,6 +15,7 @@ from pat_serve.run_folder import (
     PARITY_PROMPTS_FILE,
     RECIPE_FILE,
 )
+from pat_serve.run.plan import PLAN_ARRAYS, PLAN_JSON
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.recipe_file import read_recipe
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint
-from pat_serve.fitness import Shape, shape_of
-from pat_serve.geometry import count_parameters, legal_step, legal_widths
-from pat_serve.sizes import ModelShape, ModelSizes, decode_bytes
-from pat_serve.sizes import shape_of as sizes_of
+from pat_serve.cut.axes import HIDDEN
+from pat_serve.shapes.fitness import Shape, shape_of
+from pat_serve.shapes.geometry import count_parameters, legal_step, legal_widths
+from pat_serve.shapes.sizes import ModelShape, ModelSizes, decode_bytes
+from pat_serve.shapes.sizes import shape_of as sizes_of
 from pat_serve.terminal.progress import say
 from pat_serve.training.checks.memory import base_parameters
 from pat_serve.training.config import TrainRecipe

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pydantic
 
-from pat_serve.axes import HIDDEN
+from pat_serve.cut.axes import HIDDEN
 from pat_serve.errors import ChangedInput
 from pat_serve.files.atomic import write_text
-from pat_serve.plan import BaseReference
-from pat_serve.run_folder import INPUTS_FILE
+from pat_serve.run.folder import INPUTS_FILE
+from pat_serve.run.plan import BaseReference
 
 # Examples are hashed as token ids, which follow from more than the rows.
 _EXAMPLES_FIX = (

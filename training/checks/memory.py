@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pat_serve.architectures import HEAD
 from pat_serve.checkpoints.checkpoint import Checkpoint
+from pat_serve.cut.rotation import ROWS_AT_ONCE
+from pat_serve.families.architectures import HEAD
 from pat_serve.perplexity import IGNORED_LABEL
-from pat_serve.rotation import ROWS_AT_ONCE
-from pat_serve.sizes import ModelSizes
+from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import method_of
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint
+from pat_serve.cut.axes import HIDDEN
+from pat_serve.cut.rotation import untie_head
 from pat_serve.errors import TooLarge
 from pat_serve.machine.hardware import DTYPE_BYTES, available_memory_bytes
-from pat_serve.rotation import untie_head
 from pat_serve.terminal.progress import say
 from pat_serve.training.checks.memory import (
     BatchSize,

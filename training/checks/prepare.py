@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pat_serve.cut.axes import HIDDEN
 from pat_serve.errors import UsageError
 from pat_serve.machine.hardware import serving_dtype
 from pat_serve.tokens.vocabulary import Vocabulary

@@ -9,11 +9,11 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from pat_serve.architectures import HEAD
-from pat_serve.axes import HIDDEN, LAYERS
+from pat_serve.cut.axes import HIDDEN, LAYERS
+from pat_serve.families.architectures import HEAD
 from pat_serve.files.disk import check_room
 from pat_serve.machine.hardware import DTYPE_BYTES
-from pat_serve.run_folder import checkpoint_step, list_checkpoints
+from pat_serve.run.folder import checkpoint_step, list_checkpoints
 from pat_serve.training.checks.memory import unties
 from pat_serve.training.checks.prepare import Prepared
 from pat_serve.training.methods import method_of

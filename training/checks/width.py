@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.checkpoint import Checkpoint
+from pat_serve.cut.axes import HIDDEN
 from pat_serve.errors import UsageError
-from pat_serve.fitness import shape_of, slow_width
-from pat_serve.geometry import check_width, fast_tile, snap_ratio
-from pat_serve.shape import check_shape
+from pat_serve.shapes.fitness import shape_of, slow_width
+from pat_serve.shapes.geometry import check_width, fast_tile, snap_ratio
+from pat_serve.shapes.shape import check_shape
 from pat_serve.terminal.progress import say
 from pat_serve.training.checks.cut_report import gets_own_head
 from pat_serve.training.config import TrainRecipe

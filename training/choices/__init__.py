@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pat_serve.axes import FFN, KV_GROUPS, LAYERS
+from pat_serve.cut.axes import FFN, KV_GROUPS, LAYERS
 from pat_serve.training.choices.base import Choice, InnerChoice, Inputs, LayerChoice
 from pat_serve.training.choices.energy import Energy
 from pat_serve.training.choices.influence import Influence

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pat_serve.axes import LAYERS
+from pat_serve.cut.axes import LAYERS
 
 
 class Choice(ABC):

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pat_serve.axes import FFN
+from pat_serve.cut.axes import FFN
 from pat_serve.training.choices.base import InnerChoice, Inputs, largest
 
 

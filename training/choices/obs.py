@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pat_serve.axes import FFN
+from pat_serve.cut.axes import FFN
 from pat_serve.training.choices.base import InnerChoice, Inputs, largest
 
 RIDGE = 1e-3

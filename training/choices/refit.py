@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pat_serve.axes import KV_GROUPS
+from pat_serve.cut.axes import KV_GROUPS
 from pat_serve.training.choices.base import InnerChoice, Inputs
 
 RIDGE = 1e-3

@@ -13,7 +13,7 @@ from rich.progress import Progress, TaskID
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pat_serve.files.atomic import write_text
-from pat_serve.run_folder import METRICS_FILE
+from pat_serve.run.folder import METRICS_FILE
 from pat_serve.terminal.progress import console, progress_bar
 from pat_serve.training.methods import Method
 

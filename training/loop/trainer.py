@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from pat_serve.errors import Diverged
 from pat_serve.files.atomic import rename_durably, retire, sync_tree, write_json
-from pat_serve.run_folder import CHECKPOINTS_FOLDER, list_checkpoints
+from pat_serve.run.folder import CHECKPOINTS_FOLDER, list_checkpoints
 from pat_serve.training.groups import OWN_RATE, parameter_groups
 from pat_serve.training.loop.callbacks import StepTimer
 from pat_serve.training.loop.evaluation import response_nll, response_perplexity

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pat_serve.architectures import FINAL_NORM
-from pat_serve.axes import AXES, HIDDEN
-from pat_serve.cuts import AxisCut, Cuts
-from pat_serve.family import Family
-from pat_serve.hybrid import HybridFold
-from pat_serve.plan import BaseReference, PruningPlan
-from pat_serve.sizes import ModelSizes
+from pat_serve.cut.axes import AXES, HIDDEN
+from pat_serve.cut.cuts import AxisCut, Cuts
+from pat_serve.cut.hybrid import HybridFold
+from pat_serve.families.architectures import FINAL_NORM
+from pat_serve.families.family import Family
+from pat_serve.run.plan import BaseReference, PruningPlan
+from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.training.model.calibration import Calibration
 
 if TYPE_CHECKING:

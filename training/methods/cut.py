@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pat_serve.axes import FFN, KV_GROUPS, LAYERS
+from pat_serve.cut.axes import FFN, KV_GROUPS, LAYERS
 from pat_serve.training.methods.lora import LoraOnly
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pat_serve.axes import FFN, KV_GROUPS
-from pat_serve.family import Family
+from pat_serve.cut.axes import FFN, KV_GROUPS
+from pat_serve.families.family import Family
 
 
 @dataclass(frozen=True, kw_only=True)

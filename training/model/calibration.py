@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from pat_serve.architectures import FINAL_NORM
-from pat_serve.family import Family
+from pat_serve.cut.rotation import effective_gain, principal_axes
+from pat_serve.families.architectures import FINAL_NORM
+from pat_serve.families.family import Family
 from pat_serve.perplexity import IGNORED_LABEL
-from pat_serve.rotation import effective_gain, principal_axes
 from pat_serve.training.data import PadBatch
 from pat_serve.training.model.tie import axes_beside, column_energies, gain_of_the_turned
 

@@ -10,9 +10,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pat_serve.cuts import Cuts
-from pat_serve.run_folder import WEIGHTS_FOLDER, list_checkpoints
-from pat_serve.slicing import targets
+from pat_serve.cut.cuts import Cuts
+from pat_serve.cut.slicing import targets
+from pat_serve.run.folder import WEIGHTS_FOLDER, list_checkpoints
 from pat_serve.training.methods import Method
 from pat_serve.training.model.ready import Earlier
 

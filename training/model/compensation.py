@@ -35,9 +35,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pat_serve.axes import AXES
-from pat_serve.cuts import line_name
-from pat_serve.sizes import ModelSizes
+from pat_serve.cut.axes import AXES
+from pat_serve.cut.cuts import line_name
+from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.terminal.progress import track
 from pat_serve.training.choices import InnerChoice, Inputs
 from pat_serve.training.methods.base import Method

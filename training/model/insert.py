@@ -9,12 +9,12 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from pat_serve.architectures import FINAL_NORM, HEAD
 from pat_serve.checkpoints.checkpoint import Checkpoint
+from pat_serve.cut.rotation import effective_gain, rotate_model
 from pat_serve.errors import MissingExtra
-from pat_serve.family import Family
-from pat_serve.rotation import effective_gain, rotate_model
-from pat_serve.sizes import ModelSizes
+from pat_serve.families.architectures import FINAL_NORM, HEAD
+from pat_serve.families.family import Family
+from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import Method, method_of
 from pat_serve.training.model.calibration import Calibration

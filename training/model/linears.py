@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pat_serve.rotation import ROWS_AT_ONCE
+from pat_serve.cut.rotation import ROWS_AT_ONCE
 from pat_serve.training.model.least_squares import low_rank_update
 
 

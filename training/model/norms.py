@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pat_serve.axes import HIDDEN
+from pat_serve.cut.axes import HIDDEN
 from pat_serve.training.methods import Method
 from pat_serve.training.model.slicing import placed, scatter
 from pat_serve.training.ranks import snapshot

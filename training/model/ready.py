@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pat_serve.axes import AXES, HIDDEN, LAYERS
-from pat_serve.cuts import AxisCut, Cuts, line_name
-from pat_serve.family import Family
+from pat_serve.cut.axes import AXES, HIDDEN, LAYERS
+from pat_serve.cut.cuts import AxisCut, Cuts, line_name
+from pat_serve.families.family import Family
 from pat_serve.training.choices import InnerChoice, LayerChoice, choice_of
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import Method

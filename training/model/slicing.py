@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pat_serve.axes import AXES, HIDDEN
-from pat_serve.cuts import Cuts
-from pat_serve.family import TensorSpec
-from pat_serve.slicing import Target, targets
+from pat_serve.cut.axes import AXES, HIDDEN
+from pat_serve.cut.cuts import Cuts
+from pat_serve.cut.slicing import Target, targets
+from pat_serve.families.family import TensorSpec
 
 if TYPE_CHECKING:
     from pat_serve.training.methods import Method

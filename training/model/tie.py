@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pat_serve.rotation import ROWS_AT_ONCE, principal_axes
+from pat_serve.cut.rotation import ROWS_AT_ONCE, principal_axes
 
 # Channels that a rotation leaves alone, and the share of a narrow stream that they are at most.
 ALONE = 64

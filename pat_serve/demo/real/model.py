@@ -14,7 +14,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from pat_serve.errors import HubError
-from pat_serve.plan import file_sha256
+from pat_serve.run.plan import file_sha256
 from pat_serve.terminal.progress import say
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

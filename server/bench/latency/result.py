@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from pat_serve.server.analysis.statistics import percentile
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
 from pat_serve.server.engine.workers.probe import MachineRates
-from pat_serve.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelShape
 
 SCHEMA_VERSION = 1
 

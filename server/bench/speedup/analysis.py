@@ -24,7 +24,7 @@ from pat_serve.server.bench.speedup.depth_result import Extrapolated
 from pat_serve.server.bench.speedup.result import RegimeResult, Round, WarmUp
 from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
 from pat_serve.server.engine.workers.probe import MachineRates, best_rates
-from pat_serve.sizes import ModelShape, decode_bytes
+from pat_serve.shapes.sizes import ModelShape, decode_bytes
 
 # From this share of the machine on, other processes are worth a word in the verdict's reason.
 _TELLING_SHARE = 0.1

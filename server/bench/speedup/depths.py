@@ -14,7 +14,7 @@ from pat_serve.server.bench.speedup.analysis import conclude, counted_ceiling, l
 from pat_serve.server.bench.speedup.depth_result import Extrapolated
 from pat_serve.server.bench.speedup.result import DepthMeasurement, RegimeResult, Round
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
-from pat_serve.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelShape
 
 
 def worst_surroundings(depths: Sequence[DepthMeasurement]) -> Surroundings:

@@ -15,7 +15,7 @@ from pat_serve.server.bench.latency.result import Roof
 from pat_serve.server.bench.speedup.depth_result import Extrapolated
 from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
 from pat_serve.server.engine.workers.probe import MachineRates
-from pat_serve.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelShape
 
 # 2: several batch sizes, fixed memory, noise, capacity, what would make an inconclusive result conclusive.
 # 3: a margin beside the claim, and the strict reading beside every verdict. Fields that came later have defaults.

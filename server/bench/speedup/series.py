@@ -14,7 +14,7 @@ from pat_serve.server.bench.speedup.rounds import run_round, steps_per_turn
 from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
 from pat_serve.server.engine.workers.probe import MachineRates
 from pat_serve.server.engine.workers.process import EngineProcess
-from pat_serve.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelShape
 
 # (stage, steps done, steps in all)
 Progress = Callable[[str, int, int], None]

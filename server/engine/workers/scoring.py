@@ -12,7 +12,7 @@ from pat_serve.machine.hardware import DTYPE_BYTES
 from pat_serve.scores import ScoreRequest, Scores
 from pat_serve.server.engine.workers.process import EngineProcess, start_together
 from pat_serve.server.engine.workers.protocol import Start
-from pat_serve.sizes import shape_of
+from pat_serve.shapes.sizes import shape_of
 
 _BATCH = 4
 _STEP_TOKENS = 512

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pat_serve.server.analysis.roofline import decode_ceiling
-from pat_serve.sizes import shape_of
+from pat_serve.shapes.sizes import shape_of
 from tests.integration.asking import check_error, post
 from tests.integration.conftest import HANG_S, Server
 from tests.integration.pair.conftest import MAX_MODEL_LEN, PROMPT, running_pair

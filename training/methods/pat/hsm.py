@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pat_serve.cut.hybrid import LEAST_SCALE, HybridFold
 from pat_serve.errors import EmptyMask
-from pat_serve.hybrid import LEAST_SCALE, HybridFold
 from pat_serve.training.methods.pat.losses import TARGET_LOGIT, kept_channels
 from pat_serve.training.methods.pat.schedule import GateSchedule
 from pat_serve.training.ranks import same_on_all, whole

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from pat_serve.architectures import EMBEDDING, HEAD
-from pat_serve.axes import HIDDEN
-from pat_serve.cuts import Cuts
-from pat_serve.hybrid import HybridFold
+from pat_serve.cut.axes import HIDDEN
+from pat_serve.cut.cuts import Cuts
+from pat_serve.cut.hybrid import HybridFold
+from pat_serve.families.architectures import EMBEDDING, HEAD
 from pat_serve.terminal.progress import say
 from pat_serve.training.methods.base import Method
 from pat_serve.training.methods.pat.hsm import HybridModule, SharedMask

@@ -6,18 +6,8 @@ an error, never copied blindly. A NEW FAMILY is one `Family` in `FAMILIES`.
 
 from __future__ import annotations
 
-from pat_serve.axes import (
-    FFN_DIM,
-    GATE_UP_DIM,
-    HEAD_DIM,
-    HIDDEN_DIM,
-    KV_DIM,
-    Q_DIM,
-    QKV_DIM,
-    VOCAB_DIM,
-    Dim,
-)
-from pat_serve.family import ExportAs, Family, TensorSpec
+from pat_serve.cut.axes import FFN_DIM, GATE_UP_DIM, HEAD_DIM, HIDDEN_DIM, KV_DIM, Q_DIM, QKV_DIM, VOCAB_DIM, Dim
+from pat_serve.families.family import ExportAs, Family, TensorSpec
 
 # The same in every family of the table.
 EMBEDDING = "model.embed_tokens"

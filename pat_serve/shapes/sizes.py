@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pat_serve.architectures import FAMILIES
-from pat_serve.axes import FFN, HIDDEN, KV_GROUPS, LAYERS
+from pat_serve.cut.axes import FFN, HIDDEN, KV_GROUPS, LAYERS
 from pat_serve.errors import BrokenCheckpoint
-from pat_serve.family import Family
+from pat_serve.families.architectures import FAMILIES
+from pat_serve.families.family import Family
 
 
 @dataclass(frozen=True, kw_only=True)

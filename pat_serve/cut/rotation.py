@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pat_serve.architectures import FINAL_NORM, HEAD
-from pat_serve.family import Family, TensorSpec
+from pat_serve.families.architectures import FINAL_NORM, HEAD
+from pat_serve.families.family import Family, TensorSpec
 
 # So many rows of a weight, or columns, are changed at once in a wider dtype.
 ROWS_AT_ONCE = 4096

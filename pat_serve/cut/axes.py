@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pat_serve.sizes import ModelSizes
+    from pat_serve.shapes.sizes import ModelSizes
 
 HIDDEN = "hidden"
 LAYERS = "layers"

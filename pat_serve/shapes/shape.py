@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pat_serve.axes import AXES, HIDDEN, KV_GROUPS
+from pat_serve.cut.axes import AXES, HIDDEN, KV_GROUPS
 from pat_serve.errors import IllegalShape
-from pat_serve.family import Family
-from pat_serve.geometry import count_parameters
-from pat_serve.sizes import ModelShape, ModelSizes
+from pat_serve.families.family import Family
+from pat_serve.shapes.geometry import count_parameters
+from pat_serve.shapes.sizes import ModelShape, ModelSizes
 
 _EXAMPLE = "Try --shape layers=24,ffn=1280."
 

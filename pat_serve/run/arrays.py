@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pat_serve.checkpoints.shards import DTYPES, TensorEntry
+from pat_serve.cut.hybrid import HybridFold
 from pat_serve.errors import BrokenPlan
-from pat_serve.hybrid import HybridFold
 
 ARRAY_DTYPES = DTYPES | {"I64": torch.int64}
 _FLOATS = frozenset(DTYPES.values())

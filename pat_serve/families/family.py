@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pat_serve.axes import HIDDEN, Dim, dim_length
+from pat_serve.cut.axes import HIDDEN, Dim, dim_length
 from pat_serve.errors import UnknownTensor
 
 if TYPE_CHECKING:
-    from pat_serve.sizes import ModelSizes
+    from pat_serve.shapes.sizes import ModelSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class Family:
     def obstacles(self, base: ModelSizes, exported: ModelSizes, config: Mapping[str, Any] | None = None) -> list[str]:
         """Why no stock class takes an export of these sizes, in sentences; empty if one does.
 
-        Kernels and tensor parallelism have wishes of their own (`pat_serve.fitness`).
+        Kernels and tensor parallelism have wishes of their own (`pat_serve.shapes.fitness`).
 
         Args:
             base: sizes of the base.
@@ -181,7 +181,7 @@ class Family:
         raise UnknownTensor(
             tensor_name,
             expected=f"a tensor of the {self.model_type} family",
-            found="a name that its table (pat_serve/architectures.py) does not hold",
+            found="a name that its table (pat_serve/families/architectures.py) does not hold",
             fix="Export a plain checkpoint of this family, or add the tensor to the table.",
         )
 

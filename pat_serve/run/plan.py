@@ -20,14 +20,14 @@ import pydantic
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pat_serve.axes import HIDDEN
 from pat_serve.checkpoints.shards import read_header
-from pat_serve.cuts import AxisCut, Cuts, parse_line
+from pat_serve.cut.axes import HIDDEN
+from pat_serve.cut.cuts import AxisCut, Cuts, parse_line
+from pat_serve.cut.hybrid import HybridFold
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, first_line
 from pat_serve.files.atomic import rename_durably, write_text
 from pat_serve.files.strict_json import parse
-from pat_serve.hybrid import HybridFold
-from pat_serve.plan_arrays import (
+from pat_serve.run.arrays import (
     ARRAY_DTYPES,
     StoredFolds,
     broken_plan,
@@ -91,7 +91,7 @@ class PruningPlan:
             parity gate would both trust a damaged adapter.
         norms: trained gains (D,) by the dotted name of their RMSNorm, in the form that the base stores (Gemma: w of
             1 + w). A norm without a line keeps its own.
-        weights: SHA-256 by file name of the replaced tensors in `weights/` (`pat_serve.replaced`).
+        weights: SHA-256 by file name of the replaced tensors in `weights/` (`pat_serve.run.replaced`).
         sparsity: what pattern of zeros a module's weight has, "2:4" or "unstructured", by dotted name. No method writes
             it yet, and the export refuses a plan that has it.
     """

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pat_serve.cuts import Cuts
-from pat_serve.family import Family, TensorSpec
-from pat_serve.sizes import ModelSizes
+from pat_serve.cut.cuts import Cuts
+from pat_serve.families.family import Family, TensorSpec
+from pat_serve.shapes.sizes import ModelSizes
 
 
 @dataclass(frozen=True, kw_only=True)

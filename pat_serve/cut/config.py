@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pat_serve.axes import Axis
-from pat_serve.cuts import AxisCut, Cuts, parse_line
+from pat_serve.cut.axes import Axis
+from pat_serve.cut.cuts import AxisCut, Cuts, parse_line
 from pat_serve.errors import IllegalShape
-from pat_serve.family import Family
-from pat_serve.sizes import ModelSizes
+from pat_serve.families.family import Family
+from pat_serve.shapes.sizes import ModelSizes
 
 
 def cut_config(config: Mapping[str, Any], family: Family, cuts: Cuts) -> dict[str, Any]:

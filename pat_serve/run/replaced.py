@@ -14,13 +14,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pat_serve.architectures import EMBEDDING, HEAD
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.checkpoints.shards import TensorEntry, read_header
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan
+from pat_serve.families.architectures import EMBEDDING, HEAD
 from pat_serve.files.atomic import rename_durably
-from pat_serve.plan import file_sha256
-from pat_serve.run_folder import WEIGHTS_FOLDER
+from pat_serve.run.folder import WEIGHTS_FOLDER
+from pat_serve.run.plan import file_sha256
 
 _FILE_BYTES = 2_000_000_000
 _FIX = "Copy the run again, or repeat the training."

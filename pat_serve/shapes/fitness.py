@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pat_serve.architectures import EMBEDDING
-from pat_serve.geometry import fast_tile, legal_step, name_widths, widths_around
-from pat_serve.sizes import ModelShape, ModelSizes
+from pat_serve.families.architectures import EMBEDDING
+from pat_serve.shapes.geometry import fast_tile, legal_step, name_widths, widths_around
+from pat_serve.shapes.sizes import ModelShape, ModelSizes
 
 if TYPE_CHECKING:
     from pat_serve.checkpoints.checkpoint import Checkpoint
-    from pat_serve.cuts import Cuts
-    from pat_serve.family import Family
+    from pat_serve.cut.cuts import Cuts
+    from pat_serve.families.family import Family
 
 # v1/attention/backends/cpu_attn.py
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)

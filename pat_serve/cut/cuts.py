@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pat_serve.axes import AXES, LAYERS, Axis, Dim, Piece
+from pat_serve.cut.axes import AXES, LAYERS, Axis, Dim, Piece
 from pat_serve.errors import BrokenPlan
-from pat_serve.sizes import ModelSizes
+from pat_serve.shapes.sizes import ModelSizes
 
 _SUBJECT = "the plan's cuts"
 _FIX = "Repeat the training, or mend the method that wrote the plan."

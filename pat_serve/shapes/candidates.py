@@ -13,11 +13,11 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from pat_serve.axes import AXES, FFN, HIDDEN, KV_GROUPS, LAYERS
+from pat_serve.cut.axes import AXES, FFN, HIDDEN, KV_GROUPS, LAYERS
 from pat_serve.errors import IllegalRatio
-from pat_serve.family import Family
-from pat_serve.geometry import MAX_RATIO, fast_tile, legal_widths, width_step
-from pat_serve.sizes import ModelShape, ModelSizes
+from pat_serve.families.family import Family
+from pat_serve.shapes.geometry import MAX_RATIO, fast_tile, legal_widths, width_step
+from pat_serve.shapes.sizes import ModelShape, ModelSizes
 
 # A table of candidates shows each axis alone, and mixes of them.
 MIXES: tuple[tuple[str, ...], ...] = (

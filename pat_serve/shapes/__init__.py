@@ -1,0 +1,1 @@
+"""The shapes that a model can have: sizes, what they cost, which are legal, and which reach a goal. Pure arithmetic."""
