@@ -99,7 +99,7 @@ def profile_here(options: argparse.Namespace) -> dict[str, Any]:
             seed=0,
         )
         draw = random.Random(0)
-        engine.prefill([[draw.randrange(source.shape.vocab_size) for _ in range(options.prompt_tokens)]],
+        engine.prefill([[draw.randrange(source.shape.vocab) for _ in range(options.prompt_tokens)]],
                        output_tokens=tokens - options.prompt_tokens)  # fmt: skip
         engine.decode(_WARMUP_STEPS)
         steps_s = []

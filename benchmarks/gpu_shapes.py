@@ -37,7 +37,7 @@ from pat_serve.server.analysis.roofline import (
 )
 from pat_serve.server.analysis.statistics import paired_ratio, percentile
 from pat_serve.server.engine.workers.probe import MachineRates, measure_rates
-from pat_serve.shapes.sizes import ModelShape, decode_bytes, shape_of
+from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 
 SHAPES = {"dense": "llama2-7b", "narrow": "llama2-7b-pat25"}
 DTYPE, DTYPE_BYTES = torch.bfloat16, 2
@@ -85,7 +85,7 @@ def measure(runners: dict[str, Runner], phase: str, *, rounds: int, seconds: flo
     return times
 
 
-def ceiling_of(shapes: dict[str, ModelShape], phase: str, batch: int, context: int) -> float:
+def ceiling_of(shapes: dict[str, ModelSizes], phase: str, batch: int, context: int) -> float:
     """Compute the largest ratio that counted bytes or FLOPs allow."""
     pair = (shapes["dense"], shapes["narrow"])
     if phase == "prefill":
@@ -94,7 +94,7 @@ def ceiling_of(shapes: dict[str, ModelShape], phase: str, batch: int, context: i
     return decode_ceiling(*pair, batch_size=batch, context_tokens=tokens, dtype_bytes=DTYPE_BYTES)
 
 
-def floor_s(rates: MachineRates, shape: ModelShape, phase: str, batch: int, context: int) -> float:
+def floor_s(rates: MachineRates, shape: ModelSizes, phase: str, batch: int, context: int) -> float:
     """The time that the counted work takes at the machine's own rates."""
     if phase == "prefill":
         size: dict[str, Any] = {"batch_size": batch, "prompt_tokens": context}
@@ -109,7 +109,7 @@ def floor_s(rates: MachineRates, shape: ModelShape, phase: str, batch: int, cont
 
 def cell(
     models: dict[str, LlamaForCausalLM],
-    shapes: dict[str, ModelShape],
+    shapes: dict[str, ModelSizes],
     rates: MachineRates,
     batch: int,
     context: int,
@@ -179,7 +179,7 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: expected one, or --device cpu with --layers 1 to try the script")
     configs = {name: config(name, options.layers) for name in SHAPES}
-    shapes = {name: shape_of(settings, name) for name, settings in configs.items()}
+    shapes = {name: ModelSizes.of(settings, source=name) for name, settings in configs.items()}
     rates = measure_rates("bfloat16")
     print(f"this machine: {rates.bytes_per_s / 1e12:.2f} TB/s read, {rates.flops_per_s / 1e12:.0f} TFLOP/s", flush=True)
     models = {name: build(settings, options.device) for name, settings in configs.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pat_serve.server.analysis.capacity import capacity, memory_for
@@ -17,13 +18,12 @@ from pat_serve.server.bench.speedup.result import DepthMeasurement, ModelRecord,
 from pat_serve.server.bench.speedup.series import Pair
 from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
 from pat_serve.server.engine.workers.probe import MachineRates
-from pat_serve.shapes.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelSizes
 
-DENSE = ModelShape(
-    hidden_size=4096, num_layers=2, num_heads=32, num_kv_heads=32, head_dim=128, ffn_size=11008, vocab_size=32000,
-    tied_head=False,
+DENSE = ModelSizes(
+    hidden=4096, layers=2, heads=32, kv_heads=32, head_dim=128, ffn=11008, vocab=32000, tied=False,
 )  # fmt: skip
-NARROW = ModelShape(**{**vars(DENSE), "hidden_size": 3072})
+NARROW = replace(DENSE, hidden=3072)
 
 
 def trace(
@@ -118,7 +118,7 @@ def speedup_result(*, ratio: float = 1.3, noise: float = 0.03, **settings: objec
     judgement = conclude(regimes, measured, chosen.settings.claimed)
     average = chosen.average(regimes)
 
-    def model(name: str, shape: ModelShape) -> ModelRecord:
+    def model(name: str, shape: ModelSizes) -> ModelRecord:
         budget = memory_for(DENSE, requests=1, tokens=137, dtype_bytes=4)
         return ModelRecord(
             name=name, config_sha256="ab" * 32, shape=shape, parameters=shape.parameters, start_s=30.0,
@@ -142,7 +142,7 @@ def depths_result() -> SpeedupResult:
     measured = []
     for layers in (2, 6):
         ratio = (0.1 + layers) / (0.1 + layers / 1.34)
-        shapes = [ModelShape(**{**vars(shape), "num_layers": layers}) for shape in (DENSE, NARROW)]
+        shapes = [replace(shape, layers=layers) for shape in (DENSE, NARROW)]
         own = Pair(
             baseline=shapes[0], candidate=shapes[1], candidate_batch=None, settings=result.settings, dtype_bytes=2
         )
@@ -157,7 +157,7 @@ def depths_result() -> SpeedupResult:
                 regimes=own.analyse(made, [one.warm_up for one in models]), rounds=tuple(made), stopped=result.stopped,
             )
         )  # fmt: skip
-    whole = [ModelShape(**{**vars(shape), "num_layers": 32}) for shape in (DENSE, NARROW)]
+    whole = [replace(shape, layers=32) for shape in (DENSE, NARROW)]
     settings = result.settings.model_copy(update={"depths": (2, 6)})
     found = extrapolate_all(measured, settings, whole=(whole[0], whole[1]), dtype_bytes=2)
     judgement = conclude_extrapolated(found, measured, settings)

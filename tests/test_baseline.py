@@ -26,7 +26,7 @@ from pat_serve.server.engine.workers.process_group import ProcessGroup
 from pat_serve.server.http.errors import HttpError
 from pat_serve.server.routes.live_speedup import Side, _judge, batch_trace
 from pat_serve.server.routes.speedup_request import SpeedupRequest
-from pat_serve.shapes.sizes import shape_of
+from pat_serve.shapes.sizes import ModelSizes
 from tests.tiny_models import tiny_config
 
 
@@ -100,7 +100,7 @@ def test_a_users_request_makes_it_inconclusive(others: int, verdict: Verdict) ->
     dense, pruned = side(), side()
     for one in (dense, pruned):
         one.engine.model_name, one.engine.config, one.engine.dtype = "m", {}, "float32"
-    shapes = tuple(shape_of(tiny_config(hidden_size=width).to_dict(), "tiny") for width in (64, 32))
+    shapes = tuple(ModelSizes.of(tiny_config(hidden_size=width).to_dict(), source="tiny") for width in (64, 32))
     slow, fast = (batch_trace(0.0, [[step * i for i in (1, 2, 3)]], prompts_sha256="") for step in (1.5, 1.0))
     pair = Round(
         first="baseline",

@@ -20,11 +20,10 @@ from pat_serve.shapes.candidates import (
     counts_for_ratio,
     counts_for_speedup,
     exported_sizes,
-    parameters_of,
     share_cut,
 )
 from pat_serve.shapes.shape import nearest_legal
-from pat_serve.shapes.sizes import ModelShape, ModelSizes
+from pat_serve.shapes.sizes import ModelSizes
 
 LLAMA_7B = ModelSizes.of(
     json.loads((files("pat_serve.server.bench") / "shapes" / "llama2-7b.json").read_text(encoding="utf-8")), LLAMA
@@ -35,8 +34,7 @@ REGIMES = ((1, 128), (8, 1024), (32, 2048))
 
 
 def ceiling(base: ModelSizes, cut: ModelSizes, batch_size: int, context: int) -> float:
-    shapes = ModelShape.of(base), ModelShape.of(cut)
-    return decode_ceiling(*shapes, batch_size=batch_size, context_tokens=context, dtype_bytes=2)
+    return decode_ceiling(base, cut, batch_size=batch_size, context_tokens=context, dtype_bytes=2)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +114,7 @@ def test_the_smallest_cut_that_is_fast_enough(axes: tuple[str, ...]) -> None:
 
     counts = counts_for_speedup(SMOLLM2, LLAMA, 1.2, axes, speedup)
     assert counts is not None
-    kept = parameters_of(exported_sizes(SMOLLM2, counts))
+    kept = exported_sizes(SMOLLM2, counts).parameters
     assert speedup(exported_sizes(SMOLLM2, counts)) >= 1.2
     # By brute force: no larger model of the grid is fast enough.
     grids = [axis_grid(axis, SMOLLM2, LLAMA) for axis in axes]
@@ -124,7 +122,7 @@ def test_the_smallest_cut_that_is_fast_enough(axes: tuple[str, ...]) -> None:
     for axis, grid in zip(axes, grids, strict=True):
         shapes = [{**shape, axis: count} for shape in shapes for count in grid]
     sizes = [exported_sizes(SMOLLM2, shape) for shape in shapes]
-    assert kept == max(parameters_of(one) for one in sizes if speedup(one) >= 1.2)
+    assert kept == max(one.parameters for one in sizes if speedup(one) >= 1.2)
 
 
 def test_a_speed_out_of_reach_has_no_counts() -> None:

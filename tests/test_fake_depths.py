@@ -60,10 +60,10 @@ def test_two_depths_give_the_verdict_for_the_whole_models(model: Model) -> None:
         Verdict.FAIL,
         Verdict.FAIL,
     ]
-    assert result.baseline.shape.num_layers == 6
+    assert result.baseline.shape.layers == 6
     assert result.settings.depths == (2, 6)
     # The ceiling is the whole models' too.
-    shapes = [dataclasses.replace(one.shape, num_layers=24) for one in (result.baseline, result.candidate)]
+    shapes = [dataclasses.replace(one.shape, layers=24) for one in (result.baseline, result.candidate)]
     assert decode.ceiling == pytest.approx(
         decode_ceiling(shapes[0], shapes[1], batch_size=1, context_tokens=decode.context_tokens, dtype_bytes=4)
     )
@@ -81,7 +81,7 @@ def test_two_depths_give_the_verdict_for_the_whole_models(model: Model) -> None:
 def test_one_depth_is_what_it_was_and_noise_leaves_the_whole_undecided(model: Model) -> None:
     dense, narrow = cut_pair(model, ratio=1.36)
     one = check(dense, narrow, rounds=5, layers=2)
-    assert (one.extrapolated, one.shallower, one.baseline.shape.num_layers) == ((), (), 2)
+    assert (one.extrapolated, one.shallower, one.baseline.shape.layers) == ((), (), 2)
     assert one.regimes[1].verdict is Verdict.FAIL
     noisy = cut_pair(lambda name, **truth: model(f"noisy-{name}", **truth), ratio=1.36, noise=0.5)
     result = check(*noisy, rounds=6, depths=(2, 6))

@@ -15,15 +15,15 @@ from pat_serve.export.exporter import export_run
 from pat_serve.export.rewrite.shape_check import parse_degrees
 from pat_serve.shapes.fitness import (
     CPU_HEAD_DIMS,
-    Shape,
     cautions,
     group_sizes,
-    shape_of,
     slow_width,
     tensor_parallel_degrees,
     tensor_parallel_obstacles,
 )
 from pat_serve.shapes.geometry import check_width, fast_tile, legal_step, legal_widths, snap_ratio
+from pat_serve.shapes.parameters import parameters_at
+from pat_serve.shapes.sizes import ModelSizes
 from tests.tiny_models import save_tiny_llama, tiny_llama
 
 
@@ -82,19 +82,19 @@ def test_widths_outside_the_range(width: int):
         check_width(width, 4096, 32, hidden_multiple_of_heads=True)
 
 
-LLAMA2_7B = Shape(
-    hidden_size=4096, num_attention_heads=32, num_key_value_heads=32, head_dim=128, ffn=11008, vocab=32000,
-    hidden_multiple_of_heads=True, parameters_per_channel=1_645_121, other_parameters=0,
-)  # fmt: skip
-LLAMA3_8B = dataclasses.replace(LLAMA2_7B, num_key_value_heads=8, ffn=14336, vocab=128256)
-QWEN2_HALF_B = dataclasses.replace(
-    LLAMA2_7B, hidden_size=896, num_attention_heads=14, num_key_value_heads=2, head_dim=64, ffn=4864, vocab=151936
-)
+LLAMA2_7B = ModelSizes(hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, ffn=11008, vocab=32000, tied=False)
+LLAMA3_8B = dataclasses.replace(LLAMA2_7B, kv_heads=8, ffn=14336, vocab=128256)
+QWEN2_HALF_B = dataclasses.replace(LLAMA2_7B, hidden=896, heads=14, kv_heads=2, head_dim=64, ffn=4864, vocab=151936)
+
+
+def wide(width: int) -> ModelSizes:
+    """Llama-2-7B cut to a width."""
+    return dataclasses.replace(LLAMA2_7B, hidden=width)
 
 
 def test_an_illegal_width_names_the_parameters_of_the_nearest():
     with pytest.raises(IllegalWidth, match=r"2848 \(4.69 B parameters\), 2880 \(4.74 B parameters\), 2912"):
-        check_width(2868, 4096, 32, hidden_multiple_of_heads=True, parameters=LLAMA2_7B.parameters)
+        check_width(2868, 4096, 32, hidden_multiple_of_heads=True, parameters=lambda width: wide(width).parameters)
 
 
 @given(
@@ -106,10 +106,8 @@ def test_every_width_that_is_called_faster_is(heads: int, size: int, multiple: b
     legal = legal_widths(step, hidden)
     assume(legal)
     width = data.draw(st.sampled_from(legal))
-    shape = dataclasses.replace(
-        LLAMA2_7B, hidden_size=hidden, num_attention_heads=heads, hidden_multiple_of_heads=multiple
-    )
-    said = slow_width(shape, width)
+    exported = dataclasses.replace(LLAMA2_7B, hidden=width, heads=heads)
+    said = slow_width(hidden, exported, hidden_multiple_of_heads=multiple)
     claimed = re.match(r"hidden_size (\d+) is no multiple of (\d+),.* the nearest multiples are (.*)", said or "")
     if claimed is None:
         assert said is None
@@ -125,10 +123,11 @@ def test_every_width_that_is_called_faster_is(heads: int, size: int, multiple: b
 
 
 def test_a_width_is_not_called_slow_where_no_other_is_faster():
-    smollm2 = dataclasses.replace(LLAMA2_7B, hidden_size=576, num_attention_heads=9)
-    assert [slow_width(smollm2, width) for width in (288, 360, 432, 504)] == [None] * 4
-    assert slow_width(LLAMA2_7B, 3072) is None
-    said = slow_width(LLAMA2_7B, 3008 - 32)
+    for width in (288, 360, 432, 504):
+        smollm2 = dataclasses.replace(LLAMA2_7B, hidden=width, heads=9)
+        assert slow_width(576, smollm2, hidden_multiple_of_heads=True) is None
+    assert slow_width(4096, wide(3072), hidden_multiple_of_heads=True) is None
+    said = slow_width(4096, wide(3008 - 32), hidden_multiple_of_heads=True)
     assert said is not None
     assert said.endswith("the nearest multiples are 2944 (4.84 B parameters), 3008 (4.95 B parameters)")
 
@@ -139,27 +138,28 @@ def test_parameter_counts_are_those_of_the_model(tied: bool, width: int, tmp_pat
     settings = {"attention_bias": True, "tie_word_embeddings": tied}
     base = open_checkpoint(str(save_tiny_llama(tmp_path, **settings)))
     cut = tiny_llama(hidden_size=width, **settings)
-    assert shape_of(base).parameters(width) == sum(parameter.numel() for parameter in cut.parameters())
+    sizes = dataclasses.replace(base.sizes, hidden=width)
+    assert parameters_at(base, sizes) == sum(parameter.numel() for parameter in cut.parameters())
     untied = tiny_llama(hidden_size=width, **(settings | {"tie_word_embeddings": False}))
     if tied:
         expected = sum(parameter.numel() for parameter in untied.parameters())
-        assert shape_of(base, unties_head=True).parameters(width) == expected
+        assert parameters_at(base, sizes, own_head=True) == expected
 
 
 @pytest.mark.parametrize(
-    ("shape", "degrees"),
+    ("sizes", "degrees"),
     [
         (LLAMA2_7B, [1, 2, 4, 8, 16, 32]),
         (LLAMA3_8B, [1, 2, 4, 8, 16, 32]),
         (QWEN2_HALF_B, [1, 2]),  # 14 heads: 7 splits neither 2 key-value heads nor 151936 tokens
-        (dataclasses.replace(LLAMA2_7B, num_attention_heads=40, num_key_value_heads=40), [1, 2, 4, 5, 8, 10, 20, 40]),
-        (dataclasses.replace(LLAMA2_7B, num_attention_heads=6, num_key_value_heads=6), [1, 2]),
+        (dataclasses.replace(LLAMA2_7B, heads=40, kv_heads=40), [1, 2, 4, 5, 8, 10, 20, 40]),
+        (dataclasses.replace(LLAMA2_7B, heads=6, kv_heads=6), [1, 2]),
     ],
 )
-def test_tensor_parallel_degrees(shape: Shape, degrees: list[int]):
+def test_tensor_parallel_degrees(sizes: ModelSizes, degrees: list[int]):
     # 11008 = 2^8 * 43 does not divide by 5, the table's 13B has 13824.
-    shape = dataclasses.replace(shape, ffn=13824 * 5) if shape.num_attention_heads == 40 else shape
-    assert tensor_parallel_degrees(shape) == degrees
+    sizes = dataclasses.replace(sizes, ffn=13824 * 5) if sizes.heads == 40 else sizes
+    assert tensor_parallel_degrees(sizes) == degrees
 
 
 def test_obstacles_are_named():
@@ -172,26 +172,26 @@ def test_obstacles_are_named():
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("degree", [2, 3, 4, 5, 6, 7, 8, 16])
-@pytest.mark.parametrize("shape", [LLAMA2_7B, LLAMA3_8B, QWEN2_HALF_B])
-def test_vllm_splits_by_the_same_rules(shape: Shape, degree: int):
+@pytest.mark.parametrize("sizes", [LLAMA2_7B, LLAMA3_8B, QWEN2_HALF_B])
+def test_vllm_splits_by_the_same_rules(sizes: ModelSizes, degree: int):
     from vllm.distributed.utils import divide
     from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
 
     def splits() -> bool:
         """Whether vLLM's LlamaAttention, MLP and VocabParallelEmbedding can divide the model."""
         try:
-            divide(shape.num_attention_heads, degree)
-            if shape.num_key_value_heads >= degree:
-                divide(shape.num_key_value_heads, degree)
+            divide(sizes.heads, degree)
+            if sizes.kv_heads >= degree:
+                divide(sizes.kv_heads, degree)
             else:
-                divide(degree, shape.num_key_value_heads)
-            divide(shape.ffn, degree)
-            divide(pad_vocab_size(shape.vocab), degree)
+                divide(degree, sizes.kv_heads)
+            divide(sizes.ffn, degree)
+            divide(pad_vocab_size(sizes.vocab), degree)
         except AssertionError:
             return False
         return True
 
-    assert splits() == (not tensor_parallel_obstacles(shape, degree))
+    assert splits() == (not tensor_parallel_obstacles(sizes, degree))
 
 
 @pytest.mark.vllm
@@ -220,22 +220,23 @@ def test_vllms_cpu_attention_knows_these_heads():
 
 
 def test_cautions():
-    assert cautions(LLAMA2_7B, 3072, (1, 2, 4, 8), eight_bit=True) == []
-    [slow] = cautions(LLAMA2_7B, 2848)
+    assert cautions(wide(3072), (1, 2, 4, 8), eight_bit=True) == []
+    slow = slow_width(4096, wide(2848), hidden_multiple_of_heads=True)
+    assert slow is not None
     assert "2848 is no multiple of 64" in slow
     assert "2816 (4.63 B parameters)" in slow
-    [shallow] = cautions(LLAMA2_7B, 3072, (16,), eight_bit=True)  # 11008 / 16 = 688 is no multiple of 32
+    [shallow] = cautions(wide(3072), (16,), eight_bit=True)  # 11008 / 16 = 688 is no multiple of 32
     assert "3072 x 688 at 16-fold" in shallow
     assert "AMX" in shallow
-    assert any("head_dim 48" in text for text in cautions(dataclasses.replace(LLAMA2_7B, head_dim=48), 3072))
-    odd = dataclasses.replace(LLAMA2_7B, ffn=11012)
-    assert any("2753 feed-forward channels" in text for text in cautions(odd, 3072, (4,)))
+    assert any("head_dim 48" in text for text in cautions(dataclasses.replace(wide(3072), head_dim=48)))
+    odd = dataclasses.replace(wide(3072), ffn=11012)
+    assert any("2753 feed-forward channels" in text for text in cautions(odd, (4,)))
 
 
 def test_group_sizes():
-    assert group_sizes(LLAMA2_7B, 3072) == [32, 64, 128]  # 11008 = 86 * 128
-    assert group_sizes(LLAMA2_7B, 2848) == [32]
-    assert group_sizes(LLAMA2_7B, 2856) == []
+    assert group_sizes(wide(3072)) == [32, 64, 128]  # 11008 = 86 * 128
+    assert group_sizes(wide(2848)) == [32]
+    assert group_sizes(wide(2856)) == []
 
 
 def test_an_export_is_held_to_its_degrees(finished_run: Path, tmp_path: Path):

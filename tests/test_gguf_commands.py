@@ -102,9 +102,9 @@ def test_pat_bench_takes_it(file: Path, tmp_path: Path):
     folder = locate(str(file))
     for name in (str(file), str(file.parent)):
         source = resolve(name, flag="--model", load_format="auto", layers=None, scratch=tmp_path)
-        assert (source.name, source.path, source.on_disk, source.shape.num_layers) == (name, str(folder), True, 2)
+        assert (source.name, source.path, source.on_disk, source.shape.layers) == (name, str(folder), True, 2)
     cut = resolve(str(file), flag="--model", load_format="dummy", layers=1, scratch=tmp_path)
-    assert (cut.path, cut.shape.num_layers) == (str(tmp_path), 1)
+    assert (cut.path, cut.shape.layers) == (str(tmp_path), 1)
 
 
 def test_pat_serve_loads_the_folder_and_keeps_the_name(file: Path):

@@ -68,9 +68,7 @@ def test_the_floor_is_the_roof_that_is_met_first() -> None:
     assert prompt_s == prefill_flops(DENSE, batch_size=4, prompt_tokens=128) / 100e9
     many = decode_flops(DENSE, batch_size=256, context_tokens=64)
     assert FLOORS.decode_step_s(batch_size=256, context_tokens=64) == many / 100e9
-    assert (
-        prefill_bytes(DENSE, batch_size=1, prompt_tokens=1, dtype_bytes=4) > 4 * DENSE.num_layers * DENSE.layer_weights
-    )
+    assert prefill_bytes(DENSE, batch_size=1, prompt_tokens=1, dtype_bytes=4) > 4 * DENSE.layers * DENSE.layer_weights
 
 
 def test_throughput_of_known_timestamps() -> None:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -7,13 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GemmaFor
 
 from pat_serve.errors import BrokenCheckpoint
 from pat_serve.server.analysis.roofline import decode_ceiling, prefill_ceiling, prefill_flops
-from pat_serve.shapes.sizes import ModelShape, decode_bytes, shape_of
+from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 from tests.tiny_models import tiny_config
 
 
-def shipped(name: str) -> ModelShape:
+def shipped(name: str) -> ModelSizes:
     text = (files("pat_serve.server.bench") / "shapes" / f"{name}.json").read_text()
-    return shape_of(json.loads(text), name)
+    return ModelSizes.of(json.loads(text), source=name)
 
 
 DENSE, PRUNED = shipped("llama2-7b"), shipped("llama2-7b-pat25")
@@ -38,7 +39,7 @@ def test_the_other_shipped_shapes_are_a_quarter_smaller_and_load(name: str) -> N
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_equal_transformers_count(tied: bool) -> None:
     config = tiny_config(tie_word_embeddings=tied)
-    shape = shape_of(config.to_dict(), "tiny")
+    shape = ModelSizes.of(config.to_dict(), source="tiny")
     assert shape.parameters == sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
 
 
@@ -52,14 +53,14 @@ GEMMA_2B = {
 @pytest.mark.parametrize("left_out", [(), ("head_dim",), ("num_key_value_heads",)])
 def test_what_a_config_leaves_out_is_its_class_s_default(left_out: tuple[str, ...]) -> None:
     config = {key: value for key, value in GEMMA_2B.items() if key not in left_out}
-    shape = shape_of(config, "gemma-2b")
+    shape = ModelSizes.of(config, source="gemma-2b")
     with torch.device("meta"):
         model = GemmaForCausalLM(GemmaConfig(**{key: value for key, value in config.items() if key != "model_type"}))
-    assert shape.tied_head
+    assert shape.tied
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     if not left_out:
         assert shape.parameters == 2_506_172_416
-    assert not shape_of({**config, "tie_word_embeddings": False}, "untied").tied_head
+    assert not ModelSizes.of({**config, "tie_word_embeddings": False}, source="untied").tied
 
 
 @pytest.mark.parametrize(
@@ -76,8 +77,8 @@ def test_sizes_by_family(kind: str, given: dict[str, object], head_dim: int, kv_
         "model_type": kind, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2,
         "num_attention_heads": 16, "vocab_size": 100, **given,
     }  # fmt: skip
-    shape = shape_of(config, kind)
-    assert (shape.head_dim, shape.num_kv_heads, shape.tied_head) == (head_dim, kv_heads, False)
+    shape = ModelSizes.of(config, source=kind)
+    assert (shape.head_dim, shape.kv_heads, shape.tied) == (head_dim, kv_heads, False)
 
 
 # The literature counts every parameter as read in each step, the embedding table too; then the known figures come out.
@@ -86,7 +87,7 @@ def test_sizes_by_family(kind: str, given: dict[str, object], head_dim: int, kv_
     [(1, 128, 1.331), (1, 2048, 1.301), (8, 1024, 1.234), (32, 1024, 1.123), (32, 2048, 1.076)],
 )
 def test_known_ceilings_when_the_embedding_table_counts(batch_size: int, context: int, expected: float) -> None:
-    def all_bytes(shape: ModelShape) -> float:
+    def all_bytes(shape: ModelSizes) -> float:
         return 2 * (shape.parameters + batch_size * context * shape.kv_values_per_token)
 
     assert all_bytes(DENSE) / all_bytes(PRUNED) == pytest.approx(expected, abs=5e-4)
@@ -96,9 +97,7 @@ def test_known_ceilings_when_the_embedding_table_counts(batch_size: int, context
 
 
 def test_decode_bytes_by_hand() -> None:
-    shape = ModelShape(
-        hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffn_size=16, vocab_size=10, tied_head=True
-    )
+    shape = ModelSizes(hidden=8, layers=2, heads=4, kv_heads=2, head_dim=4, ffn=16, vocab=10, tied=True)
     # q 8x16, k and v 8x8, o 16x8, three FFN matrices of 8x16.
     layer = 128 + 64 + 64 + 128 + 3 * 128
     weights = 2 * layer + 5 * 8 + 10 * 8
@@ -116,22 +115,20 @@ def test_int8_layers_are_read_in_a_byte_a_weight() -> None:
         **plain,
         "quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}},
     }
-    dense, int8 = shape_of(plain, "tiny"), shape_of(packed, "tiny")
+    dense, int8 = ModelSizes.of(plain, source="tiny"), ModelSizes.of(packed, source="tiny")
     assert (dense.linear_bytes, int8.linear_bytes) == (None, 1)
-    layers = dense.num_layers * dense.layer_weights
+    layers = dense.layers * dense.layer_weights
     saved = [decode_bytes(shape, batch_size=2, context_tokens=8, dtype_bytes=4) for shape in (dense, int8)]
     assert saved[0] - saved[1] == 3 * layers
     assert dense.weight_bytes(4) == 4 * dense.parameters
     assert dense.weight_bytes(4) - int8.weight_bytes(4) == 3 * layers
-    assert shape_of({**plain, "quantization_config": {"quant_method": "gptq"}}, "tiny").linear_bytes is None
-    int4 = shape_of({**plain, "quantization_config": {"quant_method": "gptq", "bits": 4}}, "tiny")
+    assert ModelSizes.of({**plain, "quantization_config": {"quant_method": "gptq"}}, source="tiny").linear_bytes is None
+    int4 = ModelSizes.of({**plain, "quantization_config": {"quant_method": "gptq", "bits": 4}}, source="tiny")
     assert 2 * int4.layer_bytes(4) == int8.layer_bytes(4) == dense.layer_bytes(4) / 4
 
 
 def test_prefill_flops_by_hand() -> None:
-    shape = ModelShape(
-        hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4, ffn_size=4, vocab_size=10, tied_head=True
-    )
+    shape = ModelSizes(hidden=8, layers=1, heads=2, kv_heads=2, head_dim=4, ffn=4, vocab=10, tied=True)
     matrices = 2 * (4 * 64 + 3 * 32) * 3
     # Three tokens make 6 causal pairs; each is 2 products of 8 numbers, 2 FLOPs a number.
     attention = 6 * 2 * 8 * 2
@@ -148,8 +145,8 @@ def test_ceilings_fall_with_batch_and_context() -> None:
 
 
 def test_cutting_layers_keeps_the_ceiling() -> None:
-    def cut(shape: ModelShape) -> ModelShape:
-        return ModelShape(**{**vars(shape), "num_layers": 2})
+    def cut(shape: ModelSizes) -> ModelSizes:
+        return replace(shape, layers=2)
 
     for batch_size in (1, 8):
         full = decode_ceiling(DENSE, PRUNED, batch_size=batch_size, context_tokens=136, dtype_bytes=2)
@@ -161,4 +158,4 @@ def test_cutting_layers_keeps_the_ceiling() -> None:
 def test_a_config_without_heads_is_refused(value: object) -> None:
     config = {**tiny_config().to_dict(), "num_attention_heads": value}
     with pytest.raises(BrokenCheckpoint, match="num_attention_heads"):
-        shape_of(config, "broken")
+        ModelSizes.of(config, source="broken")

@@ -86,8 +86,8 @@ def test_shipped_shapes_are_cut_in_a_copy(tmp_path: Path) -> None:
     source = find("llama2-7b-pat25", tmp_path, layers=3)
     written = json.loads((tmp_path / "config.json").read_text())
     assert source.path == str(tmp_path)
-    assert source.shape.num_layers == written["num_hidden_layers"] == 3
-    assert (source.shape.hidden_size, source.shape.head_dim, source.shape.num_heads) == (3072, 128, 32)
+    assert source.shape.layers == written["num_hidden_layers"] == 3
+    assert (source.shape.hidden, source.shape.head_dim, source.shape.heads) == (3072, 128, 32)
 
 
 def test_a_folder_is_used_as_it_is(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_pairs_that_cannot_get_the_same_work(tmp_path: Path) -> None:
 
 def test_two_engines_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     source = find("llama2-7b", tmp_path)
-    huge = dataclasses.replace(source, shape=dataclasses.replace(source.shape, num_layers=100_000))
+    huge = dataclasses.replace(source, shape=dataclasses.replace(source.shape, layers=100_000))
     with pytest.raises(EngineError, match="--layers 2,6"):
         check_memory(huge, source, SpeedupSettings(), "float32")
     # Weights alone are 27 GB in float32, and half of that in bfloat16.

@@ -8,21 +8,20 @@ import pytest
 
 from pat_serve.machine.layer_probe import STEPS, probe_layers
 from pat_serve.server.analysis.step_cost import StepCosts, Work, decode_work, fit_costs, prefill_work, worst_error
-from pat_serve.shapes.sizes import ModelShape, ModelSizes
+from pat_serve.shapes.sizes import ModelSizes
 
 BASE = ModelSizes(hidden=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocab=49152, tied=True)
 COSTS = StepCosts(byte_s=2e-11, flop_s=3e-12, layer_s=8e-5, step_s=1e-3)
 
 
 def some_work(*bases: ModelSizes) -> list[Work]:
-    shapes = [ModelShape.of(base) for base in bases]
     return [
         work
-        for shape in shapes
+        for base in bases
         for work in (
-            decode_work(shape, batch_size=1, context_tokens=128, dtype_bytes=2),
-            decode_work(shape, batch_size=8, context_tokens=512, dtype_bytes=2),
-            prefill_work(shape, batch_size=1, prompt_tokens=128, dtype_bytes=2),
+            decode_work(base, batch_size=1, context_tokens=128, dtype_bytes=2),
+            decode_work(base, batch_size=8, context_tokens=512, dtype_bytes=2),
+            prefill_work(base, batch_size=1, prompt_tokens=128, dtype_bytes=2),
         )
     ]
 

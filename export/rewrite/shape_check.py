@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pat_serve.cut.axes import HIDDEN
@@ -13,11 +14,12 @@ from pat_serve.export.run.reader import Run
 from pat_serve.shapes.fitness import (
     cautions,
     group_sizes,
-    shape_of,
+    slow_width,
     tensor_parallel_degrees,
     tensor_parallel_obstacles,
 )
 from pat_serve.shapes.geometry import legal_step, name_widths, nearest_widths
+from pat_serve.shapes.parameters import parameters_at
 from pat_serve.terminal.progress import say
 from pat_serve.tokens.vocabulary import vocabulary_of
 
@@ -55,14 +57,18 @@ def check_fitness(run: Run, degrees: tuple[int, ...], scheme: Scheme | None) -> 
     """
     base, cuts = run.base, run.plan.cuts
     cut, exported = cuts.line(HIDDEN, None, base.sizes), cuts.sizes(base.sizes)
-    shape, width = shape_of(base, cuts, unties_head=unties_head(run)), exported.hidden
-    step = legal_step(shape.num_attention_heads, hidden_multiple_of_heads=shape.hidden_multiple_of_heads)
+    rule = base.family.wants_multiple_of_heads(base.sizes, exported, base.config)
+
+    def parameters(width: int) -> int:
+        return parameters_at(base, replace(exported, hidden=width), own_head=unties_head(run))
+
+    width, step = exported.hidden, legal_step(exported.heads, hidden_multiple_of_heads=rule)
     if not cut.is_identity and width % step:
-        near = name_widths(nearest_widths(width, step, shape.hidden_size), shape.parameters)
+        near = name_widths(nearest_widths(width, step, base.hidden_size), parameters)
         raise IllegalWidth(
             run.folder,
             expected=f"a kept width that is a multiple of {step}",
-            found=name_widths([width], shape.parameters),
+            found=name_widths([width], parameters),
             fix=f"Train again with a legal --hidden-size: {near}.",
         )
     if obstacles := base.family.obstacles(base.sizes, exported, base.config):
@@ -72,9 +78,9 @@ def check_fitness(run: Run, degrees: tuple[int, ...], scheme: Scheme | None) -> 
             found=f"{describe(exported)}: {'; '.join(obstacles)}",
             fix="Train again with another width, or another number of key-value groups.",
         )
-    possible = tensor_parallel_degrees(shape)
+    possible = tensor_parallel_degrees(exported)
     for degree in degrees:
-        if obstacles := tensor_parallel_obstacles(shape, degree):
+        if obstacles := tensor_parallel_obstacles(exported, degree):
             raise UsageError(
                 f"--tp {degree}",
                 expected=f"a degree that the model can be split by: {', '.join(map(str, possible))}",
@@ -83,12 +89,13 @@ def check_fitness(run: Run, degrees: tuple[int, ...], scheme: Scheme | None) -> 
             )
     warnings = []
     if scheme or not cuts.is_identity:
-        warnings = cautions(shape, width, degrees, eight_bit=scheme is not None)
+        slow = slow_width(base.hidden_size, exported, hidden_multiple_of_heads=rule, parameters=parameters)
+        warnings = ([slow] if slow else []) + cautions(exported, degrees, eight_bit=scheme is not None)
     if exported.ffn != base.sizes.ffn and exported.ffn % _TILE:
         warnings.append(f"intermediate_size {exported.ffn} is no multiple of {_TILE}: matrix tiles are partly empty")
-    vocabulary = vocabulary_of(run.base.folder, shape.vocab)
+    vocabulary = vocabulary_of(run.base.folder, exported.vocab)
     if vocabulary is not None and vocabulary.warning:
         warnings.append(vocabulary.warning)
     for warning in warnings:
         say(f"warning: {warning}")
-    return {"tensor_parallel": possible, "group_sizes": group_sizes(shape, width), "warnings": warnings}
+    return {"tensor_parallel": possible, "group_sizes": group_sizes(exported), "warnings": warnings}

@@ -142,6 +142,12 @@ class Family:
             return None if biased else self.uneven
         return self.export_as
 
+    def wants_multiple_of_heads(
+        self, base: ModelSizes, exported: ModelSizes, config: Mapping[str, Any] | None = None
+    ) -> bool:
+        """The stock class of an export wants a hidden_size that is a multiple of its heads."""
+        return (self.class_of_export(base, exported, config) or self).hidden_multiple_of_heads
+
     def obstacles(self, base: ModelSizes, exported: ModelSizes, config: Mapping[str, Any] | None = None) -> list[str]:
         """Why no stock class takes an export of these sizes, in sentences; empty if one does.
 
@@ -152,10 +158,9 @@ class Family:
             exported: sizes of the export.
             config: of the base; a plain one by default.
         """
-        other = self.class_of_export(base, exported, config)
-        even = other.hidden_multiple_of_heads if other else self.hidden_multiple_of_heads
-        if not even or exported.hidden % exported.heads == 0:
+        if not self.wants_multiple_of_heads(base, exported, config) or exported.hidden % exported.heads == 0:
             return []
+        other = self.class_of_export(base, exported, config)
         name = other.architecture if other else self.architecture
         return [f"{name} wants a hidden_size that is a multiple of its {exported.heads} heads, not {exported.hidden}"]
 

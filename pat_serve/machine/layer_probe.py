@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pat_serve.shapes.candidates import parameters_of
 from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.terminal.progress import track
 
@@ -75,7 +74,7 @@ def probe_layers(base: ModelSizes, dtype: str) -> list[TimedStep]:
 
     bytes_each = torch.finfo(getattr(torch, dtype)).bits // 8
     layer = replace(base, layers=2), replace(base, layers=1)
-    layer_bytes = bytes_each * (parameters_of(layer[0]) - parameters_of(layer[1]))
+    layer_bytes = bytes_each * (layer[0].parameters - layer[1].parameters)
     deep = max(2, min(base.layers, -(-_LEAST_BYTES // layer_bytes)))
     # The head is the same at every size, and small: what it costs is counted as what it reads.
     whole = replace(base, layers=deep, vocab=min(base.vocab, _VOCAB))

@@ -17,7 +17,7 @@ from pat_serve.cut.axes import AXES, FFN, HIDDEN, KV_GROUPS, LAYERS
 from pat_serve.errors import IllegalRatio
 from pat_serve.families.family import Family
 from pat_serve.shapes.geometry import MAX_RATIO, fast_tile, legal_widths, width_step
-from pat_serve.shapes.sizes import ModelShape, ModelSizes
+from pat_serve.shapes.sizes import ModelSizes
 
 # A table of candidates shows each axis alone, and mixes of them.
 MIXES: tuple[tuple[str, ...], ...] = (
@@ -67,14 +67,9 @@ def exported_sizes(base: ModelSizes, counts: Mapping[str, int], *, unties: bool 
     return replace(sizes, tied=base.tied and not (unties and HIDDEN in counts))
 
 
-def parameters_of(sizes: ModelSizes) -> int:
-    """Parameters of a model: matrices, norms over the stream, and tables. Biases and norms over heads are left out."""
-    return ModelShape.of(sizes).parameters
-
-
 def share_cut(base: ModelSizes, exported: ModelSizes) -> float:
     """The share of all of a base's parameters that an export lacks; below 0 where it has more."""
-    return 1 - parameters_of(exported) / parameters_of(base)
+    return 1 - exported.parameters / base.parameters
 
 
 def counts_for_ratio(
@@ -108,14 +103,14 @@ def counts_for_ratio(
         IllegalRatio: the share is outside (0, 0.6].
     """
     check_ratio(ratio)
-    wanted = (1 - ratio) * parameters_of(base)
+    wanted = (1 - ratio) * base.parameters
     best: tuple[tuple[bool, float], dict[str, int]] | None = None
     for others, finest, grid in _mixes(axes, base, family):
 
         def sized(count: int, others: Mapping[str, int] = others, finest: str = finest) -> ModelSizes:
             return exported_sizes(base, {**others, finest: count}, unties=unties)
 
-        at = bisect_left(grid, wanted, key=lambda count: parameters_of(sized(count)))
+        at = bisect_left(grid, wanted, key=lambda count: sized(count).parameters)
         for place in _around(at, len(grid)):
             sizes = sized(grid[place])
             counts = {**others, finest: grid[place]}
@@ -159,13 +154,13 @@ def counts_for_speedup(
         def sized(count: int, others: Mapping[str, int] = others, finest: str = finest) -> ModelSizes:
             return exported_sizes(base, {**others, finest: count}, unties=unties)
 
-        if best and parameters_of(sized(grid[-1])) < -best[0][0]:
+        if best and sized(grid[-1]).parameters < -best[0][0]:
             continue
         fast = bisect_right(grid, -wanted, key=lambda count: -speedup(sized(count)))
         for count in reversed(grid[max(0, fast - _TRIES) : fast]):
             sizes, counts = sized(count), {**others, finest: count}
             if _legal(base, sizes, family, config) and takes(sizes):
-                rank = (-parameters_of(sizes), _unevenness(counts, base))
+                rank = (-sizes.parameters, _unevenness(counts, base))
                 if best is None or rank < best[0]:
                     best = rank, counts
                 break

@@ -9,7 +9,7 @@ from pat_serve.cut.axes import AXES, HIDDEN, KV_GROUPS
 from pat_serve.errors import IllegalShape
 from pat_serve.families.family import Family
 from pat_serve.shapes.geometry import count_parameters
-from pat_serve.shapes.sizes import ModelShape, ModelSizes
+from pat_serve.shapes.sizes import ModelSizes
 
 _EXAMPLE = "Try --shape layers=24,ffn=1280."
 
@@ -63,7 +63,7 @@ def check_shape(
         raise _illegal("a count below the base's", "a shape that changes nothing")
     if obstacles := family.obstacles(base, cut, config):
         near = [
-            f"{shape_text(shape)} ({count_parameters(ModelShape.of(base.with_counts(shape)).parameters)} parameters)"
+            f"{shape_text(shape)} ({count_parameters(base.with_counts(shape).parameters)} parameters)"
             for shape in nearest_legal(counts, base, family, config)
         ]
         fix = f"Nearest legal shapes: {', '.join(near)}." if near else "Leave hidden and kv_groups whole."

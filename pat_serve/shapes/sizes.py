@@ -28,6 +28,8 @@ class ModelSizes:
         ffn: channels of the feed-forward part of a layer.
         vocab: rows of the embedding.
         tied: the output head is the embedding.
+        linear_bytes: bytes of a weight in the layers' matrices, where they are stored smaller than the rest (int8: 1,
+            int4: 0.5; scales are not counted); None where all weights have one dtype.
     """
 
     hidden: int
@@ -38,6 +40,7 @@ class ModelSizes:
     ffn: int
     vocab: int
     tied: bool
+    linear_bytes: float | None = None
 
     @property
     def heads_per_group(self) -> int:
@@ -45,17 +48,18 @@ class ModelSizes:
         return self.heads // self.kv_heads
 
     @staticmethod
-    def of(config: Mapping[str, Any], family: Family | None, source: object = "the model") -> ModelSizes:
+    def of(config: Mapping[str, Any], family: Family | None = None, source: object = "the model") -> ModelSizes:
         """Read the sizes from a parsed config.json.
 
         Args:
             config: the parsed config.json of a Llama-like decoder.
-            family: its line in the architecture table, whose defaults fill in what config.json leaves out.
+            family: whose defaults fill in what config.json leaves out; by default the one that its model_type names.
             source: its path or name, for the message.
 
         Raises:
             BrokenCheckpoint: a size is missing or no positive integer.
         """
+        family = family or FAMILIES.get(str(config.get("model_type")))
         defaults = {} if family is None else family.defaults
 
         def size(key: str, default: int | None = None) -> int:
@@ -82,6 +86,7 @@ class ModelSizes:
             ffn=size("intermediate_size"),
             vocab=size("vocab_size"),
             tied=bool(config.get("tie_word_embeddings", defaults.get("tie_word_embeddings"))),
+            linear_bytes=_linear_bytes(config),
         )
 
     def with_counts(self, counts: Mapping[str, int]) -> ModelSizes:
@@ -100,61 +105,30 @@ class ModelSizes:
             heads=groups * self.heads_per_group,
         )
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """The sizes of a Llama-like decoder that decide what a step costs.
-
-    `linear_bytes` of a weight is set where the layers' matrices are stored smaller than the rest (int8: 1, int4: 0.5);
-    scales are not counted.
-    """
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_size: int
-    vocab_size: int
-    tied_head: bool
-    linear_bytes: float | None = None
-
-    @staticmethod
-    def of(sizes: ModelSizes, linear_bytes: float | None = None) -> ModelShape:
-        """The same sizes, with what the layers' matrices are stored in."""
-        return ModelShape(
-            hidden_size=sizes.hidden,
-            num_layers=sizes.layers,
-            num_heads=sizes.heads,
-            num_kv_heads=sizes.kv_heads,
-            head_dim=sizes.head_dim,
-            ffn_size=sizes.ffn,
-            vocab_size=sizes.vocab,
-            tied_head=sizes.tied,
-            linear_bytes=linear_bytes,
-        )
-
     @property
     def layer_weights(self) -> int:
         """Weights of one layer's matrices: q and o, k and v, and the three of the FFN."""
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
-        return attention + 3 * self.hidden_size * self.ffn_size
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return attention + 3 * self.hidden * self.ffn
 
     @property
     def norm_weights(self) -> int:
         """Gains of the two norms of each layer and of the last one."""
-        return (2 * self.num_layers + 1) * self.hidden_size
+        return (2 * self.layers + 1) * self.hidden
 
     @property
     def head_weights(self) -> int:
         """Weights of lm_head, read and multiplied in full for each new token whether tied or not."""
-        return self.vocab_size * self.hidden_size
+        return self.vocab * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All parameters: layers, norms, embedding table, and lm_head where it is not tied to the table."""
-        tables = self.head_weights * (1 if self.tied_head else 2)
-        return self.num_layers * self.layer_weights + self.norm_weights + tables
+        """All parameters: layers, norms, embedding table, and lm_head where it is not tied to the table.
+
+        Biases and norms over heads are left out; `shapes.parameters` counts them too.
+        """
+        tables = self.head_weights * (1 if self.tied else 2)
+        return self.layers * self.layer_weights + self.norm_weights + tables
 
     def layer_bytes(self, dtype_bytes: int) -> float:
         """Bytes of one layer's matrices, in a model that is otherwise served with so many bytes a weight."""
@@ -162,27 +136,13 @@ class ModelShape:
 
     def weight_bytes(self, dtype_bytes: int) -> int:
         """Bytes of all parameters, likewise."""
-        others = self.parameters - self.num_layers * self.layer_weights
-        return round(self.num_layers * self.layer_bytes(dtype_bytes)) + others * dtype_bytes
+        others = self.parameters - self.layers * self.layer_weights
+        return round(self.layers * self.layer_bytes(dtype_bytes)) + others * dtype_bytes
 
     @property
     def kv_values_per_token(self) -> int:
         """Numbers that one token leaves in the KV cache."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
-
-def shape_of(config: Mapping[str, Any], source: object) -> ModelShape:
-    """Read the sizes from a parsed config.json; what it leaves out is as its config class has it.
-
-    Args:
-        config: the parsed config.json of a Llama-like decoder.
-        source: its path or name, for the message.
-
-    Raises:
-        BrokenCheckpoint: a size is missing or no positive integer.
-    """
-    sizes = ModelSizes.of(config, FAMILIES.get(str(config.get("model_type"))), source)
-    return ModelShape.of(sizes, _linear_bytes(config))
+        return 2 * self.layers * self.kv_heads * self.head_dim
 
 
 def _linear_bytes(config: Mapping[str, Any]) -> float | None:
@@ -193,15 +153,15 @@ def _linear_bytes(config: Mapping[str, Any]) -> float | None:
     return bits[0] / 8 if bits[0] in (2, 3, 4, 8, 16) else None
 
 
-def decode_bytes(shape: ModelShape, *, batch_size: int, context_tokens: float, dtype_bytes: int) -> float:
+def decode_bytes(sizes: ModelSizes, *, batch_size: int, context_tokens: float, dtype_bytes: int) -> float:
     """Bytes that one decode step must read: all matrices, norms and lm_head once, gathered embedding rows, KV cache.
 
     Args:
-        shape: the model.
+        sizes: of the model.
         batch_size: requests in the step, each producing one token.
         context_tokens: mean number of tokens in a request's KV cache.
         dtype_bytes: bytes of one weight and of one KV value.
     """
-    rows = batch_size * shape.hidden_size
-    others = shape.norm_weights + shape.head_weights + rows + batch_size * context_tokens * shape.kv_values_per_token
-    return shape.num_layers * shape.layer_bytes(dtype_bytes) + dtype_bytes * others
+    rows = batch_size * sizes.hidden
+    others = sizes.norm_weights + sizes.head_weights + rows + batch_size * context_tokens * sizes.kv_values_per_token
+    return sizes.layers * sizes.layer_bytes(dtype_bytes) + dtype_bytes * others

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pat_serve.shapes.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,22 +28,22 @@ class Capacity:
     requests: int
 
 
-def memory_for(shape: ModelShape, *, requests: int, tokens: int, dtype_bytes: int) -> int:
+def memory_for(sizes: ModelSizes, *, requests: int, tokens: int, dtype_bytes: int) -> int:
     """Bytes of weights and of so many requests' KV caches.
 
     Args:
-        shape: the model.
+        sizes: of the model.
         requests: in flight.
         tokens: prompt and output of each.
         dtype_bytes: bytes of a weight and of a KV value.
     """
-    return shape.weight_bytes(dtype_bytes) + dtype_bytes * requests * tokens * shape.kv_values_per_token
+    return sizes.weight_bytes(dtype_bytes) + dtype_bytes * requests * tokens * sizes.kv_values_per_token
 
 
-def capacity(shape: ModelShape, *, memory_bytes: int, tokens: int, dtype_bytes: int) -> Capacity:
+def capacity(sizes: ModelSizes, *, memory_bytes: int, tokens: int, dtype_bytes: int) -> Capacity:
     """The capacity of a budget: no request where the weights alone are too big. Arguments as `memory_for`."""
-    weights = shape.weight_bytes(dtype_bytes)
-    per_request = dtype_bytes * tokens * shape.kv_values_per_token
+    weights = sizes.weight_bytes(dtype_bytes)
+    per_request = dtype_bytes * tokens * sizes.kv_values_per_token
     return Capacity(
         memory_bytes=memory_bytes,
         weight_bytes=weights,

@@ -9,8 +9,8 @@ from pat_serve.families.family import Family
 from pat_serve.server.analysis.roofline import decode_ceiling, prefill_ceiling
 from pat_serve.server.analysis.step_cost import StepCosts, decode_work, prefill_work
 from pat_serve.shapes.candidates import exported_sizes, share_cut
-from pat_serve.shapes.fitness import cautions, shape_of_sizes, tensor_parallel_obstacles
-from pat_serve.shapes.sizes import ModelShape, ModelSizes, decode_bytes
+from pat_serve.shapes.fitness import cautions, slow_width, tensor_parallel_obstacles
+from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 
 # The fixed work of a layer, some ten microseconds, is a percent and more of the time that reading so little takes.
 _SMALL_LAYER_BYTES = 64 * 2**20
@@ -100,33 +100,33 @@ class Setting:
     @property
     def small_layers(self) -> bool:
         """A layer reads so little that its fixed work shows, and ceilings mislead."""
-        return ModelShape.of(self.base).layer_bytes(self.dtype_bytes) < _SMALL_LAYER_BYTES
+        return self.base.layer_bytes(self.dtype_bytes) < _SMALL_LAYER_BYTES
 
     def figures(self, counts: Mapping[str, int], *, unties: bool = False) -> ShapeFigures:
         """All figures of a shape."""
         sizes = exported_sizes(self.base, counts, unties=unties)
-        shape = ModelShape.of(sizes)
         refused = self.family.obstacles(self.base, sizes, self.config)
         other = self.family.class_of_export(self.base, sizes, self.config)
+        rule = self.family.wants_multiple_of_heads(self.base, sizes, self.config)
+        slow = slow_width(self.base.hidden, sizes, hidden_multiple_of_heads=rule)
         return ShapeFigures(
             counts=dict(counts),
             unties=sizes.tied != self.base.tied,
-            parameters=shape.parameters,
+            parameters=sizes.parameters,
             share=share_cut(self.base, sizes),
-            kv_bytes_per_token=shape.kv_values_per_token * self.dtype_bytes,
+            kv_bytes_per_token=sizes.kv_values_per_token * self.dtype_bytes,
             architecture=None if refused else (other or self.family).architecture,
             obstacles=[*refused, *self.parallel_obstacles(sizes)],
-            cautions=cautions(shape_of_sizes(sizes, self.family), sizes.hidden, tuple(self.degrees)),
-            loads=[self._under(load, shape) for load in self.loads],
+            cautions=[*([slow] if slow else []), *cautions(sizes, self.degrees)],
+            loads=[self._under(load, sizes) for load in self.loads],
         )
 
     def parallel_obstacles(self, sizes: ModelSizes) -> list[str]:
         """Why vLLM cannot split an export over one of the degrees."""
-        shape = shape_of_sizes(sizes, self.family)
         return [
             f"--tp {degree}: {obstacle}"
             for degree in self.degrees
-            for obstacle in tensor_parallel_obstacles(shape, degree)
+            for obstacle in tensor_parallel_obstacles(sizes, degree)
         ]
 
     def splits(self, sizes: ModelSizes) -> bool:
@@ -135,28 +135,27 @@ class Setting:
 
     def decode_speedup(self, sizes: ModelSizes, load: Load) -> float:
         """Expected with costs, and the ceiling without them."""
-        found = self._under(load, ModelShape.of(sizes))
+        found = self._under(load, sizes)
         return found.decode_ceiling if found.decode_speedup is None else found.decode_speedup
 
-    def _under(self, load: Load, shape: ModelShape) -> LoadFigures:
-        base = ModelShape.of(self.base)
-        batch, tokens, size = load.batch_size, load.tokens, self.dtype_bytes
-        read = decode_bytes(shape, batch_size=batch, context_tokens=tokens, dtype_bytes=size)
+    def _under(self, load: Load, sizes: ModelSizes) -> LoadFigures:
+        base, batch, tokens, size = self.base, load.batch_size, load.tokens, self.dtype_bytes
+        read = decode_bytes(sizes, batch_size=batch, context_tokens=tokens, dtype_bytes=size)
         decode = prefill = None
         if self.costs:
             steps = [
-                decode_work(one, batch_size=batch, context_tokens=tokens, dtype_bytes=size) for one in (base, shape)
+                decode_work(one, batch_size=batch, context_tokens=tokens, dtype_bytes=size) for one in (base, sizes)
             ]
             prompts = [
-                prefill_work(one, batch_size=batch, prompt_tokens=tokens, dtype_bytes=size) for one in (base, shape)
+                prefill_work(one, batch_size=batch, prompt_tokens=tokens, dtype_bytes=size) for one in (base, sizes)
             ]
             decode = self.costs.seconds(steps[0]) / self.costs.seconds(steps[1])
             prefill = self.costs.seconds(prompts[0]) / self.costs.seconds(prompts[1])
         return LoadFigures(
             load=load,
             bytes_per_token=read / batch,
-            decode_ceiling=decode_ceiling(base, shape, batch_size=batch, context_tokens=tokens, dtype_bytes=size),
-            prefill_ceiling=prefill_ceiling(base, shape, batch_size=batch, prompt_tokens=tokens),
+            decode_ceiling=decode_ceiling(base, sizes, batch_size=batch, context_tokens=tokens, dtype_bytes=size),
+            prefill_ceiling=prefill_ceiling(base, sizes, batch_size=batch, prompt_tokens=tokens),
             decode_speedup=decode,
             prefill_speedup=prefill,
         )

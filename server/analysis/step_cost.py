@@ -17,7 +17,7 @@ from itertools import combinations
 import numpy as np
 
 from pat_serve.server.analysis.roofline import decode_flops, prefill_bytes, prefill_flops
-from pat_serve.shapes.sizes import ModelShape, decode_bytes
+from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,35 +51,35 @@ class StepCosts:
         return float(np.dot(astuple(self), astuple(work)))
 
 
-def decode_work(shape: ModelShape, *, batch_size: int, context_tokens: float, dtype_bytes: int) -> Work:
+def decode_work(sizes: ModelSizes, *, batch_size: int, context_tokens: float, dtype_bytes: int) -> Work:
     """Work of one decode step.
 
     Args:
-        shape: the model.
+        sizes: of the model.
         batch_size: requests.
         context_tokens: mean number of tokens in a request's KV cache.
         dtype_bytes: bytes of one weight and of one KV value.
     """
     return Work(
-        read_bytes=decode_bytes(shape, batch_size=batch_size, context_tokens=context_tokens, dtype_bytes=dtype_bytes),
-        flops=decode_flops(shape, batch_size=batch_size, context_tokens=context_tokens),
-        layers=shape.num_layers,
+        read_bytes=decode_bytes(sizes, batch_size=batch_size, context_tokens=context_tokens, dtype_bytes=dtype_bytes),
+        flops=decode_flops(sizes, batch_size=batch_size, context_tokens=context_tokens),
+        layers=sizes.layers,
     )
 
 
-def prefill_work(shape: ModelShape, *, batch_size: int, prompt_tokens: int, dtype_bytes: int) -> Work:
+def prefill_work(sizes: ModelSizes, *, batch_size: int, prompt_tokens: int, dtype_bytes: int) -> Work:
     """Work of the step that reads the prompts of a batch.
 
     Args:
-        shape: the model.
+        sizes: of the model.
         batch_size: requests.
         prompt_tokens: tokens of each prompt.
         dtype_bytes: bytes of one weight and of one KV value.
     """
     return Work(
-        read_bytes=prefill_bytes(shape, batch_size=batch_size, prompt_tokens=prompt_tokens, dtype_bytes=dtype_bytes),
-        flops=prefill_flops(shape, batch_size=batch_size, prompt_tokens=prompt_tokens),
-        layers=shape.num_layers,
+        read_bytes=prefill_bytes(sizes, batch_size=batch_size, prompt_tokens=prompt_tokens, dtype_bytes=dtype_bytes),
+        flops=prefill_flops(sizes, batch_size=batch_size, prompt_tokens=prompt_tokens),
+        layers=sizes.layers,
     )
 
 

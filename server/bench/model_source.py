@@ -15,7 +15,7 @@ from pat_serve.checkpoints.shards import runtime_shards
 from pat_serve.checkpoints.stock_class import check_stock_folder
 from pat_serve.errors import MissingModel, UsageError
 from pat_serve.files.atomic import write_json
-from pat_serve.shapes.sizes import ModelShape, shape_of
+from pat_serve.shapes.sizes import ModelSizes
 
 _SHAPES = files("pat_serve.server.bench") / "shapes"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
@@ -36,7 +36,7 @@ class ModelSource:
     name: str
     path: str
     config: Mapping[str, Any]
-    shape: ModelShape
+    shape: ModelSizes
     on_disk: bool
 
 
@@ -79,7 +79,7 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
         folder = _locate(name, flag)
         config = read_config(folder)
         path, on_disk = (str(folder.resolve()), True) if local else (name, False)
-    shape_of(config, name)
+    ModelSizes.of(config, source=name)
     if load_format != "dummy" and (shipped or (on_disk and not any(any(folder.glob(kind)) for kind in _WEIGHTS))):
         raise MissingModel(
             f"{flag} {name}",
@@ -94,7 +94,7 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
     if shipped or layers is not None:
         path, on_disk = str(scratch), True
         write_json(scratch / "config.json", config)
-    return ModelSource(name=name, path=path, config=config, shape=shape_of(config, name), on_disk=on_disk)
+    return ModelSource(name=name, path=path, config=config, shape=ModelSizes.of(config, source=name), on_disk=on_disk)
 
 
 def cut_layers(config: Mapping[str, Any], layers: int, *, load_format: str, name: str) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def cut_layers(config: Mapping[str, Any], layers: int, *, load_format: str, name
             found=f"--load-format {load_format}",
             fix="Only random weights can be cut: add --load-format dummy, or leave --layers out.",
         )
-    full = shape_of(config, name).num_layers
+    full = ModelSizes.of(config, source=name).layers
     if not 1 <= layers <= full:
         raise UsageError(
             "--layers",

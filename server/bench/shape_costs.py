@@ -12,7 +12,7 @@ from pat_serve.server.analysis.step_cost import StepCosts, Work, decode_work, fi
 from pat_serve.server.bench.report.read import read_result
 from pat_serve.server.bench.speedup.result import SpeedupResult
 from pat_serve.server.bench.speedup.settings import Regime
-from pat_serve.shapes.sizes import ModelShape, ModelSizes
+from pat_serve.shapes.sizes import ModelSizes
 
 _MACHINE_KEYS = ("accelerator", "cpu_model", "cpu_cores")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -49,14 +49,14 @@ def probed_costs(base: ModelSizes, dtype: str) -> FoundCosts:
     """
     work, seconds = [], []
     for timed in probe_layers(base, dtype):
-        shape, step = ModelShape.of(timed.sizes), timed.step
+        sizes, step = timed.sizes, timed.step
         if step.prefill:
             counted = prefill_work(
-                shape, batch_size=step.batch_size, prompt_tokens=step.tokens, dtype_bytes=_BYTES[dtype]
+                sizes, batch_size=step.batch_size, prompt_tokens=step.tokens, dtype_bytes=_BYTES[dtype]
             )
         else:
             counted = decode_work(
-                shape, batch_size=step.batch_size, context_tokens=step.tokens, dtype_bytes=_BYTES[dtype]
+                sizes, batch_size=step.batch_size, context_tokens=step.tokens, dtype_bytes=_BYTES[dtype]
             )
         work.append(counted)
         seconds.append(timed.seconds)
@@ -88,8 +88,8 @@ def recorded_costs(paths: Sequence[Path]) -> FoundCosts:
                 )
         for depth in result.depths:
             for one in depth.regimes:
-                for shape, taken in ((depth.baseline.shape, one.baseline), (depth.candidate.shape, one.candidate)):
-                    work.append(_work(one.regime, shape, one.batch_size, one.context_tokens, _BYTES[result.dtype]))
+                for sizes, taken in ((depth.baseline.shape, one.baseline), (depth.candidate.shape, one.candidate)):
+                    work.append(_work(one.regime, sizes, one.batch_size, one.context_tokens, _BYTES[result.dtype]))
                     seconds.append(taken.median)
     names = ", ".join(path.name for path in paths)
     return _fitted(
@@ -97,10 +97,10 @@ def recorded_costs(paths: Sequence[Path]) -> FoundCosts:
     )
 
 
-def _work(regime: Regime, shape: ModelShape, batch_size: int, tokens: float, dtype_bytes: int) -> Work:
+def _work(regime: Regime, sizes: ModelSizes, batch_size: int, tokens: float, dtype_bytes: int) -> Work:
     if regime is Regime.PREFILL:
-        return prefill_work(shape, batch_size=batch_size, prompt_tokens=round(tokens), dtype_bytes=dtype_bytes)
-    return decode_work(shape, batch_size=batch_size, context_tokens=tokens, dtype_bytes=dtype_bytes)
+        return prefill_work(sizes, batch_size=batch_size, prompt_tokens=round(tokens), dtype_bytes=dtype_bytes)
+    return decode_work(sizes, batch_size=batch_size, context_tokens=tokens, dtype_bytes=dtype_bytes)
 
 
 def _speedup_result(path: Path) -> SpeedupResult:

@@ -16,7 +16,6 @@ from pat_serve.shapes.candidates import (
     counts_for_ratio,
     counts_for_speedup,
     exported_sizes,
-    parameters_of,
 )
 from pat_serve.shapes.sizes import ModelSizes
 
@@ -144,7 +143,7 @@ def _off(setting: Setting, counts: Mapping[str, int], unties: bool, ratio: float
 
 
 def _parameters(setting: Setting, counts: Mapping[str, int]) -> int:
-    return parameters_of(exported_sizes(setting.base, counts))
+    return exported_sizes(setting.base, counts).parameters
 
 
 def _deepest(setting: Setting) -> Iterator[dict[str, int]]:

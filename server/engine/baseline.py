@@ -15,7 +15,7 @@ from pat_serve.server.engine.online import Engine
 from pat_serve.server.engine.readiness import Readiness
 from pat_serve.server.engine.serve import second_engine
 from pat_serve.server.engine.workers.process_group import ProcessGroup, children
-from pat_serve.shapes.sizes import ModelShape, shape_of
+from pat_serve.shapes.sizes import ModelSizes
 
 logger = logging.getLogger(__name__)
 
@@ -130,5 +130,5 @@ def check_memory(model: str, baseline: str, *, dtype: str, kv_cache_bytes: int) 
         )
 
 
-def _shape(name: str) -> ModelShape:
-    return shape_of(read_config(locate(name, weights=False)), name)
+def _shape(name: str) -> ModelSizes:
+    return ModelSizes.of(read_config(locate(name, weights=False)), source=name)

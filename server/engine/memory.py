@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pat_serve.errors import EngineError
 from pat_serve.machine.hardware import DTYPE_BYTES, available_memory_bytes, free_gpu_bytes
-from pat_serve.shapes.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelSizes
 
 # A step takes up at most so many tokens: larger batches are prefilled in pieces.
 MAX_STEP_TOKENS = 16384
@@ -39,20 +39,20 @@ class Batch:
         return min(self.requests * self.prompt_tokens, MAX_STEP_TOKENS)
 
 
-def engine_memory_bytes(shape: ModelShape, batch: Batch, dtype: str) -> int:
+def engine_memory_bytes(sizes: ModelSizes, batch: Batch, dtype: str) -> int:
     """Memory that an engine is expected to take: weights, KV cache, activations of the widest step, the process."""
     value_bytes = DTYPE_BYTES[dtype]
-    widest = max(3 * shape.ffn_size, 3 * shape.num_heads * shape.head_dim) + 4 * shape.hidden_size
+    widest = max(3 * sizes.ffn, 3 * sizes.heads * sizes.head_dim) + 4 * sizes.hidden
     activations = batch.step_tokens * widest * value_bytes
     copies = WEIGHT_COPIES if free_gpu_bytes() is None else 1.0
-    weights = int(copies * shape.parameters * value_bytes)
-    return weights + kv_cache_bytes(shape, batch, dtype) + activations + PROCESS_BYTES
+    weights = int(copies * sizes.parameters * value_bytes)
+    return weights + kv_cache_bytes(sizes, batch, dtype) + activations + PROCESS_BYTES
 
 
-def kv_cache_bytes(shape: ModelShape, batch: Batch, dtype: str) -> int:
+def kv_cache_bytes(sizes: ModelSizes, batch: Batch, dtype: str) -> int:
     """Size of the KV cache that holds the batch to its last token."""
     blocks = batch.requests * math.ceil(batch.tokens_per_request / _KV_BLOCK_TOKENS) + 1
-    return blocks * _KV_BLOCK_TOKENS * shape.kv_values_per_token * DTYPE_BYTES[dtype]
+    return blocks * _KV_BLOCK_TOKENS * sizes.kv_values_per_token * DTYPE_BYTES[dtype]
 
 
 def free_memory_bytes() -> tuple[int, str]:

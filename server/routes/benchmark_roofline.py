@@ -7,7 +7,7 @@ from pat_serve.machine.hardware import DTYPE_BYTES
 from pat_serve.server.analysis.roofline import decode_ceiling, prefill_ceiling, prefill_flops
 from pat_serve.server.engine.online import Engine
 from pat_serve.server.routes.benchmark_schemas import DecodeRoofline, PrefillRoofline, RooflineBody
-from pat_serve.shapes.sizes import ModelShape, decode_bytes, shape_of
+from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 
 
 def roofline(
@@ -63,11 +63,11 @@ def roofline(
     )
 
 
-def countable_shape(engine: Engine) -> ModelShape | None:
+def countable_shape(engine: Engine) -> ModelSizes | None:
     """The sizes that decide what a step costs; None where not all weights have the model's dtype."""
     if engine.quantized or engine.dtype not in DTYPE_BYTES:
         return None
     try:
-        return shape_of(engine.config, engine.model_name)
+        return ModelSizes.of(engine.config, source=engine.model_name)
     except PatServeError:
         return None

@@ -30,7 +30,7 @@ from pat_serve.server.routes.benchmark_roofline import countable_shape
 from pat_serve.server.routes.exclusive import Exclusive
 from pat_serve.server.routes.measure import benchmark_request, together
 from pat_serve.server.routes.speedup_request import LiveSpeedupResult, SpeedupRequest
-from pat_serve.shapes.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelSizes
 
 # vLLM's worker spins for a second after its last step, and the other engine's turn would begin with a core less.
 _SETTLE_S, _SETTLE_POLL_S, _QUIET_SHARE = 2.0, 0.05, 0.2
@@ -154,7 +154,7 @@ async def _measure(baseline: Side, candidate: Side, settings: SpeedupSettings) -
 def _judge(
     baseline: Side,
     candidate: Side,
-    shapes: tuple[ModelShape, ModelShape],
+    shapes: tuple[ModelSizes, ModelSizes],
     settings: SpeedupSettings,
     warm_ups: list[WarmUp],
     rounds: list[Round],
@@ -171,7 +171,7 @@ def _judge(
         dtype_bytes=DTYPE_BYTES[dtype],
     )
     measured = DepthMeasurement(
-        layers=shapes[0].num_layers,
+        layers=shapes[0].layers,
         baseline=_record(baseline, shapes[0], warm_ups[0]),
         candidate=_record(candidate, shapes[1], warm_ups[1]),
         regimes=pair.analyse(rounds, warm_ups),
@@ -195,7 +195,7 @@ def _judge(
     return LiveSpeedupResult(**dict(result), other_requests=others)
 
 
-def _record(side: Side, shape: ModelShape, warmed: WarmUp) -> ModelRecord:
+def _record(side: Side, shape: ModelSizes, warmed: WarmUp) -> ModelRecord:
     return ModelRecord(
         name=side.engine.model_name,
         config_sha256=config_sha256(side.engine.config),
@@ -207,7 +207,7 @@ def _record(side: Side, shape: ModelShape, warmed: WarmUp) -> ModelRecord:
     )
 
 
-def _shapes(baseline: Side, candidate: Side) -> tuple[ModelShape, ModelShape]:
+def _shapes(baseline: Side, candidate: Side) -> tuple[ModelSizes, ModelSizes]:
     shapes = countable_shape(baseline.engine), countable_shape(candidate.engine)
     if shapes[0] is None or shapes[1] is None:
         told = "the ceiling of a quantized or unusual model cannot be counted from its config, so no claim is judged"

@@ -127,7 +127,7 @@ def test_latency_and_throughput_of_a_real_engine(tmp_path: Path) -> None:
     assert latency.rates is not None
     # Before and after, by the engine's own kernels: all matrices of its layers, and the output head.
     shape = latency.shape
-    weights = shape.num_layers * shape.layer_weights + shape.head_weights
+    weights = shape.layers * shape.layer_weights + shape.head_weights
     assert [probe.own_weights for probe in latency.probes] == [weights, weights]
     load = ThroughputSettings(
         load_format="dummy", concurrencies=(1, 3), max_concurrency=6, prompt_tokens=16, output_tokens=5, roofline=False

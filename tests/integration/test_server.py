@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pat_serve.server.analysis.roofline import prefill_flops
 from pat_serve.server.engine.readiness import FRESH_S
-from pat_serve.shapes.sizes import decode_bytes, shape_of
+from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 from tests.integration.asking import check_error, events, post
 from tests.integration.conftest import HANG_S, KEY, MAX_MODEL_LEN, Server, metric, wait_for
 
@@ -269,7 +269,7 @@ def test_benchmark_latency(server: Server, client: httpx.Client) -> None:
     for figures in (summary["ttft_s"], summary["tpot_s"], summary["e2e_s"], summary["output_tokens_per_s"]):
         assert figures["min"] <= figures["median_low"] <= figures["median"] <= figures["median_high"] <= figures["max"]
     roofline = answer["roofline"]
-    shape = shape_of(json.loads((server.model / "config.json").read_text()), "tiny")
+    shape = ModelSizes.of(json.loads((server.model / "config.json").read_text()))
     read = decode_bytes(shape, batch_size=2, context_tokens=20, dtype_bytes=4)
     assert (roofline["dtype"], roofline["decode"]["bytes_per_step"]) == ("float32", read)
     assert roofline["decode"]["achieved_bytes_per_s"] == pytest.approx(read / summary["tpot_s"]["median"])

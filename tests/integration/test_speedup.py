@@ -79,7 +79,7 @@ def test_a_model_against_itself(tmp_path: Path, mark: str) -> None:
     assert done.returncode == result.verdict.exit_code
     assert [regime.regime for regime in result.regimes] == [Regime.PREFILL, Regime.DECODE]
     assert result.baseline.shape == result.candidate.shape
-    assert result.baseline.shape.num_layers == 1
+    assert result.baseline.shape.layers == 1
     assert result.baseline.config_sha256 == result.candidate.config_sha256
     for regime in result.regimes:
         assert regime.ceiling == 1.0

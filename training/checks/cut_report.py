@@ -11,12 +11,10 @@ from dataclasses import replace
 
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.cut.axes import HIDDEN
-from pat_serve.shapes.fitness import Shape, shape_of
 from pat_serve.shapes.geometry import count_parameters, legal_step, legal_widths
-from pat_serve.shapes.sizes import ModelShape, ModelSizes, decode_bytes
-from pat_serve.shapes.sizes import shape_of as sizes_of
+from pat_serve.shapes.parameters import parameters_at
+from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 from pat_serve.terminal.progress import say
-from pat_serve.training.checks.memory import base_parameters
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import method_of
 
@@ -42,35 +40,22 @@ def report_cut(recipe: TrainRecipe, checkpoint: Checkpoint, shape: Mapping[str, 
 def cut_lines(recipe: TrainRecipe, checkpoint: Checkpoint, shape: Mapping[str, int]) -> list[str]:
     """The report's lines, for a method that prunes. The arguments are those of `report_cut`."""
     unties = gets_own_head(recipe, checkpoint)
-    before, after = shape_of(checkpoint), shape_of(checkpoint, unties_head=unties)
-    width, target = shape[HIDDEN], checkpoint.sizes.with_counts(shape)
-    base, kept = before.parameters(checkpoint.hidden_size), after.parameters(width)
-    dense = sizes_of(checkpoint.config, checkpoint.source)
-    cut = replace(
-        dense,
-        hidden_size=width,
-        num_layers=target.layers,
-        num_heads=target.heads,
-        num_kv_heads=target.kv_heads,
-        head_dim=target.head_dim,
-        ffn_size=target.ffn,
-        tied_head=checkpoint.tied and not unties,
-    )
-    if target != replace(checkpoint.sizes, hidden=width):
-        kept = base_parameters(checkpoint, recipe, target)
+    dense = checkpoint.sizes
+    cut = replace(dense.with_counts(shape), tied=dense.tied and not unties)
+    base, kept = parameters_at(checkpoint, dense), parameters_at(checkpoint, cut, own_head=unties)
     item_bytes = checkpoint.dtype.itemsize
     read = ", ".join(
         f"{_less(_step_bytes(dense, load, item_bytes), _step_bytes(cut, load, item_bytes))} at {load[0]}x{load[1]}"
         for load in LOADS
     )
     lines = [
-        f"cut: {_changes(checkpoint.sizes, target)}; parameters {count_parameters(base)} to "
+        f"cut: {_changes(dense, cut)}; parameters {count_parameters(base)} to "
         f"{count_parameters(kept)}, {_less(base, kept)}; bytes read for a decoded token {read} (batch x context); "
         f"KV cache {_less(dense.kv_values_per_token, cut.kv_values_per_token)}"
     ]
     asked = 0.25 if recipe.ratio is None else recipe.ratio
     if unties and recipe.hidden_size is None and not recipe.shape and 1 - kept / base < asked - TOLERANCE:
-        lines.append(_way_out(checkpoint, before, after, asked, width))
+        lines.append(_way_out(checkpoint, base, asked, shape[HIDDEN]))
     return lines
 
 
@@ -87,26 +72,34 @@ def gets_own_head(recipe: TrainRecipe, checkpoint: Checkpoint) -> bool:
     return checkpoint.tied and ((recipe.rotate != "none" and not recipe.keeps_tie) or operator)
 
 
-def _way_out(checkpoint: Checkpoint, before: Shape, after: Shape, asked: float, width: int) -> str:
+def _way_out(checkpoint: Checkpoint, base: int, asked: float, width: int) -> str:
     """Name the width that cuts as large a share of all parameters as was asked of the channels."""
-    base = before.parameters(checkpoint.hidden_size)
-    step = legal_step(before.num_attention_heads, hidden_multiple_of_heads=before.hidden_multiple_of_heads)
-    nearest = min(legal_widths(step, checkpoint.hidden_size), key=lambda k: abs(1 - after.parameters(k) / base - asked))
+    rule = checkpoint.family.hidden_multiple_of_heads
+    step = legal_step(checkpoint.num_attention_heads, hidden_multiple_of_heads=rule)
 
-    def leaves(parameters: int) -> str:
-        return f"{count_parameters(parameters)}, {_less(base, parameters)}"
+    def parameters(k: int, *, own_head: bool) -> int:
+        return parameters_at(checkpoint, replace(checkpoint.sizes, hidden=k), own_head=own_head)
 
-    narrower = f"--hidden-size {nearest} ({leaves(after.parameters(nearest))}), or " if nearest < width else ""
+    def leaves(k: int, *, own_head: bool) -> str:
+        left = parameters(k, own_head=own_head)
+        return f"{count_parameters(left)}, {_less(base, left)}"
+
+    # Parameters grow with the width by the same number for each channel.
+    widest = parameters(checkpoint.hidden_size, own_head=True)
+    per_channel = widest - parameters(checkpoint.hidden_size - 1, own_head=True)
+    wanted = checkpoint.hidden_size - (widest - (1 - asked) * base) / per_channel
+    nearest = min(legal_widths(step, checkpoint.hidden_size), key=lambda k: abs(k - wanted))
+    narrower = f"--hidden-size {nearest} ({leaves(nearest, own_head=True)}), or " if nearest < width else ""
     return (
         f"cut: {asked:g} is a share of the channels; the head, tied to the embedding in the base, gets a matrix of its "
         f"own. Nearer to that share of the parameters: {narrower}--tied-embeddings keep, at "
-        f"hidden_size {width} ({leaves(before.parameters(width))})"
+        f"hidden_size {width} ({leaves(width, own_head=False)})"
     )
 
 
-def _step_bytes(shape: ModelShape, load: tuple[int, int], item_bytes: int) -> float:
+def _step_bytes(sizes: ModelSizes, load: tuple[int, int], item_bytes: int) -> float:
     batch_size, context_tokens = load
-    return decode_bytes(shape, batch_size=batch_size, context_tokens=context_tokens, dtype_bytes=item_bytes)
+    return decode_bytes(sizes, batch_size=batch_size, context_tokens=context_tokens, dtype_bytes=item_bytes)
 
 
 def _less(before: float, after: float) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.cut.rotation import ROWS_AT_ONCE
-from pat_serve.families.architectures import HEAD
 from pat_serve.perplexity import IGNORED_LABEL
+from pat_serve.shapes.parameters import parameters_at
 from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import method_of
@@ -46,24 +46,9 @@ class BatchSize:
         return self.rows * self.length_tokens
 
 
-def base_parameters(checkpoint: Checkpoint, recipe: TrainRecipe, sizes: ModelSizes) -> int:
-    """The base's own, cut to these sizes."""
-    names = dict.fromkeys(checkpoint.tensors)
-    if checkpoint.tied:
-        names.pop(f"{HEAD}.weight", None)
-    if unties(checkpoint, recipe):
-        names[f"{HEAD}.weight"] = None
-    count = 0
-    for name in names:
-        spec, layer, kind = checkpoint.family.match(name)
-        if layer is None or layer < sizes.layers:
-            count += math.prod(spec.shape(kind, sizes))
-    return count
-
-
 def weights_bytes(checkpoint: Checkpoint, recipe: TrainRecipe, width: int, sizes: ModelSizes) -> int:
     """The base's own, cut to these sizes, `width` bytes a number in its dtype, or quantized."""
-    weights = base_parameters(checkpoint, recipe, sizes) * width
+    weights = parameters_at(checkpoint, sizes, own_head=unties(checkpoint, recipe)) * width
     if recipe.quantize_base:
         weights -= round(_quantized_parameters(checkpoint) * (width - NF4_BYTES))
     return weights

@@ -16,10 +16,10 @@ from pat_serve.cut.axes import HIDDEN
 from pat_serve.cut.rotation import untie_head
 from pat_serve.errors import TooLarge
 from pat_serve.machine.hardware import DTYPE_BYTES, available_memory_bytes
+from pat_serve.shapes.parameters import parameters_at
 from pat_serve.terminal.progress import say
 from pat_serve.training.checks.memory import (
     BatchSize,
-    base_parameters,
     dense_bytes_per_token,
     preparing_bytes,
     tuning_bytes_per_token,
@@ -185,7 +185,7 @@ def estimate_training(
     trained_sizes = replace(target, hidden=checkpoint.hidden_size) if wide else target
     hidden = trained_sizes.hidden
     lora, own, adapter = _trained_parameters(checkpoint, recipe, shape, total_steps)
-    base = base_parameters(checkpoint, recipe, trained_sizes)
+    base = parameters_at(checkpoint, trained_sizes, own_head=unties(checkpoint, recipe))
     width = DTYPE_BYTES[dtype]
     weights = weights_bytes(checkpoint, recipe, width, trained_sizes)
     tokens = recipe.batch_size * longest_tokens

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.cut.axes import HIDDEN
 from pat_serve.errors import UsageError
-from pat_serve.shapes.fitness import shape_of, slow_width
+from pat_serve.shapes.fitness import slow_width
 from pat_serve.shapes.geometry import check_width, fast_tile, snap_ratio
+from pat_serve.shapes.parameters import parameters_at
 from pat_serve.shapes.shape import check_shape
 from pat_serve.terminal.progress import say
 from pat_serve.training.checks.cut_report import gets_own_head
@@ -61,9 +64,14 @@ def _target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
     shape = (checkpoint.hidden_size, checkpoint.num_attention_heads)
     rule = checkpoint.family.hidden_multiple_of_heads
     if recipe.hidden_size is not None:
-        counts = shape_of(checkpoint, unties_head=gets_own_head(recipe, checkpoint))
-        width = check_width(recipe.hidden_size, *shape, hidden_multiple_of_heads=rule, parameters=counts.parameters)
-        if slow := slow_width(counts, width):
+        base, own_head = checkpoint.sizes, gets_own_head(recipe, checkpoint)
+
+        def parameters(width: int) -> int:
+            return parameters_at(checkpoint, replace(base, hidden=width), own_head=own_head)
+
+        width = check_width(recipe.hidden_size, *shape, hidden_multiple_of_heads=rule, parameters=parameters)
+        cut = replace(base, hidden=width)
+        if slow := slow_width(base.hidden, cut, hidden_multiple_of_heads=rule, parameters=parameters):
             say(slow)
         return width
     ratio = 0.25 if recipe.ratio is None else recipe.ratio

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from pat_serve.server.analysis.statistics import percentile
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
+from pat_serve.server.bench.recorded_sizes import RecordedSizes
 from pat_serve.server.engine.workers.probe import MachineRates
-from pat_serve.shapes.sizes import ModelShape
 
 SCHEMA_VERSION = 1
 
@@ -190,7 +190,7 @@ class _Result(_Record):
     probes: tuple[MachineRates, ...] = ()
     model: str
     config_sha256: str
-    shape: ModelShape
+    shape: RecordedSizes
     parameters: int
     dtype: str
     start_s: float

@@ -84,7 +84,7 @@ def measure_latency(model: str, settings: LatencySettings, *, progress: Progress
             draw = random.Random(f"{settings.seed}/{batch}/{prompt}/{output}")
             traces = []
             for number in range(_WARMUP_RUNS + settings.rounds):
-                prompts = [[draw.randrange(source.shape.vocab_size) for _ in range(prompt)] for _ in range(batch)]
+                prompts = [[draw.randrange(source.shape.vocab) for _ in range(prompt)] for _ in range(batch)]
                 trace = engine.prefill(prompts, output_tokens=output) or engine.decode(output)
                 while trace is None:
                     trace = engine.decode(1)
@@ -125,7 +125,7 @@ def measure_throughput(model: str, settings: ThroughputSettings, *, progress: Pr
         draw = random.Random(settings.seed)
 
         def serve(concurrency: int, waves: int) -> ThroughputRun:
-            vocabulary, count = source.shape.vocab_size, concurrency * waves
+            vocabulary, count = source.shape.vocab, concurrency * waves
             prompts = [[draw.randrange(vocabulary) for _ in range(settings.prompt_tokens)] for _ in range(count)]
             served = engine.serve(prompts, output_tokens=settings.output_tokens, concurrency=concurrency)
             return throughput_run(served.requests, concurrency=concurrency, settings=settings, floors=None)

@@ -9,7 +9,7 @@ from pat_serve.server.analysis.roofline import decode_flops, prefill_bytes, pref
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
 from pat_serve.server.bench.latency.result import LatencyCell, Roof, ThroughputRun, ThroughputSettings, distribution
 from pat_serve.server.engine.workers.probe import MachineRates
-from pat_serve.shapes.sizes import ModelShape, decode_bytes
+from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Floors:
         dtype_bytes: bytes of a weight and of a KV value.
     """
 
-    shape: ModelShape
+    shape: ModelSizes
     rates: MachineRates
     dtype_bytes: int
 

@@ -106,8 +106,8 @@ def _print_head(console: Console, result: LatencyResult | ThroughputResult) -> N
     weights = "random weights" if result.settings.load_format == "dummy" else "real weights"
     peak = peaks(result.peak_memory_bytes, result.gpu_memory_bytes)
     console.print(
-        f"{result.model}: {result.parameters / 1e6:,.1f} M parameters, hidden {shape.hidden_size}, "
-        f"{shape.num_layers} layers, {result.dtype}, {weights}, {peak}",
+        f"{result.model}: {result.parameters / 1e6:,.1f} M parameters, hidden {shape.hidden}, "
+        f"{shape.layers} layers, {result.dtype}, {weights}, {peak}",
         markup=False,
         soft_wrap=True,
     )

@@ -13,7 +13,7 @@ from pat_serve.server.bench.latency.result import LatencyResult, ThroughputResul
 from pat_serve.server.bench.planning.steps import MeasuredCell
 from pat_serve.server.bench.report.read import read_result
 from pat_serve.server.bench.speedup.result import SpeedupResult
-from pat_serve.shapes.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelSizes
 
 Role = Literal["baseline", "candidate"]
 _MACHINE_KEYS = ("accelerator", "cpu_model", "cpu_cores")
@@ -39,7 +39,7 @@ class Measured:
     name: str
     config_sha256: str
     dtype: str
-    shape: ModelShape
+    shape: ModelSizes
     machine: dict[str, str | int | list[str]]
     sources: tuple[str, ...]
     cells: tuple[MeasuredCell, ...]

@@ -166,7 +166,7 @@ def _batch(settings: SpeculativeSettings) -> Batch:
 def _prompt_ids(model: ModelSource, settings: SpeculativeSettings, prompts: Sequence[str]) -> list[list[int]]:
     if not prompts:
         draw = random.Random(settings.seed)
-        size = model.shape.vocab_size
+        size = model.shape.vocab
         return [[draw.randrange(size) for _ in range(settings.prompt_tokens)] for _ in range(settings.rounds)]
     from transformers import AutoTokenizer
 
@@ -180,7 +180,7 @@ def _prompt_ids(model: ModelSource, settings: SpeculativeSettings, prompts: Sequ
             fix="Leave the flag out for random tokens, or give a whole checkpoint as --model.",
         ) from error
     ids = [list(tokenizer(prompt)["input_ids"])[: settings.prompt_tokens] for prompt in prompts]
-    Vocabulary.of(tokenizer, model.shape.vocab_size).require((one for prompt in ids for one in prompt), "--prompts")
+    Vocabulary.of(tokenizer, model.shape.vocab).require((one for prompt in ids for one in prompt), "--prompts")
     if not any(ids):
         found = f"{len(ids)} prompts without a token"
         raise UsageError("--prompts", expected="a prompt of at least one token", found=found, fix="Give longer ones.")
@@ -196,11 +196,11 @@ def _check_settings(settings: SpeculativeSettings) -> None:
 
 
 def _check_pair(model: ModelSource, draft: ModelSource, settings: SpeculativeSettings, dtype: str) -> None:
-    if model.shape.vocab_size != draft.shape.vocab_size:
+    if model.shape.vocab != draft.shape.vocab:
         raise UsageError(
             f"--draft {draft.name}",
-            expected=f"the vocabulary of {model.shape.vocab_size} of {model.name}",
-            found=f"a vocab_size of {draft.shape.vocab_size}",
+            expected=f"the vocabulary of {model.shape.vocab} of {model.name}",
+            found=f"a vocab_size of {draft.shape.vocab}",
             fix="Draft with a model that was pruned from it.",
         )
     batch = _batch(settings)

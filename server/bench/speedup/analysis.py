@@ -24,7 +24,7 @@ from pat_serve.server.bench.speedup.depth_result import Extrapolated
 from pat_serve.server.bench.speedup.result import RegimeResult, Round, WarmUp
 from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
 from pat_serve.server.engine.workers.probe import MachineRates, best_rates
-from pat_serve.shapes.sizes import ModelShape, decode_bytes
+from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 
 # From this share of the machine on, other processes are worth a word in the verdict's reason.
 _TELLING_SHARE = 0.1
@@ -49,7 +49,7 @@ def context_tokens(regime: Regime, settings: SpeedupSettings) -> float:
 def counted_ceiling(
     regime: Regime,
     settings: SpeedupSettings,
-    shapes: tuple[ModelShape, ModelShape],
+    shapes: tuple[ModelSizes, ModelSizes],
     batches: tuple[int, int],
     dtype_bytes: int,
 ) -> float:
@@ -63,7 +63,7 @@ def counted_ceiling(
         dtype_bytes: bytes of a weight.
     """
 
-    def work(shape: ModelShape, size: int) -> float:
+    def work(shape: ModelSizes, size: int) -> float:
         if regime is Regime.PREFILL:
             return prefill_flops(shape, batch_size=size, prompt_tokens=settings.prompt_tokens)
         context = context_tokens(regime, settings)
@@ -90,8 +90,8 @@ def analyse(
     rounds: Sequence[Round],
     settings: SpeedupSettings,
     *,
-    baseline: ModelShape,
-    candidate: ModelShape,
+    baseline: ModelSizes,
+    candidate: ModelSizes,
     dtype_bytes: int,
     surroundings: Surroundings,
     candidate_batch: int | None = None,
@@ -118,7 +118,7 @@ def analyse(
     noise = noise_report(baseline_s, candidate_s, [pair.first == "baseline" for pair in rounds])
     context = context_tokens(regime, settings)
 
-    def roof(shape: ModelShape, size: int, durations_s: Sequence[float]) -> Roof | None:
+    def roof(shape: ModelSizes, size: int, durations_s: Sequence[float]) -> Roof | None:
         if rates is None:
             return None
         floors = Floors(shape=shape, rates=rates, dtype_bytes=dtype_bytes)

@@ -178,8 +178,8 @@ def _measure(sources: _Sources, dtype: str, scratch: Path, progress: Progress) -
         probe()
         progress(f"warming up{at}", 0, settings.rounds)
         warm_ups = (
-            warm_up(baseline_engine, settings, baseline.shape.vocab_size),
-            warm_up(candidate_engine, others, baseline.shape.vocab_size),
+            warm_up(baseline_engine, settings, baseline.shape.vocab),
+            warm_up(candidate_engine, others, baseline.shape.vocab),
         )
         rounds, stopped, rounds_s = measure_rounds(
             baseline_engine,
@@ -221,7 +221,7 @@ def _measure(sources: _Sources, dtype: str, scratch: Path, progress: Progress) -
 def _depth(pair: Pair, measured: _Measured) -> DepthMeasurement:
     baseline, candidate = measured.records
     return DepthMeasurement(
-        layers=pair.baseline.num_layers,
+        layers=pair.baseline.layers,
         baseline=baseline,
         candidate=candidate,
         regimes=pair.analyse(measured.rounds, (baseline.warm_up, candidate.warm_up)),

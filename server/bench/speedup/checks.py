@@ -75,11 +75,11 @@ def check_pair(baseline: ModelSource, candidate: ModelSource, settings: SpeedupS
     Raises:
         UsageError: different vocabularies, or a context beyond what one of them was made for.
     """
-    if baseline.shape.vocab_size != candidate.shape.vocab_size:
+    if baseline.shape.vocab != candidate.shape.vocab:
         raise UsageError(
             f"--candidate {candidate.name}",
-            expected=f"the baseline's vocabulary of {baseline.shape.vocab_size}, so that the same token ids fit both",
-            found=f"a vocab_size of {candidate.shape.vocab_size}",
+            expected=f"the baseline's vocabulary of {baseline.shape.vocab}, so that the same token ids fit both",
+            found=f"a vocab_size of {candidate.shape.vocab}",
             fix="Compare a model with one that was pruned from it.",
         )
     for source in (baseline, candidate):
@@ -163,7 +163,7 @@ def depths_that_fit(
         pair = [one if layers is None else cut_source(one, layers) for one in (baseline, candidate)]
         return _pair_memory_bytes(pair[0], pair[1], settings, dtype) <= free_bytes
 
-    deepest = min(baseline.shape.num_layers, candidate.shape.num_layers) - 1
+    deepest = min(baseline.shape.layers, candidate.shape.layers) - 1
     if fit(None):
         return ()
     return next(((SHALLOW, deep) for deep in range(min(DEEP, deepest), SHALLOW, -1) if fit(deep)), ())
@@ -171,7 +171,7 @@ def depths_that_fit(
 
 def cut_source(source: ModelSource, layers: int) -> ModelSource:
     """A model as it would be with so many layers; nothing is written."""
-    return replace(source, shape=replace(source.shape, num_layers=layers))
+    return replace(source, shape=replace(source.shape, layers=layers))
 
 
 def _pair_memory_bytes(baseline: ModelSource, candidate: ModelSource, settings: SpeedupSettings, dtype: str) -> int:

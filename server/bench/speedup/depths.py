@@ -14,7 +14,7 @@ from pat_serve.server.bench.speedup.analysis import conclude, counted_ceiling, l
 from pat_serve.server.bench.speedup.depth_result import Extrapolated
 from pat_serve.server.bench.speedup.result import DepthMeasurement, RegimeResult, Round
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
-from pat_serve.shapes.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelSizes
 
 
 def worst_surroundings(depths: Sequence[DepthMeasurement]) -> Surroundings:
@@ -29,7 +29,7 @@ def extrapolate_all(
     depths: Sequence[DepthMeasurement],
     settings: SpeedupSettings,
     *,
-    whole: tuple[ModelShape, ModelShape],
+    whole: tuple[ModelSizes, ModelSizes],
     dtype_bytes: int,
 ) -> tuple[Extrapolated, ...]:
     """Extrapolate every phase at every batch size; a phase whose noise allows no line is left out.
@@ -69,7 +69,7 @@ def _extrapolate(
     depths: Sequence[DepthMeasurement],
     settings: SpeedupSettings,
     *,
-    whole: tuple[ModelShape, ModelShape],
+    whole: tuple[ModelSizes, ModelSizes],
     dtype_bytes: int,
     surroundings: Surroundings,
 ) -> Extrapolated | None:
@@ -79,7 +79,7 @@ def _extrapolate(
         [one.layers for one in depths],
         [[latency_s(pair.baseline, regime) for pair in pairs] for pairs in rounds],
         [[latency_s(pair.candidate, regime) for pair in pairs] for pairs in rounds],
-        layers=(whole[0].num_layers, whole[1].num_layers),
+        layers=(whole[0].layers, whole[1].layers),
         seed=settings.seed,
     )
     if lines is None:

@@ -12,10 +12,10 @@ from pat_serve.server.analysis.statistics import PairedRatio, Summary
 from pat_serve.server.analysis.trace import BatchTrace
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.bench.latency.result import Roof
+from pat_serve.server.bench.recorded_sizes import RecordedSizes
 from pat_serve.server.bench.speedup.depth_result import Extrapolated
 from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
 from pat_serve.server.engine.workers.probe import MachineRates
-from pat_serve.shapes.sizes import ModelShape
 
 # 2: several batch sizes, fixed memory, noise, capacity, what would make an inconclusive result conclusive.
 # 3: a margin beside the claim, and the strict reading beside every verdict. Fields that came later have defaults.
@@ -77,7 +77,7 @@ class ModelRecord(_Record):
 
     name: str
     config_sha256: str
-    shape: ModelShape
+    shape: RecordedSizes
     parameters: int
     start_s: float
     peak_memory_bytes: int
@@ -195,7 +195,7 @@ class SpeedupResult(_Record):
     def depths(self) -> tuple[DepthMeasurement, ...]:
         """All measured depths, the shallowest first."""
         deepest = DepthMeasurement(
-            layers=self.baseline.shape.num_layers,
+            layers=self.baseline.shape.layers,
             baseline=self.baseline,
             candidate=self.candidate,
             regimes=self.regimes,

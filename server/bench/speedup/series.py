@@ -14,7 +14,7 @@ from pat_serve.server.bench.speedup.rounds import run_round, steps_per_turn
 from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
 from pat_serve.server.engine.workers.probe import MachineRates
 from pat_serve.server.engine.workers.process import EngineProcess
-from pat_serve.shapes.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelSizes
 
 # (stage, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -33,8 +33,8 @@ class Pair:
         probes: of the machine; none without a roofline.
     """
 
-    baseline: ModelShape
-    candidate: ModelShape
+    baseline: ModelSizes
+    candidate: ModelSizes
     candidate_batch: int | None
     settings: SpeedupSettings
     dtype_bytes: int
@@ -98,7 +98,7 @@ def measure_rounds(
                         candidate,
                         settings.with_batch(size),
                         candidate_batch=pair.candidate_batch,
-                        vocab_size=pair.baseline.vocab_size,
+                        vocab_size=pair.baseline.vocab,
                         index=done,
                         turn_steps=turns[size],
                     )

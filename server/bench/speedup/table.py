@@ -215,4 +215,4 @@ def _strictly(result: SpeedupResult) -> str:
 def _model(model: ModelRecord) -> str:
     shape = model.shape
     parameters = f"{model.parameters / 1e6:,.1f} M parameters"
-    return f"{model.name}: {parameters}, hidden {shape.hidden_size}, {shape.num_layers} layers"
+    return f"{model.name}: {parameters}, hidden {shape.hidden}, {shape.layers} layers"

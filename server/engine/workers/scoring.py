@@ -12,7 +12,7 @@ from pat_serve.machine.hardware import DTYPE_BYTES
 from pat_serve.scores import ScoreRequest, Scores
 from pat_serve.server.engine.workers.process import EngineProcess, start_together
 from pat_serve.server.engine.workers.protocol import Start
-from pat_serve.shapes.sizes import shape_of
+from pat_serve.shapes.sizes import ModelSizes
 
 _BATCH = 4
 _STEP_TOKENS = 512
@@ -54,7 +54,7 @@ def score_with_vllm(request: ScoreRequest) -> Scores:
 
 def _cache_bytes(request: ScoreRequest, longest: int) -> int:
     """Twice what the keys and values of one batch take, and never so little that a block does not fit."""
-    shape = shape_of(read_config(request.model), request.model)
+    shape = ModelSizes.of(read_config(request.model), source=request.model)
     # vLLM itself refuses a dtype that has no line there.
     token_bytes = shape.kv_values_per_token * DTYPE_BYTES.get(request.dtype, 8)
     return max(_LEAST_CACHE_BYTES, 2 * _BATCH * longest * token_bytes)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pat_serve.server.analysis.roofline import decode_ceiling
-from pat_serve.shapes.sizes import shape_of
+from pat_serve.shapes.sizes import ModelSizes
 from tests.integration.asking import check_error, post
 from tests.integration.conftest import HANG_S, Server
 from tests.integration.pair.conftest import MAX_MODEL_LEN, PROMPT, running_pair
@@ -98,7 +98,7 @@ def test_latency_beside_a_baseline_has_the_ceiling_of_the_speed_up(
 ) -> None:
     body = {"batch_size": 2, "prompt_tokens": 16, "output_tokens": 8, "rounds": 2, "warmup": 0, "force": True}
     roofline = client.post("/benchmark/latency", json=body).raise_for_status().json()["roofline"]
-    shapes = [shape_of(json.loads((folder / "config.json").read_text()), folder) for folder in (dense, server.model)]
+    shapes = [ModelSizes.of(json.loads((folder / "config.json").read_text())) for folder in (dense, server.model)]
     ceiling = decode_ceiling(*shapes, batch_size=2, context_tokens=20, dtype_bytes=4)
     assert roofline["decode"]["speedup_ceiling"] == pytest.approx(ceiling)
     assert roofline["prefill"]["speedup_ceiling"] > 1
