@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from pat_serve.cli.app import run_command
-from pat_serve.errors import EngineError
+from pat_serve.errors import EngineError, UsageError
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +63,30 @@ def test_nothing_is_left_of_wrong_usage_or_of_help(monkeypatch: pytest.MonkeyPat
             run_command(lambda: lambda: called.append(1))
         assert end.value.code == code
     assert called == []
+
+
+COMMANDS = ("demo", "eval", "export", "serve", "shapes", "train", "bench")
+
+
+@pytest.mark.parametrize("where", ["argument", "working directory"])
+def test_a_name_that_is_no_utf8_is_refused_by_every_command(where: str, tmp_path: Path) -> None:
+    name = tmp_path / os.fsdecode(b"caf\xe9.gguf")
+    name.mkdir()
+    given, folder = ([str(name)], tmp_path) if where == "argument" else (["run"], name)
+    code = "import sys; from importlib import import_module; import_module(sys.argv.pop(1)).main()"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, f"pat_serve.cli.{command}", *given],
+            cwd=folder, text=True, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        for command in COMMANDS
+    ]  # fmt: skip
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        [line] = err.splitlines()
+        assert f"{where}: expected text in UTF-8, found b'" in line
+        assert "caf\\xe9.gguf" in line
+        assert process.returncode == UsageError.exit_code
 
 
 def frames() -> set[str]:

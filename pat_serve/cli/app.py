@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
-from pat_serve.errors import PatServeError
+from pat_serve.errors import PatServeError, UsageError
 from pat_serve.files.disk import full_disk
 from pat_serve.machine.local_addresses import keep_local_addresses_direct
 from pat_serve.terminal.console_text import use_plain_signs
@@ -58,6 +58,27 @@ def run_command(command: Callable[..., Any]) -> None:
         _reporting(rest)
 
 
+def check_text(arguments: Sequence[str], folder: str) -> None:
+    """Refuse names that are no text in UTF-8, in any argument and of the folder that relative paths start from.
+
+    safetensors, tokenizers and vLLM take paths as text, and records name them in JSON. So such a name would end in an
+    error of theirs, and some of them come after hours of work.
+
+    Raises:
+        UsageError: a name has bytes that are no UTF-8.
+    """
+    for subject, text in (*(("an argument", text) for text in arguments), ("the working directory", folder)):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                subject,
+                expected="text in UTF-8",
+                found=repr(os.fsencode(text)),
+                fix="Rename the file or the folder.",
+            ) from None
+
+
 def _reporting(work: Callable[[], Any]) -> None:
     if not sys.stderr.isatty():
         # transformers and huggingface_hub draw bars of their own. They read these variables later, when imported.
@@ -67,6 +88,7 @@ def _reporting(work: Callable[[], Any]) -> None:
     flags = sys.argv[1:]
     debug = "--debug" in (flags[: flags.index("--")] if "--" in flags else flags)
     try:
+        check_text(flags, _working_directory())
         work()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -85,6 +107,13 @@ def _reporting(work: Callable[[], Any]) -> None:
             sys.exit(_report(f"a disk is full, or a quota used up: {full}. Free some space, and try again.", 1))
         message = f"internal error: {type(error).__name__}: {error}"
         sys.exit(_report(f"{message}\nThis is a defect in pat-serve; run again with --debug for the traceback.", 1))
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # It was deleted; only relative paths need it, and the system's error names them.
+        return ""
 
 
 def _report(message: str, exit_code: int) -> int:
