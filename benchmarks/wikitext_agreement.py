@@ -25,7 +25,8 @@ def main(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pat_serve.evaluation.measuring import Plan, Text, measure_models
+    from pat_serve.evaluation.measuring import measure_models
+    from pat_serve.evaluation.plan import Plan, Text
     from pat_serve.evaluation.text import wikitext2_from_file
     from pat_serve.training.data import load_tokenizer
 

@@ -14,7 +14,8 @@ import pytest
 from huggingface_hub import constants
 
 from pat_serve.evaluation.identity import dataset_commit, dataset_commits, rows_identity
-from pat_serve.evaluation.measuring import Plan, Responses, measure_models
+from pat_serve.evaluation.measuring import measure_models
+from pat_serve.evaluation.plan import Plan, Responses
 from pat_serve.training.data import load_tokenizer
 from tests.tiny_models import save_tiny_llama
 

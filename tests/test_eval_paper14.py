@@ -172,7 +172,8 @@ def test_yaml_files_name_every_task():
 def test_through_lm_eval(task_data: Path, tiny_base: Path):
     """Real lm-eval, real model: all twelve in both forms; the items are those of the files, and the means are right."""
     pytest.importorskip("lm_eval")
-    from pat_serve.evaluation.measuring import Plan, measure_models
+    from pat_serve.evaluation.measuring import measure_models
+    from pat_serve.evaluation.plan import Plan
     from pat_serve.training.data import load_tokenizer
 
     plan = Plan(tasks=GROUPS, task_data=task_data, load_tokenizer=load_tokenizer)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pat_serve.errors import DataError, UsageError
 from pat_serve.evaluation.backends import BackendSettings, open_backend, token_nll
 from pat_serve.evaluation.compare import perplexity_measure
-from pat_serve.evaluation.measuring import Plan, Text, measure_models
+from pat_serve.evaluation.measuring import measure_models
+from pat_serve.evaluation.plan import Plan, Text
 from pat_serve.evaluation.subject import Subject
 from pat_serve.evaluation.text import cut_windows, text_from_file, wikitext2_from_file
 from pat_serve.perplexity import IGNORED_LABEL, measure_nll

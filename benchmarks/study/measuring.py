@@ -23,7 +23,8 @@ def quality(model: Path, data: Path) -> dict[str, float]:
         by measure: value, and value with `_se` for its standard error where there is one.
     """
     from pat_serve.cli.eval_data import responses_of, text_of
-    from pat_serve.evaluation.measuring import Plan, measure_models
+    from pat_serve.evaluation.measuring import measure_models
+    from pat_serve.evaluation.plan import Plan
     from pat_serve.training.data import load_tokenizer
 
     tasks = ("pat14_ll",) if any((data / "items").iterdir()) else ()

@@ -12,7 +12,7 @@ from pat_serve.cli.app import Debug, run_command
 
 if TYPE_CHECKING:
     from pat_serve.evaluation.gate import Bound
-    from pat_serve.evaluation.measuring import Plan
+    from pat_serve.evaluation.plan import Plan
 
 Flag = typer.Option
 
@@ -126,7 +126,7 @@ def _plan(
     from pat_serve.errors import UsageError
     from pat_serve.evaluation.backends import BACKENDS, BackendSettings
     from pat_serve.evaluation.lm_eval_tasks import require_lm_eval
-    from pat_serve.evaluation.measuring import Plan
+    from pat_serve.evaluation.plan import Plan
     from pat_serve.machine.hardware import serving_dtype
     from pat_serve.training.data import load_tokenizer
 

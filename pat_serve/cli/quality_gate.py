@@ -9,7 +9,8 @@ from typing import Any
 from pat_serve.errors import QualityError, UnclearQuality, UsageError
 from pat_serve.evaluation.backends import BackendSettings
 from pat_serve.evaluation.gate import Bound, describe, exit_code, judge, parse_bound
-from pat_serve.evaluation.measuring import Plan, measure_models
+from pat_serve.evaluation.measuring import measure_models
+from pat_serve.evaluation.plan import Plan
 from pat_serve.evaluation.reporting import new_report
 from pat_serve.machine.hardware import serving_dtype
 from pat_serve.terminal.progress import say

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pat_serve.errors import DataError, HubError, UsageError
-from pat_serve.evaluation.backends import BackendSettings
 from pat_serve.evaluation.cache import Cache
 from pat_serve.evaluation.compare import answer_measures, perplexity_measure
 from pat_serve.evaluation.identity import dataset_commits
@@ -19,77 +17,15 @@ from pat_serve.evaluation.outcomes import Answers, Likelihoods, examples_sha256
 from pat_serve.evaluation.paper14 import GROUPS, PREFIX, members
 from pat_serve.evaluation.paper14.local_items import local_files
 from pat_serve.evaluation.paper14.questions import SOURCES
+from pat_serve.evaluation.plan import Plan, Text, check_names
 from pat_serve.evaluation.report import Measure, Model
-from pat_serve.evaluation.subject import Examples, Subject
+from pat_serve.evaluation.subject import Subject
 from pat_serve.evaluation.text import DEFAULT_CONTEXT_TOKENS, cut_windows
 from pat_serve.run.plan import file_sha256
 from pat_serve.terminal.progress import say
 
 # Tokens in a batch of windows. Their logits fill the memory.
 _BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """Text for perplexity in windows.
-
-    Attributes:
-        name: in the report.
-        read: gives the whole text.
-        identity: tells this text from others, for the cache.
-    """
-
-    name: str
-    read: Callable[[], str]
-    identity: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Responses:
-    """Instruction data, for the perplexity of its responses.
-
-    Attributes:
-        name: in the report.
-        encode: a tokenizer -> examples, and the number of rows that were too long.
-        identity: tells these rows from others, for the cache; None where nobody knows, and then nothing is kept.
-        settings: other settings that the examples depend on, for report and cache.
-    """
-
-    name: str
-    encode: Callable[[Any], tuple[Examples, int]]
-    identity: str | None
-    settings: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All measures of a call, and how to take them.
-
-    Attributes:
-        responses: instruction data, or None.
-        texts: for perplexity in windows.
-        context_tokens: length of a window; None: 2,048, or the length that the models take.
-        stride: see `cut_windows`.
-        tasks: names of lm-eval, or of the paper's fourteen.
-        task_data: local items of the fourteen.
-        num_fewshot: None leaves it to the task.
-        limit: rows, windows and items of a task at most.
-        backend: how the models are asked.
-        load_tokenizer: from a folder.
-        out: folder that keeps finished work; None keeps none.
-    """
-
-    responses: Responses | None = None
-    texts: tuple[Text, ...] = ()
-    context_tokens: int | None = None
-    stride: int | None = None
-    tasks: tuple[str, ...] = ()
-    task_data: Path | None = None
-    num_fewshot: int | None = None
-    limit: int | None = None
-    backend: BackendSettings = field(default_factory=BackendSettings)
-    load_tokenizer: Callable[[Path], Any]
-    out: Path | None = None
 
 
 def measure_models(
@@ -134,7 +70,7 @@ class _Work:
                 fix="Check --task-data; docs/evaluation.md says how the files are called.",
             )
         self.lm_eval = Tasks(self.tasks, plan.task_data) if self.tasks else None
-        _check_names([part.name for part in (plan.responses, *plan.texts) if part is not None])
+        check_names([part.name for part in (plan.responses, *plan.texts) if part is not None])
         self.context_tokens = _context(subjects, plan.context_tokens) if plan.texts else 0
         if plan.texts and plan.stride is not None and plan.stride > self.context_tokens:
             most = f"at most {self.context_tokens}, the tokens of a window"
@@ -271,18 +207,6 @@ class _Work:
 
 def _bare(task: str) -> str:
     return task.removeprefix(f"{PREFIX}_").removesuffix("_ll")
-
-
-def _check_names(names: Sequence[str]) -> None:
-    """Refuse two data sets of one name, because the report tells figures apart by these names."""
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UsageError(
-            "--data, --text and --wikitext2",
-            expected="files whose names differ",
-            found=f"{twice} more than once",
-            fix="Rename one, or measure it in a call of its own.",
-        )
 
 
 def _listed(outcomes: dict[str, Answers]) -> dict[str, list[Answers]]:
