@@ -34,7 +34,7 @@ from pat_serve.server.http.policy import Policy
 from pat_serve.server.http.route_names import RouteNames
 from pat_serve.server.http.served_routes import keep_served
 from pat_serve.server.http.web_page import PageModel, page_router, read_card
-from pat_serve.server.routes import benchmark
+from pat_serve.server.routes.benchmark import Benchmark
 from pat_serve.server.routes.benchmark_schemas import (
     LatencyRequest,
     LatencyResponse,
@@ -70,6 +70,10 @@ class Service:
     def baseline_engine(self) -> Engine | None:
         """The baseline's engine, dead or alive."""
         return None if self.baseline is None else self.baseline.engine
+
+    def benchmark(self, http: Request) -> Benchmark:
+        """A benchmark of the served engine for one request."""
+        return Benchmark(engine=self.engine, baseline=self.baseline_engine, exclusive=self.exclusive, http=http)
 
 
 def _service(request: Request) -> Service:
@@ -119,13 +123,13 @@ async def ready_route(service: ServiceDep) -> ReadyResponse:
 @router.post(f"{_BENCHMARKS}latency")
 async def latency_route(body: LatencyRequest, http: Request, service: ServiceDep) -> LatencyResponse:
     """Time batches of random prompts, one after the other. 409 while another benchmark runs or users are served."""
-    return await benchmark.latency(service.engine, service.baseline_engine, service.exclusive, body, http)
+    return await service.benchmark(http).latency(body)
 
 
 @router.post(f"{_BENCHMARKS}throughput")
 async def throughput_route(body: ThroughputRequest, http: Request, service: ServiceDep) -> ThroughputResponse:
     """Keep a number of requests under way and count what comes out. 409 as for latency."""
-    return await benchmark.throughput(service.engine, service.baseline_engine, service.exclusive, body, http)
+    return await service.benchmark(http).throughput(body)
 
 
 @router.post(f"{_BENCHMARKS}speedup")
