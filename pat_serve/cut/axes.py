@@ -2,7 +2,7 @@
 
 A stock checkpoint can lose channels of the residual stream (`hidden`), layers, feed-forward channels (`ffn`) and
 key-value heads with their query heads (`kv_groups`). The counts are the same in all layers; which channels or groups
-stay may differ from layer to layer. Layers are no dimension of a tensor: the others are dropped and these renumbered.
+stay may differ from layer to layer. Layers are no dimension of a tensor: some are dropped, and the rest is renumbered.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Piece:
         return (axis.length if axis else _WHOLE[self.axis])(sizes) * self.block(sizes)
 
 
-# One dimension of a tensor: its pieces one behind the other. More than one: a fused projection.
+# A dimension of a tensor is a row of pieces. A fused projection has more than one.
 Dim = tuple[Piece, ...]
 
 HIDDEN_DIM: Dim = (Piece(HIDDEN),)

@@ -41,7 +41,7 @@ def cut_config(config: Mapping[str, Any], family: Family, cuts: Cuts) -> dict[st
         found |= {name: value for name, value in other.filled.items() if name not in found}
         found |= {"model_type": other.model_type, **other.settings}
     found["architectures"] = [other.architecture if other else family.architecture]
-    # Not by the class's rules: those follow the width.
+    # Left out, the class would derive both from the width.
     found["head_dim"] = base.head_dim
     found["num_key_value_heads"] = base.kv_heads
     for line, axis_cut in cuts.items():
@@ -59,7 +59,7 @@ def describe(sizes: ModelSizes) -> str:
 
 
 def _follow(config: dict[str, Any], axis: Axis, cut: AxisCut, family: Family) -> None:
-    """Lists with an entry for each index, and counts of first indices, of the indices that stay; in place."""
+    """Fit lists with an entry for each index, and counts of first indices, to the indices that stay; in place."""
     for name in axis.sliced:
         if isinstance(config.get(name), list):
             config[name] = [config[name][i] for i in cut.kept.tolist()]

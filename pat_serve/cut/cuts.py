@@ -93,7 +93,7 @@ class Cuts(Mapping[str, AxisCut]):
         return all(cut.is_identity for cut in self.values())
 
     def line(self, axis: str, layer: int | None, base: ModelSizes) -> AxisCut:
-        """The cut of an axis, in a layer where it has one cut for each; all of the axis where no line cuts it."""
+        """The cut of an axis; this layer's, where layers choose for themselves. Without a line it is the whole axis."""
         found = self.get(line_name(axis, layer))
         if found is not None:
             return found
@@ -186,7 +186,7 @@ def parse_line(line: str) -> tuple[Axis, int | None]:
     """The axis of a line, and its layer where the axis has a line for each.
 
     Raises:
-        BrokenPlan: there is no such axis, or a layer where none belongs, or none where one does.
+        BrokenPlan: the axis is unknown, or a layer stands where none belongs, or is missing.
     """
     name, _, number = line.partition(".")
     axis = AXES.get(name)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pat_serve.families.architectures import FINAL_NORM, HEAD
 from pat_serve.families.family import Family, TensorSpec
 
-# So many rows of a weight, or columns, are changed at once in a wider dtype.
+# At most so many rows or columns of a weight are changed at once in a wider dtype.
 ROWS_AT_ONCE = 4096
 
 
@@ -77,8 +77,8 @@ def rotate_model(model: Any, family: Family, num_layers: int, rotation_DD: Tenso
         family: its architecture.
         num_layers: of the model.
         rotation_DD: Q (D, D), in any float dtype. Products run in float32, or float64 for a float64 model.
-        keeps_tie: a tied head stays the embedding, and the last norm its gain, which the caller sets; the function is
-            the same only where that gain commutes with Q. Otherwise a tied head is untied.
+        keeps_tie: a tied head stays tied. The last norm then keeps its gain, which the caller sets, and the function
+            is the same only if that gain commutes with Q. By default a tied head is untied.
     """
     left = {HEAD, FINAL_NORM} if keeps_tie else set()
     if not keeps_tie:
@@ -96,7 +96,7 @@ def rotate_model(model: Any, family: Family, num_layers: int, rotation_DD: Tenso
             compute = torch.float64 if parameter.dtype == torch.float64 else torch.float32
             gain_D = gains[spec.norm.format(i=i)].to(compute) if spec.norm and kind == "weight" else None
             rotation = rotation_DD.to(parameter.device, compute)
-            # In pieces across the axis that is turned: whole, a 16-bit head would be held three times in float32.
+            # A whole 16-bit head would be held three times in float32, so it goes in pieces along the other axis.
             across = int(spec.hidden_dimension == 0)
             for piece in parameter.split(ROWS_AT_ONCE, dim=across) if parameter.dim() == 2 else [parameter]:
                 piece.copy_(rotate_tensor(piece.to(compute), spec, family, rotation, gain_D))

@@ -69,7 +69,7 @@ class ExportAs:
         filled: what the base's class fills in for settings that config.json leaves out, where the other class would
             fill in something else.
         without: settings that the base must not have switched on, since the other class cannot follow.
-        hidden_multiple_of_heads: as of a family.
+        hidden_multiple_of_heads: as in `Family`.
     """
 
     model_type: str

@@ -76,7 +76,7 @@ def read_kept(path: Path, array: str, line: str, count: int, width: int, entries
 
     Args:
         path: plan.safetensors.
-        array: the name of theirs.
+        array: name of the array that holds them.
         line: of the cuts, for the message.
         count: how many plan.json says there are.
         width: length of the axis.

@@ -17,8 +17,8 @@ class Choice(ABC):
     """A way to choose what of an axis stays.
 
     Attributes:
-        axis: that it chooses of.
-        name: that `--choose AXIS=NAME` knows it by, once an axis.
+        axis: the axis whose indices it chooses.
+        name: its name in `--choose AXIS=NAME`; no other choice of the axis has it.
     """
 
     axis: ClassVar[str]
@@ -28,8 +28,8 @@ class Choice(ABC):
 class LayerChoice(Choice):
     """Chooses layers on the whole model, before anything else of it is cut.
 
-    The first two and the last two stay, where there are others to drop: what enters and leaves the stream there is
-    unlike all else, whatever a score says.
+    The first two and the last two stay, where there are others to drop. What they do to the stream is unlike what the
+    others do, whatever a score says.
     """
 
     axis: ClassVar[str] = LAYERS
@@ -83,7 +83,7 @@ class Inputs:
 
 
 class InnerChoice(Choice):
-    """Chooses inside a layer, on what the linear reads that will have fewer inputs."""
+    """Chooses inside a layer, by what is read by the linear that loses inputs."""
 
     @abstractmethod
     def keep(self, inputs: Inputs, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from pat_serve.training.choices.base import InnerChoice, Inputs, largest
 
 
 class Energy(InnerChoice):
-    """Sees each channel alone: what others could make up for counts as lost."""
+    """Judges each channel alone: what others could make up for counts as lost."""
 
     axis: ClassVar[str] = FFN
     name: ClassVar[str] = "energy"

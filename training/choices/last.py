@@ -1,4 +1,4 @@
-"""The last layers first, but for the two that end the model (arXiv 2411.15558: as good as any score after tuning)."""
+"""The last layers go, except the two that end the model: after tuning as good as any score (arXiv 2411.15558)."""
 
 from __future__ import annotations
 

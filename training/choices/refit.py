@@ -1,8 +1,8 @@
 """Key-value groups by what the output projection cannot make up for when their heads go.
 
-One group after the other: the one goes whose loss leaves the least error after least squares on all that stay, and
-the next is judged on those. With P a group's entries and H the second moment of the heads' outputs, the loss adds
-tr(W_P [(H^-1)_PP]^-1 W_P^T), W being the weight as refitted so far (arXiv 2410.15567).
+Groups go one after the other. The first to go is the one whose loss leaves the least error after least squares on all
+that stay, and the next is judged on those. With P a group's entries and H the second moment of the heads' outputs, the
+loss adds tr(W_P [(H^-1)_PP]^-1 W_P^T), where W is the weight as refitted so far (arXiv 2410.15567).
 """
 
 from __future__ import annotations

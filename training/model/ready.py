@@ -99,7 +99,7 @@ def make_ready(
 
 
 def count_ready(base: Any, family: Family, recipe: TrainRecipe, shape: Mapping[str, int], total_steps: int) -> Ready:
-    """The same of a base without storage, where nothing is measured: any indices are as good to count.
+    """The same for a base without storage. Nothing is measured there, since any indices are as good for counting.
 
     The arguments are those of `make_ready`.
     """
@@ -127,7 +127,7 @@ def _choose_layers(
     batches: Sequence[dict[str, Tensor]],
     earlier: Earlier | None,
 ) -> Tensor | None:
-    """int64: the layers that stay; None if all do. On the base as it is stored."""
+    """The layers that stay, int64, chosen on the base as it is stored; None if all do."""
     if LAYERS not in shape:
         return None
     if earlier is not None and LAYERS in earlier.kept:
@@ -148,7 +148,7 @@ def _choose_and_compensate(
     batches: Sequence[dict[str, Tensor]],
     earlier: Earlier | None,
 ) -> list[str]:
-    """Walk the model where something is to be chosen or made up for; the names of the linears that were replaced."""
+    """Choose inside the layers, and make up for what goes; returns the names of the linears with replaced weights."""
     sizes = method.base
     known = dict(earlier.kept) if earlier is not None else {}
     inner = {axis: count for axis, count in shape.items() if AXES[axis].per_layer}

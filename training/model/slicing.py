@@ -1,14 +1,14 @@
 """Train what will be kept: a model whose cuts are decided before its first step, cut down to what stays.
 
 Nothing looks at a closed channel of the stream, at an FFN channel or a head whose column is zero, or at a layer that is
-left out, and nothing that touches them gets a gradient; so the model without them has the same losses, and a step of
-it costs what a step of the smaller model costs. Everything that leaves a run has the base's shapes and layer numbers
+left out, and nothing that touches them gets a gradient. So the model without them has the same losses, and its step
+costs what a step of the smaller model costs. Everything that leaves a run has the base's shapes and layer numbers
 again (`wide_adapter`, the method's folds): an export starts from the base, and its parity gate compares with the masked
 model in the base's shapes, which knows nothing of this file.
 
 The hidden axis alone has consequences elsewhere. The root mean square of a wide stream is taken over D numbers, of
-which D - K are zero: the norms' eps takes a factor D / K and their output one of f = sqrt(D / K). The output, and not
-the gain as in an export: rounded to bfloat16, f times a gain of one would be 0.13 % off in every norm alike.
+which D - K are zero: the norms' eps takes a factor D / K and their output one of f = sqrt(D / K). The output takes it
+here, and the gain in an export. Rounded to bfloat16, f times a gain of one would be 0.13 % off in every norm alike.
 
 Shape suffixes: D hidden_size of the base, K kept channels.
 """

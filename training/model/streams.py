@@ -37,7 +37,7 @@ class Stream:
 
 @contextmanager
 def dense(block: nn.Module | None, method: Method) -> Iterator[None]:
-    """While it lasts, a block computes as in the base: switching all adapters of a deep model takes longer than it."""
+    """While it lasts, a block computes as in the base. Switching all adapters of a deep model would take longer."""
     with without_adapters(block), method.disabled():
         yield
 
