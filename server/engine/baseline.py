@@ -95,7 +95,7 @@ def check_comparable(model: str, baseline: str) -> None:
         UsageError: different vocabularies.
         ModelError: a model is not there or not readable.
     """
-    vocabularies = [_shape(name).vocab_size for name in (model, baseline)]
+    vocabularies = [_shape(name).vocab for name in (model, baseline)]
     if vocabularies[0] != vocabularies[1]:
         raise UsageError(
             f"--baseline {baseline}",

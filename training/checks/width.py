@@ -70,8 +70,8 @@ def _target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
             return parameters_at(checkpoint, replace(base, hidden=width), own_head=own_head)
 
         width = check_width(recipe.hidden_size, *shape, hidden_multiple_of_heads=rule, parameters=parameters)
-        cut = replace(base, hidden=width)
-        if slow := slow_width(base.hidden, cut, hidden_multiple_of_heads=rule, parameters=parameters):
+        narrow = replace(base, hidden=width)
+        if slow := slow_width(base.hidden, narrow, hidden_multiple_of_heads=rule, parameters=parameters):
             say(slow)
         return width
     ratio = 0.25 if recipe.ratio is None else recipe.ratio
