@@ -64,8 +64,16 @@ def make_run(folder: Path, model_type: str, counts: Mapping[str, int], **setting
     return random_run(folder / "run", base, counts=counts)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("model_type", FAMILIES)
+# Everything at once in every family, each cut once in Llama, and one cut by itself in each of the others.
+QUICK = {"hidden": "gemma", "ffn": "phi3", "kv_groups": "qwen3", "hidden and kv_groups": "qwen2", "layers": "mistral"}
+EVERY = [
+    pytest.param(kind, name, marks=() if name == "all" or kind in ("llama", QUICK.get(name)) else pytest.mark.slow)
+    for name in SHAPES
+    for kind in FAMILIES
+]
+
+
+@pytest.mark.parametrize(("model_type", "shape"), EVERY)
 def test_exported_and_equal(model_type: str, shape: str, tmp_path: Path):
     counts = SHAPES[shape]
     run = make_run(tmp_path, model_type, counts)

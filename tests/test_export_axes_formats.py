@@ -27,7 +27,7 @@ KEPT = {"hidden": range(24, 65, 8), "layers": range(1, 5), "ffn": range(1, 129),
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_random_counts(seed: int, model_type: str, tmp_path: Path):
     draw = random.Random(f"{seed} {model_type}")
     base = save_tiny_family(tmp_path / "base", model_type, seed, **(SIZES | OWN[model_type]))

@@ -31,7 +31,13 @@ DTYPES = ("bfloat16", "float16")
 NARROW = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-@pytest.fixture(scope="module", params=[8, 32, 80])
+def depths(*quick: int) -> pytest.MarkDecorator:
+    """A run of each depth; only the quick ones are in the tests that everybody runs."""
+    every = [pytest.param(layers, marks=() if layers in quick else pytest.mark.slow) for layers in (8, 32, 80)]
+    return pytest.mark.parametrize("deep_run", every, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def deep_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(f"deep{request.param}")
     base = save_tiny_llama(folder / "base", num_hidden_layers=request.param, rms_norm_eps=1e-3, **NARROW)
@@ -39,6 +45,7 @@ def deep_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return random_run(folder / "run", base, scale_spread=0.01, lora={"target_modules": ["q_proj", "down_proj"]})
 
 
+@depths(8, 32)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_right_export_passes_at_every_depth(dtype: str, deep_run: Path, tmp_path: Path):
     parity = export_run(deep_run, tmp_path / "out", dtype=dtype).parity
@@ -65,6 +72,7 @@ def make(mistake: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(job, "fuse", drop(l0_RD=None, l1_KR=None))
 
 
+@depths(8)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mistake", ["eps", "scale", "operator"])
 def test_the_published_mistakes_are_refused_at_every_depth(
@@ -111,6 +119,7 @@ def damaged(out: Path, damage: Callable[[dict[str, Tensor]], str]) -> str:
     return name
 
 
+@depths(8)
 @pytest.mark.parametrize("damage", [scaled, swapped, zeroed])
 @pytest.mark.parametrize("dtype", ["float32", *DTYPES])
 def test_damage_to_a_file_is_named_at_every_depth(

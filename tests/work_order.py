@@ -22,6 +22,7 @@ TOGETHER = {
         "tests/integration/test_clients.py",
         "tests/integration/test_eval_backends.py",
         "tests/integration/test_observability.py",
+        "tests/integration/test_rowless.py",
         "tests/integration/test_schemathesis.py",
         "tests/integration/test_server.py",
     ),

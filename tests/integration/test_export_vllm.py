@@ -17,7 +17,8 @@ from tests.tiny_models import save_tiny_family
 
 pytestmark = pytest.mark.vllm
 
-# By the class of the export. Each needs an engine of its own: two in one process tear down each other's groups.
+# By the class of the export. Each needs an engine of its own: two in one process tear down each other's groups. So one
+# export alone is among the tests that everybody runs, QUICK_CUT below.
 CLASSES = {
     "LlamaForCausalLM, from a Qwen2": "Qwen2.5",
     "LlamaForCausalLM": "Llama 3.2, tied",
@@ -26,10 +27,10 @@ CLASSES = {
     "GemmaForCausalLM": "Gemma",
     "Phi3ForCausalLM": "Phi-3",
 }
-QUICK = "LlamaForCausalLM, from a Qwen2"
 
 
-@pytest.mark.parametrize("name", [QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in CLASSES if n != QUICK)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
 def test_vllm_computes_what_was_trained(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # Threads that spin for tiny matrices stand in each other's way.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -147,7 +147,10 @@ def test_an_engine_that_does_not_start(tmp_path: Path, mark: str) -> None:
     assert any(str(log) in done.stderr for log in logs)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+# Both signals that can be caught take the same way.
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_no_process_outlives_a_signal(number: signal.Signals, tmp_path: Path, mark: str) -> None:
     folder = shape_folder(tmp_path / "model")
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
