@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
 
 from pat_serve.errors import Diverged
-from pat_serve.files.atomic import rename_durably, retire, sync_tree, write_json
-from pat_serve.run.folder import CHECKPOINTS_FOLDER, list_checkpoints
 from pat_serve.training.groups import OWN_RATE, parameter_groups
 from pat_serve.training.loop.callbacks import StepTimer
+from pat_serve.training.loop.checkpoints import LOSSES_FILE, CheckpointingTrainer
 from pat_serve.training.loop.evaluation import response_nll, response_perplexity
 from pat_serve.training.methods import Method
 from pat_serve.training.methods.pat.losses import distillation_loss
-from pat_serve.training.ranks import overwrite, snapshot
-
-TRAINED_FILE = "trained.safetensors"
-LOSSES_FILE = "losses.json"
 
 
-class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed by mypy
+class PruningTrainer(CheckpointingTrainer):
     """A Trainer that knows a pruning method.
 
     Args:
@@ -46,18 +36,13 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
                 "compute_metrics": response_perplexity,
                 "preprocess_logits_for_metrics": response_nll,
             }
-        super().__init__(**settings)
-        self.method = method
-        self.run = run
-        self.checkpoints = run / CHECKPOINTS_FOLDER
-        self.keep_checkpoints = keep_checkpoints
+        super().__init__(method=method, run=run, keep_checkpoints=keep_checkpoints, **settings)
         self.optimizer: torch.optim.Optimizer | None
         self._sums: dict[str, Tensor] = {}
         self._micro_batches = 0
         self._tokens: Tensor | int = 0
         # Sum of the cross-entropy and number of micro-batches at the last step that was seen to be finite.
         self._seen = (0.0, 0)
-        self._last_finite = "none before it"
         self._timer = StepTimer()
         self.add_callback(self._timer)
 
@@ -201,83 +186,15 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not foll
                 raise Diverged(
                     f"{self.run}, step {step}",
                     expected="a finite loss",
-                    found=f"{name} {total}; the last finite loss was {self._last_finite}",
-                    fix=f"Train again with a lower --learning-rate{self._saved()}.",
+                    found=f"{name} {total}; the last finite loss was {self.last_finite_loss}",
+                    fix=f"Train again with a lower --learning-rate{self.last_checkpoint()}.",
                 )
             if name == "cross_entropy":
                 before, batches = self._seen
-                self._last_finite = f"{(total - before) / (self._micro_batches - batches):.4g} in step {step}"
+                self.last_finite_loss = f"{(total - before) / (self._micro_batches - batches):.4g} in step {step}"
                 self._seen = (total, self._micro_batches)
 
-    def _saved(self) -> str:
-        """Name the last whole checkpoint, as the end of a sentence; empty where there is none."""
-        checkpoints = list_checkpoints(self.checkpoints.parent)
-        return f"; {checkpoints[-1].name} in its checkpoints folder is the last whole one" if checkpoints else ""
-
-    # Checkpoints. The Trainer writes the optimizer, the scheduler, the random state and its own; what is trained goes
-    # into one safetensors file instead of its pickle and PEFT's adapter (which does not know the HSMs).
-
-    def _staging(self) -> Path:
-        return self.checkpoints / ".partial"
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging())
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
-            shutil.rmtree(self._staging(), ignore_errors=True)
-        # Other ranks write their random state into the folder: not before it was emptied, nor after it was renamed.
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        losses = self._losses_so_far()
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            step = self.state.global_step
-            written, target = self._staging() / f"checkpoint-{step}", self.checkpoints / f"step-{step}"
-            write_json(written / LOSSES_FILE, losses)
-            sync_tree(written)
-            if target.exists():
-                shutil.rmtree(retire(target))
-            rename_durably(written, target)
-            shutil.rmtree(self._staging())
-            for old in list_checkpoints(self.checkpoints.parent)[: -self.keep_checkpoints]:
-                # Renamed first: a crash half-way through must not leave half a checkpoint under a complete one's name.
-                os.replace(old, self._staging())
-                shutil.rmtree(self._staging())
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what is trained; all ranks take part, since each may hold a shard."""
-        assert output_dir is not None
-        tensors = {name: snapshot(parameter) for name, parameter in self.trained()}
-        if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-                # Written, it would take the place of one that a run can go on from.
-                raise Diverged(
-                    f"{self.run}, step {self.state.global_step}",
-                    expected="finite weights in a checkpoint",
-                    found=f"NaN or infinity; the last finite loss was {self._last_finite}",
-                    fix=f"Train again with a lower --learning-rate{self._saved()}.",
-                )
-            save_file(tensors, Path(output_dir) / TRAINED_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
-        trained = dict(self.trained())
-        assert saved.keys() == trained.keys(), "the checkpoint belongs to another recipe"
-        for name, parameter in trained.items():
-            overwrite(parameter, saved[name])
-
-    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All parameters that the run trains, by name, the frozen mask's among them."""
-        own = {id(p) for module in self.method.modules().values() for p in module.parameters()}
-        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-            if parameter.requires_grad or id(parameter) in own:
-                yield name, parameter
-
-    # The means that are being taken when a checkpoint is written between two lines of metrics.jsonl.
-
-    def _losses_so_far(self) -> dict[str, Any]:
+    def losses_so_far(self) -> dict[str, Any]:
         """Losses of all ranks, which restore the same: rank 0 writes the file, but has a share of the micro-batches."""
         return {
             "since_last_line": float(self.accelerator.reduce(self._tr_loss.clone(), reduction="mean")),
