@@ -162,11 +162,15 @@ def depths_result() -> SpeedupResult:
     found = extrapolate_all(measured, settings, whole=(whole[0], whole[1]), dtype_bytes=2)
     judgement = conclude_extrapolated(found, measured, settings)
     deep = measured[-1]
+    budget = memory_for(whole[0], requests=1, tokens=137, dtype_bytes=4)
     return result.model_copy(
         update={
             "settings": settings, "baseline": deep.baseline, "candidate": deep.candidate, "regimes": deep.regimes,
             "rounds": deep.rounds, "extrapolated": found, "shallower": (measured[0],), "verdict": judgement.verdict,
             "strict_verdict": judgement.strict, "reason": judgement.reason,
+            "whole_capacities": tuple(
+                capacity(shape, memory_bytes=budget, tokens=137, dtype_bytes=4) for shape in whole
+            ),
         }
     )  # fmt: skip
 

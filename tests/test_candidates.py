@@ -81,6 +81,19 @@ def test_a_mix_is_even_and_made_of_fast_counts() -> None:
     assert untied == {"hidden": 360}, "a head of its own takes the place of channels"
 
 
+def test_counts_that_are_not_fast_are_taken_where_no_fast_ones_meet_the_share() -> None:
+    """A step of SmolLM2's fast widths is an eighth, and its own class takes no smaller ones."""
+    for ratio in (0.05, 0.2, 0.3, 0.55):
+        counts = counts_for_ratio(SMOLLM2, LLAMA, ratio, ("hidden",))
+        assert counts is not None
+        assert counts["hidden"] % 8 == 0
+        assert share_cut(SMOLLM2, exported_sizes(SMOLLM2, counts)) == pytest.approx(ratio, abs=TOLERANCE)
+    assert counts_for_ratio(LLAMA_7B, LLAMA, 0.3, ("hidden",)) == {"hidden": 2880}, "a multiple of its heads"
+    counts = counts_for_ratio(SMOLLM2, LLAMA, 0.25, ("ffn", "kv_groups"))
+    assert counts is not None
+    assert counts["ffn"] % 16 == 0
+
+
 def test_a_share_out_of_reach_gives_the_nearest() -> None:
     counts = counts_for_ratio(SMOLLM2, LLAMA, 0.25, ("kv_groups",))
     assert counts == {"kv_groups": 2}, "of three groups one goes: a cut of an axis is 60 % at most"

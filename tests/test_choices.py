@@ -43,6 +43,18 @@ def test_energy_is_of_each_channel_alone():
     assert inner("ffn", "energy").keep(given, 5).tolist() == sorted(scores.topk(5).indices.tolist())
 
 
+def test_leverage_drops_what_the_others_tell_of_best():
+    _, a_NI = inputs()
+    # The first is nearly a mix of two others, and its weight is large: another score would keep it.
+    a_NI[:, 0] = a_NI[:, 3] - a_NI[:, 7]
+    given = Inputs(second_II=a_NI.T @ a_NI, weight_OI=torch.eye(12, dtype=torch.float64) * 100, block=1)
+    scores = (given.second_II @ given.inverse(1.0)).diagonal()
+    assert inner("ffn", "leverage").keep(given, 7).tolist() == sorted(scores.topk(7).indices.tolist())
+    small = a_NI / a_NI.norm(dim=0)
+    given = Inputs(second_II=small.T @ small, weight_OI=given.weight_OI, block=1)
+    assert 0 not in inner("ffn", "leverage").keep(given, 9).tolist()
+
+
 def test_groups_are_those_that_a_refit_restores_least():
     given, a_NI = inputs(length=5, block=3)
     kept = inner("kv_groups", "refit").keep(given, 4).tolist()

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.export.exporter import export_run
+from pat_serve.shapes.candidates import counts_for_ratio, share_cut
 from pat_serve.training.checks.cut_report import cut_lines
 from pat_serve.training.checks.width import target_shape
 from pat_serve.training.config import TrainRecipe
@@ -69,28 +70,35 @@ def test_a_quarter_of_smollm2_is_a_quarter_while_its_head_stays_tied(tmp_path: P
     assert "24.7% less at 1x128, 14.7% less at 8x1024 (batch x context); KV cache unchanged" in cut
 
 
-def test_a_quarter_of_the_channels_of_smollm2_untied_is_a_tenth_of_its_parameters(tmp_path: Path):
-    base = smollm2(tmp_path)
-    [cut, way_out] = lines(base, ratio=0.25, tied_embeddings="untie")
-    assert cut.startswith("cut: hidden_size 576 to 432; parameters 134.52 M to 122.12 M, 9.2% less; ")
-    assert "24.7% less at 1x128, 14.7% less at 8x1024 (batch x context); KV cache unchanged" in cut
-    assert "--hidden-size 360 (101.77 M, 24.3% less), or --tied-embeddings keep, at" in way_out
-    assert way_out.endswith("at hidden_size 432 (100.89 M, 25.0% less)")
-    # Each way out gives what it says.
-    for settings, told in (
-        ({"hidden_size": 360, "tied_embeddings": "untie"}, "134.52 M to 101.77 M, 24.3% less"),
-        ({"ratio": 0.25, "tied_embeddings": "keep"}, "134.52 M to 100.89 M, 25.0% less"),
-    ):
-        [cut] = lines(base, **settings)
-        assert told in cut
-    # Where no legal width is nearer, none is named.
-    assert "--hidden-size" not in lines(base, ratio=0.6, tied_embeddings="untie")[1]
+def test_a_quarter_of_smollm2_untied_is_a_quarter_of_its_parameters_too(tmp_path: Path):
+    cut, head = lines(smollm2(tmp_path), ratio=0.25, tied_embeddings="untie")
+    assert cut.startswith("cut: hidden_size 576 to 360; parameters 134.52 M to 101.77 M, 24.3% less; ")
+    assert head.endswith("gets a matrix of its own: 17.69 M of these")
 
 
-def test_no_word_of_a_way_out_where_the_share_is_that_of_the_channels(tiny_base: Path, tmp_path: Path):
+def test_no_word_of_a_head_where_it_was_one_before(tiny_base: Path, tmp_path: Path):
     assert len(lines(tiny_base, ratio=0.25)) == 1
     qwen = save_tiny_family(tmp_path, "qwen2", tie_word_embeddings=True)
     assert len(lines(qwen, ratio=0.25, tied_embeddings="keep")) == 1
+
+
+@pytest.mark.parametrize("tie", ["keep", "untie"])
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 1 / 3, 0.45])
+def test_a_share_is_met_within_a_percent_whatever_becomes_of_the_tie(ratio: float, tie: str, tmp_path: Path):
+    cut = lines(smollm2(tmp_path), ratio=ratio, tied_embeddings=tie)[0]
+    [told] = re.findall(r"([\d.]+)% less; bytes", cut)
+    assert float(told) / 100 == pytest.approx(ratio, abs=0.0105)
+
+
+@pytest.mark.parametrize("axes", [("layers", "ffn"), ("hidden", "layers", "ffn"), ("layers", "ffn", "kv_groups")])
+def test_a_share_along_several_axes_takes_the_mix_of_the_table(axes: tuple[str, ...], tmp_path: Path):
+    checkpoint = open_checkpoint(str(smollm2(tmp_path)))
+    recipe = TrainRecipe.build({"model": "m", "data": "d", "ratio": 0.25, "axes": ",".join(axes)}, "flags")
+    assert recipe.method == ("pat" if "hidden" in axes else "cut")
+    recipe = recipe.resolved(tied=True, narrows="hidden" in axes)
+    found = target_shape(recipe, checkpoint)
+    assert {"hidden": 576} | (counts_for_ratio(checkpoint.sizes, checkpoint.family, 0.25, axes) or {}) == found
+    assert share_cut(checkpoint.sizes, checkpoint.sizes.with_counts(found)) == pytest.approx(0.25, abs=0.01)
 
 
 @pytest.mark.parametrize("tie", ["auto", "untie"])

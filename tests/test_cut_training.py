@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from pat_serve.errors import IllegalShape, UsageError
+from pat_serve.errors import IllegalRatio, IllegalShape, UsageError
 from pat_serve.families.architectures import FAMILIES
 from pat_serve.run.plan import PruningPlan
 from pat_serve.training import PatConfig, apply_pat, save_run
@@ -251,7 +250,17 @@ def asked_of(base: Path, settings: dict[str, Any]) -> dict[str, int]:
         ({"shape": "hidden=48,layers=3", "ratio": 0.25}, UsageError, "one of them"),
         ({"shape": "layers=3", "method": "pat"}, UsageError, "hidden in --shape"),
         ({"shape": "layers=3", "method": "lora"}, UsageError, "cuts nothing"),
-        ({"method": "cut"}, UsageError, "--shape, with counts"),
+        ({"method": "cut"}, UsageError, "--shape with counts, or --axes"),
+        ({"method": "cut", "ratio": 0.25}, UsageError, "axes of --method cut: ffn, kv_groups, layers"),
+        ({"axes": "layers,ffn", "shape": "layers=3"}, UsageError, "axes say where ratio cuts"),
+        ({"axes": "layers,ffn", "hidden_size": 48}, UsageError, "axes say where ratio cuts"),
+        ({"axes": "layers,depth"}, UsageError, "'depth' is none"),
+        ({"axes": "layers,layers"}, UsageError, "every axis once"),
+        ({"axes": "layers", "method": "pat"}, UsageError, "hidden in --axes"),
+        ({"axes": "layers", "method": "lora"}, UsageError, "cuts nothing"),
+        ({"axes": "layers", "ratio": 0.7}, IllegalRatio, "in .0, 0.6]"),
+        ({"axes": "layers", "distillation_weight": 0.5}, UsageError, "teacher"),
+        ({"axes": "layers", "choose": "ffn=obs"}, UsageError, "is none"),
         ({"shape": "layers=3", "rotate": "loss"}, UsageError, "as wide as it is"),
         ({"shape": "layers=3", "distillation_weight": 0.5}, UsageError, "teacher"),
         ({"shape": "layers=3", "choose": "ffn=obs"}, UsageError, "is none"),
@@ -267,11 +276,12 @@ def test_shapes_that_cannot_be(settings: dict[str, Any], error: type[Exception],
 
 def test_the_names_of_a_runs_config_are_read_back(tmp_path: Path):
     """A shape as a flag and as a recipe's line are one setting."""
-    flags = TrainRecipe.build({"model": "m", "data": "d", "shape": "ffn=96,layers=3", "choose": "layers=last"}, "flags")
-    assert flags.method == "cut"
-    flags.save(tmp_path)
-    assert TrainRecipe.build(read_recipe(tmp_path / "recipe.yaml"), "file") == flags
-    assert json.dumps(flags.shape) == '{"ffn": 96, "layers": 3}'
+    for size in ({"shape": "ffn=96,layers=3"}, {"axes": "ffn, layers", "ratio": 0.25}):
+        flags = TrainRecipe.build({"model": "m", "data": "d", **size, "choose": "layers=last"}, "flags")
+        assert flags.method == "cut"
+        assert flags.inner_axes == ["layers", "ffn"]
+        flags.save(tmp_path)
+        assert TrainRecipe.build(read_recipe(tmp_path / "recipe.yaml"), "file") == flags
 
 
 def test_families_have_a_config_to_tell(tmp_path: Path):

@@ -17,6 +17,7 @@ from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.run.plan import PruningPlan
 from pat_serve.training.ranks import refuse_zero3, use_one_device
+from tests.test_turned_tie import tied_base
 from tests.trainings import Trainings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -73,6 +74,26 @@ def test_two_ranks_choose_and_train_the_smaller_model(
     assert load_file(two / "weights/weights-00001.safetensors").keys() == {
         f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_two_ranks_turn_a_tied_base_and_fit_its_last_gain(
+    config: str, trainings: Trainings, rows: Path, tmp_path: Path
+):
+    base, one, two = tied_base(tmp_path / "base"), tmp_path / "one", tmp_path / "two"
+    shape = ["--shape", "hidden=48,ffn=96"]
+    assert trainings.run([*arguments(base, rows, one, batch_size=4), *shape]) == 0, trainings.log.read_text()
+    command = [*arguments(base, rows, two, batch_size=2), *shape]
+    assert trainings.run_ranks(command, launched(config)) == [0, 0], trainings.log.read_text()
+    assert curve(two) == [pytest.approx(line, rel=1e-4) for line in curve(one)]
+    ours, reference = PruningPlan.load(two), PruningPlan.load(one)
+    assert ours.tied
+    assert reference.tied
+    torch.testing.assert_close(ours.norms, reference.norms, rtol=0, atol=1e-5)
+    outcome = export_run(two, tmp_path / "pruned")
+    assert outcome.parity is not None
+    assert json.loads((tmp_path / "pruned/config.json").read_text())["tie_word_embeddings"]
 
 
 @pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])

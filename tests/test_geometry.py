@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pat_serve.checkpoints.checkpoint import open_checkpoint
-from pat_serve.errors import IllegalRatio, IllegalWidth, UsageError
+from pat_serve.errors import IllegalWidth, UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.export.rewrite.shape_check import parse_degrees
 from pat_serve.shapes.fitness import (
@@ -21,7 +21,7 @@ from pat_serve.shapes.fitness import (
     tensor_parallel_degrees,
     tensor_parallel_obstacles,
 )
-from pat_serve.shapes.geometry import check_width, fast_tile, legal_step, legal_widths, snap_ratio
+from pat_serve.shapes.geometry import check_width, fast_tile, legal_step, legal_widths
 from pat_serve.shapes.parameters import parameters_at
 from pat_serve.shapes.sizes import ModelSizes
 from tests.tiny_models import save_tiny_llama, tiny_llama
@@ -33,37 +33,6 @@ from tests.tiny_models import save_tiny_llama, tiny_llama
 )
 def test_fast_tile(hidden: int, heads: int, expected: int | None):
     assert fast_tile(hidden, heads, hidden_multiple_of_heads=True) == expected
-
-
-@pytest.mark.parametrize(
-    ("ratio", "hidden", "heads", "width", "snapped"),
-    [
-        (0.25, 4096, 32, 3072, False),
-        (0.3, 4096, 32, 2816, True),  # 2867.2; the authors' 2868 is no multiple of 32
-        (0.25, 256, 8, 192, False),
-        (0.25, 64, 4, 48, False),
-        (0.6, 4096, 32, 1792, True),  # 1638.4; 1536 would cut more than 60 %
-        (0.25, 5120, 40, 3840, False),
-        (0.1, 5120, 40, 4480, True),  # lcm(64, 40) = 320; lcm(256, 40) = 1280 would leave four widths
-        (0.25, 6656, 52, 4992, False),
-        (0.25, 576, 9, 432, False),
-        (0.25, 960, 15, 720, False),
-        (0.6, 64, 4, 32, True),
-    ],
-)
-def test_snap_ratio(ratio: float, hidden: int, heads: int, width: int, snapped: bool):
-    assert snap_ratio(ratio, hidden, heads, hidden_multiple_of_heads=True) == (width, snapped)
-
-
-def test_ties_go_to_the_wider():
-    # 0.125 of 256 leaves 224, a legal multiple of 16; 0.15625 leaves 216, between 208 and 224.
-    assert snap_ratio(0.15625, 256, 8, hidden_multiple_of_heads=True) == (224, True)
-
-
-@pytest.mark.parametrize("ratio", [0.0, -0.1, 0.61, 1.0, float("nan")])
-def test_ratio_out_of_range(ratio: float):
-    with pytest.raises(IllegalRatio, match=r"\(0, 0\.6\]"):
-        snap_ratio(ratio, 4096, 32, hidden_multiple_of_heads=True)
 
 
 def test_legal_widths_pass():

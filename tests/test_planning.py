@@ -330,6 +330,38 @@ def test_memory_bounds_what_runs_at_once_and_lengths_come_from_a_file(folder: Pa
 
 
 @pytest.mark.parametrize(
+    ("cut", "kv_share"),
+    [
+        ({"hidden": 3072}, 1.0),
+        ({"layers": 24}, 24 / 32),
+        ({"kv_heads": 24, "heads": 24, "ffn": 8192}, 24 / 32),
+        ({"layers": 28, "kv_heads": 28, "heads": 28}, 28 / 32 * 28 / 32),
+    ],
+    ids=str,
+)
+def test_a_cut_of_layers_or_groups_holds_more_tokens_in_equal_memory(
+    cut: dict[str, int], kv_share: float, folder: Path
+) -> None:
+    record = LatencyResult.model_validate_json((folder / "dense.json").read_text())
+    dense = replace(record.shape, layers=32)
+    smaller = replace(dense, **cut)
+    (folder / "dense.json").write_text(record.model_copy(update={"shape": dense}).model_dump_json())
+    (folder / "cut.json").write_text(record.model_copy(update={"shape": smaller}).model_dump_json())
+    # Room for the dense weights and two of its requests of 73 tokens.
+    memory_bytes = dense.weight_bytes(4) + 4 * 2 * 73 * dense.kv_values_per_token
+    done = plan(
+        folder, "--baseline", "dense.json", "--candidate", "cut.json", *TRAFFIC, "--slo", "ttft=20", "--json",
+        "--memory-gib", repr(memory_bytes / 2**30),
+    )  # fmt: skip
+    models = json.loads(done.output)["models"]
+    assert models[0]["kv_tokens"] == 146
+    token_bytes = 4 * 2 * 32 * 32 * 128 * kv_share
+    assert models[1]["kv_tokens"] == int((memory_bytes - 4 * smaller.parameters) / token_bytes)
+    # Both run at the same pace here: more requests in flight are all that the cut one gains.
+    assert models[1]["capacity_per_s"] > models[0]["capacity_per_s"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--baseline", "dense.json", "--slo", "ttft=1", "--prompt-tokens", "65"), "64 to 64, the prompts that"),

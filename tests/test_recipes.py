@@ -8,7 +8,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from pat_serve.families.architectures import FAMILIES
-from pat_serve.shapes.geometry import check_width, snap_ratio
+from pat_serve.shapes.geometry import check_width, width_step
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.recipe_file import read_recipe
 
@@ -42,7 +42,8 @@ def test_a_recipe_is_legal_for_its_model(name: str):
     assert recipe.hidden_size is not None
     width = check_width(recipe.hidden_size, hidden_size, heads, hidden_multiple_of_heads=rule)
     # A quarter, as the paper cuts; a multiple that kernels like.
-    assert (width, False) == snap_ratio(0.25, hidden_size, heads, hidden_multiple_of_heads=rule)
+    assert 4 * width == 3 * hidden_size
+    assert width % width_step(hidden_size, heads, hidden_multiple_of_heads=rule) == 0
     assert recipe.resolved(tied=tied).rotate == "loss"
     exported = family.export_as.model_type if family.export_as else model_type
     config = CONFIG_MAPPING[exported](hidden_size=width, num_attention_heads=heads, head_dim=head_dim)

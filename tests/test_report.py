@@ -178,6 +178,11 @@ def test_what_is_extrapolated_is_marked_and_what_was_measured_stands_beside_it(t
     assert "The verdict is on the whole models, which were not measured" in body
     assert "decode, batch 1, from 2, 6 layers" in body
     assert "decode, batch 1, 32 layers (extrapolated): 10" in body
+    [dense, narrow] = result.whole_capacities
+    assert f"In the {dense.memory_bytes / 2**30:.2f} GiB of the whole baseline and its batch" in body
+    told = [row for row in csv.DictReader(table.open()) if row["where"] == "memory, whole models"]
+    held = [row["value"] for row in told if row["figure"] == "requests in equal memory"]
+    assert [float(value) for value in held] == [1, narrow.requests]
     marked = [row for row in csv.DictReader(table.open()) if "extrapolated" in row["where"]]
     assert {row["figure"] for row in marked} == {"duration", "fixed", "a layer", "speed-up"}
     with console_text() as text:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from pat_serve.checkpoints.locate import absolute
-from pat_serve.cut.axes import HIDDEN
 from pat_serve.errors import UsageError
 from pat_serve.training.groups import check_groups, parse_scales, untrained_group
 from pat_serve.training.methods.pat.settings import PatSettings
@@ -96,11 +95,13 @@ class TrainRecipe(ShapeSettings, PatSettings):
             raise ValueError("give ratio or hidden_size, not both")
         if self.shape and (self.ratio is not None or self.hidden_size is not None):
             raise ValueError("give ratio, hidden_size or shape, one of them")
+        if self.axes and (self.shape or self.hidden_size is not None):
+            raise ValueError("axes say where ratio cuts: give ratio beside them, and neither shape nor hidden_size")
         return self
 
     @pydantic.model_validator(mode="after")
     def _inner_cuts(self) -> TrainRecipe:
-        inner = sorted(set(self.shape) - {HIDDEN})
+        inner = self.inner_axes
         if inner and self.distillation_weight:
             raise ValueError(f"the teacher is the dense model, which a cut of {inner[0]} leaves nothing of")
         if inner and self.quantize_base:

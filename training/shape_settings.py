@@ -1,10 +1,15 @@
-"""The settings that say how much of each axis stays, and what chooses it. The recipe inherits them."""
+"""The settings that say along what a cut goes, how much of each axis stays, and what chooses it.
+
+The recipe inherits them.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pydantic
 
-from pat_serve.cut.axes import HIDDEN
+from pat_serve.cut.axes import AXES, HIDDEN
 from pat_serve.shapes.shape import parse_shape
 from pat_serve.training.choices import CHOICE_NAMES
 
@@ -12,6 +17,8 @@ from pat_serve.training.choices import CHOICE_NAMES
 class ShapeSettings(pydantic.BaseModel):
     """Each is a flag of `pat-train`, a line of a recipe and an entry of `PatConfig` of the same name."""
 
+    # The axes that `ratio` goes along; the stream alone where there are none.
+    axes: tuple[str, ...] = ()
     # Counts to end with by axis, and what chooses them where it is not the default (training/choices/).
     shape: dict[str, int] = pydantic.Field(default_factory=dict)
     choose: dict[str, str] = pydantic.Field(default_factory=dict)
@@ -20,11 +27,31 @@ class ShapeSettings(pydantic.BaseModel):
     @classmethod
     def _method_follows_shape(cls, settings: object) -> object:
         """Choose the method `cut` where the stream stays whole, since PAT has nothing to do there."""
-        if not isinstance(settings, dict) or not settings.get("shape") or settings.get("method") is not None:
+        if not isinstance(settings, dict) or settings.get("method") is not None:
             return settings
-        shape = settings["shape"]
-        counts = parse_shape(shape) if isinstance(shape, str) else shape
-        return settings if HIDDEN in counts else {**settings, "method": "cut"}
+        shape, axes = settings.get("shape") or {}, settings.get("axes") or ()
+        cut = set(parse_shape(shape) if isinstance(shape, str) else shape) | set(_split(axes))
+        return {**settings, "method": "cut"} if cut and HIDDEN not in cut else settings
+
+    @property
+    def inner_axes(self) -> list[str]:
+        """Every axis that is cut but the stream's, in order."""
+        return [axis for axis in AXES if axis != HIDDEN and axis in {*self.shape, *self.axes}]
+
+    @pydantic.field_validator("axes", mode="before")
+    @classmethod
+    def _parse_axes(cls, axes: object) -> object:
+        """Split the axes, which a flag gives as a text: `layers,ffn`."""
+        return _split(axes)
+
+    @pydantic.field_validator("axes")
+    @classmethod
+    def _known_axes(cls, axes: tuple[str, ...]) -> tuple[str, ...]:
+        if stray := [axis for axis in axes if axis not in AXES]:
+            raise ValueError(f"axes among {', '.join(AXES)}, and {stray[0]!r} is none")
+        if len(set(axes)) < len(axes):
+            raise ValueError("every axis once")
+        return axes
 
     @pydantic.field_validator("shape", mode="before")
     @classmethod
@@ -45,9 +72,13 @@ class ShapeSettings(pydantic.BaseModel):
 
     @pydantic.model_validator(mode="after")
     def _known_choices(self) -> ShapeSettings:
-        if stray := sorted(set(self.choose) - (set(self.shape) - {HIDDEN})):
-            raise ValueError(f"choose says how to cut an axis of shape, and {stray[0]} is none")
+        if stray := sorted(set(self.choose) - set(self.inner_axes)):
+            raise ValueError(f"choose says how to cut an axis of shape or axes, and {stray[0]} is none")
         for axis, name in self.choose.items():
             if name not in CHOICE_NAMES[axis]:
                 raise ValueError(f"choose {axis}={' or '.join(CHOICE_NAMES[axis])}")
         return self
+
+
+def _split(axes: object) -> Any:
+    return tuple(name.strip() for name in axes.split(",") if name.strip()) if isinstance(axes, str) else axes

@@ -47,12 +47,20 @@ def train(
     method: Annotated[
         str | None,
         Flag(
-            help="pat, cut (no narrower stream: --shape without hidden), or lora for the dense baseline. "
-            "[default: pat, or cut by the shape]"
+            help="pat, cut (no narrower stream: --shape or --axes without hidden), or lora for the dense baseline. "
+            "[default: pat, or cut by these]"
         ),
     ] = None,
     ratio: Annotated[
-        float | None, Flag(help="Share of the hidden channels to cut, in (0, 0.6]. [default: 0.25]")
+        float | None, Flag(help="Share of all parameters to cut, in (0, 0.6], met within 1 %. [default: 0.25]")
+    ] = None,
+    axes: Annotated[
+        str | None,
+        Flag(
+            metavar="AXIS,...",
+            help="Where --ratio cuts: any of hidden, layers, ffn, kv_groups, each by about the same share of itself. "
+            "[default: hidden]",
+        ),
     ] = None,
     hidden_size: Annotated[int | None, Flag(help="Width to end with, instead of --ratio.")] = None,
     shape: Annotated[
@@ -273,6 +281,9 @@ def train(
         # A flag also wins over the file's other way to say the same.
         sizes = ("ratio", "hidden_size", "shape")
         others = {one: tuple(other for other in sizes if other != one) for one in sizes} | {"epochs": ("max_steps",)}
+        others["hidden_size"] += ("axes",)
+        others["shape"] += ("axes",)
+        others["axes"] = ("hidden_size", "shape")
         for one in others.keys() & flags.keys():
             for other in others[one]:
                 if other not in flags:

@@ -1,7 +1,8 @@
 """Counts by axis that cut a share of all parameters, or that make a model fast enough. Pure arithmetic.
 
 A search goes over the counts that are fast (`axis_grid`) and asks a stock class whether it takes them together. A mix
-that meets a share is the most even one: every axis gives about the same share of itself.
+that meets a share is the most even one: every axis gives about the same share of itself. Where no fast counts come
+near enough, the search goes over all counts that load.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from pat_serve.cut.axes import AXES, FFN, HIDDEN, KV_GROUPS, LAYERS
 from pat_serve.errors import IllegalRatio
 from pat_serve.families.family import Family
-from pat_serve.shapes.geometry import MAX_RATIO, fast_tile, legal_widths, width_step
+from pat_serve.shapes.geometry import MAX_RATIO, fast_tile, legal_step, legal_widths, width_step
 from pat_serve.shapes.sizes import ModelSizes
 
 # A table of candidates shows each axis alone, and mixes of them.
@@ -36,23 +37,32 @@ MIXES: tuple[tuple[str, ...], ...] = (
 TOLERANCE = 0.01
 # Tiles of 64 are filled by tensor cores and AMX; vectors of 8 are the least that vLLM's CPU kernels take.
 _TILE, _VECTOR = 64, 8
+# FFN channels that int8 takes, too.
+_INT8 = 16
 # How many of the nearest counts are tried where a class refuses the nearest.
 _TRIES = 4
+# Grids of `axis_grid`, from the fast counts to all that load.
+_FINENESSES = 3
 
 
-def axis_grid(axis: str, base: ModelSizes, family: Family) -> list[int]:
-    """Counts of an axis that are fast and below the base's, ascending; a cut of 60 % is the largest.
+def axis_grid(axis: str, base: ModelSizes, family: Family, fineness: int = 0) -> list[int]:
+    """Counts of an axis below the base's, ascending; a cut of 60 % is the largest.
 
-    Layers and KV groups go one by one, FFN channels in tiles of 64 (in smaller ones where the base is narrow), and the
-    stream in the steps of `width_step`. Empty where the base has too few.
+    Layers and KV groups go one by one. At fineness 0 all counts are fast: FFN channels go in tiles of 64 (in smaller
+    ones where the base is narrow), and the stream in the steps of `width_step`. Fineness 1 has channels by 16 and every
+    width that the base's own class takes, fineness 2 all that load: multiples of 8. Empty where the base has too few.
     """
-    length = AXES[axis].length(base)
-    step = 1
+    length, rule = AXES[axis].length(base), family.hidden_multiple_of_heads
+    steps = (1, 1, 1)
     if axis == FFN:
-        step = min(_TILE, fast_tile(length, 1, hidden_multiple_of_heads=False) or _VECTOR)
+        steps = (min(_TILE, fast_tile(length, 1, hidden_multiple_of_heads=False) or _VECTOR), _INT8, _VECTOR)
     elif axis == HIDDEN:
-        step = width_step(length, base.heads, hidden_multiple_of_heads=family.hidden_multiple_of_heads)
-    return legal_widths(step, length)
+        steps = (
+            width_step(length, base.heads, hidden_multiple_of_heads=rule),
+            legal_step(base.heads, hidden_multiple_of_heads=rule),
+            _VECTOR,
+        )
+    return legal_widths(min(steps[: fineness + 1]), length)
 
 
 def exported_sizes(base: ModelSizes, counts: Mapping[str, int], *, unties: bool = False) -> ModelSizes:
@@ -84,8 +94,8 @@ def counts_for_ratio(
 ) -> dict[str, int] | None:
     """Counts along some axes that cut a share of all parameters.
 
-    The most even mix within 1 % of the share is taken, and the nearest to the share where none is within.
-    `share_cut` tells which of both it was.
+    The most even mix of fast counts within 1 % of the share is taken. Where none is within, counts that load are
+    tried (`axis_grid`), and where none of them is either, the nearest to the share is taken. `share_cut` tells which.
 
     Args:
         base: sizes of the base.
@@ -104,21 +114,25 @@ def counts_for_ratio(
     """
     check_ratio(ratio)
     wanted = (1 - ratio) * base.parameters
-    best: tuple[tuple[bool, float], dict[str, int]] | None = None
-    for others, finest, grid in _mixes(axes, base, family):
+    best: tuple[tuple[bool, float, int], dict[str, int]] | None = None
+    for fineness in range(_FINENESSES):
+        for others, finest, grid in _mixes(axes, base, family, fineness):
 
-        def sized(count: int, others: Mapping[str, int] = others, finest: str = finest) -> ModelSizes:
-            return exported_sizes(base, {**others, finest: count}, unties=unties)
+            def sized(count: int, others: Mapping[str, int] = others, finest: str = finest) -> ModelSizes:
+                return exported_sizes(base, {**others, finest: count}, unties=unties)
 
-        at = bisect_left(grid, wanted, key=lambda count: sized(count).parameters)
-        for place in _around(at, len(grid)):
-            sizes = sized(grid[place])
-            counts = {**others, finest: grid[place]}
-            off = abs(share_cut(base, sizes) - ratio)
-            missed = off > TOLERANCE
-            rank = (missed, off if missed else _unevenness(counts, base) + off)
-            if (best is None or rank < best[0]) and _legal(base, sizes, family, config) and takes(sizes):
-                best = rank, counts
+            at = bisect_left(grid, wanted, key=lambda count: sized(count).parameters)
+            for place in _around(at, len(grid)):
+                sizes = sized(grid[place])
+                counts = {**others, finest: grid[place]}
+                off = abs(share_cut(base, sizes) - ratio)
+                missed = off > TOLERANCE
+                # Of two equally near, the larger keeps more, and cuts less than the user allowed.
+                rank = (missed, off if missed else _unevenness(counts, base) + off, -sizes.parameters)
+                if (best is None or rank < best[0]) and _legal(base, sizes, family, config) and takes(sizes):
+                    best = rank, counts
+        if best is not None and not best[0][0]:
+            break
     return _in_order(best[1]) if best else None
 
 
@@ -149,7 +163,7 @@ def counts_for_speedup(
         counts by axis; None where no cut that a stock class takes is fast enough.
     """
     best: tuple[tuple[int, float], dict[str, int]] | None = None
-    for others, finest, grid in _mixes(axes, base, family):
+    for others, finest, grid in _mixes(axes, base, family, 0):
 
         def sized(count: int, others: Mapping[str, int] = others, finest: str = finest) -> ModelSizes:
             return exported_sizes(base, {**others, finest: count}, unties=unties)
@@ -182,9 +196,11 @@ def check_ratio(ratio: float) -> None:
         )
 
 
-def _mixes(axes: Sequence[str], base: ModelSizes, family: Family) -> Iterator[tuple[dict[str, int], str, list[int]]]:
+def _mixes(
+    axes: Sequence[str], base: ModelSizes, family: Family, fineness: int
+) -> Iterator[tuple[dict[str, int], str, list[int]]]:
     """Every mix of all axes but the finest, with that axis and its counts."""
-    grids = {axis: axis_grid(axis, base, family) for axis in axes}
+    grids = {axis: axis_grid(axis, base, family, fineness) for axis in axes}
     if not grids or not all(grids.values()):
         return
     finest = max(grids, key=lambda axis: len(grids[axis]))

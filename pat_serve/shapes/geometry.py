@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from pat_serve.errors import IllegalRatio, IllegalWidth
+from pat_serve.errors import IllegalWidth
 
 MAX_RATIO = 0.6
 
@@ -42,46 +42,6 @@ def legal_step(num_attention_heads: int, *, hidden_multiple_of_heads: bool) -> i
     8: vLLM's CPU kernels for RMSNorm and SiLU refuse a width that is no multiple of their vectors' 8 elements.
     """
     return math.lcm(8, num_attention_heads) if hidden_multiple_of_heads else 8
-
-
-def snap_ratio(
-    ratio: float, hidden_size: int, num_attention_heads: int, *, hidden_multiple_of_heads: bool
-) -> tuple[int, bool]:
-    """Turn a pruning ratio into a legal, fast width.
-
-    Args:
-        ratio: share of the hidden channels to remove, in (0, 0.6].
-        hidden_size: the base's width D.
-        num_attention_heads: the base's query heads.
-        hidden_multiple_of_heads: the config class wants hidden_size % num_attention_heads == 0.
-
-    Returns:
-        the width K nearest to (1 - ratio) * D (the wider of two equally near), and whether it differs from that.
-
-    Raises:
-        IllegalRatio: ratio outside (0, 0.6].
-        IllegalWidth: no width is both legal and narrower than the base.
-    """
-    if not (0 < ratio <= MAX_RATIO):
-        raise IllegalRatio(
-            "--ratio",
-            expected=f"a share of channels to remove in (0, {MAX_RATIO}]",
-            found=f"{ratio}",
-            fix="Try --ratio 0.25.",
-        )
-    step = width_step(hidden_size, num_attention_heads, hidden_multiple_of_heads=hidden_multiple_of_heads)
-    wanted = (1 - ratio) * hidden_size
-    legal = legal_widths(step, hidden_size)
-    if not legal:
-        raise IllegalWidth(
-            "--ratio",
-            expected=f"a multiple of {step} between {_lowest(hidden_size)} and {hidden_size - 1}",
-            found="none",
-            fix="Choose a wider base: this one has no narrower width that loads.",
-        )
-    # A tie goes to the wider width: it keeps more quality, and cuts less than the user allowed.
-    width = min(legal, key=lambda k: (abs(k - wanted), -k))
-    return width, not math.isclose(width, wanted)
 
 
 def check_width(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -35,7 +35,8 @@ class PatConfig:
     Attributes:
         preset: "default" (as None is), or "paper" for PAT as published. A setting that is None
             is as the preset has it.
-        ratio: share of the hidden channels to cut, in (0, 0.6]; 0.25 when neither this nor hidden_size is given.
+        ratio: share of all parameters to cut, in (0, 0.6]; 0.25 when neither this, hidden_size nor shape is given.
+        axes: where the ratio cuts (hidden, layers, ffn, kv_groups); the stream alone by default.
         hidden_size: width to end with, instead of a ratio.
         shape: counts to end with by axis (hidden, layers, ffn, kv_groups), instead of either.
         choose: what chooses them, by axis, where it is not the default.
@@ -62,6 +63,7 @@ class PatConfig:
 
     preset: Literal["default", "paper"] | None = None
     ratio: float | None = None
+    axes: Sequence[str] | None = None
     hidden_size: int | None = None
     shape: Mapping[str, int] | None = None
     choose: Mapping[str, str] | None = None

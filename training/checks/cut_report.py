@@ -1,7 +1,7 @@
 """The savings of a cut, told before a weight is read: parameters, a decode step's bytes, the KV cache.
 
-A share of the channels is not that share of the model: a tied base whose head gets a matrix of its own keeps most of
-its parameters, and no width changes the KV cache.
+A share of the parameters is not that share of what a step reads: a head that gets a matrix of its own adds parameters,
+of which a step reads no more than before, and no width changes the KV cache.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from pat_serve.checkpoints.checkpoint import Checkpoint
-from pat_serve.cut.axes import HIDDEN
-from pat_serve.shapes.geometry import count_parameters, legal_step, legal_widths
+from pat_serve.shapes.geometry import count_parameters
 from pat_serve.shapes.parameters import parameters_at
 from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 from pat_serve.terminal.progress import say
@@ -20,12 +19,10 @@ from pat_serve.training.methods import method_of
 
 # Batch and context: one answer alone, and a server at work.
 LOADS = ((1, 128), (8, 1024))
-# A cut may miss the asked share by so much of all parameters before it is worth a word.
-TOLERANCE = 0.02
 
 
 def report_cut(recipe: TrainRecipe, checkpoint: Checkpoint, shape: Mapping[str, int]) -> None:
-    """Tell the user what goes, and what would reach the share that was asked for.
+    """Tell the user what goes.
 
     Args:
         recipe: resolved.
@@ -53,9 +50,9 @@ def cut_lines(recipe: TrainRecipe, checkpoint: Checkpoint, shape: Mapping[str, i
         f"{count_parameters(kept)}, {_less(base, kept)}; bytes read for a decoded token {read} (batch x context); "
         f"KV cache {_less(dense.kv_values_per_token, cut.kv_values_per_token)}"
     ]
-    asked = 0.25 if recipe.ratio is None else recipe.ratio
-    if unties and recipe.hidden_size is None and not recipe.shape and 1 - kept / base < asked - TOLERANCE:
-        lines.append(_way_out(checkpoint, base, asked, shape[HIDDEN]))
+    if unties:
+        head = count_parameters(cut.vocab * cut.hidden)
+        lines.append(f"cut: the head, tied to the embedding in the base, gets a matrix of its own: {head} of these")
     return lines
 
 
@@ -70,31 +67,6 @@ def gets_own_head(recipe: TrainRecipe, checkpoint: Checkpoint) -> bool:
     """A tied base is exported with a head of its own: a rotation unties it, or a full operator on the embedding."""
     operator = recipe.tied_embeddings == "untie" and recipe.resolved_hio_rank(checkpoint.hidden_size) > 0
     return checkpoint.tied and ((recipe.rotate != "none" and not recipe.keeps_tie) or operator)
-
-
-def _way_out(checkpoint: Checkpoint, base: int, asked: float, width: int) -> str:
-    """Name the width that cuts as large a share of all parameters as was asked of the channels."""
-    rule = checkpoint.family.hidden_multiple_of_heads
-    step = legal_step(checkpoint.num_attention_heads, hidden_multiple_of_heads=rule)
-
-    def parameters(k: int, *, own_head: bool) -> int:
-        return parameters_at(checkpoint, replace(checkpoint.sizes, hidden=k), own_head=own_head)
-
-    def leaves(k: int, *, own_head: bool) -> str:
-        left = parameters(k, own_head=own_head)
-        return f"{count_parameters(left)}, {_less(base, left)}"
-
-    # Parameters grow with the width by the same number for each channel.
-    widest = parameters(checkpoint.hidden_size, own_head=True)
-    per_channel = widest - parameters(checkpoint.hidden_size - 1, own_head=True)
-    wanted = checkpoint.hidden_size - (widest - (1 - asked) * base) / per_channel
-    nearest = min(legal_widths(step, checkpoint.hidden_size), key=lambda k: abs(k - wanted))
-    narrower = f"--hidden-size {nearest} ({leaves(nearest, own_head=True)}), or " if nearest < width else ""
-    return (
-        f"cut: {asked:g} is a share of the channels; the head, tied to the embedding in the base, gets a matrix of its "
-        f"own. Nearer to that share of the parameters: {narrower}--tied-embeddings keep, at "
-        f"hidden_size {width} ({leaves(width, own_head=False)})"
-    )
 
 
 def _step_bytes(sizes: ModelSizes, load: tuple[int, int], item_bytes: int) -> float:

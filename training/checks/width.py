@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pat_serve.checkpoints.checkpoint import Checkpoint
-from pat_serve.cut.axes import HIDDEN
-from pat_serve.errors import UsageError
+from pat_serve.cut.axes import AXES, HIDDEN
+from pat_serve.errors import IllegalRatio, UsageError
+from pat_serve.shapes.candidates import TOLERANCE, counts_for_ratio, exported_sizes, share_cut
 from pat_serve.shapes.fitness import slow_width
-from pat_serve.shapes.geometry import check_width, fast_tile, snap_ratio
+from pat_serve.shapes.geometry import MAX_RATIO, check_width
 from pat_serve.shapes.parameters import parameters_at
-from pat_serve.shapes.shape import check_shape
+from pat_serve.shapes.shape import check_shape, shape_text
 from pat_serve.terminal.progress import say
 from pat_serve.training.checks.cut_report import gets_own_head
 from pat_serve.training.config import TrainRecipe
@@ -25,66 +26,84 @@ def target_shape(recipe: TrainRecipe, checkpoint: Checkpoint) -> dict[str, int]:
         UsageError: a count of an axis that the method does not cut, or none of one that it wants.
         IllegalShape: no stock class has these sizes, or nothing is cut.
         IllegalWidth: no stock class has this width.
+        IllegalRatio: the share is outside (0, 0.6], or the base has no counts to cut to.
     """
     method = method_of(recipe)
-    given = {"--ratio": recipe.ratio, "--hidden-size": recipe.hidden_size, "--shape": recipe.shape or None}
+    given: dict[str, object] = {
+        "--hidden-size": recipe.hidden_size,
+        "--shape": recipe.shape or None,
+        "--axes": recipe.axes or None,
+        "--ratio": None if recipe.axes else recipe.ratio,
+    }
     [(flag, value)] = [item for item in given.items() if item[1] is not None] or [("--shape", None)]
-    named = set(recipe.shape) if recipe.shape else {HIDDEN} if value is not None else set()
+    named = set(recipe.shape or recipe.axes) or ({HIDDEN} if value is not None else set())
     if stray := sorted(named - method.axes):
         raise UsageError(
             flag,
             expected=f"none, since --method {recipe.method} cuts nothing"
             if not method.prunes
             else f"axes of --method {recipe.method}: {', '.join(sorted(method.axes))}",
-            found=f"{stray[0]}={recipe.shape[stray[0]]}" if recipe.shape else str(value),
+            found=f"{stray[0]}={recipe.shape[stray[0]]}" if recipe.shape else stray[0] if recipe.axes else str(value),
             fix="Leave it out, or choose another method.",
         )
+    if not method.prunes:
+        return {HIDDEN: checkpoint.hidden_size}
+    if named and recipe.method == Pat.name and HIDDEN not in named:
+        raise UsageError(
+            "--method pat",
+            expected=f"hidden in {flag}, which is what it is for",
+            found=", ".join(sorted(named)),
+            fix="Leave --method out: the other axes need no method of their own.",
+        )
     if recipe.shape:
-        if recipe.method == Pat.name and HIDDEN not in recipe.shape:
-            raise UsageError(
-                "--method pat",
-                expected="hidden in --shape, which is what it is for",
-                found=", ".join(sorted(recipe.shape)),
-                fix="Leave --method out: the other axes need no method of their own.",
-            )
         check_shape(recipe.shape, checkpoint.sizes, checkpoint.family, checkpoint.config)
         return {HIDDEN: checkpoint.hidden_size} | recipe.shape
-    if method.prunes and HIDDEN not in method.axes:
+    if not named and HIDDEN not in method.axes:
         raise UsageError(
             f"--method {recipe.method}",
-            expected="--shape, with counts of " + ", ".join(sorted(method.axes)),
+            expected="--shape with counts, or --axes, of " + ", ".join(sorted(method.axes)),
             found="none",
-            fix="Give one, as --shape layers=24,ffn=1280.",
+            fix="Give one, as --shape layers=24,ffn=1280 or --ratio 0.25 --axes layers,ffn.",
         )
-    return {HIDDEN: _target_width(recipe, checkpoint) if method.prunes else checkpoint.hidden_size}
-
-
-def _target_width(recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
-    """K, from the recipe's hidden_size or ratio."""
-    shape = (checkpoint.hidden_size, checkpoint.num_attention_heads)
-    rule = checkpoint.family.hidden_multiple_of_heads
     if recipe.hidden_size is not None:
-        base, own_head = checkpoint.sizes, gets_own_head(recipe, checkpoint)
+        return {HIDDEN: _checked_width(recipe.hidden_size, recipe, checkpoint)}
+    return {HIDDEN: checkpoint.hidden_size} | _counts_of_ratio(recipe, checkpoint)
 
-        def parameters(width: int) -> int:
-            return parameters_at(checkpoint, replace(base, hidden=width), own_head=own_head)
 
-        width = check_width(recipe.hidden_size, *shape, hidden_multiple_of_heads=rule, parameters=parameters)
-        narrow = replace(base, hidden=width)
-        if slow := slow_width(base.hidden, narrow, hidden_multiple_of_heads=rule, parameters=parameters):
-            say(slow)
-        return width
-    ratio = 0.25 if recipe.ratio is None else recipe.ratio
-    width, snapped = snap_ratio(ratio, *shape, hidden_multiple_of_heads=rule)
-    if snapped:
-        exact = (1 - ratio) * checkpoint.hidden_size
-        cut = 1 - width / checkpoint.hidden_size
-        say(
-            f"--ratio {ratio} asks for a hidden_size of {exact:g}; {width} is the nearest "
-            f"{'legal and fast' if fast_tile(*shape, hidden_multiple_of_heads=rule) else 'legal'} one, "
-            f"a cut of {cut:.1%} (--hidden-size takes any legal one)"
-        )
+def _checked_width(width: int, recipe: TrainRecipe, checkpoint: Checkpoint) -> int:
+    base, own_head = checkpoint.sizes, gets_own_head(recipe, checkpoint)
+    rule = checkpoint.family.hidden_multiple_of_heads
+
+    def parameters(width: int) -> int:
+        return parameters_at(checkpoint, replace(base, hidden=width), own_head=own_head)
+
+    check_width(width, base.hidden, base.heads, hidden_multiple_of_heads=rule, parameters=parameters)
+    narrow = replace(base, hidden=width)
+    if slow := slow_width(base.hidden, narrow, hidden_multiple_of_heads=rule, parameters=parameters):
+        say(slow)
     return width
+
+
+def _counts_of_ratio(recipe: TrainRecipe, checkpoint: Checkpoint) -> dict[str, int]:
+    """Counts along the recipe's axes that cut its share of all parameters, or that come nearest to it."""
+    ratio = 0.25 if recipe.ratio is None else recipe.ratio
+    axes, base = recipe.axes or (HIDDEN,), checkpoint.sizes
+    unties = gets_own_head(recipe, checkpoint)
+    counts = counts_for_ratio(base, checkpoint.family, ratio, axes, config=checkpoint.config, unties=unties)
+    if counts is None:
+        raise IllegalRatio(
+            "--ratio",
+            expected=f"a base of which a part of {', '.join(axes)} can be cut",
+            found=f"no counts that a stock class takes below {', '.join(f'{a} {AXES[a].length(base)}' for a in axes)}",
+            fix="Leave an axis out of --axes, or choose a larger base.",
+        )
+    share = share_cut(base, exported_sizes(base, counts, unties=unties))
+    if abs(share - ratio) > TOLERANCE:
+        say(
+            f"--ratio {ratio}: {shape_text(counts)} cuts {share:.1%} of all parameters, the nearest that counts of "
+            f"{', '.join(counts)} come with at most {MAX_RATIO:.0%} of each cut"
+        )
+    return counts
 
 
 def check_ties(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:

@@ -12,11 +12,12 @@ from pat_serve.training.choices.base import Choice, InnerChoice, Inputs, LayerCh
 from pat_serve.training.choices.energy import Energy
 from pat_serve.training.choices.influence import Influence
 from pat_serve.training.choices.last import Last
+from pat_serve.training.choices.leverage import Leverage
 from pat_serve.training.choices.obs import Obs
 from pat_serve.training.choices.refit import Refit
 
 # The first of an axis is its default.
-CHOICES: tuple[Choice, ...] = (Influence(), Last(), Obs(), Energy(), Refit())
+CHOICES: tuple[Choice, ...] = (Influence(), Last(), Obs(), Energy(), Leverage(), Refit())
 
 CHOICE_NAMES: dict[str, list[str]] = {
     axis: [choice.name for choice in CHOICES if choice.axis == axis] for axis in (LAYERS, FFN, KV_GROUPS)

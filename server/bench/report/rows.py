@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 
 from pydantic import BaseModel
 
+from pat_serve.server.analysis.capacity import Capacity
 from pat_serve.server.analysis.statistics import Summary
 from pat_serve.server.bench.latency.result import Distribution, LatencyResult, Roof, ThroughputResult
 from pat_serve.server.bench.load.result import LoadResult
@@ -126,13 +127,23 @@ def _speedup(result: SpeedupResult) -> Iterator[Row]:
         if model.gpu_memory_bytes is not None:
             figures.append(("GPU peak", "bytes", model.gpu_memory_bytes))
         if model.capacity is not None:
-            figures += [
-                ("weights", "bytes", model.capacity.weight_bytes),
-                ("KV cache of a request", "bytes", model.capacity.kv_bytes_per_request),
-                ("requests in equal memory", "", model.capacity.requests),
-            ]
+            figures += _capacity_figures(model.capacity)
         for figure, unit, value in figures:
             yield Row(kind="speedup", model=models[role], where="memory", figure=figure, unit=unit, value=value)
+    for role, whole in zip(("baseline", "candidate"), result.whole_capacities, strict=False):
+        for figure, unit, value in _capacity_figures(whole):
+            yield Row(
+                kind="speedup", model=models[role], where="memory, whole models", figure=figure, unit=unit, value=value
+            )
+
+
+def _capacity_figures(held: Capacity) -> list[tuple[str, str, int]]:
+    """Figure, unit and value of a model's share of a memory budget."""
+    return [
+        ("weights", "bytes", held.weight_bytes),
+        ("KV cache of a request", "bytes", held.kv_bytes_per_request),
+        ("requests in equal memory", "", held.requests),
+    ]
 
 
 def _names(result: SpeedupResult) -> dict[str, str]:

@@ -114,6 +114,11 @@ def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, p
         seconds_per_round=sum(one.rounds_s * len(settings.batches) / len(one.rounds) for one in measured),
         average=measured[-1].pair.average(depths_measured[-1].regimes),
         extrapolated=extrapolated,
+        whole_capacities=tuple(
+            fitting_requests(whole.baseline, one, settings, dtype) for one in (whole.baseline, whole.candidate)
+        )
+        if settings.depths
+        else (),
         probes=probes,
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from pat_serve.machine.hardware import describe
+from pat_serve.server.analysis.capacity import Capacity
 from pat_serve.server.analysis.statistics import PairedRatio
 from pat_serve.server.analysis.verdict import Judgement, Verdict
 from pat_serve.server.bench.speedup.advice import advise
@@ -54,6 +55,7 @@ def sum_up(
     seconds_per_round: float,
     average: PairedRatio | None = None,
     extrapolated: tuple[Extrapolated, ...] = (),
+    whole_capacities: tuple[Capacity, ...] = (),
     probes: Sequence[MachineRates] = (),
     disturbance: Disturbance | None = None,
 ) -> SpeedupResult:
@@ -67,6 +69,7 @@ def sum_up(
         seconds_per_round: seconds that another round takes, at every depth and batch size.
         average: over the batch sizes.
         extrapolated: for the models' own depths.
+        whole_capacities: of baseline and candidate at their own depths, where several depths were measured.
         probes: of the machine.
         disturbance: makes the verdict inconclusive.
     """
@@ -106,6 +109,7 @@ def sum_up(
         probes=tuple(probes),
         extrapolated=extrapolated,
         shallower=tuple(depths[:-1]),
+        whole_capacities=whole_capacities,
     )
 
 

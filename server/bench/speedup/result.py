@@ -167,6 +167,8 @@ class SpeedupResult(_Record):
         probes: of the machine, by each engine before and after its rounds, in that order; shallower depths first.
         extrapolated: for the models' own depths, where several depths were measured; the verdict is then on these.
         shallower: the other measured depths; `baseline`, `candidate`, `regimes` and `rounds` are of the deepest.
+        whole_capacities: of baseline and candidate at their own depths, where several depths were measured. A cut of
+            layers shows here alone.
     """
 
     kind: Literal["speedup"] = "speedup"
@@ -190,6 +192,7 @@ class SpeedupResult(_Record):
     probes: tuple[MachineRates, ...] = ()
     extrapolated: tuple[Extrapolated, ...] = ()
     shallower: tuple[DepthMeasurement, ...] = ()
+    whole_capacities: tuple[Capacity, ...] = ()
 
     @property
     def depths(self) -> tuple[DepthMeasurement, ...]:

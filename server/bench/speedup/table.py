@@ -124,21 +124,27 @@ def around_line(result: SpeedupResult | DepthMeasurement) -> str:
 
 def memory_lines(result: SpeedupResult) -> list[str]:
     """Memory of both models, and the requests that the same memory holds of each."""
-    lines, held = [], []
+    lines = []
     for label, model in (("baseline", result.baseline), ("candidate", result.candidate)):
         line = f"memory  {label}: {peaks(model.peak_memory_bytes, model.gpu_memory_bytes)}"
         if model.capacity is not None:
             fits = model.capacity
             line += f", weights {fits.weight_bytes / 2**30:.2f} GiB"
             line += f", KV cache {fits.kv_bytes_per_request / 2**20:.1f} MiB a request"
-            held.append(f"{label} {fits.requests}")
         lines.append(line)
-    if result.baseline.capacity is not None:
-        budget_gib = result.baseline.capacity.memory_bytes / 2**30
-        tokens = result.settings.tokens_per_request
+    measured = tuple(one.capacity for one in (result.baseline, result.candidate) if one.capacity is not None)
+    # Models that were cut in depth hold what nobody serves: the whole ones are told instead.
+    held = result.whole_capacities or measured
+    if held:
+        whole = "the whole " if result.whole_capacities else ""
         lines.append(
-            f"memory  in the {budget_gib:.2f} GiB of baseline and its batch, requests of {tokens} tokens: "
-            + ", ".join(held)
+            f"memory  in the {held[0].memory_bytes / 2**30:.2f} GiB of {whole}baseline and its batch, requests of "
+            f"{result.settings.tokens_per_request} tokens: "
+            + ", ".join(
+                f"{label} {fits.requests}"
+                + (f" ({fits.kv_bytes_per_request / 2**20:.1f} MiB each)" if result.whole_capacities else "")
+                for label, fits in zip(("baseline", "candidate"), held, strict=True)
+            )
         )
     return lines
 

@@ -46,7 +46,7 @@ class Pat(Method):
     @classmethod
     def wants_batches(cls, recipe: TrainRecipe) -> bool:
         """Whether the calibration or a choice along another axis reads batches."""
-        return cls.wants_calibration(recipe) or bool(set(recipe.shape) - {HIDDEN})
+        return cls.wants_calibration(recipe) or bool(recipe.inner_axes)
 
     @classmethod
     def stays_wide(cls, recipe: TrainRecipe) -> str | None:
