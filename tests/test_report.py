@@ -70,6 +70,15 @@ def test_what_is_no_result_is_refused(text: str | None, message: str, tmp_path: 
         read_result(path)
 
 
+def test_records_name_a_models_sizes_as_they_always_have() -> None:
+    """Records that users keep, the card and the page read these names."""
+    shape = json.loads(speedup_result().model_dump_json())["candidate"]["shape"]
+    assert shape == {
+        "hidden_size": 3072, "num_layers": 2, "num_heads": 32, "num_kv_heads": 32, "head_dim": 128, "ffn_size": 11008,
+        "vocab_size": 32000, "tied_head": False, "linear_bytes": None,
+    }  # fmt: skip
+
+
 def test_a_record_from_before_the_margin_was_judged_strictly(tmp_path: Path) -> None:
     new = speedup_result(margin=0.0)
     old = json.loads(new.model_dump_json())
