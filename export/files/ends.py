@@ -46,7 +46,7 @@ def _trained_ends(run: Run) -> list[int]:
         token_ids = json.loads(path.read_bytes())["token_ids"]
     except (ValueError, KeyError, TypeError) as error:
         raise _broken(path, first_line(error)) from error
-    vocab = int(run.base.config["vocab_size"])
+    vocab = run.base.sizes.vocab
     if not isinstance(token_ids, list) or not all(type(one) is int and 0 <= one < vocab for one in token_ids):
         raise _broken(path, f"{token_ids!r:.60}")
     return token_ids

@@ -24,6 +24,7 @@ from pat_serve.families.family import Family
 from pat_serve.files.atomic import write_json
 from pat_serve.gguf.config import ROPE_FREQUENCIES
 from pat_serve.gguf.header import GgufHeader, GgufTensor, broken
+from pat_serve.shapes.sizes import ModelSizes
 
 _SHARD_BYTES = 5 * 10**9
 _ROWS_BYTES = 2**24
@@ -68,17 +69,17 @@ def stock_tensors(header: GgufHeader, family: Family, config: Mapping[str, Any])
     """
     import gguf
 
-    layers = int(config["num_hidden_layers"])
+    sizes = ModelSizes.of(config, family)
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture)
-    names = gguf.get_tensor_name_map(architecture, layers)
+    names = gguf.get_tensor_name_map(architecture, sizes.layers)
     left = dict(header.tensors)
     left.pop(ROPE_FREQUENCIES, None)
     tensors = []
-    for module, spec, _ in family.modules(layers):
+    for module, spec, _ in family.modules(sizes.layers):
         theirs = names.get_name(module)
         for part in ("weight", "bias"):
             source = left.pop(f"{theirs}.{part}", None)
-            heads = _permuted_heads(family, module, config)
+            heads = _permuted_heads(family, module, sizes)
             if source is not None and (part == "weight" or spec.bias):
                 tensors.append(StockTensor(name=f"{module}.{part}", shape=source.shape, source=source, heads=heads))
             elif source is not None:
@@ -200,10 +201,10 @@ def unpermute_rotary(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, half, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _permuted_heads(family: Family, module: str, config: Mapping[str, Any]) -> int | None:
+def _permuted_heads(family: Family, module: str, sizes: ModelSizes) -> int | None:
     if family.model_type != "llama" or not module.endswith(("q_proj", "k_proj")):
         return None
-    return int(config["num_attention_heads" if module.endswith("q_proj") else "num_key_value_heads"])
+    return sizes.heads if module.endswith("q_proj") else sizes.kv_heads
 
 
 def _wants_bias(module: str, config: Mapping[str, Any]) -> bool:
