@@ -127,6 +127,13 @@ def test_every_path_in_the_documentation_exists() -> None:
     assert not [f"{page}: {path}" for page, path in paths if not (ROOT / path).exists()]
 
 
+def test_a_way_through_the_code_counts_its_files() -> None:
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    ways = re.findall(r"^\| \w+: [^|]+ \| (\d+) \| (.* → .*) \|$", page, re.M)
+    assert len(ways) == 4
+    assert [int(count) for count, _ in ways] == [len(set(_PATH.findall(files))) for _, files in ways]
+
+
 def test_every_link_leads_to_a_file() -> None:
     links = [(page, link) for page in PAGES for link in _LINK.findall(page.read_text(encoding="utf-8"))]
     assert len(links) > 20
