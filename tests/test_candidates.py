@@ -10,7 +10,7 @@ from itertools import combinations
 import pytest
 
 from pat_serve.cut.axes import AXES
-from pat_serve.errors import IllegalRatio
+from pat_serve.errors import IllegalRatio, IllegalShape
 from pat_serve.families.architectures import FAMILIES, LLAMA, QWEN2
 from pat_serve.families.family import Family
 from pat_serve.server.analysis.roofline import decode_ceiling
@@ -22,7 +22,7 @@ from pat_serve.shapes.candidates import (
     exported_sizes,
     share_cut,
 )
-from pat_serve.shapes.shape import nearest_legal
+from pat_serve.shapes.shape import check_shape, nearest_legal
 from pat_serve.shapes.sizes import ModelSizes
 
 LLAMA_7B = ModelSizes.of(
@@ -145,7 +145,19 @@ def test_a_speed_out_of_reach_has_no_counts() -> None:
 def test_the_nearest_legal_shapes_are_legal_and_adjacent() -> None:
     shapes = nearest_legal({"kv_groups": 1, "hidden": 800}, QWEN_HALF, QWEN2)
     assert shapes == [
-        {"kv_groups": 1, "hidden": 798},
-        {"kv_groups": 1, "hidden": 805},
+        {"kv_groups": 1, "hidden": 784},
+        {"kv_groups": 1, "hidden": 840},
     ]
-    assert nearest_legal({"hidden": 500}, SMOLLM2, QWEN2)[:2] == [{"hidden": 495}, {"hidden": 504}]
+    assert nearest_legal({"hidden": 500}, SMOLLM2, QWEN2)[:2] == [{"hidden": 432}, {"hidden": 504}]
+    assert nearest_legal({"ffn": 1281}, SMOLLM2, LLAMA) == [{"ffn": 1280}, {"ffn": 1288}]
+    both = nearest_legal({"ffn": 1534, "hidden": 501}, SMOLLM2, LLAMA)
+    assert both == [
+        {"ffn": 1528, "hidden": 496}, {"ffn": 1528, "hidden": 504}, {"ffn": 1536, "hidden": 496},
+        {"ffn": 1536, "hidden": 504},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("counts", [{"hidden": 500}, {"ffn": 1281}, {"layers": 24, "ffn": 1284}])
+def test_sizes_that_kernels_refuse_are_refused_with_the_nearest(counts: dict[str, int]) -> None:
+    with pytest.raises(IllegalShape, match=r"as a multiple of 8, not .* Nearest legal shapes: .*parameters"):
+        check_shape(counts, SMOLLM2, LLAMA)

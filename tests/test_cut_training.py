@@ -18,7 +18,7 @@ from pat_serve.families.architectures import FAMILIES
 from pat_serve.run.plan import PruningPlan
 from pat_serve.training import PatConfig, apply_pat, save_run
 from pat_serve.training.checks.preflight import estimate_training
-from pat_serve.training.checks.width import target_shape
+from pat_serve.training.checks.width import check_ties, target_shape
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import method_of
 from pat_serve.training.model.calibration import calibrate
@@ -261,6 +261,9 @@ def asked_of(base: Path, settings: dict[str, Any]) -> dict[str, int]:
         ({"axes": "layers", "ratio": 0.7}, IllegalRatio, "in .0, 0.6]"),
         ({"axes": "layers", "distillation_weight": 0.5}, UsageError, "teacher"),
         ({"axes": "layers", "choose": "ffn=obs"}, UsageError, "is none"),
+        ({"axes": "layers", "shape": "layers=3"}, UsageError, "found axes layers, shape layers=3. See"),
+        ({"shape": "hidden=50"}, IllegalShape, "hidden as a multiple of 8, not 50.*hidden=48 .*hidden=56 "),
+        ({"shape": "layers=3,ffn=100"}, IllegalShape, "ffn as a multiple of 8, not 100.*layers=3,ffn=96 "),
         ({"shape": "layers=3", "rotate": "loss"}, UsageError, "as wide as it is"),
         ({"shape": "layers=3", "distillation_weight": 0.5}, UsageError, "teacher"),
         ({"shape": "layers=3", "choose": "ffn=obs"}, UsageError, "is none"),
@@ -272,6 +275,19 @@ def test_shapes_that_cannot_be(settings: dict[str, Any], error: type[Exception],
     base = save_tiny_family(tmp_path / "base", "llama", num_hidden_layers=LAYERS)
     with pytest.raises(error, match=message):
         asked_of(base, settings)
+
+
+def test_a_tied_head_is_left_alone_where_the_stream_is(tmp_path: Path):
+    checkpoint = open_checkpoint(str(save_tiny_family(tmp_path / "base", "llama", tie_word_embeddings=True)))
+
+    def asked(tie: str) -> TrainRecipe:
+        settings = {"model": "m", "data": "d", "shape": "layers=1", "tied_embeddings": tie}
+        return TrainRecipe.build(settings, "test").resolved(tied=True, narrows=False)
+
+    for tie in ("auto", "keep"):
+        check_ties(asked(tie), checkpoint)
+    with pytest.raises(UsageError, match="--method cut leaves the stream and the head as they are"):
+        check_ties(asked("untie"), checkpoint)
 
 
 def test_the_names_of_a_runs_config_are_read_back(tmp_path: Path):

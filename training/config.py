@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -303,9 +304,15 @@ class TrainRecipe(ShapeSettings, PatSettings):
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"])) or "recipe"
+            told, given = first["msg"].removeprefix("Value error, ").lower(), first.get("input")
+            found = "no value" if first["type"] == "missing" else repr(given)
+            if not first["loc"] and isinstance(given, dict):
+                # Settings that do not go together: those that the message speaks of, and not the whole recipe.
+                words = re.findall(r"\w+", told)
+                found = ", ".join(f"{key} {value}" for key, value in given.items() if key in words) or "others"
             raise UsageError(
                 f"{name} ({source})",
-                expected=first["msg"].removeprefix("Value error, ").lower(),
-                found=repr(first.get("input")) if first["type"] != "missing" else "no value",
+                expected=told,
+                found=found,
                 fix="See pat-train --help.",
             ) from error

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pat_serve.cut.axes import AXES, HIDDEN, KV_GROUPS
+from pat_serve.cut.axes import AXES, FFN, HIDDEN, KV_GROUPS
 from pat_serve.errors import IllegalShape
 from pat_serve.families.family import Family
 from pat_serve.shapes.geometry import count_parameters
 from pat_serve.shapes.sizes import ModelSizes
 
 _EXAMPLE = "Try --shape layers=24,ffn=1280."
+# vLLM's CPU kernels for RMSNorm and SiLU refuse sizes that do not fill their vectors.
+_VECTOR = 8
 
 
 def parse_shape(text: str) -> dict[str, int]:
@@ -50,7 +52,7 @@ def check_shape(
         config: of the base; a plain one by default.
 
     Raises:
-        IllegalShape: a count is above the base's or below 1, nothing changes, or no stock class takes the sizes.
+        IllegalShape: a count is above the base's or below 1, nothing changes, or no class or kernel takes the sizes.
     """
     for name, count in counts.items():
         if name not in AXES:
@@ -61,14 +63,24 @@ def check_shape(
     cut = base.with_counts(counts)
     if cut == base:
         raise _illegal("a count below the base's", "a shape that changes nothing")
-    if obstacles := family.obstacles(base, cut, config):
+    if obstacles := _obstacles(base, cut, family, config):
         near = [
             f"{shape_text(shape)} ({count_parameters(base.with_counts(shape).parameters)} parameters)"
             for shape in nearest_legal(counts, base, family, config)
         ]
         fix = f"Nearest legal shapes: {', '.join(near)}." if near else "Leave hidden and kv_groups whole."
-        raise _illegal("sizes that a stock class takes", "; ".join(obstacles), fix)
+        raise _illegal("sizes that a stock class and its kernels take", "; ".join(obstacles), fix)
     return cut
+
+
+def _obstacles(base: ModelSizes, cut: ModelSizes, family: Family, config: Mapping[str, Any] | None) -> list[str]:
+    """Why no stock class takes these sizes, or vLLM's kernels on a CPU do not; empty if all do."""
+    uneven = [
+        f"vLLM's CPU kernels want {name} as a multiple of {_VECTOR}, not {count}"
+        for name, count, whole in ((HIDDEN, cut.hidden, base.hidden), (FFN, cut.ffn, base.ffn))
+        if count != whole and count % _VECTOR
+    ]
+    return family.obstacles(base, cut, config) + uneven
 
 
 def shape_text(counts: Mapping[str, int]) -> str:
@@ -79,9 +91,7 @@ def shape_text(counts: Mapping[str, int]) -> str:
 def nearest_legal(
     counts: Mapping[str, int], base: ModelSizes, family: Family, config: Mapping[str, Any] | None = None
 ) -> list[dict[str, int]]:
-    """Shapes that a stock class takes, with one count of an illegal shape changed: the next below and above.
-
-    Width and groups alone decide whether a class takes a shape.
+    """Legal shapes with one count of an illegal one changed, the next below and above; FFN channels first.
 
     Args:
         counts: of the illegal shape, each one possible by itself.
@@ -89,15 +99,26 @@ def nearest_legal(
         family: of the base.
         config: of the base; a plain one by default.
     """
-    found = []
-    for axis in (HIDDEN, KV_GROUPS):
+
+    def is_legal(shape: Mapping[str, int]) -> bool:
+        cut = base.with_counts(shape)
+        return cut != base and not _obstacles(base, cut, family, config)
+
+    def around(shape: Mapping[str, int], axis: str) -> Iterator[dict[str, int]]:
         length = AXES[axis].length(base)
-        asked = counts.get(axis, length)
+        asked = shape.get(axis, length)
         for others in (range(asked - 1, 0, -1), range(asked + 1, length + 1)):
-            shapes = ({**counts, axis: count} for count in others)
-            sized = ((shape, base.with_counts(shape)) for shape in shapes)
-            fine = (one for one, cut in sized if cut != base and not family.obstacles(base, cut, config))
-            found += [one for one in (next(fine, None),) if one]
+            shapes = ({**shape, axis: count} for count in others)
+            yield from (one for one in (next(filter(is_legal, shapes), None),) if one)
+
+    if counts.get(FFN, 0) % _VECTOR and counts[FFN] != base.ffn:
+        below = counts[FFN] // _VECTOR * _VECTOR
+        starts = [{**counts, FFN: count} for count in (below, below + _VECTOR) if 0 < count <= base.ffn]
+    else:
+        starts = [dict(counts)]
+    found: list[dict[str, int]] = []
+    for start in starts:
+        found += [start] if is_legal(start) else [one for axis in (HIDDEN, KV_GROUPS) for one in around(start, axis)]
     return found
 
 

@@ -126,6 +126,10 @@ def check_ties(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
         why = "the base's head is its own tensor"
     elif not prunes:
         why = f"--method {recipe.method} puts no operator there"
+    elif HIDDEN not in method_of(recipe).axes:
+        if recipe.tied_embeddings == "keep":
+            return
+        why = f"--method {recipe.method} leaves the stream and the head as they are"
     elif rotates and recipe.tied_embeddings == "keep":
         if recipe.keeps_tie:
             return
