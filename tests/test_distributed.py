@@ -57,7 +57,7 @@ def alone(trainings: Trainings, tiny_base: Path, rows: Path, tmp_path_factory: p
     return run
 
 
-@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+@pytest.mark.parametrize("config", ["ddp.yaml", pytest.param("fsdp2.yaml", marks=pytest.mark.slow)])
 def test_two_ranks_choose_and_train_the_smaller_model(
     config: str, trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path
 ):
@@ -129,7 +129,7 @@ def test_two_ranks_train_what_one_does(
     assert "processes" in trainings.log.read_text()
 
 
-@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+@pytest.mark.parametrize("config", ["ddp.yaml", pytest.param("fsdp2.yaml", marks=pytest.mark.slow)])
 def test_two_ranks_train_one_mask_after_one_teacher(
     config: str, trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path
 ):

@@ -59,7 +59,7 @@ def moments(total: int, count: int) -> list[int]:
     return sorted(chosen | set(random.Random(0).sample(rest, min(len(rest), count - len(chosen)))))
 
 
-@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("force", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_killed_at_any_moment(force: bool, run: Path, complete: Path, children: Children, tmp_path: Path):
     """With --force an earlier export stands there: at every moment it is that one or the new one, never neither."""
     out = tmp_path / "out"
@@ -108,7 +108,7 @@ def test_a_living_export_is_not_swept_up(run: Path, complete: Path, children: Ch
     assert same(out, complete)
 
 
-@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("force", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_several_at_once(force: bool, run: Path, complete: Path, children: Children, tmp_path: Path):
     out = tmp_path / "out"
     if force:

@@ -45,7 +45,7 @@ def uninterrupted(trainings: Trainings, tiny_base: Path, rows: Path, tmp_path_fa
     return run
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["default", pytest.param("paper", marks=pytest.mark.slow)])
 def test_killed_again_and_again(
     preset: str, trainings: Trainings, uninterrupted: Path, tiny_base: Path, rows: Path, tmp_path: Path
 ):
