@@ -17,9 +17,9 @@ from ray import serve
 from pat_serve.server.cluster.app import PatServe
 from pat_serve.server.cluster.settings import ReplicaSettings
 from tests.integration.conftest import HANG_S
+from tests.integration.ray_load import Load
 from tests.integration.ray_nodes import (
     REQUEST_TIMEOUT_S,
-    Load,
     Nodes,
     direct_url,
     ended,
