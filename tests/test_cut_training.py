@@ -265,10 +265,8 @@ def asked_of(base: Path, settings: dict[str, Any]) -> dict[str, int]:
         ({"shape": "hidden=50"}, IllegalShape, "hidden as a multiple of 8, not 50.*hidden=48 .*hidden=56 "),
         ({"shape": "layers=3,ffn=100"}, IllegalShape, "ffn as a multiple of 8, not 100.*layers=3,ffn=96 "),
         ({"shape": "layers=3", "rotate": "loss"}, UsageError, "as wide as it is"),
-        ({"shape": "layers=3", "distillation_weight": 0.5}, UsageError, "teacher"),
         ({"shape": "layers=3", "choose": "ffn=obs"}, UsageError, "is none"),
         ({"shape": "layers=3", "choose": "layers=best"}, UsageError, "influence or last"),
-        ({"shape": "hidden=48", "refit": "full", "distillation_weight": 0.5}, UsageError, "refit lora"),
     ],
 )
 def test_shapes_that_cannot_be(settings: dict[str, Any], error: type[Exception], message: str, tmp_path: Path):

@@ -134,7 +134,7 @@ def test_two_ranks_train_one_mask_after_one_teacher(
     config: str, trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path
 ):
     """The default is cut down before its first step; the published mask moves, here with a distance to the base."""
-    # The teacher has no norms of its own.
+    # The base with its adapter and mask switched off is the teacher, so its norms are not trained.
     more = ["--preset", "paper", "--hio-rank", "8", "--distillation-weight", "0.5", "--no-train-norms"]
     more += ["--lr-scale", "hsm=2"]
     one, two = tmp_path / "one", tmp_path / "two"

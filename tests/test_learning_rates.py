@@ -34,6 +34,10 @@ LAYER = "base_model.model.model.layers.0"
         ("base_model.model.lm_head.lora_B.default.weight", {"lora_b", "head"}),
         (f"{LAYER}.self_attn.o_proj.hsm.scale_D", {"hsm"}),
         (f"{LAYER}.input_layernorm.weight", {"norms"}),
+        ("base_model.model.model.norm.weight", {"norms"}),
+        (f"{LAYER}.mlp.up_proj.weight", {"weights"}),
+        ("base_model.model.lm_head.weight", {"weights", "head"}),
+        ("base_model.model.model.embed_tokens.weight", {"weights"}),
     ],
 )
 def test_a_parameters_groups_follow_from_its_name(name: str, expected: set[str]) -> None:

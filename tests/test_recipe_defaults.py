@@ -57,13 +57,13 @@ def test_what_is_left_open_follows_from_the_rest(
     [
         ({}, "full"),
         ({"refit": "lora"}, "lora"),
-        ({"distillation_weight": 0.5}, "lora"),
+        ({"distillation_weight": 0.5}, "full"),
         ({"compensate": False}, "auto"),
         ({"quantize_base": "nf4", "gate": "cut"}, "auto"),
         (PAPER, "auto"),
     ],
 )
-def test_weights_make_up_for_a_cut_unless_a_teacher_shares_them(settings: dict[str, Any], refit: str) -> None:
+def test_weights_make_up_for_a_cut(settings: dict[str, Any], refit: str) -> None:
     assert recipe(**settings).resolved(tied=False).refit == refit
     inner = {name: value for name, value in settings.items() if name in ("refit", "compensate")}
     if inner == settings:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pat_serve.errors import BrokenPlan, ChangedInput, UsageError
+from pat_serve.errors import BrokenPlan, ChangedInput
 from pat_serve.export.exporter import export_run
 from pat_serve.export.parity.masked import load_masked_model
 from pat_serve.export.run.reader import open_run
@@ -153,8 +153,3 @@ def test_a_plan_of_other_norms_is_refused(rows: Path, tmp_path: Path) -> None:
     replace(plan, norms={"model.norm": torch.full((64,), float("nan"))}).save(run)
     with pytest.raises(BrokenPlan, match=r"finite numbers in norms\.model\.norm"):
         open_run(run)
-
-
-def test_a_teacher_needs_its_own_norms(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="train_norms or distillation_weight"):
-        TrainRecipe.build({"model": "m", "data": "d", "train_norms": True, "distillation_weight": 0.5}, "flags")

@@ -16,6 +16,7 @@ from pat_serve.training.data import PadBatch
 from pat_serve.training.data.rowless import CheckedBatch
 from pat_serve.training.methods import Method, method_of
 from pat_serve.training.model.calibration import Calibration, calibrate
+from pat_serve.training.model.teacher import holds_teacher, load_teacher
 from pat_serve.training.ranks import Ranks, sharded_by_fsdp, use_one_device
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ def assemble(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> J
     display = Display(f"{recipe.method} to {told}")
     trainer = PruningTrainer(
         method=method,
+        teacher=load_teacher(prepared.checkpoint, getattr(torch, prepared.inputs.dtype))
+        if holds_teacher(recipe)
+        else None,
         run=run,
         keep_checkpoints=recipe.keep_checkpoints,
         model=ready.model,

@@ -49,6 +49,8 @@ class TrainRecipe(ShapeSettings, PatSettings):
     method: str = "pat"
     ratio: float | None = None
     hidden_size: int | None = None
+    # Look for the best shape of that ratio for about so long, before the run (search/).
+    search_minutes: float = pydantic.Field(default=0.0, ge=0)
     # With 0, the cut is made up for and nothing is trained.
     max_steps: int | None = pydantic.Field(default=None, ge=0)
     epochs: float = pydantic.Field(default=3.0, gt=0)
@@ -68,6 +70,8 @@ class TrainRecipe(ShapeSettings, PatSettings):
     quantize_base: Literal["nf4"] | None = None
     skip_preflight: bool = False
 
+    # What is trained: LoRA on every linear, or weights themselves (weights.py).
+    train: Literal["lora", "head+last3", "all"] = "lora"
     lora_rank: int = pydantic.Field(default=20, ge=1)
     # The rank, where nothing else is said.
     lora_alpha: float = pydantic.Field(default=20.0, gt=0)
@@ -79,7 +83,8 @@ class TrainRecipe(ShapeSettings, PatSettings):
     # Rows that the stream is measured on, before the first step; the export's parity prompts are the first 8.
     calibration_rows: int = pydantic.Field(default=128, ge=LEAST_CALIBRATION_ROWS)
     lora_head: bool | None = None
-    distillation_weight: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    # Share of the loss that is KL to the dense base; 1 leaves the cross-entropy out.
+    distillation_weight: float = pydantic.Field(default=0.0, ge=0, le=1)
     # The gains of the norms over the residual stream too (norms.py).
     train_norms: bool = False
     # Train on the kept channels alone where the cut stands before the first step (narrow.py).
@@ -103,8 +108,6 @@ class TrainRecipe(ShapeSettings, PatSettings):
     @pydantic.model_validator(mode="after")
     def _inner_cuts(self) -> TrainRecipe:
         inner = self.inner_axes
-        if inner and self.distillation_weight:
-            raise ValueError(f"the teacher is the dense model, which a cut of {inner[0]} leaves nothing of")
         if inner and self.quantize_base:
             raise ValueError(f"a quantized base cannot be cut down, as a cut of {inner[0]} does")
         return self
@@ -117,14 +120,23 @@ class TrainRecipe(ShapeSettings, PatSettings):
             raise ValueError("a quantized weight has no gradient: mask_start energy or zero")
         if self.quantize_base and self.compensate:
             raise ValueError("compensate reads weights, which a quantized base has packed: no compensate")
-        if self.train_norms and self.distillation_weight:
-            raise ValueError("the teacher shares the student's norms: train_norms or distillation_weight, not both")
-        if self.refit == "full" and self.distillation_weight:
-            raise ValueError("the teacher shares the student's weights: refit lora, or no distillation_weight")
+        if self.train != "lora":
+            if self.quantize_base:
+                raise ValueError("a quantized weight cannot be trained: train lora")
+            if self.refit == "lora" or self.lora_head:
+                raise ValueError(f"train {self.train} has no adapter: no refit lora, no lora_head")
         if self.refit != "auto" and self.compensate is False:
             raise ValueError("refit says how to compensate: no refit, or compensate")
         if self.compensate and self.gate in ("anneal", "gradual"):
             raise ValueError("compensate makes up for a cut that is there from the start: gate cut")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _search(self) -> TrainRecipe:
+        if self.search_minutes and (self.shape or self.hidden_size is not None):
+            raise ValueError("search_minutes looks for a shape: no shape and no hidden_size beside it")
+        if self.search_minutes and "method" in self.model_fields_set:
+            raise ValueError("the shape that search_minutes finds decides the method: no method beside it")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -182,7 +194,7 @@ class TrainRecipe(ShapeSettings, PatSettings):
 
         Args:
             tied: the base's head is its embedding. A rotation leaves them tied where the cut stands from the start and
-                is compensated, which fits the last norm's gain, and where nothing needs the dense model's own head.
+                is compensated, which fits the last norm's gain.
             prunes: the method does; for one that does not there is nothing to decide.
             narrows: it cuts the stream; for one that does not there are no axes, no mask and no gate.
 
@@ -192,7 +204,8 @@ class TrainRecipe(ShapeSettings, PatSettings):
         if not prunes:
             self._refuse_pruning_settings()
             self._refuse_untrained_groups(lora_head=bool(self.lora_head), prunes=False)
-            return self.model_copy(update=UNPRUNED | {"lora_head": bool(self.lora_head)})
+            settled = {"lora_head": bool(self.lora_head), "train_norms": self.trains_norms}
+            return self.model_copy(update=UNPRUNED | settled)
         if not narrows:
             names = (*PatSettings.model_fields, "narrow")
             self._refuse_pruning_settings(names, "leaves the stream as wide as it is")
@@ -205,6 +218,7 @@ class TrainRecipe(ShapeSettings, PatSettings):
                 "lora_head": bool(self.lora_head),
                 "compensate": compensate,
                 "refit": self._resolved_refit(compensate),
+                "train_norms": self.trains_norms,
             }
             return self.model_copy(update=whole)
         gate = self.gate
@@ -214,7 +228,7 @@ class TrainRecipe(ShapeSettings, PatSettings):
             trains = self.mask_start in ("zero", "gradient") or self.quantize_base
             gate = "anneal" if trains else "cut"
         compensate = gate == "cut" and not self.quantize_base if self.compensate is None else self.compensate
-        can_keep_tie = gate == "cut" and compensate and not self.distillation_weight and not self.lora_head
+        can_keep_tie = gate == "cut" and compensate and not self.lora_head
         rotate = self.rotate
         if rotate == "auto":
             # An undecided mask throws strong principal axes away.
@@ -231,7 +245,8 @@ class TrainRecipe(ShapeSettings, PatSettings):
             "mask_start": "energy" if self.mask_start == "auto" else self.mask_start,
             "gate": gate,
             "compensate": compensate,
-            "lora_head": own_head if self.lora_head is None else self.lora_head,
+            "lora_head": own_head and self.train == "lora" if self.lora_head is None else self.lora_head,
+            "train_norms": self.trains_norms,
         }
         refit = {"refit": self._resolved_refit(bool(chosen["compensate"]))}
         self._refuse_untrained_groups(lora_head=bool(chosen["lora_head"]), prunes=True)
@@ -247,19 +262,25 @@ class TrainRecipe(ShapeSettings, PatSettings):
         return TrainRecipe.build(self.model_dump() | chosen | refit, "recipe")
 
     @property
+    def trains_norms(self) -> bool:
+        """The gains of the stream's norms are trained, as they are where all weights are."""
+        return self.train_norms or self.train == "all"
+
+    @property
     def keeps_tie(self) -> bool:
         """The head of a tied base stays tied under the rotation; of a resolved recipe."""
-        settled = self.gate == "cut" and bool(self.compensate) and not self.distillation_weight
+        settled = self.gate == "cut" and bool(self.compensate)
         return self.rotate in ("energy", "loss") and self.tied_embeddings == "keep" and settled
 
     def _resolved_refit(self, compensate: bool) -> str:
-        """Full, or lora where a teacher shares the weights: LoRA's start is switched off for the teacher."""
-        if self.refit != "auto" or not compensate:
-            return self.refit
-        return "lora" if self.distillation_weight else "full"
+        """New weights, where a cut is made up for."""
+        return "full" if self.refit == "auto" and compensate else self.refit
 
     def _refuse_untrained_groups(self, *, lora_head: bool, prunes: bool) -> None:
-        found = untrained_group(self.lr_scale, lora_head=lora_head, prunes=prunes, train_norms=self.train_norms)
+        has_lora = self.train == "lora"
+        found = untrained_group(
+            self.lr_scale, lora=has_lora, head=lora_head or not has_lora, prunes=prunes, norms=self.trains_norms
+        )
         if found is not None:
             raise UsageError("--lr-scale", expected="groups that are trained", found=found[0], fix=found[1])
 

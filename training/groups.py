@@ -16,8 +16,8 @@ from pat_serve.families.architectures import HEAD
 if TYPE_CHECKING:
     from torch import nn
 
-LORA_A, LORA_B, HEAD_GROUP, HSM, NORMS = "lora_a", "lora_b", "head", "hsm", "norms"
-GROUPS = (LORA_A, LORA_B, HEAD_GROUP, HSM, NORMS)
+LORA_A, LORA_B, HEAD_GROUP, HSM, NORMS, WEIGHTS = "lora_a", "lora_b", "head", "hsm", "norms", "weights"
+GROUPS = (LORA_A, LORA_B, HEAD_GROUP, HSM, NORMS, WEIGHTS)
 # An optimizer's group with this key has a rate that the method sets, not the recipe's schedule.
 OWN_RATE = "own_rate"
 
@@ -31,11 +31,12 @@ def groups_of(parameter: str) -> frozenset[str]:
     parts = parameter.split(".")
     if "hsm" in parts:
         return frozenset({HSM})
+    if "norm" in parts[-2]:
+        return frozenset({NORMS})
+    if parts[-1] != "weight":
+        return frozenset()  # the mask's logits
     halves = {group for half, group in (("lora_A", LORA_A), ("lora_B", LORA_B)) if half in parts}
-    if halves:
-        return frozenset(halves | ({HEAD_GROUP} if HEAD in parts else set()))
-    # Beside LoRA and the method's modules the norms' gains alone are trained.
-    return frozenset({NORMS})
+    return frozenset((halves or {WEIGHTS}) | ({HEAD_GROUP} if HEAD in parts else set()))
 
 
 def rate_factor(parameter: str, scales: Mapping[str, float]) -> float:
@@ -114,13 +115,17 @@ def check_groups(scales: Mapping[str, float]) -> None:
 
 
 def untrained_group(
-    scales: Mapping[str, float], *, lora_head: bool, prunes: bool, train_norms: bool
+    scales: Mapping[str, float], *, lora: bool, head: bool, prunes: bool, norms: bool
 ) -> tuple[str, str] | None:
     """The first scaled group that a run trains nothing of, and what would train it; None if there is none."""
+    halves = (lora, "Add --train lora, or leave the group out.")
     trains = {
-        HEAD_GROUP: (lora_head, "Add --lora-head, or leave the group out."),
+        LORA_A: halves,
+        LORA_B: halves,
+        HEAD_GROUP: (head, "Add --lora-head, or leave the group out."),
         HSM: (prunes, "Choose a method that prunes, or leave the group out."),
-        NORMS: (train_norms, "Add --train-norms, or leave the group out."),
+        NORMS: (norms, "Add --train-norms, or leave the group out."),
+        WEIGHTS: (not lora, "Add --train all or head+last3, or leave the group out."),
     }
     for group in scales:
         holds, fix = trains.get(group, (True, ""))

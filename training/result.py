@@ -33,7 +33,7 @@ def write_result(
     Args:
         run: the run's folder.
         model: the PEFT model, for the adapter's configuration.
-        lora: the adapter's tensors, whole and in main memory.
+        lora: the adapter's tensors, whole and in main memory; empty where weights were trained in its place.
         tokenizer: tokenizer of the base.
         prompts: token ids that the parity gate compares logits on.
         plan: the plan without the adapter's hashes.
@@ -45,24 +45,44 @@ def write_result(
     folded = (tensor for fold in plan.folds.values() for tensor in vars(fold).values())
     trained = [*lora.values(), *folded, *plan.norms.values()]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in trained):
-        raise Diverged(
-            run,
-            expected="finite weights after the last step",
-            found="NaN or infinity",
-            fix="Train again with a lower --learning-rate; metrics.jsonl shows where the loss went.",
-        )
-    with new_folder(run / ADAPTER_FOLDER) as staging:
-        model.save_pretrained(staging, state_dict=lora, save_embedding_layers=False)
-        _sort_targets(staging / "adapter_config.json")
-        # Peft leaves out what it finds no module for, such as a layer's number in the base that the cut model has not.
-        named = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in lora.items()}
-        save_file(named, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+        raise _diverged(run)
+    if lora:
+        _write_adapter(run, model, lora)
     tokenizer.save_pretrained(run)
     lines = (json.dumps({"token_ids": prompt}) + "\n" for prompt in prompts)
     write_text(run / PARITY_PROMPTS_FILE, "".join(lines))
     write_json(run / END_TOKENS_FILE, {"token_ids": list(end_token_ids)})
     adapter = {path.name: file_sha256(path) for path in sorted((run / ADAPTER_FOLDER).glob("adapter_*"))}
     replace(plan, adapter=adapter).save(run)
+
+
+def require_finite(run: Path, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Hand a trained tensor on with its name.
+
+    Raises:
+        Diverged: a number of it is not finite.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise _diverged(run)
+    return name, tensor
+
+
+def _diverged(run: Path) -> Diverged:
+    return Diverged(
+        run,
+        expected="finite weights after the last step",
+        found="NaN or infinity",
+        fix="Train again with a lower --learning-rate; metrics.jsonl shows where the loss went.",
+    )
+
+
+def _write_adapter(run: Path, model: Any, lora: dict[str, Tensor]) -> None:
+    with new_folder(run / ADAPTER_FOLDER) as staging:
+        model.save_pretrained(staging, state_dict=lora, save_embedding_layers=False)
+        _sort_targets(staging / "adapter_config.json")
+        # Peft leaves out what it finds no module for, such as a layer's number in the base that the cut model has not.
+        named = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in lora.items()}
+        save_file(named, staging / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _sort_targets(path: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from pat_serve.files.atomic import check_vacant, new_folder
 from pat_serve.files.disk import room_on_disk
-from pat_serve.run.folder import TENSORBOARD_FOLDER, WEIGHTS_FOLDER, checkpoint_step, list_checkpoints
+from pat_serve.run.folder import TENSORBOARD_FOLDER, checkpoint_step, list_checkpoints
 from pat_serve.run.plan import file_sha256
-from pat_serve.run.replaced import write_replaced
+from pat_serve.run.replaced import STARTED, TRAINED, started_files, write_replaced
 from pat_serve.training.assemble import Job, assemble
 from pat_serve.training.checks.continuation import (
     RunState,
@@ -28,7 +29,8 @@ from pat_serve.training.model.choice_file import replaced_weights, save_choice
 from pat_serve.training.model.norms import trained_gains
 from pat_serve.training.model.slicing import wide_adapter
 from pat_serve.training.ranks import Ranks, snapshot
-from pat_serve.training.result import write_result
+from pat_serve.training.result import require_finite, write_result
+from pat_serve.training.search.search import Search, as_found, search, wants_search, with_shape
 
 PARITY_ROWS = 8
 
@@ -55,11 +57,14 @@ def start(recipe: TrainRecipe, run: Path, *, force: bool = False) -> Finished:
     recipe = recipe.with_absolute_paths()
     inputs = [Path(recipe.model), *map(Path, filter(None, (recipe.data, recipe.eval_data)))]
     ranks.agree(lambda: check_vacant(run, force=force, inputs=inputs))
+    found = search(recipe) if wants_search(recipe) else None
+    if found is not None:
+        recipe = with_shape(recipe, found.shape)
     prepared = prepare(recipe, ranks, ranks.agree(date.today))
     ranks.agree(lambda: check_disk(prepared, run))
     job = assemble(prepared, run, ranks, resumes=False)
     with room_on_disk(run, lambda: way_on(run)):
-        ranks.agree(lambda: _lay_out(prepared, job, run))
+        ranks.agree(lambda: lay_out(prepared, job, run, found))
         return _train(prepared, job, run, ranks, resume_from=None)
 
 
@@ -97,7 +102,7 @@ def start_or_resume(recipe: TrainRecipe, run: Path) -> Finished | None:
     def look() -> RunState:
         state = state_of(run)
         if state is not RunState.ABSENT:
-            require_same_recipe(run, recipe)
+            require_same_recipe(run, as_found(recipe, run))
         return state
 
     state = Ranks.join().agree(look)
@@ -106,16 +111,18 @@ def start_or_resume(recipe: TrainRecipe, run: Path) -> Finished | None:
     return resume(run) if state is RunState.UNFINISHED else start(recipe, run, force=True)
 
 
-def _lay_out(prepared: Prepared, job: Job, run: Path) -> None:
+def lay_out(prepared: Prepared, job: Job, run: Path, found: Search | None = None) -> None:
     """Make the run's folder; it appears with all that a resumption needs in it."""
     with new_folder(run) as staging:
         prepared.inputs.save(staging)
         prepared.asked.save(staging)
+        if found is not None:
+            found.save(staging)
         if job.method.calibration is not None:
             job.method.calibration.save(staging)
         save_choice(staging, job.method.chosen)
         model, replaced = job.trainer.model, job.ready.replaced
-        write_replaced(staging, replaced_weights(model, job.method, replaced))
+        write_replaced(staging, replaced_weights(model, job.method, replaced), STARTED)
 
 
 def _train(prepared: Prepared, job: Job, run: Path, ranks: Ranks, resume_from: Path | None) -> Finished:
@@ -148,7 +155,7 @@ def _finish(prepared: Prepared, run: Path, job: Job, ranks: Ranks) -> None:
     # Left to itself, peft also writes the HSMs that sit under the adapted modules. Every rank gathers, rank 0 writes.
     lora = {name: snapshot(tensor) for name, tensor in job.trainer.trained() if ".lora_" in name}
     lora = wide_adapter(lora, method)
-    weights = {path.name: file_sha256(path) for path in sorted((run / WEIGHTS_FOLDER).glob("*.safetensors"))}
+    weights = ranks.agree(lambda: _final_weights(run, job, model))
     plan = replace(method.plan(prepared.inputs.base), weights=weights)
     if prepared.recipe.train_norms:
         plan = replace(plan, norms=trained_gains(model, method))
@@ -163,3 +170,16 @@ def _finish(prepared: Prepared, run: Path, job: Job, ranks: Ranks) -> None:
             end_token_ids=prepared.data.end_token_ids,
         )
     )
+
+
+def _final_weights(run: Path, job: Job, model: Any) -> dict[str, str]:
+    """Hashes of the run's weights in place of the base's: as they began, or as they were trained.
+
+    Raises:
+        Diverged: a trained number is not finite.
+    """
+    if not job.ready.trained:
+        return {path.name: file_sha256(path) for path in started_files(run)}
+    names = dict.fromkeys([*job.ready.replaced, *job.ready.trained])
+    tensors = replaced_weights(model, job.method, list(names))
+    return write_replaced(run, (require_finite(run, *tensor) for tensor in tensors), TRAINED)

@@ -70,6 +70,13 @@ def train(
             help="Counts to end with, of any of hidden, layers, ffn, kv_groups, instead of --ratio or --hidden-size.",
         ),
     ] = None,
+    search_minutes: Annotated[
+        float | None,
+        Flag(
+            help="Look for so long for the shape that keeps most at --ratio (of all parameters, then): shapes are "
+            "cut and measured, the best ones tuned a little. [default: 0, no search]"
+        ),
+    ] = None,
     choose: Annotated[
         str | None,
         Flag(
@@ -101,8 +108,8 @@ def train(
         list[str] | None,
         Flag(
             metavar="GROUP=FACTOR",
-            help="Multiply the learning rate of a group of parameters: lora_a, lora_b (LoRA+: 16), head, hsm, norms. "
-            "Repeatable.",
+            help="Multiply the learning rate of a group of parameters: lora_a, lora_b (LoRA+: 16), head, hsm, norms, "
+            "weights. Repeatable.",
         ),
     ] = None,
     lr_scheduler: Annotated[
@@ -133,6 +140,14 @@ def train(
     ] = None,
     skip_preflight: Annotated[
         bool | None, Flag("--skip-preflight", help="Begin although memory or disk are expected not to suffice.")
+    ] = None,
+    train: Annotated[
+        str | None,
+        Flag(
+            "--train",
+            help="What is trained: lora (an update of each linear), head+last3 (the weights of the head and of the "
+            "last three layers) or all (every weight; 16 bytes of memory for each). [default: lora]",
+        ),
     ] = None,
     lora_rank: Annotated[int | None, Flag(help="Rank of LoRA's update of each linear. [default: 20]")] = None,
     lora_alpha: Annotated[
@@ -180,17 +195,14 @@ def train(
     ] = None,
     refit: Annotated[
         str | None,
-        Flag(
-            help="Where that goes: full (new weights) or lora (the adapter's start, at its rank). [default: full; lora "
-            "with --distillation-weight]"
-        ),
+        Flag(help="Where that goes: full (new weights) or lora (the adapter's start, at its rank). [default: full]"),
     ] = None,
     calibration_rows: Annotated[
         int | None,
         Flag(help="Training rows to measure the residual stream on, at first: 8 or more. [default: 128]"),
     ] = None,
     distillation_weight: Annotated[
-        float | None, Flag(help="Share of the loss that is KL to the dense base, in [0, 1). [default: 0]")
+        float | None, Flag(help="Share of the loss that is KL to the dense base, in [0, 1]; 1: KL alone. [default: 0]")
     ] = None,
     hio_rank: Annotated[
         str | None,
@@ -204,7 +216,7 @@ def train(
         Flag(
             help="How to treat a tied base: keep (a rotation then leaves alone the channels whose last gain stands "
             "out), untie (by the rotation, or a full operator) or auto (keep; untie for a rotation beside "
-            "--distillation-weight, --lora-head, --no-compensate or another gate than cut). [default: auto]"
+            "--lora-head, --no-compensate or another gate than cut). [default: auto]"
         ),
     ] = None,
     train_norms: Annotated[
@@ -215,7 +227,7 @@ def train(
         str | None,
         Flag(
             help="off: train at the base's full width, also where the kept channels alone would do (--gate cut without "
-            "operators, teacher and 4-bit base); the result is the same. [default: auto]"
+            "operators and 4-bit base); the result is the same. [default: auto]"
         ),
     ] = None,
     milestone_share: Annotated[

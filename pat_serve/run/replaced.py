@@ -22,16 +22,26 @@ from pat_serve.files.atomic import rename_durably
 from pat_serve.run.folder import WEIGHTS_FOLDER
 from pat_serve.run.plan import file_sha256
 
+# How the names of files begin: of weights before the first step, which a resumed run begins with, and of trained ones.
+STARTED, TRAINED = "weights", "trained"
 _FILE_BYTES = 2_000_000_000
 _FIX = "Copy the run again, or repeat the training."
 
 
-def write_replaced(run: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: int = _FILE_BYTES) -> dict[str, str]:
+def started_files(run: Path) -> list[Path]:
+    """The files of the weights that a run began with, in order."""
+    return sorted((run / WEIGHTS_FOLDER).glob(f"{STARTED}-*.safetensors"))
+
+
+def write_replaced(
+    run: Path, tensors: Iterable[tuple[str, Tensor]], begins: str = STARTED, file_bytes: int = _FILE_BYTES
+) -> dict[str, str]:
     """Write a run's replaced tensors; each file is complete or absent.
 
     Args:
         run: the run's folder.
         tensors: by their names in the base, in its shapes, of any float dtype. One file's worth is held at a time.
+        begins: how the files' names begin.
         file_bytes: size of a file at about most.
 
     Returns:
@@ -43,7 +53,7 @@ def write_replaced(run: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes:
     held: dict[str, Tensor] = {}
 
     def write() -> None:
-        name = f"weights-{len(hashes) + 1:05d}.safetensors"
+        name = f"{begins}-{len(hashes) + 1:05d}.safetensors"
         temporary = folder / f".{name}.partial"
         save_file(held, temporary)
         with temporary.open("rb") as written:

@@ -19,6 +19,7 @@ from pat_serve.shapes.parameters import parameters_at
 from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import method_of
+from pat_serve.training.model.weights import LORA
 
 # A weight in NF4, with its share of the scales, which are quantized too: 4.127 bits (arXiv 2305.14314).
 NF4_BYTES = 4.127 / 8
@@ -90,6 +91,9 @@ def tuning_bytes_per_token(
     # What LoRA's A gets, and what dropout remembers: bits as bytes on a GPU, float32 factors on a CPU.
     dropout = (1 if device == "cuda" else 4) if recipe.lora_dropout else 0
     lora = inputs * (width + dropout) + 7 * recipe.lora_rank * width
+    if recipe.train != LORA:
+        # A weight's gradient is made of its inputs; q, k and v share theirs, as gate and up do.
+        lora = (2 * hidden + heads + sizes.ffn) * width
     hybrid = 0
     if method_of(recipe).follows_writers:
         # The operator's input, and L0's output.

@@ -27,8 +27,11 @@ from pat_serve.training.checks.memory import (
     weights_bytes,
 )
 from pat_serve.training.config import LEAST_CALIBRATION_ROWS, TrainRecipe
+from pat_serve.training.groups import WEIGHTS, groups_of
 from pat_serve.training.methods import method_of
 from pat_serve.training.model.ready import count_ready
+from pat_serve.training.model.teacher import holds_teacher
+from pat_serve.training.model.weights import ALL, HEAD_AND_LAST, LAST_LAYERS, LORA
 from pat_serve.training.ranks import sharded_by_fsdp
 
 # A float32 weight, its gradient and Adam's two moments.
@@ -48,7 +51,8 @@ class Preflight:
     Attributes:
         base_parameters: frozen ones, of the base, at the width that is trained.
         lora_parameters: trained ones, of the adapter.
-        method_parameters: trained ones, of the method's modules (HSMs and mask).
+        tuned_parameters: trained ones of the model itself, where they are trained in LoRA's place.
+        method_parameters: trained ones, of the method's modules (HSMs and mask), and the stream's norms.
         wide_parameters: trained ones before the base is cut, whose shapes a run's adapter and plan have.
         weights_bytes: the base in the training's dtype, as wide as it is trained; under FSDP one process's share and a
             layer in full.
@@ -56,6 +60,8 @@ class Preflight:
         activations_bytes: what the backward pass needs of one micro-batch.
         logits_bytes: of one micro-batch, with log-probabilities and gradients.
         allocator_bytes: what a CPU's heap loses between small activations.
+        teacher_bytes: the dense base that a distillation holds beside the model; whole in every process.
+        teacher_share: the teacher's part of a step's multiplications, counted; 0 where nothing is distilled.
         tokens_per_step: of one optimizer step over all processes, at most.
         preparing_bytes: what calibration and compensation take before training, of the wide base in every process: its
             weights, and the most of what one batch's measure keeps, what turning the largest weight takes, and the
@@ -65,6 +71,7 @@ class Preflight:
 
     base_parameters: int
     lora_parameters: int
+    tuned_parameters: int
     method_parameters: int
     wide_parameters: int
     weights_bytes: int
@@ -72,25 +79,35 @@ class Preflight:
     activations_bytes: int
     logits_bytes: int
     allocator_bytes: int
+    teacher_bytes: int
+    teacher_share: float
     tokens_per_step: int
     preparing_bytes: int
+
+    @property
+    def trained_parameters(self) -> int:
+        """All of what is trained."""
+        return self.lora_parameters + self.tuned_parameters + self.method_parameters
 
     @property
     def total_bytes(self) -> int:
         """The most that is needed at once, for one process."""
         batch = self.activations_bytes + self.logits_bytes + self.allocator_bytes
-        return max(self.weights_bytes + self.trained_bytes + batch, self.preparing_bytes) + OVERHEAD_BYTES
+        training = self.weights_bytes + self.trained_bytes + self.teacher_bytes + batch
+        return max(training, self.preparing_bytes) + OVERHEAD_BYTES
 
     def report(self, available_bytes: int, device: str) -> None:
         """Tell the user parameters, memory and its parts, in a few lines on stderr."""
-        trained = self.lora_parameters + self.method_parameters
+        tuned = f"weights {_count(self.tuned_parameters)}" if self.tuned_parameters else ""
         say(
-            f"preflight: {_count(self.base_parameters)} parameters, {_count(trained)} trained (LoRA "
-            f"{_count(self.lora_parameters)}, method {_count(self.method_parameters)}); at most "
+            f"preflight: {_count(self.base_parameters)} parameters, {_count(self.trained_parameters)} trained ("
+            f"{tuned or f'LoRA {_count(self.lora_parameters)}'}, method {_count(self.method_parameters)}); at most "
             f"{self.tokens_per_step:,} tokens a step"
         )
         room = f"{_gb(self.total_bytes)} of {_gb(available_bytes)} available on {device}"
         say(f"preflight: expects {room}: {self.parts()}")
+        if self.teacher_share:
+            say(f"preflight: the teacher, a forward pass, counts for {self.teacher_share:.0%} of a step's work")
 
     def parts(self) -> str:
         """Name the parts of the memory in one line, in GB."""
@@ -98,6 +115,7 @@ class Preflight:
             f"weights {_gb(self.weights_bytes)}, trained with gradients and Adam moments {_gb(self.trained_bytes)}, "
             f"activations {_gb(self.activations_bytes)}, logits {_gb(self.logits_bytes)}, "
             f"allocator {_gb(self.allocator_bytes)}"
+            + (f", teacher {_gb(self.teacher_bytes)}" if self.teacher_bytes else "")
             + (f"; before the first step {_gb(self.preparing_bytes)}" if self.preparing_bytes else "")
         )
 
@@ -184,54 +202,68 @@ def estimate_training(
     # These are the sizes in memory while the model is trained.
     trained_sizes = replace(target, hidden=checkpoint.hidden_size) if wide else target
     hidden = trained_sizes.hidden
-    lora, own, adapter = _trained_parameters(checkpoint, recipe, shape, total_steps)
+    counts = _trained_parameters(checkpoint, recipe, shape, total_steps)
     base = parameters_at(checkpoint, trained_sizes, own_head=unties(checkpoint, recipe))
     width = DTYPE_BYTES[dtype]
     weights = weights_bytes(checkpoint, recipe, width, trained_sizes)
     tokens = recipe.batch_size * longest_tokens
-    layer = (
-        dense_bytes_per_token(trained_sizes, width)
-        + tuning_bytes_per_token(checkpoint, recipe, width, device, trained_sizes)
-    ) * tokens
+    plain = dense_bytes_per_token(trained_sizes, width) * tokens
+    tuning = tuning_bytes_per_token(checkpoint, recipe, width, device, trained_sizes) * tokens
     if recipe.gradient_checkpointing:
-        activations = target.layers * hidden * width * tokens + layer
+        activations = target.layers * hidden * width * tokens + plain + tuning
     else:
-        activations = target.layers * layer
+        tuned = min(LAST_LAYERS, target.layers) if recipe.train == HEAD_AND_LAST else target.layers
+        activations = target.layers * plain + tuned * tuning
     # The embedding's HSM and the final norm.
     activations += tokens * hidden * (4 + (2 * width if method_of(recipe).follows_writers else 0))
     on_heap = device == "cpu" and tokens * hidden * width < HEAP_BLOCK_BYTES
     # The log-probabilities and two gradients in float32; of a 16-bit head its own gradient as well.
-    # To distil: both models' log-probabilities, the teacher's logits, and what the divergence keeps of each.
-    distilled = 16 + width if recipe.distillation_weight else 0
-    logits = tokens * target.vocab * (12 + (width if width < 4 else 0) + distilled)
+    # To distil: logits and their gradient in float32, of a 16-bit head in its own dtype too, and the teacher's logits.
+    narrow = width if width < 4 else 0
+    bytes_each = 8 + 2 * narrow + width if recipe.distillation_weight else 12 + narrow
+    logits = tokens * target.vocab * bytes_each
     preparing = 0
     if calibration and not (sharded_by_fsdp() and device == "cuda"):
-        preparing = preparing_bytes(checkpoint, recipe, width, target, calibration, adapter)
+        preparing = preparing_bytes(checkpoint, recipe, width, target, calibration, counts.wide)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    trained = (lora + own) * TRAINED_BYTES
+    # Weights that are trained are float32; in the dtype of the frozen ones, autocast holds a copy of each.
+    trained = (counts.lora + counts.tuned + counts.method) * TRAINED_BYTES
     if sharded_by_fsdp() and processes > 1:
         # Its share of everything, and the layer at work in full.
         weights = weights // processes + weights // target.layers
         trained //= processes
     return Preflight(
         base_parameters=base,
-        lora_parameters=lora,
-        method_parameters=own,
-        wide_parameters=adapter,
+        lora_parameters=counts.lora,
+        tuned_parameters=counts.tuned,
+        method_parameters=counts.method,
+        wide_parameters=counts.wide if recipe.train == LORA else 0,
         weights_bytes=weights,
         trained_bytes=trained,
         activations_bytes=activations,
         logits_bytes=logits,
         allocator_bytes=round(HEAP_LOSS * (activations + logits)) if on_heap else 0,
+        teacher_bytes=weights_bytes(checkpoint, recipe, width, checkpoint.sizes) if holds_teacher(recipe) else 0,
+        teacher_share=_teacher_share(checkpoint, recipe, base),
         tokens_per_step=tokens * recipe.gradient_accumulation_steps * processes,
         preparing_bytes=preparing,
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Counts:
+    """Trained parameters: LoRA's, the model's own, the method's; and LoRA's and the method's before the base is cut."""
+
+    lora: int
+    tuned: int
+    method: int
+    wide: int
+
+
 def _trained_parameters(
     checkpoint: Checkpoint, recipe: TrainRecipe, shape: Mapping[str, int], total_steps: int
-) -> tuple[int, int, int]:
-    """LoRA's, the method's, and both before the base is cut: counted on the very modules, without storage."""
+) -> _Counts:
+    """Count on the very modules, without storage."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     # Nothing is measured on the meta device, and what a calibration decides has no parameters.
@@ -244,7 +276,21 @@ def _trained_parameters(
         ready = count_ready(base, checkpoint.family, uncalibrated, shape, total_steps)
     trained = {name: parameter.numel() for name, parameter in ready.model.named_parameters() if parameter.requires_grad}
     lora = sum(count for name, count in trained.items() if ".lora_" in name)
-    return lora, sum(trained.values()) - lora, ready.wide_parameters
+    tuned = sum(count for name, count in trained.items() if WEIGHTS in groups_of(name))
+    method = sum(trained.values()) - lora - tuned
+    return _Counts(lora=lora, tuned=tuned, method=method, wide=ready.wide_parameters)
+
+
+def _teacher_share(checkpoint: Checkpoint, recipe: TrainRecipe, student_parameters: int) -> float:
+    """The teacher's forward pass as a share of a step, whose student has that and a backward pass.
+
+    Frozen weights get no gradients of their own: LoRA's backward pass is one pass more, that of all weights two.
+    """
+    if not recipe.distillation_weight:
+        return 0.0
+    teacher = parameters_at(checkpoint, checkpoint.sizes)
+    passes = 3 if recipe.train == ALL else 2
+    return teacher / (teacher + passes * student_parameters)
 
 
 def _gb(count: int) -> str:

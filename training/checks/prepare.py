@@ -26,7 +26,7 @@ from pat_serve.training.data.rowless import check_vocabulary
 from pat_serve.training.loop.reporting import check_reporters
 from pat_serve.training.methods import method_of
 from pat_serve.training.model.calibration import calibration_batches, rows_at_once
-from pat_serve.training.ranks import Ranks, refuse_zero3
+from pat_serve.training.ranks import Ranks, refuse_zero3, sharded_by_fsdp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     method = method_of(recipe)
     check_reporters(recipe.report_to)
     refuse_zero3()
+    _refuse_sharded_weights(recipe)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     asked, recipe = recipe, recipe.resolved(tied=checkpoint.tied, prunes=method.prunes, narrows=HIDDEN in method.axes)
     check_ties(recipe, checkpoint)
@@ -127,3 +128,18 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
         preflight=preflight,
         inputs=inputs,
     )
+
+
+def _refuse_sharded_weights(recipe: TrainRecipe) -> None:
+    """Under FSDP, where nothing casts weights for a product, LoRA alone is trained.
+
+    Raises:
+        UsageError: the recipe trains weights.
+    """
+    if recipe.train != "lora" and sharded_by_fsdp():
+        raise UsageError(
+            f"--train {recipe.train}",
+            expected="one process, DDP or ZeRO-2",
+            found="FSDP",
+            fix="Take configs/ddp.yaml or zero2.yaml, or --train lora.",
+        )

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pat_serve.cut.axes import HIDDEN, LAYERS
+from pat_serve.cut.cuts import Cuts
 from pat_serve.families.architectures import HEAD
 from pat_serve.files.disk import check_room
 from pat_serve.machine.hardware import DTYPE_BYTES
@@ -17,6 +18,7 @@ from pat_serve.run.folder import checkpoint_step, list_checkpoints
 from pat_serve.training.checks.memory import unties
 from pat_serve.training.checks.prepare import Prepared
 from pat_serve.training.methods import method_of
+from pat_serve.training.model.weights import ALL, LORA, trained_modules
 
 # A trained float32 number and Adam's two moments of it, with what the files say about each tensor.
 _CHECKPOINT_BYTES = 12.25
@@ -36,11 +38,11 @@ def run_bytes(prepared: Prepared) -> tuple[int, int, int]:
     written = math.ceil(inputs.total_steps / recipe.save_steps)
     # A checkpoint is complete before the oldest goes.
     at_once = min(written, recipe.keep_checkpoints + 1)
-    checkpoint = round((size.lora_parameters + size.method_parameters) * _CHECKPOINT_BYTES) + _SMALL_FILES_BYTES
+    checkpoint = round(size.trained_parameters * _CHECKPOINT_BYTES) + _SMALL_FILES_BYTES
     # The rotation is there twice: measured, and in the plan.
     rotations = 2 if method_of(recipe).prunes and recipe.rotate != "none" else 0
-    # Replaced weights, in the base's shapes.
-    replaced = _replaced_bytes(prepared)
+    # Replaced weights, in the base's shapes: as they begin, and as they are trained.
+    replaced = _replaced_bytes(prepared) + _tuned_bytes(prepared)
     result = (
         replaced + size.wide_parameters * 4 + rotations * prepared.checkpoint.hidden_size**2 * 4 + _SMALL_FILES_BYTES
     )
@@ -65,6 +67,20 @@ def _replaced_bytes(prepared: Prepared) -> int:
         writes = layer is not None and spec.writes_residual and (axis in shape or LAYERS in shape)
         numbers += math.prod(spec.shape("weight", checkpoint.sizes)) if reads or writes else 0
     return numbers * DTYPE_BYTES[prepared.inputs.dtype]
+
+
+def _tuned_bytes(prepared: Prepared) -> int:
+    """Bytes of the weights that a run without an adapter leaves: trained ones in float32, refitted ones once more."""
+    recipe, checkpoint = prepared.recipe, prepared.checkpoint
+    if recipe.train == LORA:
+        return 0
+    sizes = replace(checkpoint.sizes, layers=prepared.inputs.shape.get(LAYERS, checkpoint.sizes.layers))
+    tied = checkpoint.tied and not unties(checkpoint, recipe)
+    numbers = 0
+    for name in trained_modules(recipe.train, checkpoint.family, Cuts(), sizes, tied=tied):
+        spec, _, kind = checkpoint.family.match(f"{name}.weight")
+        numbers += math.prod(spec.shape(kind, checkpoint.sizes))
+    return numbers * 4 + (_replaced_bytes(prepared) if recipe.train != ALL else 0)
 
 
 def check_disk(prepared: Prepared, run: Path) -> None:

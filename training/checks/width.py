@@ -133,7 +133,7 @@ def check_ties(recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
     elif rotates and recipe.tied_embeddings == "keep":
         if recipe.keeps_tie:
             return
-        why = "--rotate unties the head, unless --gate cut is compensated for and nothing distilled"
+        why = "--rotate unties the head, unless --gate cut is compensated for"
     elif recipe.tied_embeddings == "untie" and not parts:
         raise UsageError(
             "--tied-embeddings",

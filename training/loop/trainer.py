@@ -15,9 +15,9 @@ from pat_serve.errors import Diverged
 from pat_serve.training.groups import OWN_RATE, parameter_groups
 from pat_serve.training.loop.callbacks import StepTimer
 from pat_serve.training.loop.checkpoints import LOSSES_FILE, CheckpointingTrainer
+from pat_serve.training.loop.distillation import Distilled, distilled
 from pat_serve.training.loop.evaluation import response_nll, response_perplexity
 from pat_serve.training.methods import Method
-from pat_serve.training.methods.pat.losses import distillation_loss
 
 
 class PruningTrainer(CheckpointingTrainer):
@@ -25,18 +25,22 @@ class PruningTrainer(CheckpointingTrainer):
 
     Args:
         method: adds losses and parameters; its modules are saved with every checkpoint.
+        teacher: the dense base of a distillation; None where the model contains it, or nothing is distilled.
         run: the run's folder; checkpoints go to run/checkpoints/step-N, complete or absent.
         keep_checkpoints: how many of them to keep.
         settings: everything else that `Trainer` takes.
     """
 
-    def __init__(self, *, method: Method, run: Path, keep_checkpoints: int, **settings: Any) -> None:
+    def __init__(
+        self, *, method: Method, run: Path, keep_checkpoints: int, teacher: nn.Module | None = None, **settings: Any
+    ) -> None:
         if settings.get("eval_dataset") is not None:
             settings |= {
                 "compute_metrics": response_perplexity,
                 "preprocess_logits_for_metrics": response_nll,
             }
         super().__init__(method=method, run=run, keep_checkpoints=keep_checkpoints, **settings)
+        self.teacher = None if teacher is None else teacher.to(self.args.device)
         self.optimizer: torch.optim.Optimizer | None
         self._sums: dict[str, Tensor] = {}
         self._micro_batches = 0
@@ -58,24 +62,23 @@ class PruningTrainer(CheckpointingTrainer):
         Raises:
             Diverged: a term of the training loss is not finite.
         """
-        cross_entropy, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        loss = cross_entropy
+        weight = self.method.recipe.distillation_weight if model.training else 0.0
+        # Where the model takes the count of tokens, a loss is this micro-batch's share of the mean over all
+        # micro-batches and ranks. Otherwise it is the micro-batch's own mean, which transformers divides afterwards.
+        summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        if weight:
+            losses, outputs = self._distil(model, inputs, weight, num_items_in_batch if summed else None)
+            loss, cross_entropy = losses.loss, losses.cross_entropy
+        else:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+            losses, cross_entropy = None, loss
         if model.training:
             micro_batches = self.current_gradient_accumulation_steps
-            # Where the model takes the count of tokens, transformers gives this micro-batch's share of the mean over
-            # all micro-batches and ranks. Otherwise it gives the micro-batch's own mean and divides it afterwards.
-            summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             self._record("cross_entropy", cross_entropy, micro_batches if summed else 1)
-            weight = self.method.recipe.distillation_weight
-            if weight:
-                kl = self._distillation(model, inputs, outputs, num_items_in_batch if summed else None)
-                if summed:
-                    # The mean is over all ranks' tokens, and ranks average their gradients: transformers does so above.
-                    kl = kl * self.accelerator.num_processes
-                self._record("distillation", kl, micro_batches if summed else 1)
-                loss = (1 - weight) * cross_entropy + weight * kl.to(loss.device)
+            if losses is not None:
+                self._record("distillation", losses.kl, micro_batches if summed else 1)
             if self.accelerator.sync_gradients:
                 # The regularisers depend on parameters alone, which are the same in all micro-batches of a step and on
                 # all ranks: once a step, in full, is the same as a share in each. Ranks average, so no factor for them.
@@ -89,14 +92,27 @@ class PruningTrainer(CheckpointingTrainer):
                 self._require_finite()
         return (loss, outputs) if return_outputs else loss
 
-    def _distillation(
-        self, model: nn.Module, inputs: dict[str, Any], outputs: Any, num_tokens: Tensor | int | None
-    ) -> Tensor:
-        """Distance to the dense base: the same model with adapter and method switched off, so no second copy of it."""
-        base = self.accelerator.unwrap_model(model)
-        with torch.no_grad(), base.disable_adapter(), self.method.disabled():
-            teacher = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        return distillation_loss(outputs.logits, teacher.logits, inputs["labels"], num_tokens)
+    def _distil(
+        self, model: nn.Module, inputs: dict[str, Any], weight: float, num_tokens: Tensor | int | None
+    ) -> tuple[Distilled, Any]:
+        """The losses against the dense base: the teacher, or the same model with adapter and method switched off."""
+        seen = {name: value for name, value in inputs.items() if name != "labels"}
+        with torch.no_grad():
+            if self.teacher is not None:
+                teacher_BTV = self.teacher(**seen).logits
+            else:
+                base = self.accelerator.unwrap_model(model)
+                with base.disable_adapter(), self.method.disabled():
+                    teacher_BTV = model(**seen).logits
+        outputs = model(**seen)
+        losses = distilled(outputs.logits, teacher_BTV, inputs["labels"], weight, num_tokens)
+        if num_tokens is not None:
+            # The mean is over all ranks' tokens, and ranks average their gradients, as with transformers' own loss.
+            ranks = self.accelerator.num_processes
+            losses = Distilled(
+                loss=losses.loss * ranks, cross_entropy=losses.cross_entropy * ranks, kl=losses.kl * ranks
+            )
+        return losses, outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each loss term's mean since the last line, over all ranks, and the method's figures."""

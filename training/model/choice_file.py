@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pat_serve.cut.cuts import Cuts
 from pat_serve.cut.slicing import targets
-from pat_serve.run.folder import WEIGHTS_FOLDER, list_checkpoints
+from pat_serve.run.folder import list_checkpoints
+from pat_serve.run.replaced import started_files
 from pat_serve.training.methods import Method
 from pat_serve.training.model.ready import Earlier
 
@@ -34,7 +35,7 @@ def load_earlier(run: Path) -> Earlier:
     """Read the choices and weights that a resumed run began with."""
     path = run / CHOICE_FILE
     weights: dict[str, Tensor] = {}
-    for file in sorted((run / WEIGHTS_FOLDER).glob("*.safetensors")):
+    for file in started_files(run):
         weights |= load_file(file)
     return Earlier(
         kept=load_file(path) if path.is_file() else {}, weights=weights, is_tuned=bool(list_checkpoints(run))
@@ -47,7 +48,7 @@ def replaced_weights(model: Any, method: Method, replaced: Sequence[str]) -> Ite
     Args:
         model: the PEFT model.
         method: says what it was cut by.
-        replaced: names in the base of their linears.
+        replaced: names in the base of their modules.
     """
     base = model.get_base_model()
     weights = [f"{name}.weight" for name in replaced]

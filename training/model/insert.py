@@ -18,6 +18,7 @@ from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import Method, method_of
 from pat_serve.training.model.calibration import Calibration
+from pat_serve.training.model.weights import LORA
 from pat_serve.training.ranks import sharded_by_fsdp
 
 
@@ -81,7 +82,8 @@ def adapt(
             last_norm.weight.data.copy_(last_gain_D)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
-        r=recipe.lora_rank,
+        # Where weights are trained in its place, the adapter is taken out again before the first step.
+        r=recipe.lora_rank if recipe.train == LORA else 1,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
         target_modules=family.lora_targets() + ([HEAD] if recipe.lora_head else []),

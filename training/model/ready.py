@@ -23,6 +23,7 @@ from pat_serve.training.model.compensation import compensate
 from pat_serve.training.model.insert import adapt
 from pat_serve.training.model.norms import train_norms
 from pat_serve.training.model.slicing import slice_model
+from pat_serve.training.model.weights import LORA, train_weights
 from pat_serve.training.ranks import same_on_all
 
 
@@ -50,12 +51,14 @@ class Ready:
         method: attached to it.
         wide_parameters: trained ones before the model was cut down, whose shapes a run's adapter and plan have.
         replaced: names in the base of the linears whose weights were replaced.
+        trained: names in the base of the modules whose weights are trained; none where LoRA is.
     """
 
     model: nn.Module
     method: Method
     wide_parameters: int
     replaced: Sequence[str] = ()
+    trained: Sequence[str] = ()
 
 
 def make_ready(
@@ -93,9 +96,8 @@ def make_ready(
         sliced[HIDDEN] = AxisCut(width=method.base.hidden, kept=kept_K)
     if sliced:
         slice_model(model, method, Cuts(sliced))
-    if recipe.train_norms:
-        train_norms(model, method)
-    return Ready(model=model, method=method, wide_parameters=wide_parameters, replaced=replaced)
+    trained = _let_train(model, method, recipe)
+    return Ready(model=model, method=method, wide_parameters=wide_parameters, replaced=replaced, trained=trained)
 
 
 def count_ready(base: Any, family: Family, recipe: TrainRecipe, shape: Mapping[str, int], total_steps: int) -> Ready:
@@ -115,9 +117,16 @@ def count_ready(base: Any, family: Family, recipe: TrainRecipe, shape: Mapping[s
             for line in [line_name(name, i) for i in range(sizes.layers)] if axis.per_layer else [name]:
                 kept[line] = torch.arange(count)
         slice_model(model, method, Cuts.of(sizes, kept))
-        if recipe.train_norms:
-            train_norms(model, method)
-    return Ready(model=model, method=method, wide_parameters=wide_parameters)
+        trained = _let_train(model, method, recipe)
+    return Ready(model=model, method=method, wide_parameters=wide_parameters, trained=trained)
+
+
+def _let_train(model: nn.Module, method: Method, recipe: TrainRecipe) -> list[str]:
+    """Let norms and weights be trained that the recipe names; the weights' names in the base."""
+    trained = train_weights(model, method, recipe.train) if recipe.train != LORA else []
+    if recipe.train_norms:
+        train_norms(model, method)
+    return trained
 
 
 def _choose_layers(

@@ -57,21 +57,3 @@ def identity_loss(l0_factors: Iterable[Tensor]) -> Tensor:
         gram_RR = l0_RD @ l0_RD.T
         terms.append(F.mse_loss(gram_RR, torch.eye(len(gram_RR), dtype=gram_RR.dtype, device=gram_RR.device)))
     return torch.stack(terms).sum()
-
-
-def distillation_loss(
-    student_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor, num_tokens: Tensor | int | None
-) -> Tensor:
-    """KL(teacher || student) in nats, over the positions whose next token counts in the cross-entropy.
-
-    Args:
-        student_BTV: logits of the model in training.
-        teacher_BTV: logits of the dense base, without gradient.
-        labels_BT: as the cross-entropy takes them; negative labels do not count.
-        num_tokens: what the sum is divided by, as the cross-entropy's; None for the mean over this micro-batch.
-    """
-    counted_BT = labels_BT[:, 1:] >= 0
-    student_NV = F.log_softmax(student_BTV[:, :-1][counted_BT].float(), dim=-1)
-    teacher_NV = F.log_softmax(teacher_BTV[:, :-1][counted_BT].float(), dim=-1)
-    total = F.kl_div(student_NV, teacher_NV, reduction="sum", log_target=True)
-    return total / (num_tokens if num_tokens is not None else max(1, int(counted_BT.sum())))

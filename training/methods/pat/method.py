@@ -54,7 +54,6 @@ class Pat(Method):
         reasons = {
             "the gate closes while it trains": recipe.gate != "cut",
             "its operators mix channels before some of them go": bool(recipe.hio_rank),
-            "its teacher is the dense base": recipe.distillation_weight > 0,
             "a 4-bit base cannot be cut": recipe.quantize_base is not None,
             "--narrow off": recipe.narrow == "off",
         }
