@@ -72,8 +72,7 @@ def for_ratio(setting: Setting, ratio: float) -> Found:
         shapes.append(setting.figures(found, unties=unties))
         if _off(setting, found, unties, ratio) > TOLERANCE:
             remarks.append(
-                f"{name}: {shapes[-1].share:.1%} is the nearest to {ratio:.1%} (of fast counts, and with at most "
-                "60 % of an axis cut)"
+                f"{name}: {shapes[-1].share:.1%} is the nearest to {ratio:.1%} (with at most 60 % of an axis cut)"
             )
     return Found(shapes=shapes, picked=None, remarks=remarks)
 
