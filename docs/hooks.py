@@ -25,6 +25,7 @@ COMMANDS = (
     ("pat-serve", "pat_serve.cli.serve", "serve"),
     ("pat-bench", "pat_serve.cli.bench", None),
     ("pat-eval", "pat_serve.cli.eval", "evaluate"),
+    ("pat-eval law", "pat_serve.cli.law", "law"),
     ("pat-demo", "pat_serve.cli.demo", "demo"),
 )
 # typer adds these flags, and the commands do not have them.

@@ -148,6 +148,8 @@ def _arguments(prepared: Prepared, run: Path, method: Method) -> TrainingArgumen
         gradient_checkpointing=recipe.gradient_checkpointing,
         seed=recipe.seed,
         logging_steps=recipe.logging_steps,
+        # `pat-eval law` reads them beside every evaluation.
+        include_num_input_tokens_seen="non_padding",
         logging_first_step=True,
         save_steps=recipe.save_steps,
         eval_strategy="steps" if prepared.data.held_out is not None else "no",

@@ -47,6 +47,16 @@ def evaluate(
     num_fewshot: Annotated[
         int | None, Flag(help="Examples before each question. [default: the task's own number]")
     ] = None,
+    prompts: Annotated[
+        str | None,
+        Flag(
+            help="Prompts to answer, for loops, length, and agreement with the first model: JSONL with `prompt` or "
+            "`messages`, or `builtin`."
+        ),
+    ] = None,
+    answer_tokens: Annotated[int, Flag(help="Tokens of an answer to a prompt, at most.", min=4)] = 128,
+    temperature: Annotated[float, Flag(help="Of the sampled answers; every prompt is also answered greedily.")] = 0.7,
+    arithmetic: Annotated[bool, Flag(help="Ask sums in words, answered freely; the last number is checked.")] = False,
     backend: Annotated[str, Flag(help="Library that runs checkpoints: hf (transformers) or vllm.")] = "hf",
     tokenizer: Annotated[
         str | None, Flag(help="Tokenizer of a server's model, where the model does not lie on this machine.")
@@ -65,11 +75,13 @@ def evaluate(
     as_json: Annotated[bool, Flag("--json", help="Print JSON to stdout instead of a table.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Measure perplexity and tasks of one or more checkpoints on the same items, and compare each with the first.
+    """Measure perplexity, tasks and answers of one or more checkpoints, and compare each with the first.
 
     Example: `pat-eval dense/ pruned/ --data heldout.jsonl`
 
     More: `pat-eval dense/ pruned/ --wikitext2 wiki.test.raw --tasks arc_easy,pat14_ll --out quality/ --gate gate.yaml`
+
+    `pat-eval law run/` says how much a training run has still to gain.
 
     Exit codes: 0 done, 1 a bound of the gate is missed, 3 the items are too few to tell.
     """
@@ -86,6 +98,7 @@ def evaluate(
     plan = _plan(
         data=data, data_split=data_split, max_length_tokens=max_length_tokens, texts=text or [], wikitext2=wikitext2,
         context_tokens=context_tokens, stride=stride, tasks=tasks, task_data=task_data, num_fewshot=num_fewshot,
+        prompts=prompts, answer_tokens=answer_tokens, temperature=temperature, arithmetic=arithmetic,
         backend=backend, tokenizer=tokenizer, limit=limit, batch_size=batch_size, dtype=dtype, out=out,
     )  # fmt: skip
     _check_bounds(bounds, models, plan)
@@ -115,6 +128,10 @@ def _plan(
     tasks: str | None,
     task_data: Path | None,
     num_fewshot: int | None,
+    prompts: str | None,
+    answer_tokens: int,
+    temperature: float,
+    arithmetic: bool,
     backend: str,
     tokenizer: str | None,
     limit: int | None,
@@ -122,8 +139,9 @@ def _plan(
     dtype: str,
     out: Path | None,
 ) -> Plan:
-    from pat_serve.cli.eval_data import responses_of, text_of, wikitext2_of
-    from pat_serve.errors import UsageError
+    from pat_serve.cli.eval_data import prompts_of, responses_of, text_of, wikitext2_of
+    from pat_serve.errors import UsageError, want
+    from pat_serve.evaluation.answers.work import AnswerPlan
     from pat_serve.evaluation.backends import BACKENDS, BackendSettings
     from pat_serve.evaluation.lm_eval_tasks import require_lm_eval
     from pat_serve.evaluation.plan import Plan
@@ -133,11 +151,11 @@ def _plan(
     names = tuple(name for name in (part.strip() for part in (tasks or "").split(",")) if name)
     if names:
         require_lm_eval()
-    if not (data or texts or wikitext2 or names):
+    if not (data or texts or wikitext2 or names or prompts or arithmetic):
         raise UsageError(
             "pat-eval",
             expected="something to measure",
-            found="none of --data, --text, --wikitext2, --tasks",
+            found="none of --data, --text, --wikitext2, --tasks, --prompts, --arithmetic",
             fix="Give at least one of them.",
         )
     if backend not in BACKENDS:
@@ -146,6 +164,7 @@ def _plan(
         raise UsageError(
             "--stride", expected=f"at most --context-tokens {context_tokens}", found=str(stride), fix="Lower it."
         )
+    want("--temperature", 0 < temperature <= 2, "above 0, at most 2", temperature, "Greedy answers are written anyway.")
     return Plan(
         responses=responses_of(data, data_split, limit, max_length_tokens) if data else None,
         texts=(*([wikitext2_of(wikitext2)] if wikitext2 else []), *(text_of(path) for path in texts)),
@@ -153,6 +172,13 @@ def _plan(
         stride=stride,
         tasks=names,
         task_data=task_data,
+        answers=AnswerPlan(
+            prompts=prompts_of(prompts) if prompts else None,
+            arithmetic=arithmetic,
+            new_tokens=answer_tokens,
+            temperature=temperature,
+            limit=limit,
+        ),
         num_fewshot=num_fewshot,
         limit=limit,
         backend=BackendSettings(
@@ -172,7 +198,10 @@ def _check_bounds(bounds: list[Bound], models: list[str], plan: Plan) -> None:
             "--gate", expected="a reference and a model", found="one model", fix="Name the reference first."
         )
     texts = [part.name for part in (plan.responses, *plan.texts) if part is not None]
+    written = plan.answers.names()
     for bound in bounds:
+        if bound.metric in written and bound.of in (None, *written[bound.metric]):
+            continue
         known = texts if bound.metric == "ppl" else list(plan.tasks)
         # Only lm-eval knows the names of a task's measures, and a group has members.
         named = bound.of is None or bound.of in known or bound.metric != "ppl"
@@ -181,10 +210,15 @@ def _check_bounds(bounds: list[Bound], models: list[str], plan: Plan) -> None:
                 f"the bound {bound.text}",
                 expected=f"something that is measured: {', '.join(known) or 'none is'}",
                 found=bound.of or bound.metric,
-                fix="Give the --data, --text, --wikitext2 or --tasks that it is about.",
+                fix="Give the --data, --text, --tasks, --prompts or the like that it is about.",
             )
 
 
 def main() -> None:
-    """Run the command line of `pat-eval`, to the end of the process."""
+    """Entry point. `law` is no command of a group, so that the plain command takes models as they are."""
+    if sys.argv[1:2] == ["law"]:
+        from pat_serve.cli.law import main as law
+
+        sys.argv = [f"{sys.argv[0]} law", *sys.argv[2:]]
+        law()
     run_command(evaluate)

@@ -8,11 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pat_serve.demo.real.chat_prompts import chat_prompts
+from pat_serve.evaluation.answers.prompts import Prompts, asked, prompts_from_file
 from pat_serve.evaluation.identity import rows_identity
 from pat_serve.evaluation.plan import Responses, Text
 from pat_serve.evaluation.text import text_from_file, wikitext2_from_file, wikitext2_from_hub
 from pat_serve.training.data import encode_rows, load_rows
 from pat_serve.training.data.remarks import Remarks
+
+BUILTIN_PROMPTS = "builtin"
 
 
 def responses_of(data: str, split: str, limit: int | None, max_length_tokens: int) -> Responses:
@@ -39,6 +43,13 @@ def text_of(path: Path) -> Text:
 def wikitext2_of(source: str) -> Text:
     """Read WikiText-2 from a file, or from the hub where the source is `hub`."""
     return _text("wikitext2", wikitext2_from_hub if source == "hub" else partial(wikitext2_from_file, Path(source)))
+
+
+def prompts_of(source: str) -> Prompts:
+    """Read prompts from a file, or take the demo's where the source is `builtin`."""
+    if source == BUILTIN_PROMPTS:
+        return Prompts(name=source, chats=asked(chat_prompts()))
+    return prompts_from_file(Path(source))
 
 
 def _text(name: str, read: Callable[[], str]) -> Text:

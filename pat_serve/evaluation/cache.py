@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pat_serve.checkpoints.locate import HUB_PATTERNS
-from pat_serve.evaluation.outcomes import OUTCOME, Answers, Likelihoods
+from pat_serve.evaluation.outcomes import OUTCOME, Outcome
 from pat_serve.files.atomic import write_json
 from pat_serve.run.plan import file_sha256
 
@@ -30,7 +30,7 @@ class Cache:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def get_or(self, key: dict[str, Any] | None, measure: Callable[[], Likelihoods | Answers]) -> Likelihoods | Answers:
+    def get_or(self, key: dict[str, Any] | None, measure: Callable[[], Outcome]) -> Outcome:
         """Return the outcome under a key; measure and keep it if there is none.
 
         Args:
@@ -44,7 +44,7 @@ class Cache:
                 write_json(self._path(key), {"key": self._full(key), "outcome": found.model_dump()})
         return found
 
-    def get(self, key: dict[str, Any] | None) -> Likelihoods | Answers | None:
+    def get(self, key: dict[str, Any] | None) -> Outcome | None:
         """Return the outcome under a key, or None; a damaged file counts as none."""
         if self._folder is None or key is None:
             return None

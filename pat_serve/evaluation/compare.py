@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from pat_serve.evaluation.outcomes import Answers, Likelihoods
-from pat_serve.evaluation.paired import Floats, Interval, mcnemar_exact, mean_ratio, perplexity_ratio
+from pat_serve.evaluation.paired import (
+    Floats,
+    Interval,
+    mcnemar_exact,
+    mean_ratio,
+    paired_difference,
+    paired_mean_difference,
+    perplexity_ratio,
+)
 from pat_serve.evaluation.report import Comparison, Measure, Result
 
 _OTHER_TOKENS = (
@@ -61,13 +69,18 @@ def answer_measures(
         answer in nats, which moves before an accuracy does.
     """
     parts = [answers for each in outcomes.values() for answers in each]
-    metric = parts[0].metric
-    measures = [_mean_measure(of, metric, _side(outcomes, "right"), outcomes, settings, notes)]
+    items = {model: [answers.items for answers in each] for model, each in outcomes.items()}
+    scored = {parts[0].metric: "right"}
     if all(answers.normalized is not None for answers in parts):
-        measures.append(_mean_measure(of, "acc_norm", _side(outcomes, "normalized"), outcomes, settings, notes))
+        scored["acc_norm"] = "normalized"
     if all(answers.gold_nll is not None for answers in parts):
-        measures.append(_mean_measure(of, "answer_nll", _side(outcomes, "gold_nll"), outcomes, settings, notes))
-    return measures
+        scored["answer_nll"] = "gold_nll"
+    return [
+        score_measure(
+            of, metric, _side(outcomes, field), items, settings, notes, higher_is_better=metric != "answer_nll"
+        )
+        for metric, field in scored.items()
+    ]
 
 
 def _side(outcomes: Mapping[str, Sequence[Answers]], field: str) -> dict[str, list[Floats]]:
@@ -77,17 +90,29 @@ def _side(outcomes: Mapping[str, Sequence[Answers]], field: str) -> dict[str, li
     }
 
 
-def _mean_measure(
+def score_measure(
     of: str,
     metric: str,
-    scores: dict[str, list[Floats]],
-    outcomes: Mapping[str, Sequence[Answers]],
+    scores: Mapping[str, list[Floats]],
+    items: Mapping[str, Sequence[object]],
     settings: dict[str, Any],
-    notes: Sequence[str],
+    notes: Sequence[str] = (),
+    *,
+    higher_is_better: bool,
 ) -> Measure:
+    """The mean of scores, every model compared with the first.
+
+    Args:
+        of: the data's or task's name.
+        metric: of the scores.
+        scores: by model, in order; an array for each task of a mean.
+        items: by model, what tells its items from others; models of other items are not compared.
+        settings: for the report.
+        notes: for the report.
+        higher_is_better: whether more is better.
+    """
     results, told = [], list(notes)
     first = next(iter(scores))
-    higher_is_better = metric != "answer_nll"
     for model, tasks in scores.items():
         result = Result(
             model=model,
@@ -95,22 +120,34 @@ def _mean_measure(
             standard_error=_finite(math.sqrt(sum(_variance_of_mean(task) for task in tasks)) / len(tasks)),
             items=sum(len(task) for task in tasks),
         )
-        if not _same_items(outcomes[first], outcomes[model]):
+        if items[first] != items[model]:
             told.append(_OTHER_ITEMS)
         elif model != first:
             comparison = _comparison(mean_ratio(scores[first], tasks))
-            # One task with right and wrong answers has an exact test.
-            if len(tasks) == 1 and all(set(np.unique(side[0])) <= {0.0, 1.0} for side in (scores[first], tasks)):
-                won, lost, p_value = mcnemar_exact(scores[first][0], tasks[0])
-                comparison = comparison.model_copy(
-                    update={"p_value": p_value, "test": "McNemar, exact", "won": won, "lost": lost}
-                )
+            if len(tasks) == 1:
+                found = _one_task(scores[first][0], tasks[0], higher_is_better=higher_is_better)
+                comparison = comparison.model_copy(update=found)
             result = _compared(result, comparison, higher_is_better=higher_is_better)
         results.append(result)
     return Measure(
         name=f"{metric}({of})", metric=metric, of=of, higher_is_better=higher_is_better, settings=settings,
         notes=list(dict.fromkeys(told)), results=results,
     )  # fmt: skip
+
+
+def _one_task(before_N: Floats, after_N: Floats, *, higher_is_better: bool) -> dict[str, Any]:
+    """What only one task has: the difference, and the exact test of right and wrong answers."""
+    if not all(set(np.unique(side)) <= {0.0, 1.0} for side in (before_N, after_N)):
+        difference, low, high = paired_mean_difference(before_N, after_N)
+        return {"difference": difference, "difference_low": _finite(low), "difference_high": _finite(high)}
+    more, fewer, p_value = mcnemar_exact(before_N, after_N)
+    low, high = paired_difference(more, fewer, len(before_N))
+    # A loop is a score of 1 that nobody wants: an answer without one is won.
+    won, lost = (more, fewer) if higher_is_better else (fewer, more)
+    return {
+        "p_value": p_value, "test": "McNemar, exact", "won": won, "lost": lost,
+        "difference": (more - fewer) / len(before_N), "difference_low": low, "difference_high": high,
+    }  # fmt: skip
 
 
 def _perplexity(model: str, sums_N: Floats, counts_N: Floats) -> Result:
@@ -147,10 +184,6 @@ def _comparison(found: Interval) -> Comparison:
         p_value=_finite(found.p_value),
         test="paired bootstrap",
     )
-
-
-def _same_items(first: Sequence[Answers], other: Sequence[Answers]) -> bool:
-    return [answers.items for answers in first] == [answers.items for answers in other]
 
 
 def _variance_of_mean(scores_N: Floats) -> float:

@@ -1,4 +1,4 @@
-"""Bounds on what a model may have lost: `ppl <= 1.02x`, `acc(arc_easy) >= 0.97x`, `acc(pat14_ll) >= 0.4`.
+"""Bounds on what a model may have lost: `ppl <= 1.02x`, `acc(arc_easy) >= 0.97x`, `repetition <= +0.02`.
 
 The 95 % interval of a figure is judged against its bound. An interval on one side passes or fails. An interval on both
 sides is inconclusive: the data cannot say. More items make the interval narrower.
@@ -20,8 +20,8 @@ from pat_serve.errors import DataError, UsageError, first_line
 from pat_serve.evaluation.paired import LEAST_ROWS
 from pat_serve.evaluation.report import BoundResult, Measure, Result
 
-_BOUND = re.compile(r"\s*([a-z_0-9]+)\s*(?:\(\s*([^()]+?)\s*\))?\s*(<=|>=)\s*(\d+(?:\.\d+)?|\.\d+)\s*(x?)\s*")
-_EXAMPLE = "Write it like ppl <= 1.02x, acc(arc_easy) >= 0.97x or acc(pat14_ll) >= 0.4."
+_BOUND = re.compile(r"\s*([a-z_0-9]+)\s*(?:\(\s*([^()]+?)\s*\))?\s*(<=|>=)\s*([+-]?)(\d+(?:\.\d+)?|\.\d+)\s*(x?)\s*")
+_EXAMPLE = "Write it like ppl <= 1.02x, acc(arc_easy) >= 0.97x, acc(pat14_ll) >= 0.4 or repetition <= +0.02."
 # The half width of a normal distribution's 95 % interval in standard errors.
 _Z = 1.96
 _TAIL = 0.025
@@ -42,6 +42,7 @@ class Bound:
         upper: the figure must not be above the limit; if False, it must not be below.
         limit: the number.
         relative: the limit is a multiple of the first model's figure.
+        difference: the limit is added to the first model's figure.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Bound:
     upper: bool
     limit: float
     relative: bool
+    difference: bool
 
     def covers(self, measure: Measure) -> bool:
         """Tell whether this bound is on a measure."""
@@ -74,12 +76,16 @@ def parse_bound(text: str, subject: str) -> Bound:
         UsageError: the text is no bound.
     """
     found = _BOUND.fullmatch(text)
-    if found is None:
-        raise UsageError(subject, expected="METRIC[(NAME)] <= or >= NUMBER[x]", found=repr(text), fix=_EXAMPLE)
-    metric, of, sign, number, times = found.groups()
+    metric, of, sign, plus, number, times = found.groups() if found else ("",) * 6
+    # A perplexity is compared by its ratio alone.
+    if found is None or (plus and (times or metric == "ppl")):
+        raise UsageError(
+            subject, expected="METRIC[(NAME)] <= or >= NUMBER, NUMBERx or +NUMBER", found=repr(text), fix=_EXAMPLE
+        )
     return Bound(
-        text=" ".join(text.split()), metric=metric, of=of, upper=sign == "<=", limit=float(number), relative=bool(times)
-    )
+        text=" ".join(text.split()), metric=metric, of=of, upper=sign == "<=", limit=float(plus + number),
+        relative=bool(times), difference=bool(plus),
+    )  # fmt: skip
 
 
 def read_gate(path: Path) -> list[Bound]:
@@ -112,7 +118,7 @@ def judge(bounds: Sequence[Bound], measures: Sequence[Measure]) -> list[BoundRes
                 f"the bound {bound.text}",
                 expected=f"one of what is measured: {', '.join(measure.name for measure in measures)}",
                 found=bound.metric + (f"({bound.of})" if bound.of else ""),
-                fix="Add the --data, --text, --wikitext2 or --tasks that it needs, or change the bound.",
+                fix="Add the --data, --text, --tasks, --prompts or the like that it needs, or change the bound.",
             )
         results += [_judge(bound, measure, result) for measure in covered for result in measure.results[1:]]
     return results
@@ -136,15 +142,18 @@ def describe(result: BoundResult) -> str:
 
 
 def _judge(bound: Bound, measure: Measure, result: Result) -> BoundResult:
-    if bound.relative:
-        versus = result.versus_first
+    versus = result.versus_first
+    if bound.difference:
+        measured = None if versus is None else versus.difference
+        low, high = (None, None) if versus is None else (versus.difference_low, versus.difference_high)
+    elif bound.relative:
         measured = None if versus is None else versus.ratio
         low, high = (None, None) if versus is None else (versus.low, versus.high)
     else:
         measured = result.value
         low, high = _interval(result)
     return BoundResult(
-        bound=f"{measure.name} {'<=' if bound.upper else '>='} {bound.limit:g}{'x' if bound.relative else ''}",
+        bound=f"{measure.name} {'<=' if bound.upper else '>='} {_limit(bound)}",
         model=result.model,
         # There is no ratio when the first model has zero or other items, so nothing can be said.
         measured=measured,
@@ -152,6 +161,10 @@ def _judge(bound: Bound, measure: Measure, result: Result) -> BoundResult:
         high=high,
         outcome="inconclusive" if measured is None else _outcome(bound, low, high),
     )
+
+
+def _limit(bound: Bound) -> str:
+    return f"{bound.limit:+g}" if bound.difference else f"{bound.limit:g}{'x' if bound.relative else ''}"
 
 
 def _interval(result: Result) -> tuple[float | None, float | None]:

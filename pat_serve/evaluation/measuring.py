@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pat_serve.errors import DataError, HubError, UsageError
+from pat_serve.evaluation.answers.work import AnswerWork
 from pat_serve.evaluation.cache import Cache
 from pat_serve.evaluation.compare import answer_measures, perplexity_measure
 from pat_serve.evaluation.identity import dataset_commits
@@ -78,7 +79,9 @@ class _Work:
         self.likelihoods: dict[str, dict[str, Likelihoods]] = {}
         self.answers: dict[str, dict[str, Answers]] = {}
         self.settings: dict[str, dict[str, Any]] = {}
-        self.steps = len(subjects) * (bool(plan.responses) + len(plan.texts) + len(self.tasks))
+        self.written = AnswerWork(plan.answers, self.cache, self._say)
+        parts = bool(plan.responses) + len(plan.texts) + len(self.tasks) + self.written.steps
+        self.steps = len(subjects) * parts
         self.step = 0
 
     def measure(self, subject: Subject) -> None:
@@ -94,6 +97,7 @@ class _Work:
         for task in self.tasks:
             if task not in self.missing:
                 self._answers(subject, task, common)
+        self.written.measure(subject, common)
 
     def measures(self) -> list[Measure]:
         plan = self.plan
@@ -107,7 +111,7 @@ class _Work:
                 found += answer_measures(task, _listed(self.answers[task]), self.settings[task])[:1]
             if parts:
                 found += self._mean(name, parts)
-        return found
+        return found + self.written.measures()
 
     def _mean(self, group: str, parts: list[str]) -> list[Measure]:
         absent = [task for task in members(group) if task in self.missing]

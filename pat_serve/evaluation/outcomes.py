@@ -54,8 +54,40 @@ class Answers(_Outcome):
     version: str | None = None
 
 
-Outcome = Annotated[Likelihoods | Answers, Field(discriminator="kind")]
-OUTCOME: TypeAdapter[Likelihoods | Answers] = TypeAdapter(Outcome)
+class Texts(_Outcome):
+    """Answers that a model wrote to prompts.
+
+    Attributes:
+        ids: token ids of each answer without its end token.
+        texts: the same as text.
+        ended: whether the model ended each by itself, and not the limit.
+        sha256: of the prompts' token ids; only answers to the same ones may be compared.
+    """
+
+    kind: Literal["texts"] = "texts"
+    ids: list[list[int]]
+    texts: list[str]
+    ended: list[bool]
+    sha256: str
+
+
+class Agreement(_Outcome):
+    """A model over the answers of the first model, which are given to it token by token.
+
+    Attributes:
+        equal: of each answer, the share of tokens that the model's greedy choice equals.
+        kl_nats: of each answer, the mean of KL(first model || this model) over its tokens; None where not measured.
+        sha256: of the prompts and answers.
+    """
+
+    kind: Literal["agreement"] = "agreement"
+    equal: list[float]
+    kl_nats: list[float] | None
+    sha256: str
+
+
+Outcome = Likelihoods | Answers | Texts | Agreement
+OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Annotated[Outcome, Field(discriminator="kind")])
 
 
 def examples_sha256(examples: Sequence[dict[str, list[int]]]) -> str:

@@ -153,6 +153,37 @@ def paired_difference(won: int, lost: int, items: int) -> tuple[float, float]:
     return crossing(_Z), crossing(-_Z)
 
 
+def paired_mean_difference(reference_N: Floats, candidate_N: Floats) -> tuple[float, float, float]:
+    """Difference of two means over the same items, with the interval of Student's t for paired scores.
+
+    Args:
+        reference_N: score of each item.
+        candidate_N: likewise.
+
+    Returns:
+        candidate - reference, lower and upper end; NaN ends where fewer than LEAST_ROWS leave too little to tell.
+    """
+    differences_N = np.asarray(candidate_N, dtype=np.float64) - np.asarray(reference_N, dtype=np.float64)
+    items, middle = len(differences_N), float(differences_N.mean())
+    if items < LEAST_ROWS:
+        return middle, float("nan"), float("nan")
+    half = student_95(items - 1) * float(differences_N.std(ddof=1)) / sqrt(items)
+    return middle, middle - half, middle + half
+
+
+def student_95(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t, by Cornish and Fisher's expansion.
+
+    Args:
+        freedom: degrees of freedom, at least 3, where it is 0.7 % too small; 0.1 % at 5.
+    """
+    z = _Z
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
 def _mean_difference(reference: list[Floats], candidate: list[Floats]) -> tuple[float, float]:
     """Interval of the mean of several tasks' shares, put together from the tasks' own (MOVER, Zou and Donner 2008)."""
     below = above = middle = 0.0

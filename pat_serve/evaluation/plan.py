@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pat_serve.errors import UsageError
+from pat_serve.evaluation.answers.work import AnswerPlan
 from pat_serve.evaluation.backends import BackendSettings
 from pat_serve.evaluation.subject import Examples
 
@@ -55,6 +56,7 @@ class Plan:
         stride: see `cut_windows`.
         tasks: names of lm-eval, or of the paper's fourteen.
         task_data: local items of the fourteen.
+        answers: prompts to answer, and questions that can be checked.
         num_fewshot: None leaves it to the task.
         limit: rows, windows and items of a task at most.
         backend: how the models are asked.
@@ -68,6 +70,7 @@ class Plan:
     stride: int | None = None
     tasks: tuple[str, ...] = ()
     task_data: Path | None = None
+    answers: AnswerPlan = field(default_factory=AnswerPlan)
     num_fewshot: int | None = None
     limit: int | None = None
     backend: BackendSettings = field(default_factory=BackendSettings)

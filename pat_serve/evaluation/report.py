@@ -41,6 +41,9 @@ class Comparison(_Part):
         test: test that gave the p-value.
         won: items that this model alone got right (McNemar's test only).
         lost: items that the first model alone got right.
+        difference: value - the first model's, of shares and of scores that may be zero.
+        difference_low: lower end of its 95 % interval: the score interval of shares, a paired normal one of scores.
+        difference_high: upper end.
     """
 
     ratio: float | None
@@ -50,6 +53,9 @@ class Comparison(_Part):
     test: Literal["McNemar, exact", "paired bootstrap"]
     won: int | None = None
     lost: int | None = None
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
 
 
 class Result(_Part):
@@ -57,7 +63,7 @@ class Result(_Part):
 
     Attributes:
         model: its name.
-        value: perplexity, a mean score in [0, 1], or for answer_nll nats.
+        value: perplexity, a mean score in [0, 1], for answer_nll and kl nats, for length and first_divergence tokens.
         standard_error: of `value`; for a perplexity, its mean nats' times the value.
         items: rows, windows or questions.
         tokens: number of scored tokens (perplexity only).
@@ -83,7 +89,8 @@ class Measure(_Part):
 
     Attributes:
         name: as a gate names it: ppl(wikitext2), acc(arc_easy), acc_norm(arc_easy), answer_nll(arc_easy).
-        metric: ppl, acc, acc_norm, answer_nll, or what the task calls its own.
+        metric: ppl, acc, acc_norm, answer_nll, repetition, rep4, length, agreement, first_divergence, kl, or what a
+            task calls its own.
         of: the data or task.
         higher_is_better: whether more is better.
         settings: settings that the figure depends on.

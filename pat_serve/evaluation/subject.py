@@ -80,7 +80,7 @@ class Subject:
             DataError: an example has a token without a row in the model's embedding.
             BrokenCheckpoint: a figure is no finite number.
         """
-        self._require_rows(examples)
+        self.require_rows(examples)
         if self.folder is None or self.backend.backend != "hf":
             longest = max(len(example["input_ids"]) for example in examples)
             if self.positions is not None and longest > self.positions:
@@ -104,7 +104,12 @@ class Subject:
         """Rows of the model's embedding; 0 where nobody says."""
         return 0 if self.folder is None else int(read_config(self.folder).get("vocab_size") or 0)
 
-    def _require_rows(self, examples: Examples) -> None:
+    def require_rows(self, examples: Examples) -> None:
+        """Check that the model's embedding has a row for every token.
+
+        Raises:
+            DataError: it has not.
+        """
         rows = self._rows
         if rows and max(max(example["input_ids"]) for example in examples) >= rows:
             ids = (token_id for example in examples for token_id in example["input_ids"])

@@ -13,7 +13,7 @@ from pat_serve.evaluation.report import Measure, Report, Result
 # The width for a file or a pipe, which has none of its own.
 _PLAIN_WIDTH = 140
 # These figures are no shares.
-_NUMBERS = ("ppl", "answer_nll")
+_NUMBERS = ("ppl", "answer_nll", "length", "first_divergence", "kl")
 
 
 def print_report(report: Report, console: Console | None = None) -> None:

@@ -35,18 +35,35 @@ def kept_answers() -> list[dict[str, Any]]:
 def answer_prompts(model: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
     """Let a chat model answer prompts greedily in vLLM.
 
-    An answer that is longer than `MOST_NEW_TOKENS` ends with its last whole sentence.
-
     Args:
         model: a folder.
         prompts: one message each.
 
     Returns:
-        rows of two messages, in the order of the prompts, without prompts that got no answer or a looping one.
+        as `answers_of` says.
     """
+    return answers_of(open_model(model), prompts)
+
+
+def open_model(model: Path) -> Any:
+    """Open a chat model in vLLM."""
     from pat_serve.server.engine.offline import offline_llm
 
-    llm = offline_llm(str(model), dtype="bfloat16", max_model_len=512)
+    return offline_llm(str(model), dtype="bfloat16", max_model_len=512)
+
+
+def answers_of(llm: Any, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Let an open model answer prompts greedily.
+
+    An answer that is longer than `MOST_NEW_TOKENS` ends with its last whole sentence.
+
+    Args:
+        llm: from `open_model`.
+        prompts: one message each.
+
+    Returns:
+        rows of two messages, in the order of the prompts, without prompts that got no answer or a looping one.
+    """
     sampling = llm.get_default_sampling_params()
     sampling.temperature, sampling.max_tokens = 0.0, MOST_NEW_TOKENS
     rows = []
