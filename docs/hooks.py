@@ -41,7 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "index.md": (ROOT / "README.md").read_text(encoding="utf-8"),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
-        "commands.md": "# Commands\n\n" + "\n".join(_help(*command) for command in COMMANDS),
+        "commands.md": "# Commands\n\n" + "\n".join(map(_chapter, COMMANDS)),
         "recipes.md": _recipes(),
     }
     for name, text in pages.items():
@@ -60,6 +60,11 @@ def on_page_markdown(markdown: str, *, page: Any, config: MkDocsConfig, files: F
     return _LIST.sub(r"\1\n\n", linked)
 
 
+def _chapter(command: tuple[str, str, str | None]) -> str:
+    """A command's help; with that of pat-train the settings that a method has for itself."""
+    return _help(*command) + (_methods() if command[0] == "pat-train" else "")
+
+
 def _help(command: str, module: str, function: str | None) -> str:
     chosen = ["--func", function] if function else []
     typer = [sys.executable, "-m", "typer", *chosen, module, "utils", "docs", "--name", command]
@@ -76,3 +81,19 @@ def _recipes() -> str:
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         texts.append(f"## {path.stem}\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```\n")
     return "\n".join(texts)
+
+
+def _methods() -> str:
+    """The settings that each method has for itself, from their classes."""
+    from pat_serve.cli.method_flags import default_of
+    from pat_serve.training.methods import METHODS
+
+    lines = []
+    for method in METHODS.values():
+        if fields := method.settings.model_fields:
+            lines.append(f"\n### `pat-train --method {method.name}`\n")
+            lines += [
+                f"* `--{name.replace('_', '-')}`: {field.description}{default_of(field)}"
+                for name, field in fields.items()
+            ]
+    return "\n".join(lines) + "\n"

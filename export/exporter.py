@@ -28,6 +28,7 @@ from pat_serve.export.parity.gate import measure_parity
 from pat_serve.export.parity.report import parity_lines
 from pat_serve.export.record.card import model_card, provenance
 from pat_serve.export.record.card_sections import quality_section
+from pat_serve.export.record.zeros import count_zeros
 from pat_serve.export.rewrite.config import exported_config
 from pat_serve.export.rewrite.contents import shapes_of
 from pat_serve.export.rewrite.dry_run import dry_run
@@ -133,6 +134,7 @@ def export_run(
         hashes = _write_model(
             run, staging, file_dtype, max_shard_bytes, model_dtype=model_dtype, meanwhile=base_files.poll
         )
+        sparsity = count_zeros(run, staging)
         outcome = (
             _prove(run, staging, file_dtype, out, model_dtype=model_dtype, walk=walk, scorer=scorer) if parity else None
         )
@@ -143,6 +145,7 @@ def export_run(
             write_gguf(staging)
         kept = {"quality": accept(staging, run.base.folder)} if accept else {}
         record = provenance(run, _name(model_dtype), outcome, scheme, quality, fitness) | kept
+        record["sparsity"] = sparsity
         record["files"] = hash_files(staging, {} if scheme else hashes)
         (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         measured = quality_section(record["quality"]) if kept else None

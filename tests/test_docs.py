@@ -45,6 +45,11 @@ def flags_of(name: str) -> set[str]:
         command_line = typer.main.get_command(app)
         for part in [command_line, *getattr(command_line, "commands", {}).values()]:
             found |= {flag for parameter in part.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    if name == "pat-train":
+        from pat_serve.training.methods import METHODS
+
+        settings = {setting for method in METHODS.values() for setting in method.settings.model_fields}
+        found |= {f"--{setting.replace('_', '-')}" for setting in settings}
     return found | {"--help"}
 
 

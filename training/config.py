@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +11,9 @@ import pydantic
 from pat_serve.checkpoints.locate import absolute
 from pat_serve.errors import UsageError
 from pat_serve.training.groups import check_groups, parse_scales, untrained_group
+from pat_serve.training.method_settings import MethodSettings
 from pat_serve.training.methods.pat.settings import PatSettings
-from pat_serve.training.presets import PAPER, UNPRUNED
+from pat_serve.training.presets import PAPER, PAPER_RATES, UNPRUNED
 from pat_serve.training.recipe_file import write_recipe
 from pat_serve.training.shape_settings import ShapeSettings
 
@@ -27,7 +27,7 @@ SCHEDULERS = (
 LEAST_CALIBRATION_ROWS = 8
 
 
-class TrainRecipe(ShapeSettings, PatSettings):
+class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
     """Settings of a run; the defaults are what measured best (docs/ablation.md, docs/study.md), or else the paper's.
 
     `run/recipe.yaml` holds every value, so `pat-train --config run/recipe.yaml --out again/` repeats a run.
@@ -201,14 +201,12 @@ class TrainRecipe(ShapeSettings, PatSettings):
         Raises:
             UsageError: what was chosen by hand does not go with what follows from the rest.
         """
+        self._refuse_unused()
         if not prunes:
-            self._refuse_pruning_settings()
             self._refuse_untrained_groups(lora_head=bool(self.lora_head), prunes=False)
             settled = {"lora_head": bool(self.lora_head), "train_norms": self.trains_norms}
             return self.model_copy(update=UNPRUNED | settled)
         if not narrows:
-            names = (*PatSettings.model_fields, "narrow")
-            self._refuse_pruning_settings(names, "leaves the stream as wide as it is")
             self._refuse_untrained_groups(lora_head=bool(self.lora_head), prunes=False)
             compensate = self.compensate is None or self.compensate
             whole = {
@@ -284,20 +282,19 @@ class TrainRecipe(ShapeSettings, PatSettings):
         if found is not None:
             raise UsageError("--lr-scale", expected="groups that are trained", found=found[0], fix=found[1])
 
-    def _refuse_pruning_settings(
-        self,
-        names: Iterable[str] = (*PatSettings.model_fields, "compensate", "refit", "calibration_rows", "narrow"),
-        why: str = "prunes nothing",
-    ) -> None:
-        for name in names:
-            if name == "tied_embeddings":
-                continue  # checked with the base
-            value, default = getattr(self, name), TrainRecipe.model_fields[name].default
-            # A preset's value says nothing of what the user wants.
-            if value not in (default, PAPER.get(name, default)):
+    def _refuse_unused(self) -> None:
+        """Refuse settings that the method has no use for; what it cuts is checked with the base."""
+        from pat_serve.training.methods import METHODS
+
+        method = METHODS[self.method]
+        refused = method.unused - {"tied_embeddings", "ratio", "hidden_size", "shape", "choose"}
+        for name in filter(refused.__contains__, TrainRecipe.model_fields):
+            value, default = getattr(self, name), TrainRecipe.model_fields[name].get_default(call_default_factory=True)
+            # A preset's value says nothing of what the user wants; alpha follows the rank.
+            if value not in (default, PAPER.get(name, default), PAPER_RATES.get(name, default)):
                 raise UsageError(
                     f"--{name.replace('_', '-')}",
-                    expected=f"none, since --method {self.method} {why}",
+                    expected=f"none, since --method {self.method} {method.why_unused}",
                     found=str(value),
                     fix="Leave it out, or choose another method.",
                 )
@@ -310,7 +307,7 @@ class TrainRecipe(ShapeSettings, PatSettings):
         """Write recipe.yaml, complete or not at all."""
         settings = self.model_dump(mode="json")
         # The run's own first, then the shape's and the method's.
-        inherited = ShapeSettings.model_fields | PatSettings.model_fields
+        inherited = ShapeSettings.model_fields | PatSettings.model_fields | MethodSettings.model_fields
         write_recipe(run, {name: settings[name] for name in sorted(settings, key=inherited.__contains__)})
 
     @staticmethod

@@ -17,6 +17,8 @@ from pat_serve.files.atomic import new_folder, write_json, write_text
 from pat_serve.run.folder import ADAPTER_FOLDER, END_TOKENS_FILE, PARITY_PROMPTS_FILE
 from pat_serve.run.plan import PruningPlan, file_sha256
 
+PARITY_ROWS = 8
+
 
 def write_result(
     run: Path,
@@ -48,12 +50,24 @@ def write_result(
         raise _diverged(run)
     if lora:
         _write_adapter(run, model, lora)
+    adapter = {path.name: file_sha256(path) for path in sorted((run / ADAPTER_FOLDER).glob("adapter_*"))}
+    write_finish(
+        run, tokenizer=tokenizer, prompts=prompts, end_token_ids=end_token_ids, plan=replace(plan, adapter=adapter)
+    )
+
+
+def write_finish(
+    run: Path, *, tokenizer: Any, prompts: Sequence[list[int]], end_token_ids: Sequence[int], plan: PruningPlan
+) -> None:
+    """Write what an export needs beside the weights; the plan comes last.
+
+    The arguments are those of `write_result`, with a plan that is complete.
+    """
     tokenizer.save_pretrained(run)
     lines = (json.dumps({"token_ids": prompt}) + "\n" for prompt in prompts)
     write_text(run / PARITY_PROMPTS_FILE, "".join(lines))
     write_json(run / END_TOKENS_FILE, {"token_ids": list(end_token_ids)})
-    adapter = {path.name: file_sha256(path) for path in sorted((run / ADAPTER_FOLDER).glob("adapter_*"))}
-    replace(plan, adapter=adapter).save(run)
+    plan.save(run)
 
 
 def require_finite(run: Path, name: str, tensor: Tensor) -> tuple[str, Tensor]:

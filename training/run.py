@@ -25,14 +25,14 @@ from pat_serve.training.checks.inputs import day_of
 from pat_serve.training.checks.prepare import Prepared, prepare
 from pat_serve.training.checks.room import check_disk, way_on
 from pat_serve.training.config import TENSORBOARD, TrainRecipe
+from pat_serve.training.methods import method_of
 from pat_serve.training.model.choice_file import replaced_weights, save_choice
 from pat_serve.training.model.norms import trained_gains
 from pat_serve.training.model.slicing import wide_adapter
 from pat_serve.training.ranks import Ranks, snapshot
-from pat_serve.training.result import require_finite, write_result
+from pat_serve.training.result import PARITY_ROWS, require_finite, write_result
 from pat_serve.training.search.search import Search, as_found, search, wants_search, with_shape
-
-PARITY_ROWS = 8
+from pat_serve.training.sparse.run import begin, prune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,10 @@ def start(recipe: TrainRecipe, run: Path, *, force: bool = False) -> Finished:
         recipe = with_shape(recipe, found.shape)
     prepared = prepare(recipe, ranks, ranks.agree(date.today))
     ranks.agree(lambda: check_disk(prepared, run))
+    if not method_of(recipe).trains:
+        with room_on_disk(run, lambda: way_on(run)):
+            begin(prepared, run)
+            return _prune(prepared, run)
     job = assemble(prepared, run, ranks, resumes=False)
     with room_on_disk(run, lambda: way_on(run)):
         ranks.agree(lambda: lay_out(prepared, job, run, found))
@@ -81,6 +85,9 @@ def resume(run: Path) -> Finished:
     prepared.inputs.require_unchanged(run)
     ranks.agree(lambda: clear_leftovers(run))
     ranks.agree(lambda: check_disk(prepared, run))
+    if not method_of(prepared.recipe).trains:
+        with room_on_disk(run, lambda: way_on(run)):
+            return _prune(prepared, run)
     job = assemble(prepared, run, ranks, resumes=True)
     checkpoints = ranks.agree(lambda: list_checkpoints(run))
     with room_on_disk(run, lambda: way_on(run)):
@@ -109,6 +116,11 @@ def start_or_resume(recipe: TrainRecipe, run: Path) -> Finished | None:
     if state is RunState.FINISHED:
         return None
     return resume(run) if state is RunState.UNFINISHED else start(recipe, run, force=True)
+
+
+def _prune(prepared: Prepared, run: Path) -> Finished:
+    prune(prepared, run)
+    return Finished(run=run, shape=prepared.inputs.shape, steps=0, train_loss=None)
 
 
 def lay_out(prepared: Prepared, job: Job, run: Path, found: Search | None = None) -> None:
@@ -154,7 +166,7 @@ def _finish(prepared: Prepared, run: Path, job: Job, ranks: Ranks) -> None:
     method, model = job.method, job.trainer.accelerator.unwrap_model(job.trainer.model)
     # Left to itself, peft also writes the HSMs that sit under the adapted modules. Every rank gathers, rank 0 writes.
     lora = {name: snapshot(tensor) for name, tensor in job.trainer.trained() if ".lora_" in name}
-    lora = wide_adapter(lora, method)
+    lora = wide_adapter(lora, method) if method.adapts else {}
     weights = ranks.agree(lambda: _final_weights(run, job, model))
     plan = replace(method.plan(prepared.inputs.base), weights=weights)
     if prepared.recipe.train_norms:
@@ -178,6 +190,8 @@ def _final_weights(run: Path, job: Job, model: Any) -> dict[str, str]:
     Raises:
         Diverged: a trained number is not finite.
     """
+    if not job.method.adapts:
+        return write_replaced(run, (require_finite(run, *tensor) for tensor in job.method.merged()), TRAINED)
     if not job.ready.trained:
         return {path.name: file_sha256(path) for path in started_files(run)}
     names = dict.fromkeys([*job.ready.replaced, *job.ready.trained])

@@ -22,6 +22,7 @@ _NOTHING_MEASURED = (
     "Not measured with this checkpoint. `pat-bench speedup --baseline BASE --candidate THIS` checks the speed, "
     "`pat-eval BASE THIS --data heldout.jsonl` the quality."
 )
+_PAT = " (PAT: Pruning-Aware Tuning, arXiv 2408.14721)"
 # Recipe entries that tell how the model was tuned; the whole recipe is in pat_export.json.
 _RECIPE = (
     "method",
@@ -113,7 +114,12 @@ def model_card(record: dict[str, Any], measured: str | None = None) -> str:
         datasets=[data_source] if data_source.count("/") == 1 else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruning", "structured-pruning", "pat-serve", *(["compressed-tensors", scheme.name] if scheme else [])],
+        tags=[
+            "pruning",
+            "sparsity" if record.get("sparsity") else "structured-pruning",
+            "pat-serve",
+            *(["compressed-tensors", scheme.name] if scheme else []),
+        ],
         **record["license"],
     )
     name = source.rsplit("/", 1)[-1]
@@ -140,9 +146,9 @@ A standard `{record["architecture"]}` checkpoint: stock transformers and stock v
 
 ## How it was made
 
-Tuned with method `{record["method"]}` (PAT: Pruning-Aware Tuning, arXiv 2408.14721) and exported by pat-serve
+Made with method `{record["method"]}`{_PAT if record["method"] == "pat" else ""} and exported by pat-serve
 {record["versions"]["pat-serve"]}. `pat_export.json` has what was kept, the whole recipe and the hashes of the base.
-{_gguf_note(record)}
+{_zeros_note(record)}{_gguf_note(record)}
 {recipe}
 
 ## Checked
@@ -184,6 +190,17 @@ def _checked(record: dict[str, Any]) -> str:
     return (
         f"{checked} These are the figures of the exact float32 weights.\n\n"
         f"Quantised to {quality.scheme}, against the same weights in float32: {quality.describe()}."
+    )
+
+
+def _zeros_note(record: dict[str, Any]) -> str:
+    sparsity = record.get("sparsity")
+    if not sparsity:
+        return ""
+    return (
+        f"\n{sparsity['zeros'] / sparsity['numbers']:.1%} of the numbers in {sparsity['modules']} linears are zero "
+        f"(pattern {sparsity['pattern']}). They are stored and computed like any other number: vLLM has no kernels for "
+        "them, and this model is neither smaller nor faster than its base.\n"
     )
 
 

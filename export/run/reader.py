@@ -62,7 +62,6 @@ def open_run(folder: Path, base_override: str | None = None, *, hash_weights: bo
     """
     _check_finished(folder)
     plan = PruningPlan.load(folder)
-    _check_sparsity(plan)
     try:
         base = open_checkpoint(base_override or plan.base.source, plan.base.revision)
     except MissingModel as error:
@@ -73,6 +72,7 @@ def open_run(folder: Path, base_override: str | None = None, *, hash_weights: bo
             fix="If it was moved, say where with --base.",
         ) from error
     _check_base(plan, base, hash_weights)
+    _check_sparsity(plan, base)
     _check_hashes(folder / ADAPTER_FOLDER, plan.adapter, "Copy the run again.")
     adapter = read_adapter(folder / ADAPTER_FOLDER, base, plan.adapter) if plan.adapter else {}
     replaced = read_replaced(folder, plan.weights, base)
@@ -101,15 +101,16 @@ def _check_finished(folder: Path) -> None:
     )
 
 
-def _check_sparsity(plan: PruningPlan) -> None:
-    """Refuse a plan that promises zeros: the export neither checks the promise nor records it."""
-    if plan.sparsity:
-        module, pattern = next(iter(plan.sparsity.items()))
+def _check_sparsity(plan: PruningPlan, base: Checkpoint) -> None:
+    """Zeros are promised of linears that the export has; how many there are is counted in its files."""
+    stays = set(plan.cuts.layers_kept(base.num_layers))
+    linears = {name for name, spec, i in base.family.modules(base.num_layers) if spec.lora and i in stays}
+    if stray := sorted(set(plan.sparsity) - linears):
         raise BrokenPlan(
             PLAN_JSON,
-            expected="a plan without sparsity, which no export can write yet",
-            found=f"{pattern} for {module!r:.80}",
-            fix="Leave it out of the plan: a weight with zeros is exported as it is.",
+            expected="sparsity of linears in layers that stay",
+            found=f"{plan.sparsity[stray[0]]} for {stray[0]!r:.80}",
+            fix="Repeat the training.",
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pat_serve.cli.app import Debug, run_command
+from pat_serve.cli.method_flags import with_method_flags
 from pat_serve.errors import UsageError
 
 Flag = typer.Option
@@ -300,7 +302,8 @@ def train(
             for other in others[one]:
                 if other not in flags:
                     settings.pop(other, None)
-        settings |= flags
+        own_settings = {name: flags.pop(name) for name in sorted(flags.keys() - TrainRecipe.model_fields.keys())}
+        settings |= flags | ({"settings": settings.get("settings", {}) | own_settings} if own_settings else {})
         checked = TrainRecipe.build(settings, "recipe")
         finished = start_or_resume(checked, out) if auto else start(checked, out, force=force)
     if finished is None:
@@ -314,4 +317,4 @@ def train(
 
 def main() -> None:
     """Run the command line of `pat-train`, to the end of the process."""
-    run_command(train)
+    run_command(with_method_flags(train, sys.argv[1:]))

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 from safetensors.torch import save_file
@@ -24,6 +24,7 @@ from pat_serve.checkpoints.shards import read_header
 from pat_serve.cut.axes import HIDDEN
 from pat_serve.cut.cuts import AxisCut, Cuts, parse_line
 from pat_serve.cut.hybrid import HybridFold
+from pat_serve.cut.pattern import Pattern
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, first_line
 from pat_serve.files.atomic import rename_durably, write_text
 from pat_serve.files.strict_json import parse
@@ -39,7 +40,15 @@ from pat_serve.run.arrays import (
 
 PLAN_JSON = "plan.json"
 PLAN_ARRAYS = "plan.safetensors"
-Sparsity = Literal["2:4", "unstructured"]
+
+
+def _known_pattern(pattern: str) -> str:
+    Pattern.parse(pattern)
+    return pattern
+
+
+# What pattern of zeros a weight has: "unstructured", or N:M.
+Sparsity = Annotated[str, pydantic.AfterValidator(_known_pattern)]
 
 
 class BaseReference(pydantic.BaseModel):
@@ -92,8 +101,8 @@ class PruningPlan:
         norms: trained gains (D,) by the dotted name of their RMSNorm, in the form that the base stores (Gemma: w of
             1 + w). A norm without a line keeps its own.
         weights: SHA-256 by file name of the replaced tensors in `weights/` (`pat_serve.run.replaced`).
-        sparsity: what pattern of zeros a module's weight has, "2:4" or "unstructured", by dotted name. No method writes
-            it yet, and the export refuses a plan that has it.
+        sparsity: what pattern of zeros a module's weight has after all that, by dotted name. The weights themselves
+            hold the zeros; an export counts them.
     """
 
     method: str

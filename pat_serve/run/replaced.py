@@ -54,11 +54,7 @@ def write_replaced(
 
     def write() -> None:
         name = f"{begins}-{len(hashes) + 1:05d}.safetensors"
-        temporary = folder / f".{name}.partial"
-        save_file(held, temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        rename_durably(temporary, folder / name)
+        write_replaced_file(folder, name, held)
         hashes[name] = file_sha256(folder / name)
         held.clear()
 
@@ -70,6 +66,21 @@ def write_replaced(
     if held:
         write()
     return hashes
+
+
+def write_replaced_file(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file of replaced tensors, complete or not at all.
+
+    Args:
+        folder: the run's `weights/`.
+        name: of the file.
+        tensors: by their names in the base, on the CPU.
+    """
+    temporary = folder / f".{name}.partial"
+    save_file(dict(tensors), temporary)
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    rename_durably(temporary, folder / name)
 
 
 def read_replaced(run: Path, weights: Mapping[str, str], base: Checkpoint) -> dict[str, TensorEntry]:

@@ -16,6 +16,7 @@ from pat_serve.checkpoints.stock_class import check_stock_folder
 from pat_serve.errors import MissingModel, UsageError
 from pat_serve.files.atomic import write_json
 from pat_serve.shapes.sizes import ModelSizes
+from pat_serve.terminal.progress import say
 
 _SHAPES = files("pat_serve.server.bench") / "shapes"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
@@ -91,10 +92,24 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
         config = cut_layers(config, layers, load_format=load_format, name=f"{flag} {name}")
     if load_format != "dummy" and on_disk and (shards := runtime_shards(folder.resolve())):
         check_stock_folder(folder, shards)
+    if local:
+        _tell_zeros(folder, name)
     if shipped or layers is not None:
         path, on_disk = str(scratch), True
         write_json(scratch / "config.json", config)
     return ModelSource(name=name, path=path, config=config, shape=ModelSizes.of(config, source=name), on_disk=on_disk)
+
+
+def _tell_zeros(folder: Path, name: str) -> None:
+    """Say of an export with zeros in its weights that they bring no speed, so that nobody measures it for that."""
+    record = folder / "pat_export.json"
+    try:
+        sparsity = json.loads(record.read_text(encoding="utf-8")).get("sparsity")
+        share = sparsity["zeros"] / sparsity["numbers"] if sparsity else 0
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return  # no export of ours, which is as good to measure
+    if share:
+        say(f"{name}: {share:.1%} of its linears' numbers are zero; vLLM computes with them all the same: no speed-up")
 
 
 def cut_layers(config: Mapping[str, Any], layers: int, *, load_format: str, name: str) -> dict[str, Any]:

@@ -90,6 +90,9 @@ def tuning_bytes_per_token(
     inputs = 5 * hidden + heads + sizes.ffn  # of the seven linears that LoRA adapts
     # What LoRA's A gets, and what dropout remembers: bits as bytes on a GPU, float32 factors on a CPU.
     dropout = (1 if device == "cuda" else 4) if recipe.lora_dropout else 0
+    if not method_of(recipe).adapts:
+        # The inputs of the updates, which are made anew for the backward pass.
+        return inputs * (width + dropout)
     lora = inputs * (width + dropout) + 7 * recipe.lora_rank * width
     if recipe.train != LORA:
         # A weight's gradient is made of its inputs; q, k and v share theirs, as gate and up do.

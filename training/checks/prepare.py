@@ -17,6 +17,7 @@ from pat_serve.tokens.vocabulary import Vocabulary
 from pat_serve.training.checks.cut_report import report_cut
 from pat_serve.training.checks.inputs import RunInputs
 from pat_serve.training.checks.memory import BatchSize
+from pat_serve.training.checks.one_shot import check_walk_memory, require_calibration_rows, require_one_process
 from pat_serve.training.checks.preflight import Preflight, check_memory
 from pat_serve.training.checks.width import check_ties, target_shape
 from pat_serve.training.config import TrainRecipe
@@ -67,9 +68,12 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     check_reporters(recipe.report_to)
     refuse_zero3()
     _refuse_sharded_weights(recipe)
+    if not method.trains:
+        require_one_process(recipe, ranks)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     asked, recipe = recipe, recipe.resolved(tied=checkpoint.tied, prunes=method.prunes, narrows=HIDDEN in method.axes)
     check_ties(recipe, checkpoint)
+    method.check_base(recipe, checkpoint)
     shape = target_shape(recipe, checkpoint)
     report_cut(recipe, checkpoint, shape)
     day = day or date.today()
@@ -84,7 +88,10 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     micro_batches = math.ceil((rows or 0) / (recipe.batch_size * ranks.count))
     steps_per_epoch = math.ceil(micro_batches / recipe.gradient_accumulation_steps)
     total_steps = max(1, round(recipe.epochs * steps_per_epoch)) if recipe.max_steps is None else recipe.max_steps
-    least = method.least_steps(recipe)
+    if not method.trains:
+        total_steps = 0
+        require_calibration_rows(recipe, len(data.samples))
+    least = method.least_steps(recipe) if method.trains else 0
     untrained = total_steps == 0 and least == 1 and method.prunes
     if total_steps < least and not untrained:
         raise UsageError(
@@ -104,7 +111,10 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     calibration = calibration_batches(data.samples, rows_at_once(recipe)) if looks else []
     sizes = [BatchSize.of(batch) for batch in calibration]
     # Before the base is hashed, which reads all of it.
-    preflight = check_memory(checkpoint, recipe, dtype, shape, total_steps, data.longest_tokens, sizes)
+    if method.trains:
+        preflight = check_memory(checkpoint, recipe, dtype, shape, total_steps, data.longest_tokens, sizes)
+    else:
+        preflight = check_walk_memory(checkpoint, recipe, dtype, sizes)
     inputs = RunInputs(
         base=checkpoint.reference(),
         examples_sha256=data.train_sha256,
@@ -131,14 +141,15 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
 
 
 def _refuse_sharded_weights(recipe: TrainRecipe) -> None:
-    """Under FSDP, where nothing casts weights for a product, LoRA alone is trained.
+    """Under FSDP, where nothing casts weights for a product and no rank has a whole one, LoRA alone is trained.
 
     Raises:
-        UsageError: the recipe trains weights.
+        UsageError: the recipe trains weights, or a method that merges into them.
     """
-    if recipe.train != "lora" and sharded_by_fsdp():
+    trains_weights = recipe.train != "lora"
+    if (trains_weights or not method_of(recipe).adapts) and sharded_by_fsdp():
         raise UsageError(
-            f"--train {recipe.train}",
+            f"--train {recipe.train}" if trains_weights else f"--method {recipe.method}",
             expected="one process, DDP or ZeRO-2",
             found="FSDP",
             fix="Take configs/ddp.yaml or zero2.yaml, or --train lora.",

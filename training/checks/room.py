@@ -54,6 +54,13 @@ def run_bytes(prepared: Prepared) -> tuple[int, int, int]:
 def _replaced_bytes(prepared: Prepared) -> int:
     """Bytes of the weights that a full refit replaces: at most those of all layers that stay, and the head."""
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
+    if not method_of(recipe).trains:
+        # Every linear of every layer, in the base's dtypes.
+        linears = (name for name in checkpoint.tensors if checkpoint.family.match(name)[0].lora)
+        return sum(checkpoint.tensors[name].size_bytes for name in linears)
+    if not method_of(recipe).adapts:
+        linears = (name for name in checkpoint.tensors if checkpoint.family.match(name)[0].lora)
+        return sum(4 * math.prod(checkpoint.tensors[name].shape) for name in linears)
     if not (recipe.compensate and recipe.refit == "full"):
         return 0
     shape = prepared.inputs.shape

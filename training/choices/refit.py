@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pat_serve.cut.axes import KV_GROUPS
 from pat_serve.training.choices.base import InnerChoice, Inputs
+from pat_serve.training.sparse.removal import removal_error, remove
 
 RIDGE = 1e-3
 
@@ -26,22 +27,12 @@ class Refit(InnerChoice):
 
     def keep(self, inputs: Inputs, count: int) -> Tensor:
         """Drop the group that costs least, one after the other, until `count` are left."""
-        inverse_II, weight_OI = inputs.inverse(RIDGE), inputs.weight_OI.clone()
+        inverse_II, weight_OI = inputs.inverse(RIDGE), inputs.weight_OI
         left = list(range(inputs.length))
         while len(left) > count:
-            errors = {}
-            for group in left:
-                at = inputs.entries(group)
-                # tr(W_P S^-1 W_P^T), S the group's block of the inverse.
-                errors[group] = float(
-                    (torch.linalg.solve(inverse_II[at, at], weight_OI[:, at].T) * weight_OI[:, at].T).sum()
-                )
+            errors = {group: float(removal_error(weight_OI, inverse_II, inputs.entries(group)).sum()) for group in left}
             gone = min(left, key=lambda group: errors[group])
-            at = inputs.entries(gone)
-            step_PI = torch.linalg.solve(inverse_II[at, at], inverse_II[at])
-            weight_OI -= weight_OI[:, at] @ step_PI
-            # The inverse of what is left, with zeros where a group has gone.
-            inverse_II = inverse_II - inverse_II[:, at] @ step_PI
+            # Afterwards the inverse is that of what is left, with zeros where a group has gone.
+            weight_OI, inverse_II = remove(weight_OI, inverse_II, inputs.entries(gone))
             left.remove(gone)
-            weight_OI[:, at] = 0
         return torch.tensor(left)

@@ -8,12 +8,14 @@ from pat_serve.errors import UsageError
 from pat_serve.training.methods.base import Method
 from pat_serve.training.methods.cut import Cut
 from pat_serve.training.methods.lora import LoraOnly
+from pat_serve.training.methods.one_shot import OneShot
 from pat_serve.training.methods.pat.method import Pat
+from pat_serve.training.methods.spp import Spp
 
 if TYPE_CHECKING:
     from pat_serve.training.config import TrainRecipe
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Pat, Cut, LoraOnly)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Pat, Cut, LoraOnly, OneShot, Spp)}
 
 __all__ = ["METHODS", "Method", "method_of"]
 

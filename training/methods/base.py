@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,11 @@ from pat_serve.families.architectures import FINAL_NORM
 from pat_serve.families.family import Family
 from pat_serve.run.plan import BaseReference, PruningPlan
 from pat_serve.shapes.sizes import ModelSizes
+from pat_serve.training.method_settings import OwnSettings
 from pat_serve.training.model.calibration import Calibration
 
 if TYPE_CHECKING:
+    from pat_serve.checkpoints.checkpoint import Checkpoint
     from pat_serve.training.config import TrainRecipe
 
 
@@ -36,6 +38,17 @@ class Method(ABC):
 
     name: ClassVar[str]
     prunes: ClassVar[bool] = True
+    # There are optimizer steps; a method without any has a lifecycle of its own.
+    trains: ClassVar[bool] = True
+    # LoRA is put on the linears, and an adapter leaves the run.
+    adapts: ClassVar[bool] = True
+    # The settings that no other method has.
+    settings: ClassVar[type[OwnSettings]] = OwnSettings
+    # Settings of all recipes that it has no use for: its help leaves them out, and a run that gives one is refused.
+    unused: ClassVar[frozenset[str]] = frozenset()
+    why_unused: ClassVar[str] = ""
+    # Settings of all recipes that it has other defaults for; with a lora_rank comes its lora_alpha.
+    defaults: ClassVar[Mapping[str, Any]] = {}
     # The axes that its cuts may go along.
     axes: ClassVar[frozenset[str]] = frozenset(AXES)
     # An operator follows every module that writes to the residual stream, and keeps its input for the backward pass.
@@ -78,6 +91,19 @@ class Method(ABC):
     def wants_batches(cls, recipe: TrainRecipe) -> bool:
         """Rows of the training data are looked at before the first step: to measure, to choose or to compensate."""
         return cls.wants_calibration(recipe)
+
+    @classmethod
+    def check_base(cls, recipe: TrainRecipe, checkpoint: Checkpoint) -> None:
+        """Look whether the method can work on a base, before anything else is read.
+
+        Args:
+            recipe: the run's settings.
+            checkpoint: the base.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        return
 
     @classmethod
     def stays_wide(cls, recipe: TrainRecipe) -> str | None:
@@ -154,6 +180,10 @@ class Method(ABC):
             tied=last_gain_D is not None,
             norms={} if last_gain_D is None else {FINAL_NORM: last_gain_D},
         )
+
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that take the place of the base's after the last step, by name."""
+        return iter(())
 
     def cuts(self) -> Cuts:
         """The plan's: the channels that stay, and what was chosen of other axes."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pat_serve.cut.axes import FFN, KV_GROUPS, LAYERS
 from pat_serve.training.methods.lora import LoraOnly
+from pat_serve.training.methods.pat.settings import PatSettings
 
 if TYPE_CHECKING:
     from pat_serve.training.config import TrainRecipe
@@ -21,6 +22,8 @@ class Cut(LoraOnly):
     name: ClassVar[str] = "cut"
     prunes: ClassVar[bool] = True
     axes: ClassVar[frozenset[str]] = frozenset({LAYERS, FFN, KV_GROUPS})
+    unused: ClassVar[frozenset[str]] = frozenset({*PatSettings.model_fields, "narrow"})
+    why_unused: ClassVar[str] = "leaves the stream as wide as it is"
 
     @classmethod
     def wants_batches(cls, recipe: TrainRecipe) -> bool:

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from pat_serve.training.methods.base import Method
+from pat_serve.training.methods.pat.settings import PatSettings
 
 
 class LoraOnly(Method):
@@ -15,6 +16,11 @@ class LoraOnly(Method):
     name: ClassVar[str] = "lora"
     prunes: ClassVar[bool] = False
     axes: ClassVar[frozenset[str]] = frozenset()
+    unused: ClassVar[frozenset[str]] = frozenset(
+        {*PatSettings.model_fields, "ratio", "hidden_size", "shape", "choose", "compensate", "refit", "narrow"}
+        | {"calibration_rows"}
+    )
+    why_unused: ClassVar[str] = "prunes nothing"
 
     def attach(self, model: nn.Module, num_layers: int) -> None:
         """Leave the model as it is: the LoRA modules are peft's."""

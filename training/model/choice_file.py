@@ -50,6 +50,8 @@ def replaced_weights(model: Any, method: Method, replaced: Sequence[str]) -> Ite
         method: says what it was cut by.
         replaced: names in the base of their modules.
     """
+    if not replaced:
+        return
     base = model.get_base_model()
     weights = [f"{name}.weight" for name in replaced]
     for name, target in targets(method.family, method.sliced_by, method.base, weights).items():

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.cut.rotation import effective_gain, rotate_model
@@ -67,7 +67,7 @@ def adapt(
         calibration: of the base, for a method that wants one; its rotation is applied here.
 
     Returns:
-        the PEFT model and its method.
+        the PEFT model, or the base itself for a method without an adapter, and the method.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -80,6 +80,9 @@ def adapt(
         if last_gain_D is not None:
             dense_gain_D = effective_gain(last_norm.weight.detach().double(), family)
             last_norm.weight.data.copy_(last_gain_D)
+    if not method_of(recipe).adapts:
+        base.requires_grad_(False)
+        return base, _attached(base, base, family, recipe, shape, total_steps)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         # Where weights are trained in its place, the adapter is taken out again before the first step.
@@ -89,19 +92,34 @@ def adapt(
         target_modules=family.lora_targets() + ([HEAD] if recipe.lora_head else []),
     )
     model = get_peft_model(base, lora)
+    method = _attached(model, model.get_base_model(), family, recipe, shape, total_steps, calibration, dense_gain_D)
+    assert isinstance(model, nn.Module)
+    return model, method
+
+
+def _attached(
+    model: Any,
+    base: Any,
+    family: Family,
+    recipe: TrainRecipe,
+    shape: Mapping[str, int],
+    total_steps: int,
+    calibration: Calibration | None = None,
+    dense_gain_D: Tensor | None = None,
+) -> Method:
+    """The method with its modules in the model; `base` is the model inside peft's wrapper."""
     sizes = ModelSizes.of(base.config.to_dict(), family)
     method = method_of(recipe)(recipe, family, sizes, sizes.with_counts(shape), total_steps)
     method.calibration, method.dense_gain_D = calibration, dense_gain_D
-    method.attach(model.get_base_model(), sizes.layers)
+    method.attach(base, sizes.layers)
     # The base is on its device already, and the Trainer would move what is new only after it has been called, or, with
     # a quantized base, never.
     for module in method.modules().values():
         module.to(base.device)
-    if recipe.gradient_checkpointing and not method.modules():
+    if recipe.gradient_checkpointing and not method.follows_writers:
         # The embedding's output needs a gradient for the recomputation to reach the adapters; an HSM gives it one.
         model.enable_input_require_grads()
-    assert isinstance(model, nn.Module)
-    return model, method
+    return method
 
 
 def _nf4(dtype: torch.dtype) -> Any:

@@ -116,7 +116,8 @@ def count_ready(base: Any, family: Family, recipe: TrainRecipe, shape: Mapping[s
                 continue
             for line in [line_name(name, i) for i in range(sizes.layers)] if axis.per_layer else [name]:
                 kept[line] = torch.arange(count)
-        slice_model(model, method, Cuts.of(sizes, kept))
+        if kept:
+            slice_model(model, method, Cuts.of(sizes, kept))
         trained = _let_train(model, method, recipe)
     return Ready(model=model, method=method, wide_parameters=wide_parameters, trained=trained)
 

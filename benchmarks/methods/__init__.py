@@ -1,0 +1,1 @@
+"""Every method on one model, row by row: the table of docs/methods.md."""

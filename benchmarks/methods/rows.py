@@ -1,0 +1,76 @@
+"""The rows of the table: what each method is asked for. A NEW ROW is one entry of ROWS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# What the sizes are made for: SmolLM2-135M, of which each cut below leaves about three quarters.
+MODEL = "SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A method at one size.
+
+    Attributes:
+        axes: what it makes smaller, in words.
+        trains: there are optimizer steps.
+        source: where the method comes from.
+        recipe: entries of pat-train's recipe beside those that all rows share.
+        base: name of the row whose export it begins with; None for the dense model.
+    """
+
+    axes: str
+    trains: bool
+    source: str
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None
+
+
+DENSE = "dense"
+_CUT = {"max_steps": 0}
+ROWS: dict[str, Row] = {
+    DENSE: Row(axes="none", trains=False, source="the model as it is"),
+    "lora": Row(axes="none", trains=True, source="arXiv 2106.09685", recipe={"method": "lora"}),
+    "pat": Row(axes="hidden", trains=True, source="arXiv 2408.14721", recipe={"hidden_size": 432}),
+    "cut, FFN": Row(axes="FFN", trains=True, source="arXiv 2407.14679", recipe={"shape": {"ffn": 896}}),
+    "cut, layers and FFN": Row(
+        axes="layers, FFN", trains=True, source="arXiv 2407.14679", recipe={"shape": {"layers": 24, "ffn": 1280}}
+    ),
+    "cut, layers and FFN, no step": Row(
+        axes="layers, FFN",
+        trains=False,
+        source="arXiv 2505.02819",
+        recipe={"shape": {"layers": 24, "ffn": 1280}, **_CUT},
+    ),
+    "one-shot, 50 %": Row(
+        axes="zeros",
+        trains=False,
+        source="arXiv 2410.15567",
+        recipe={"method": "one-shot", "settings": {"sparsity": 0.5}},
+    ),
+    "one-shot, 2:4": Row(
+        axes="zeros",
+        trains=False,
+        source="arXiv 2410.15567",
+        recipe={"method": "one-shot", "settings": {"pattern": "2:4"}},
+    ),
+    "one-shot, 50 %, alpha, dsnot": Row(
+        axes="zeros",
+        trains=False,
+        source="arXiv 2410.10912, 2310.08915",
+        recipe={
+            "method": "one-shot",
+            "settings": {
+                "sparsity": 0.5,
+                "allocation": "alpha",
+                "mask": "wanda",
+                "compensation": "none",
+                "refine": "dsnot",
+            },
+        },
+    ),
+    "spp": Row(axes="zeros", trains=True, source="arXiv 2405.16057", recipe={"method": "spp"}, base="one-shot, 2:4"),
+}

@@ -1,0 +1,121 @@
+"""The flags of one method: `pat-train --method NAME` takes those of its settings, and its help leaves out others."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from pat_serve.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from pat_serve.training.methods import Method
+
+
+def with_method_flags(command: Callable[..., None], arguments: Sequence[str]) -> Callable[..., None]:
+    """The command with a flag for each setting of the method that its arguments name; without one, as it is.
+
+    The values come in the context's `params`, beside the command's own.
+
+    Args:
+        command: of typer's kind, with every option in an `Annotated`.
+        arguments: of the command line, without the program's name.
+    """
+    name = named_method(arguments)
+    if name is None:
+        return command
+    # A method is torch's; a command line that names none is spared that.
+    from pat_serve.training.methods import METHODS
+
+    method = METHODS.get(name)
+    if method is None:
+        return command
+    signature = inspect.signature(command, eval_str=True)
+    own = [_flag(setting, field, method) for setting, field in method.settings.model_fields.items()]
+    shown = [_of_method(one, method) for one in signature.parameters.values()]
+
+    @wraps(command)
+    def narrowed(**values: Any) -> None:
+        command(**{one: value for one, value in values.items() if one in signature.parameters})
+
+    narrowed.__signature__ = signature.replace(parameters=[*shown, *own])  # type: ignore[attr-defined]
+    narrowed.__annotations__ = {one.name: one.annotation for one in [*shown, *own]}
+    return narrowed
+
+
+def named_method(arguments: Sequence[str]) -> str | None:
+    """The method that a command line names, by its flag or in its recipe; None where neither does."""
+    found = _value(arguments, "--method")
+    config = _value(arguments, "--config")
+    if found is None and config is not None:
+        from pat_serve.training.recipe_file import read_recipe
+
+        try:
+            named = read_recipe(Path(config)).get("method")
+        except UsageError:
+            return None  # the command says what is wrong with the file
+        found = named if isinstance(named, str) else None
+    return found
+
+
+def _value(arguments: Sequence[str], flag: str) -> str | None:
+    found = None
+    for at, argument in enumerate(arguments):
+        if argument == "--":
+            break
+        if argument == flag and at + 1 < len(arguments):
+            found = arguments[at + 1]
+        elif argument.startswith(f"{flag}="):
+            found = argument.removeprefix(f"{flag}=")
+    return found
+
+
+def _flag(name: str, field: FieldInfo, method: type[Method]) -> inspect.Parameter:
+    kind = bool if field.annotation is bool else str
+    option = typer.Option(
+        help=f"{field.description or ''}{default_of(field)}",
+        metavar=None if kind is bool else _metavar(field.annotation),
+        rich_help_panel=f"Settings of --method {method.name}",
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def default_of(field: FieldInfo) -> str:
+    """A setting's default as its help tells it; nothing where the description does."""
+    if field.default is None:
+        return ""
+    return f" [default: {str(field.default).lower() if field.annotation is bool else field.default}]"
+
+
+def _metavar(annotation: Any) -> str:
+    """`S|M` of a choice, `FLOAT` of a number."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if get_origin(kinds[0]) is Literal:
+        return "|".join(map(str, get_args(kinds[0])))
+    names = {int: "INTEGER", float: "FLOAT"}
+    return names.get(kinds[0], "TEXT")
+
+
+def _of_method(parameter: inspect.Parameter, method: type[Method]) -> inspect.Parameter:
+    """A flag of all methods as one of them has it: left out of the help, or with a default of its own."""
+    if parameter.name not in method.unused | method.defaults.keys():
+        return parameter
+    kind, given = get_args(parameter.annotation)
+    option = copy.copy(given)
+    option.hidden = parameter.name in method.unused
+    if parameter.name in method.defaults:
+        told = re.sub(r" *\[default: .*\]$", "", option.help or "")
+        option.help = f"{told} [default: {method.defaults[parameter.name]}]"
+    return parameter.replace(annotation=Annotated[kind, option])
