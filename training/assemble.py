@@ -162,6 +162,6 @@ def _arguments(prepared: Prepared, run: Path, method: Method) -> TrainingArgumen
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
-        # The mask's parameter gets no gradient any more once it is frozen.
-        ddp_find_unused_parameters=method.follows_writers,
+        # What decides over a cut gets no gradient any more once that is frozen.
+        ddp_find_unused_parameters=method.follows_writers or method.cuts_at_the_end,
     )

@@ -49,8 +49,8 @@ def train(
     method: Annotated[
         str | None,
         Flag(
-            help="pat, cut (no narrower stream: --shape or --axes without hidden), or lora for the dense baseline. "
-            "[default: pat, or cut by these]"
+            help="pat, cut (no narrower stream: --shape or --axes without hidden), llm-pruner, atp, search, or lora "
+            "for the dense baseline. [default: pat, or cut by these]"
         ),
     ] = None,
     ratio: Annotated[
@@ -83,8 +83,9 @@ def train(
         str | None,
         Flag(
             metavar="AXIS=NAME,...",
-            help="How to choose those that stay: layers=influence or last, ffn=obs or energy, kv_groups=refit. "
-            "[default: the first of each]",
+            help="How to choose those that stay: layers=influence, last, reverse, perplexity, greedy; ffn=obs, energy, "
+            "leverage; kv_groups=refit; the last two also taylor, taylor-second, taylor-mixed, taylor-vector, "
+            "magnitude or random. [default: the first of each, or the method's]",
         ),
     ] = None,
     max_steps: Annotated[

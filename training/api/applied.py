@@ -57,7 +57,10 @@ def frozen_hashes(base: nn.Module, trained: frozenset[str] = frozenset()) -> dic
     return {
         name.replace(".base_layer.", "."): _sha256(parameter)
         for name, parameter in base.named_parameters()
-        if ".lora_" not in name and ".hsm." not in name and not name.startswith("pat_mask.") and name not in trained
+        if ".lora_" not in name
+        and ".hsm." not in name
+        and not name.startswith(("pat_mask.", "atp_generator."))
+        and name not in trained
     }
 
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pat_serve.checkpoints.checkpoint import Checkpoint
+from pat_serve.cut.axes import AXES
 from pat_serve.cut.rotation import ROWS_AT_ONCE
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.shapes.parameters import parameters_at
 from pat_serve.shapes.sizes import ModelSizes
+from pat_serve.training.checks.choosing import choosing_bytes
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import method_of
 from pat_serve.training.model.weights import LORA
@@ -101,6 +103,8 @@ def tuning_bytes_per_token(
     if method_of(recipe).follows_writers:
         # The operator's input, and L0's output.
         hybrid = 2 * width * (hidden + recipe.resolved_hio_rank(checkpoint.hidden_size))
+    # What masks whose values are learnt multiply.
+    hybrid += width * (heads + sizes.ffn) if method_of(recipe).cuts_at_the_end else 0
     # The normalized stream, which the gains' gradients are made of.
     norms = 2 * hidden * width if recipe.train_norms else 0
     return lora + hybrid + norms
@@ -130,6 +134,9 @@ def preparing_bytes(
         # Q, and in float32 a piece of the largest weight with the gain in it and its product; a 16-bit one's copy too.
         copies = 2 if width == 4 else 3
         held.append(4 * hidden * (hidden + copies * min(ROWS_AT_ONCE, _most_outputs(checkpoint))))
+    axes = [axis for axis in AXES if AXES[axis].length(target) < AXES[axis].length(checkpoint.sizes)]
+    layer = dense_bytes_per_token(checkpoint.sizes, width)
+    held.append(choosing_bytes(checkpoint, recipe, width, axes, calibration, layer))
     if recipe.compensate:
         held.append(4 * adapter_parameters + _compensating_bytes(checkpoint, recipe, width, target, calibration))
     return weights_bytes(checkpoint, recipe, width, checkpoint.sizes) + max(held)

@@ -201,6 +201,8 @@ def estimate_training(
     wide = method_of(recipe).stays_wide(recipe) is not None
     # These are the sizes in memory while the model is trained.
     trained_sizes = replace(target, hidden=checkpoint.hidden_size) if wide else target
+    if method_of(recipe).cuts_at_the_end:
+        trained_sizes = replace(checkpoint.sizes, hidden=trained_sizes.hidden)
     hidden = trained_sizes.hidden
     counts = _trained_parameters(checkpoint, recipe, shape, total_steps)
     base = parameters_at(checkpoint, trained_sizes, own_head=unties(checkpoint, recipe))

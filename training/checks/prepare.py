@@ -96,9 +96,10 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     if total_steps < least and not untrained:
         raise UsageError(
             "--max-steps" if recipe.max_steps is not None else "--epochs",
-            expected=f"at least {least} optimizer steps, in which --gate {recipe.gate} closes"
-            if method.prunes
-            else "at least one optimizer step, since nothing is cut",
+            expected="at least one optimizer step, since nothing is cut"
+            if not method.prunes
+            else f"at least {least} optimizer steps, "
+            + (f"in which --gate {recipe.gate} closes" if method.follows_writers else f"for --method {method.name}"),
             found=str(total_steps)
             if recipe.max_steps is not None
             else f"{total_steps} ({rows} rows in batches of {batch})",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from pat_serve.cut.axes import LAYERS
+from pat_serve.families.family import Family
+from pat_serve.shapes.sizes import ModelSizes
 
 
 class Choice(ABC):
@@ -88,6 +90,34 @@ class InnerChoice(Choice):
     @abstractmethod
     def keep(self, inputs: Inputs, count: int) -> Tensor:
         """int64 (count,): the indices that stay, ascending."""
+
+
+class ModelChoice(Choice):
+    """Chooses inside all layers at once, on the whole model as it is stored, and ranks each layer by itself.
+
+    So every layer keeps as many, and the result is a stock model.
+
+    Args:
+        axis: ffn or kv_groups.
+    """
+
+    def __init__(self, axis: str) -> None:
+        # Of the instance, since each of these choices serves both axes.
+        self.axis = axis  # type: ignore[misc]
+
+    @abstractmethod
+    def importance(
+        self, model: Any, family: Family, sizes: ModelSizes, batches: Sequence[dict[str, Tensor]], axes: Collection[str]
+    ) -> dict[str, Tensor]:
+        """A number for each index of each layer (L, I), on the CPU, by axis; indices with the largest stay.
+
+        Args:
+            model: the causal language model, as loaded.
+            family: its architecture.
+            sizes: of the model.
+            batches: input_ids, attention_mask and labels of rows of the training data.
+            axes: to score, of ffn and kv_groups, in one go.
+        """
 
 
 def second_diagonal_ridge(second_II: Tensor, ridge: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -51,6 +51,12 @@ class Method(ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     # The axes that its cuts may go along.
     axes: ClassVar[frozenset[str]] = frozenset(AXES)
+    # It chooses the counts and the indices of all axes but the stream's itself (`choose`), as near the asked size.
+    searches: ClassVar[bool] = False
+    # What chooses along an axis, where it is not the axis' own default.
+    choices: ClassVar[Mapping[str, str]] = {}
+    # Cuts of other axes than the stream's stand after the last step alone, so the model keeps its size until then.
+    cuts_at_the_end: ClassVar[bool] = False
     # An operator follows every module that writes to the residual stream, and keeps its input for the backward pass.
     follows_writers: ClassVar[bool] = False
 
@@ -106,6 +112,29 @@ class Method(ABC):
         return
 
     @classmethod
+    def choose(
+        cls,
+        recipe: TrainRecipe,
+        base: Any,
+        family: Family,
+        shape: Mapping[str, int],
+        batches: Sequence[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Choose what stays, for a method that searches.
+
+        Args:
+            recipe: the run's settings, resolved.
+            base: the causal language model as it is stored; left as it was.
+            family: its architecture.
+            shape: counts that were asked for, by axis.
+            batches: rows of the training data, padded: input_ids, attention_mask and labels.
+
+        Returns:
+            int64 indices that stay, ascending, by line of a plan; no line of an axis that stays whole.
+        """
+        raise NotImplementedError(cls.name)
+
+    @classmethod
     def stays_wide(cls, recipe: TrainRecipe) -> str | None:
         """Why the model keeps its full width while it trains; None if it can be cut down before the first step.
 
@@ -126,6 +155,14 @@ class Method(ABC):
     @abstractmethod
     def attach(self, model: nn.Module, num_layers: int) -> None:
         """Add the method's modules to the model (the one inside peft's wrapper)."""
+
+    def begin(self, batches: Sequence[dict[str, Tensor]]) -> None:
+        """Everything is chosen and made up for, and nothing cut yet.
+
+        Args:
+            batches: rows of the training data, padded: input_ids, attention_mask and labels.
+        """
+        return
 
     @abstractmethod
     def modules(self) -> dict[str, nn.Module]:

@@ -7,14 +7,12 @@ distributed one must turn the model by the same matrix, to the bit.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -22,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from pat_serve.cut.rotation import effective_gain, principal_axes
 from pat_serve.families.architectures import FINAL_NORM
 from pat_serve.families.family import Family
-from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.training.data import PadBatch
+from pat_serve.training.model.passes import evaluating, run_decoder, summed_loss
 from pat_serve.training.model.tie import axes_beside, column_energies, gain_of_the_turned
 
 if TYPE_CHECKING:
@@ -171,10 +169,13 @@ def stream_moments(
             output_BTD.register_hook(lambda g_BTD: moments.add("gradient", _second(g_BTD[real_BT].float() * gain_D)))
 
     handles = [norm.register_forward_hook(listen) for norm in norms]
-    with _evaluating(model, handles), torch.set_grad_enabled(with_gradient):
+    with evaluating(model, handles), torch.set_grad_enabled(with_gradient):
         for batch in batches:
             moments.real = batch["attention_mask"].to(model.device).bool()
-            _loss(model, batch, with_gradient)
+            if with_gradient:
+                torch.autograd.backward(summed_loss(model, batch))
+            else:
+                run_decoder(model, batch)
     return {name: total.cpu() for name, total in moments.sums.items()}
 
 
@@ -194,7 +195,7 @@ def gradient_importance(model: Any, family: Family, num_layers: int, batches: It
         total_D.add_((score.sum(others) if others else score).double().cpu())
         weight.grad = None
 
-    with _evaluating(model, handles), torch.enable_grad():
+    with evaluating(model, handles), torch.enable_grad():
         for name, spec, _ in family.modules(num_layers):
             weight: Any = model.get_submodule(name).weight
             # A tied head is the embedding, and its gradient has both parts.
@@ -204,7 +205,7 @@ def gradient_importance(model: Any, family: Family, num_layers: int, batches: It
                 dimension = spec.hidden_dimension
                 handles.append(weight.register_post_accumulate_grad_hook(lambda w, d=dimension: take(w, d)))
         for batch in batches:
-            _loss(model, batch, backward=True)
+            torch.autograd.backward(summed_loss(model, batch))
         for weight in touched:
             weight.requires_grad_(False)
     return total_D
@@ -224,43 +225,3 @@ class _Moments:
 
 def _second(x_ND: Tensor) -> Tensor:
     return x_ND.T @ x_ND
-
-
-def _loss(model: Any, batch: dict[str, Tensor], backward: bool) -> None:
-    device = model.device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    labels_BT = batch.pop("labels")
-    # No weight of the base asks for a gradient here, so the gradient begins at the embedding's output.
-    embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_() if out.is_leaf else out)
-    try:
-        if not backward:
-            model.get_decoder()(**batch)
-            return
-        # The labels are shifted, and not the states. Prompt tokens and padding, which no label follows, get no logits.
-        next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
-        asked_BT = next_BT != IGNORED_LABEL
-        asked_ND = model.get_decoder()(**batch).last_hidden_state[asked_BT]
-        # The logits are the largest tensor here, so no variable keeps them.
-        # The losses are summed, so that every token counts the same, whatever its batch.
-        loss = F.cross_entropy(model.get_output_embeddings()(asked_ND).float(), next_BT[asked_BT], reduction="sum")
-    finally:
-        handle.remove()
-    torch.autograd.backward(loss)
-
-
-@contextmanager
-def _evaluating(model: Any, handles: list[RemovableHandle]) -> Iterator[None]:
-    """Freeze a model in evaluation mode: gradients of all weights would be a second copy of the model."""
-    was_training = model.training
-    unfrozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        for parameter in unfrozen:
-            parameter.requires_grad_(True)
-        for handle in handles:
-            handle.remove()

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from pat_serve.cut.axes import AXES, HIDDEN, LAYERS
 from pat_serve.cut.cuts import AxisCut, Cuts, line_name
 from pat_serve.families.family import Family
-from pat_serve.training.choices import InnerChoice, LayerChoice, choice_of
+from pat_serve.shapes.sizes import ModelSizes
+from pat_serve.training.choices import Choice, InnerChoice, LayerChoice, ModelChoice, choice_of
+from pat_serve.training.choices.base import largest
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.methods import Method
+from pat_serve.training.methods import Method, method_of
 from pat_serve.training.model.calibration import Calibration
 from pat_serve.training.model.compensation import compensate
 from pat_serve.training.model.insert import adapt
@@ -84,12 +86,17 @@ def make_ready(
         batches: rows of the training data, padded, that choices and compensation see.
         earlier: of a run that is resumed.
     """
-    layers = _choose_layers(base, recipe, shape, batches, earlier)
+    known = choose_on_the_model(base, family, recipe, shape, batches, earlier)
+    if method_of(recipe).searches:
+        # It decided over the counts too.
+        shape = {HIDDEN: shape[HIDDEN], **{line.partition(".")[0]: len(kept) for line, kept in known.items()}}
+    layers = _choose_layers(base, recipe, shape, batches, known)
     model, method = adapt(base, family, recipe, shape, total_steps, calibration)
     wide_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     method.on_step(0)
-    replaced = _choose_and_compensate(model, method, recipe, shape, layers, batches, earlier)
-    sliced = dict(method.chosen)
+    replaced = _choose_and_compensate(model, method, recipe, shape, layers, known, batches, earlier)
+    method.begin(batches)
+    sliced = {} if method.cuts_at_the_end else dict(method.chosen)
     if method.stays_wide(recipe) is None:
         kept_K = method.kept_channels()
         assert kept_K is not None
@@ -112,7 +119,7 @@ def count_ready(base: Any, family: Family, recipe: TrainRecipe, shape: Mapping[s
         kept: dict[str, Tensor] = {}
         for name, count in shape.items():
             axis = AXES[name]
-            if name == HIDDEN and method.stays_wide(recipe) is not None:
+            if method.stays_wide(recipe) is not None if name == HIDDEN else method.cuts_at_the_end:
                 continue
             for line in [line_name(name, i) for i in range(sizes.layers)] if axis.per_layer else [name]:
                 kept[line] = torch.arange(count)
@@ -135,18 +142,51 @@ def _choose_layers(
     recipe: TrainRecipe,
     shape: Mapping[str, int],
     batches: Sequence[dict[str, Tensor]],
-    earlier: Earlier | None,
+    known: Mapping[str, Tensor],
 ) -> Tensor | None:
     """The layers that stay, int64, chosen on the base as it is stored; None if all do."""
     if LAYERS not in shape:
         return None
-    if earlier is not None and LAYERS in earlier.kept:
-        return earlier.kept[LAYERS]
-    choice = choice_of(LAYERS, recipe.choose)
+    if LAYERS in known:
+        return known[LAYERS]
+    choice = _choice(LAYERS, recipe)
     assert isinstance(choice, LayerChoice)
     kept = choice.keep(base, base.config.num_hidden_layers, batches, shape[LAYERS])
     same_on_all(kept.to(base.device), "which layers are kept")
     return kept
+
+
+def _choice(axis: str, recipe: TrainRecipe) -> Choice:
+    return choice_of(axis, {**method_of(recipe).choices, **recipe.choose})
+
+
+def choose_on_the_model(
+    base: Any,
+    family: Family,
+    recipe: TrainRecipe,
+    shape: Mapping[str, int],
+    batches: Sequence[dict[str, Tensor]],
+    earlier: Earlier | None,
+) -> dict[str, Tensor]:
+    """int64 indices that stay, by line: of a resumed run, or of choices that look at the whole stored model."""
+    if earlier is not None and earlier.kept:
+        return dict(earlier.kept)
+    if method_of(recipe).searches:
+        return method_of(recipe).choose(recipe, base, family, shape, batches)
+    scored: dict[str, list[ModelChoice]] = {}
+    for axis in shape:
+        if AXES[axis].per_layer and isinstance(choice := _choice(axis, recipe), ModelChoice):
+            scored.setdefault(choice.name, []).append(choice)
+    sizes = ModelSizes.of(base.config.to_dict(), family)
+    known: dict[str, Tensor] = {}
+    for alike in scored.values():
+        # One pass scores all axes.
+        found = alike[0].importance(base, family, sizes, batches, [choice.axis for choice in alike])
+        for axis, importance_LI in found.items():
+            for layer, importance_I in enumerate(importance_LI):
+                kept = largest(importance_I, shape[axis])
+                known[line_name(axis, layer)] = same_on_all(kept.to(base.device), f"what is kept of {axis}").cpu()
+    return known
 
 
 def _choose_and_compensate(
@@ -155,23 +195,24 @@ def _choose_and_compensate(
     recipe: TrainRecipe,
     shape: Mapping[str, int],
     layers: Tensor | None,
+    known: dict[str, Tensor],
     batches: Sequence[dict[str, Tensor]],
     earlier: Earlier | None,
 ) -> list[str]:
     """Choose inside the layers, and make up for what goes; returns the names of the linears with replaced weights."""
     sizes = method.base
-    known = dict(earlier.kept) if earlier is not None else {}
     inner = {axis: count for axis, count in shape.items() if AXES[axis].per_layer}
-    choices = {axis: choice_of(axis, recipe.choose) for axis in inner}
+    choices = {axis: _choice(axis, recipe) for axis in inner}
     stays = list(range(sizes.layers)) if layers is None else layers.tolist()
     refit = recipe.refit if recipe.compensate else "none"
     assert refit != "auto", "the recipe was not resolved"
+    unknown = any(line_name(axis, layer) not in known for axis in inner for layer in stays)
     replaced: list[str] = []
     if earlier is not None and (earlier.weights or earlier.is_tuned):
         for name, weight in earlier.weights.items():
             _put_back(model.get_base_model(), name, weight)
             replaced.append(name.removesuffix(".weight"))
-    elif batches and (inner or recipe.compensate):
+    elif batches and (unknown or recipe.compensate):
         found = compensate(
             model,
             method,

@@ -1,0 +1,1 @@
+"""An evolution over stock shapes and index sets (arXiv 2409.17372)."""
