@@ -72,5 +72,18 @@ ROWS: dict[str, Row] = {
             },
         },
     ),
+    "llm-pruner": Row(
+        axes="FFN, groups",
+        trains=True,
+        source="arXiv 2305.11627",
+        recipe={"method": "llm-pruner", "shape": {"ffn": 1088, "kv_groups": 2}},
+    ),
+    "atp": Row(axes="FFN", trains=True, source="arXiv 2412.14426", recipe={"method": "atp", "shape": {"ffn": 896}}),
+    "search": Row(
+        axes="layers, FFN",
+        trains=True,
+        source="arXiv 2409.17372",
+        recipe={"method": "search", "shape": {"layers": 24, "ffn": 1280}, "settings": {"generations": 8}},
+    ),
     "spp": Row(axes="zeros", trains=True, source="arXiv 2405.16057", recipe={"method": "spp"}, base="one-shot, 2:4"),
 }
