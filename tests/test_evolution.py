@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -20,7 +19,6 @@ from pat_serve.training.methods.search.evolution import Scores, evolve
 from pat_serve.training.methods.search.genome import Breeder, Genome, shapes_alike
 from pat_serve.training.methods.search.method import Search
 from pat_serve.training.methods.search.refits import Refits, refit_columns, removal_errors
-from pat_serve.training.model.dense_distance import DenseReference
 from pat_serve.training.run import resume, start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family
@@ -71,24 +69,6 @@ def test_the_refit_is_what_the_admm_comes_to() -> None:
     # Nearer after more steps, and always above the solution.
     few = admm(weight, second, mask, 20)[:, kept]
     assert error(found) <= error(many) * 1.001 < error(few) * 1.001 < error(weight[:, kept])
-
-
-def test_the_distance_is_the_mean_of_kl(base: Path) -> None:
-    dense, other = (AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval() for _ in range(2))
-    reference = DenseReference(dense, batches())
-    assert reference.distance(dense, 0, 2)[0] == pytest.approx(0, abs=1e-4)
-    with torch.no_grad():
-        other.model.layers[2].mlp.down_proj.weight.mul_(1.5)
-        nats, tokens = 0.0, 0
-        for batch in batches():
-            given = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            p, q = (
-                F.log_softmax(model(**given).logits[batch["attention_mask"].bool()], -1) for model in (dense, other)
-            )
-            nats, tokens = nats + float((p.exp() * (p - q)).sum()), tokens + len(p)
-    found = reference.distance(other, 0, 2)
-    assert found[1] == tokens
-    assert found[0] == pytest.approx(nats, rel=1e-4)
 
 
 def test_loaded_weights_are_refits_and_go_again(base: Path) -> None:

@@ -78,6 +78,7 @@ ROWS: dict[str, Row] = {
         source="arXiv 2305.11627",
         recipe={"method": "llm-pruner", "shape": {"ffn": 1088, "kv_groups": 2}},
     ),
+    "layers": Row(axes="layers", trains=True, source="arXiv 2411.15558", recipe={"method": "layers"}),
     "atp": Row(axes="FFN", trains=True, source="arXiv 2412.14426", recipe={"method": "atp", "shape": {"ffn": 896}}),
     "search": Row(
         axes="layers, FFN",

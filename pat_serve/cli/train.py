@@ -49,8 +49,8 @@ def train(
     method: Annotated[
         str | None,
         Flag(
-            help="pat, cut (no narrower stream: --shape or --axes without hidden), llm-pruner, atp, search, or lora "
-            "for the dense baseline. [default: pat, or cut by these]"
+            help="pat, cut (no narrower stream: --shape or --axes without hidden), llm-pruner, layers, atp, search, "
+            "one-shot, spp (docs/methods.md), or lora for the dense baseline. [default: pat, or cut by these]"
         ),
     ] = None,
     ratio: Annotated[

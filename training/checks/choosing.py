@@ -14,7 +14,7 @@ from pat_serve.training.choices.taylor import HELD_BYTES, Taylor
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.methods import method_of
 from pat_serve.training.methods.search.genome import MOST_CHANGES
-from pat_serve.training.methods.search.method import SearchSettings
+from pat_serve.training.methods.search.method import ROUNDS, SearchSettings
 from pat_serve.training.methods.search.refits import CACHED_BYTES
 from pat_serve.training.model.group_scores import members
 
@@ -72,14 +72,16 @@ def _scored_bytes(sizes: ModelSizes, width: int, layer_bytes: int) -> int:
 def _searching_bytes(
     sizes: ModelSizes, width: int, inner: Sequence[str], made: int, calibration: Sequence[BatchSize]
 ) -> int:
-    """Moments and dense weights of all writers, the refits that are kept, one solve, and the dense states."""
+    """Moments and dense weights of all writers, the refits that are kept, one solve, and the dense model's answers."""
     inputs = [sizes.ffn if axis == FFN else AXES[KV_GROUPS].length(sizes) * _group(sizes) for axis in inner]
     moments = sizes.layers * sum(4 * length**2 + width * length * sizes.hidden for length in inputs)
     solve = 8 * max((4 * length**2 for length in inputs), default=0)
     refits = min(CACHED_BYTES, made * width * sizes.hidden * max(inputs, default=0))
-    states = width * sizes.hidden * sum(size.tokens for size in calibration)
-    logits = 3 * 4 * 256 * sizes.vocab
-    return moments + solve + refits + states + logits
+    judged = [size.labelled_tokens for size in calibration[: ROUNDS[-1]]]
+    answers = 2 * sizes.vocab * sum(judged)
+    # Of one batch: a candidate's logits, as they come and in float32, and both models' log-probabilities.
+    logits = (width + 12) * sizes.vocab * max(judged)
+    return moments + solve + refits + answers + logits
 
 
 def _group(sizes: ModelSizes) -> int:

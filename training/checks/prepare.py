@@ -71,7 +71,10 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     if not method.trains:
         require_one_process(recipe, ranks)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
-    asked, recipe = recipe, recipe.resolved(tied=checkpoint.tied, prunes=method.prunes, narrows=HIDDEN in method.axes)
+    asked = recipe
+    if not (recipe.shape or recipe.axes or recipe.ratio or recipe.hidden_size):
+        recipe = recipe.model_copy(update={"shape": method.default_shape(checkpoint.sizes)})
+    recipe = recipe.resolved(tied=checkpoint.tied, prunes=method.prunes, narrows=HIDDEN in method.axes)
     check_ties(recipe, checkpoint)
     method.check_base(recipe, checkpoint)
     shape = target_shape(recipe, checkpoint)

@@ -8,6 +8,7 @@ from pat_serve.errors import UsageError
 from pat_serve.training.methods.atp.method import Atp
 from pat_serve.training.methods.base import Method
 from pat_serve.training.methods.cut import Cut
+from pat_serve.training.methods.layers import Layers
 from pat_serve.training.methods.llm_pruner import LlmPruner
 from pat_serve.training.methods.lora import LoraOnly
 from pat_serve.training.methods.one_shot import OneShot
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pat_serve.training.config import TrainRecipe
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Pat, Cut, LlmPruner, Atp, Search, LoraOnly, OneShot, Spp)
+    method.name: method for method in (Pat, Cut, LlmPruner, Layers, Atp, Search, LoraOnly, OneShot, Spp)
 }
 
 __all__ = ["METHODS", "Method", "method_of"]

@@ -112,6 +112,15 @@ class Method(ABC):
         return
 
     @classmethod
+    def default_shape(cls, sizes: ModelSizes) -> dict[str, int]:
+        """Counts to end with, by axis, where neither a shape nor a ratio is given; empty where one must be.
+
+        Args:
+            sizes: of the base.
+        """
+        return {}
+
+    @classmethod
     def choose(
         cls,
         recipe: TrainRecipe,

@@ -51,7 +51,7 @@ class Atp(Cut):
     cuts_at_the_end: ClassVar[bool] = True
     settings: ClassVar[type[OwnSettings]] = AtpSettings
     # A refit belongs to a cut that stands before the first step.
-    unused: ClassVar[frozenset[str]] = Cut.unused | {"compensate", "refit"}
+    unused: ClassVar[frozenset[str]] = Cut.unused | {"compensate", "refit", "train"}
     why_unused: ClassVar[str] = "decides over FFN channels and groups alone, while it trains"
     defaults: ClassVar[Mapping[str, Any]] = {"compensate": False}
 

@@ -31,7 +31,7 @@ from pat_serve.training.methods.cut import Cut
 from pat_serve.training.methods.search.evolution import Scores, evolve
 from pat_serve.training.methods.search.genome import Breeder, Genome, shapes_alike
 from pat_serve.training.methods.search.refits import Refits, removal_errors
-from pat_serve.training.model.dense_distance import DenseReference
+from pat_serve.training.search.measure import HeldOut
 
 if TYPE_CHECKING:
     from pat_serve.training.config import TrainRecipe
@@ -73,7 +73,8 @@ class Search(Cut):
         sizes = ModelSizes.of(base.config.to_dict(), family)
         asked = {axis: count for axis, count in shape.items() if axis in cls.axes}
         rows = batches[: ROUNDS[-1]]
-        reference = DenseReference(base, rows)
+        base.eval()
+        answers = [HeldOut.of(base, [row]) for row in rows]
         refits = Refits(base, family, sizes, [axis for axis in (FFN, KV_GROUPS) if axis in asked], batches)
         scores_I = {line: removal_errors(refits.inputs(line)) for line in refits.writers}
         if LAYERS in asked:
@@ -91,7 +92,8 @@ class Search(Cut):
             stays = genome.of(LAYERS)
             dropped = [] if stays is None else sorted(set(range(sizes.layers)) - set(stays))
             with left_out(base, dropped):
-                return reference.distance(base, at, at + 1)
+                tokens = len(answers[at].dense[0])
+                return answers[at].losses(base)[1] * tokens, tokens
 
         scores = Scores(measure=measure)
         rounds = sorted({min(batches, len(rows)) for batches in ROUNDS})
