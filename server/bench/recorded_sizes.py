@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer
-from typing_extensions import TypedDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
 from pat_serve.shapes.sizes import ModelSizes
 
-_NAMES = {
-    "hidden_size": "hidden",
-    "num_layers": "layers",
-    "num_heads": "heads",
-    "num_kv_heads": "kv_heads",
-    "head_dim": "head_dim",
-    "ffn_size": "ffn",
-    "vocab_size": "vocab",
-    "tied_head": "tied",
-    "linear_bytes": "linear_bytes",
-}
 
+class SizesRecord(BaseModel):
+    """The sizes in a record; `ModelSizes` says what each one means."""
 
-class SizesRecord(TypedDict):
-    """The record's form; `ModelSizes` says what each entry means."""
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     hidden_size: int
     num_layers: int
@@ -33,15 +22,41 @@ class SizesRecord(TypedDict):
     ffn_size: int
     vocab_size: int
     tied_head: bool
-    linear_bytes: float | None
+    linear_bytes: float | None = None
+
+    @staticmethod
+    def of(sizes: ModelSizes) -> SizesRecord:
+        """The record of a model's sizes."""
+        return SizesRecord(
+            hidden_size=sizes.hidden,
+            num_layers=sizes.layers,
+            num_heads=sizes.heads,
+            num_kv_heads=sizes.kv_heads,
+            head_dim=sizes.head_dim,
+            ffn_size=sizes.ffn,
+            vocab_size=sizes.vocab,
+            tied_head=sizes.tied,
+            linear_bytes=sizes.linear_bytes,
+        )
+
+    def sizes(self) -> ModelSizes:
+        """The sizes that are recorded."""
+        return ModelSizes(
+            hidden=self.hidden_size,
+            layers=self.num_layers,
+            heads=self.num_heads,
+            kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            ffn=self.ffn_size,
+            vocab=self.vocab_size,
+            tied=self.tied_head,
+            linear_bytes=self.linear_bytes,
+        )
 
 
 def _read(value: Any) -> Any:
-    return {_NAMES.get(name, name): entry for name, entry in value.items()} if isinstance(value, dict) else value
+    return SizesRecord.model_validate(value).sizes() if isinstance(value, dict) else value
 
 
-def _written(sizes: ModelSizes) -> dict[str, Any]:
-    return {name: getattr(sizes, ours) for name, ours in _NAMES.items()}
-
-
-RecordedSizes = Annotated[ModelSizes, BeforeValidator(_read), PlainSerializer(_written, return_type=SizesRecord)]
+# A field of a record.
+RecordedSizes = Annotated[ModelSizes, BeforeValidator(_read), PlainSerializer(SizesRecord.of, return_type=SizesRecord)]
