@@ -25,8 +25,9 @@ from pat_serve.training.model.calibration import calibrate
 from pat_serve.training.model.choice_file import replaced_weights
 from pat_serve.training.model.ready import Ready, make_ready
 from pat_serve.training.model.slicing import wide_adapter
+from pat_serve.training.presets import PAPER
 from pat_serve.training.recipe_file import read_recipe
-from pat_serve.training.run import resume, start
+from pat_serve.training.run import resume, start, start_or_resume
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family
 
@@ -259,7 +260,6 @@ def asked_of(base: Path, settings: dict[str, Any]) -> dict[str, int]:
         ({"axes": "layers", "method": "pat"}, UsageError, "hidden in --axes"),
         ({"axes": "layers", "method": "lora"}, UsageError, "cuts nothing"),
         ({"axes": "layers", "ratio": 0.7}, IllegalRatio, "in .0, 0.6]"),
-        ({"axes": "layers", "distillation_weight": 0.5}, UsageError, "teacher"),
         ({"axes": "layers", "choose": "ffn=obs"}, UsageError, "is none"),
         ({"axes": "layers", "shape": "layers=3"}, UsageError, "found axes layers, shape layers=3. See"),
         ({"shape": "hidden=50"}, IllegalShape, "hidden as a multiple of 8, not 50.*hidden=48 .*hidden=56 "),
@@ -308,3 +308,40 @@ def test_families_have_a_config_to_tell(tmp_path: Path):
         assert model.get_base_model().model.config.num_attention_heads == 2
         assert AutoConfig.from_pretrained(base).num_attention_heads == 4
         assert model(input_ids=PROMPT).logits.isfinite().all()
+
+
+def test_the_ratio_of_a_tied_base_goes_along_layers_and_ffn(rows: Path, tmp_path: Path, capsys):
+    """Where nothing is said of what is cut; and asked for again, the run is the same."""
+    base = save_tiny_family(tmp_path / "base", "llama", num_hidden_layers=8, tie_word_embeddings=True)
+    run = tmp_path / "run"
+    recipe = TrainRecipe.build({"model": str(base), "data": str(rows), "max_steps": 0, "calibration_rows": 8}, "test")
+    finished = start(recipe, run)
+    assert set(finished.shape) == {"hidden", "layers", "ffn"}
+    assert finished.shape["hidden"] == 64
+    sizes = open_checkpoint(str(base)).sizes
+    assert 1 - sizes.with_counts(finished.shape).parameters / sizes.parameters == pytest.approx(0.25, abs=0.01)
+    assert "since the base is tied" in capsys.readouterr().err
+    assert read_recipe(run / "recipe.yaml")["axes"] == ["layers", "ffn"]
+    assert start_or_resume(recipe, run) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "tied", "layers", "axes"),
+    [
+        ({}, True, 8, ("layers", "ffn")),
+        ({"ratio": 0.4, "refit": "lora"}, True, 30, ("layers", "ffn")),
+        ({}, False, 8, ()),
+        ({}, True, 7, ()),
+        ({"method": "pat"}, True, 8, ()),
+        ({"rotate": "loss"}, True, 8, ()),
+        ({"lora_head": True}, True, 8, ()),
+        (PAPER, True, 8, ()),
+        ({"hidden_size": 48}, True, 8, ()),
+        ({"shape": "layers=6"}, True, 8, ()),
+        ({"axes": "kv_groups"}, True, 8, ("kv_groups",)),
+    ],
+)
+def test_what_says_where_the_ratio_goes(settings: dict[str, Any], tied: bool, layers: int, axes: tuple[str, ...]):
+    recipe = TrainRecipe.build({"model": "m", "data": "d", **settings}, "test").with_axes(tied=tied, layers=layers)
+    assert recipe.axes == axes
+    assert recipe.method == ("cut" if axes or settings.get("shape") else "pat")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from pat_serve.checkpoints.locate import absolute
+from pat_serve.cut.axes import FFN, LAYERS
 from pat_serve.errors import UsageError
 from pat_serve.training.groups import check_groups, parse_scales, untrained_group
 from pat_serve.training.method_settings import MethodSettings
@@ -25,6 +26,9 @@ SCHEDULERS = (
 )  # fmt: skip
 
 LEAST_CALIBRATION_ROWS = 8
+# Where the ratio of a tied base goes, from so many layers on.
+AXES_OF_TIED = (LAYERS, FFN)
+LEAST_LAYERS = 8
 
 
 class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
@@ -188,6 +192,23 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
         """The same recipe with local paths made absolute, so that a run can be resumed from any folder."""
         named = {name: getattr(self, name) for name in ("model", "data", "eval_data")}
         return self.model_copy(update={name: absolute(path) for name, path in named.items() if path is not None})
+
+    def with_axes(self, *, tied: bool, layers: int) -> TrainRecipe:
+        """The recipe with the axes of its ratio named, where the settings say nothing of what is cut.
+
+        A tied base loses layers and FFN channels, which keeps more of it than a narrower stream of the same size
+        (docs/study.md). Any setting of PAT's own asks for the stream.
+
+        Args:
+            tied: the base's head is its embedding.
+            layers: of the base; one of few layers has none to spare.
+        """
+        of_the_stream = {"method", "narrow", "lora_head", *PatSettings.model_fields} & self.model_fields_set
+        says = self.shape or self.axes or self.hidden_size is not None or of_the_stream
+        if says or not tied or layers < LEAST_LAYERS:
+            return self
+        settings = self.model_dump(exclude_unset=True)
+        return TrainRecipe.build({**settings, "axes": AXES_OF_TIED}, "recipe")
 
     def resolved(self, *, tied: bool, prunes: bool = True, narrows: bool = True) -> TrainRecipe:
         """The recipe with every `auto` of the method decided by what measured best (docs/ablation.md).

@@ -61,7 +61,7 @@ def train(
         Flag(
             metavar="AXIS,...",
             help="Where --ratio cuts: any of hidden, layers, ffn, kv_groups, each by about the same share of itself. "
-            "[default: hidden]",
+            "[default: layers,ffn of a tied base, hidden of others and where a setting of PAT's is given]",
         ),
     ] = None,
     hidden_size: Annotated[int | None, Flag(help="Width to end with, instead of --ratio.")] = None,

@@ -16,7 +16,7 @@ from pat_serve.run.folder import (
     RECIPE_FILE,
 )
 from pat_serve.run.plan import PLAN_ARRAYS, PLAN_JSON
-from pat_serve.training.config import TrainRecipe
+from pat_serve.training.config import AXES_OF_TIED, LEAST_LAYERS, TrainRecipe
 from pat_serve.training.recipe_file import read_recipe
 
 
@@ -69,7 +69,11 @@ def require_same_recipe(run: Path, recipe: TrainRecipe) -> None:
     Raises:
         UsageError: settings differ; the message names them all.
     """
-    old, new = saved_recipe(run).model_dump(), recipe.model_dump()
+    saved = saved_recipe(run)
+    if saved.axes == AXES_OF_TIED:
+        # The run has named them, where the settings did not.
+        recipe = recipe.with_axes(tied=True, layers=LEAST_LAYERS)
+    old, new = saved.model_dump(), recipe.model_dump()
     changed = [name for name in new if old[name] != new[name]]
     if changed:
         raise UsageError(

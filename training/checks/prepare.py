@@ -13,6 +13,7 @@ from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.cut.axes import HIDDEN
 from pat_serve.errors import UsageError
 from pat_serve.machine.hardware import serving_dtype
+from pat_serve.terminal.progress import say
 from pat_serve.tokens.vocabulary import Vocabulary
 from pat_serve.training.checks.cut_report import report_cut
 from pat_serve.training.checks.inputs import RunInputs
@@ -64,14 +65,17 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     Raises:
         PatServeError: one of them is unusable.
     """
-    method = method_of(recipe)
     check_reporters(recipe.report_to)
     refuse_zero3()
     _refuse_sharded_weights(recipe)
-    if not method.trains:
+    if not method_of(recipe).trains:
         require_one_process(recipe, ranks)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
-    asked = recipe
+    named = recipe.with_axes(tied=checkpoint.tied, layers=checkpoint.num_layers)
+    if named is not recipe:
+        say("--ratio goes along layers and FFN channels, since the base is tied (--axes hidden: along its stream)")
+    asked = recipe = named
+    method = method_of(recipe)
     if not (recipe.shape or recipe.axes or recipe.ratio or recipe.hidden_size):
         recipe = recipe.model_copy(update={"shape": method.default_shape(checkpoint.sizes)})
     recipe = recipe.resolved(tied=checkpoint.tied, prunes=method.prunes, narrows=HIDDEN in method.axes)
@@ -91,7 +95,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     micro_batches = math.ceil((rows or 0) / (recipe.batch_size * ranks.count))
     steps_per_epoch = math.ceil(micro_batches / recipe.gradient_accumulation_steps)
     total_steps = max(1, round(recipe.epochs * steps_per_epoch)) if recipe.max_steps is None else recipe.max_steps
-    if not method.trains:
+    if not method_of(recipe).trains:
         total_steps = 0
         require_calibration_rows(recipe, len(data.samples))
     least = method.least_steps(recipe) if method.trains else 0
