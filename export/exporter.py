@@ -15,16 +15,18 @@ import torch
 
 from pat_serve.checkpoints.locate import check_inside
 from pat_serve.checkpoints.shards import require_no_pattern
-from pat_serve.errors import UsageError
+from pat_serve.errors import DataError, UsageError
 from pat_serve.export.files.ends import add_end_tokens
 from pat_serve.export.files.model_files import dtype_name as _name
 from pat_serve.export.files.model_files import write_model as _write_model
+from pat_serve.export.formats.calibrated import Calibration, bounded
 from pat_serve.export.formats.gguf import require_gguf, write_gguf
 from pat_serve.export.formats.quality import QuantizationQuality, require_compressed_tensors
 from pat_serve.export.formats.quantize import quantize_export
 from pat_serve.export.formats.schemes import scheme_named
 from pat_serve.export.parity.comparison import Parity
 from pat_serve.export.parity.gate import measure_parity
+from pat_serve.export.parity.prompts import own_prompts
 from pat_serve.export.parity.report import parity_lines
 from pat_serve.export.record.card import model_card, provenance
 from pat_serve.export.record.card_sections import quality_section
@@ -32,7 +34,7 @@ from pat_serve.export.record.zeros import count_zeros
 from pat_serve.export.rewrite.config import exported_config
 from pat_serve.export.rewrite.contents import shapes_of
 from pat_serve.export.rewrite.dry_run import dry_run
-from pat_serve.export.rewrite.shape_check import check_fitness
+from pat_serve.export.rewrite.shape_check import check_fitness, group_size_of
 from pat_serve.export.run.base_files import BaseFiles
 from pat_serve.export.run.hashes import hash_files
 from pat_serve.export.run.reader import Run, open_run
@@ -80,6 +82,7 @@ def export_run(
     quantize: str | None = None,
     tp: tuple[int, ...] = (),
     gguf: bool = False,
+    calibration: Calibration | None = None,
     accept: Callable[[Path, Path], dict[str, Any]] | None = None,
 ) -> Exported:
     """Rewrite a run's base as a standard narrower checkpoint.
@@ -94,9 +97,10 @@ def export_run(
         walk: measure layer by layer; None decides by the memory that is there.
         scorer: asks vLLM, for its part of the parity; None leaves it out.
         force: replace `out`.
-        quantize: "int8" or "fp8" for the decoder's linears; `dtype` is then that of everything else.
+        quantize: "int8", "int4" or "fp8" for the decoder's linears; `dtype` is then that of everything else.
         tp: tensor-parallel degrees that the model has to serve at.
         gguf: write model.gguf too.
+        calibration: what int4 rounds the weights for; None takes the run's own prompts, which are few.
         accept: looks at the finished model, given its folder and the base's, and raises when it shall not be; what it
             returns, pat-eval's report as JSON, goes into the record and the card.
 
@@ -120,10 +124,13 @@ def export_run(
     # A licence that is a link to somebody's key would be published with the model.
     check_inside(run.base.folder, _carried(run))
     fitness = check_fitness(run, tp, scheme)
+    if scheme and scheme.calibrated:
+        scheme = scheme.in_groups(group_size_of(run, tp))
     model_dtype = run.base.dtype if dtype == "auto" else DTYPES[dtype]
     if gguf:
         require_gguf(exported_config(run, model_dtype), run.base.folder, quantized=scheme is not None)
-    # 8-bit weights are made from the exact float32 ones, which are proven first.
+    calibrated = _calibration(run, calibration) if scheme and scheme.calibrated else None
+    # Quantised weights are made from the exact float32 ones, which are proven first.
     file_dtype = torch.float32 if scheme else model_dtype
     with ExitStack() as stack:
         base_files = stack.enter_context(BaseFiles(run))
@@ -138,7 +145,10 @@ def export_run(
         outcome = (
             _prove(run, staging, file_dtype, out, model_dtype=model_dtype, walk=walk, scorer=scorer) if parity else None
         )
-        quality = quantize_export(run, staging, scheme, model_dtype, max_shard_bytes, out, parity) if scheme else None
+        quality = None
+        if scheme:
+            prompts = calibrated[1] if calibrated else []
+            quality = quantize_export(run, staging, scheme, model_dtype, max_shard_bytes, out, parity, prompts)
         _carry_files(run, staging)
         add_end_tokens(run, staging)
         if gguf:
@@ -146,12 +156,34 @@ def export_run(
         kept = {"quality": accept(staging, run.base.folder)} if accept else {}
         record = provenance(run, _name(model_dtype), outcome, scheme, quality, fitness) | kept
         record["sparsity"] = sparsity
+        if calibrated:
+            record["quantization"]["calibration"] = _told(*calibrated)
         record["files"] = hash_files(staging, {} if scheme else hashes)
         (staging / "pat_export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         measured = quality_section(record["quality"]) if kept else None
         (staging / "README.md").write_text(model_card(record, measured), encoding="utf-8")
         base_files.require()
     return Exported(out=out, record=record, parity=outcome, quality=quality)
+
+
+def _calibration(run: Run, given: Calibration | None) -> tuple[str, list[list[int]]]:
+    """The name of a calibration's source, and its prompts.
+
+    Raises:
+        DataError: there are none.
+    """
+    if given is None:
+        return "the run's own prompts", bounded(own_prompts(run))
+    prompts = bounded(given.prompts(run.base.folder))
+    if not prompts:
+        raise DataError(given.source, expected="text to calibrate on", found="none", fix="Give other --calibration.")
+    vocab = run.base.sizes.vocab
+    assert all(0 <= token < vocab for prompt in prompts for token in prompt)
+    return given.source, prompts
+
+
+def _told(source: str, prompts: list[list[int]]) -> dict[str, Any]:
+    return {"source": source, "prompts": len(prompts), "tokens": sum(map(len, prompts))}
 
 
 def _prove(

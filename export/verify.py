@@ -15,7 +15,7 @@ from pat_serve.checkpoints.locate import read_config
 from pat_serve.cut.axes import HIDDEN
 from pat_serve.errors import BrokenCheckpoint, BrokenPlan, MissingModel, UsageError, first_line
 from pat_serve.export.files.model_files import write_model
-from pat_serve.export.formats.check import check_eight_bits
+from pat_serve.export.formats.check import check_quantized
 from pat_serve.export.formats.quality import QuantizationQuality, measure_quality, require_compressed_tensors
 from pat_serve.export.formats.schemes import SCHEMES, Scheme, quantization_config
 from pat_serve.export.parity.comparison import Parity
@@ -39,8 +39,8 @@ class Verification:
     Attributes:
         folder: the export.
         files: names of the files whose hashes are those of the export; empty where the export recorded none.
-        parity: measured now; of an 8-bit export that of the float32 weights which it was rounded from.
-        quality: what the 8 bits cost, measured now; None for an export that is not quantized.
+        parity: measured now; of a quantised export that of the float32 weights which it was rounded from.
+        quality: what quantisation costs, measured now; None for an export that is not quantised.
     """
 
     folder: Path
@@ -73,7 +73,14 @@ class Verification:
 class _Quantization(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
 
-    scheme: Literal["int8", "fp8"]
+    scheme: Literal["int8", "int4", "fp8"]
+    group_size: int | None = pydantic.Field(default=None, ge=2)
+
+    @property
+    def written(self) -> Scheme:
+        """The scheme, with the groups of this export."""
+        scheme = SCHEMES[self.scheme]
+        return scheme if self.group_size is None else scheme.in_groups(self.group_size)
 
 
 class _Record(pydantic.BaseModel):
@@ -121,7 +128,7 @@ def verify_export(
     """
     record = _read_record(folder)
     files = _check_files(folder, record)
-    scheme = SCHEMES[record.quantization.scheme] if record.quantization else None
+    scheme = record.quantization.written if record.quantization else None
     _check_scheme(folder, scheme)
     if scheme:
         if scorer is not None:
@@ -131,7 +138,7 @@ def verify_export(
     _check_origin(folder, record, run)
     model_dtype = getattr(torch, record.dtype)
     if scheme:
-        parity, quality = _measure_eight_bits(run, folder, scheme, model_dtype, walk)
+        parity, quality = _measure_quantized(run, folder, scheme, model_dtype, walk)
         return Verification(folder=folder, files=files, parity=parity, quality=quality)
     parity = measure_parity(run, folder, model_dtype, walk=walk, scorer=scorer, same_machine=False)
     return Verification(folder=folder, files=files, parity=parity)
@@ -150,11 +157,11 @@ def _check_scheme(folder: Path, scheme: Scheme | None) -> None:
         )
 
 
-def _measure_eight_bits(
+def _measure_quantized(
     run: Run, folder: Path, scheme: Scheme, model_dtype: torch.dtype, walk: bool | None
 ) -> tuple[Parity, QuantizationQuality]:
-    """Repeat the export's gate: exact float32 weights against the trained model, 8-bit ones against these."""
-    check_eight_bits(run, folder, scheme, model_dtype)
+    """Repeat the export's gate: exact float32 weights against the trained model, quantised ones against these."""
+    check_quantized(run, folder, scheme, model_dtype)
     with tempfile.TemporaryDirectory(prefix="pat-verify-") as scratch:
         exact = Path(scratch)
         needed_bytes = sum(prod(shape) for shape in shapes_of(run).values()) * torch.float32.itemsize

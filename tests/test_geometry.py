@@ -189,12 +189,12 @@ def test_vllms_cpu_attention_knows_these_heads():
 
 
 def test_cautions():
-    assert cautions(wide(3072), (1, 2, 4, 8), eight_bit=True) == []
+    assert cautions(wide(3072), (1, 2, 4, 8), bits=8) == []
     slow = slow_width(4096, wide(2848), hidden_multiple_of_heads=True)
     assert slow is not None
     assert "2848 is no multiple of 64" in slow
     assert "2816 (4.63 B parameters)" in slow
-    [shallow] = cautions(wide(3072), (16,), eight_bit=True)  # 11008 / 16 = 688 is no multiple of 32
+    [shallow] = cautions(wide(3072), (16,), bits=8)  # 11008 / 16 = 688 is no multiple of 32
     assert "3072 x 688 at 16-fold" in shallow
     assert "AMX" in shallow
     assert any("head_dim 48" in text for text in cautions(dataclasses.replace(wide(3072), head_dim=48)))

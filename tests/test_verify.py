@@ -128,9 +128,11 @@ def int8(run: Path) -> Path:
     return export_run(run, run.parent / "int8", dtype="bfloat16", quantize="int8").out
 
 
-@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+@pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
 def test_an_untouched_quantized_export(quantize: str, run: Path, int8: Path, tmp_path: Path):
-    out = int8 if quantize == "int8" else export_run(run, tmp_path / "out", quantize="fp8", max_shard_bytes=100_000).out
+    out = int8
+    if quantize != "int8":
+        out = export_run(run, tmp_path / "out", quantize=quantize, max_shard_bytes=100_000).out
     record = json.loads((out / "pat_export.json").read_text())
     found = verify_export(out, run)
     assert found.quality is not None

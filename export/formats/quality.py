@@ -1,7 +1,7 @@
-"""Measure what quantisation costs: the 8-bit files against the exact float32 ones, on the run's own prompts.
+"""Measure what quantisation costs: the quantised files against the exact float32 ones, on the run's own prompts.
 
-Stock transformers loads both. With compressed-tensors installed it reads the 8-bit weights and rounds every linear's
-inputs token by token, as a server's kernels do, so activations count too.
+Stock transformers loads both. With compressed-tensors installed it reads the quantised weights and, for 8 bits, rounds
+every linear's inputs token by token, as a server's kernels do, so activations count too.
 """
 
 from __future__ import annotations
@@ -24,28 +24,25 @@ from pat_serve.export.formats.schemes import Scheme
 from pat_serve.perplexity import Perplexity, summarize_nll
 from pat_serve.terminal.progress import track
 
-# exp(0.02) = 1.02: a model as far from the float one as the perplexity's limit allows on average. The mean KL of few
-# tokens is far less noisy than a ratio of perplexities, and it cannot cancel out.
-KL_LIMIT_NATS = 0.02
-
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationQuality:
-    """The float model against the 8-bit one, over all positions of all prompts.
+    """The float model against the quantised one, over all positions of all prompts.
 
     Attributes:
-        scheme: int8 or fp8.
+        scheme: int8, int4 or fp8.
         prompts: number of the run's prompts.
         tokens: predicted tokens.
         perplexity_before: perplexity of the exact float32 model.
-        perplexity_after: perplexity of the 8-bit model.
+        perplexity_after: perplexity of the quantised model.
         perplexity_ratio: after over before.
         perplexity_limit: limit of the ratio. It does not apply where the float model does worse on the prompts than a
             uniform guess: its judgement of such text says nothing about the text that it writes.
         uniform_perplexity: perplexity of a uniform guess, the size of the vocabulary.
         max_abs_over_std: largest logit difference over the logits' standard deviation.
-        mean_kl_nats: mean KL(float || 8-bit).
-        kl_limit_nats: limit of the mean KL.
+        mean_kl_nats: mean KL(float || quantised). The mean KL of few tokens is far less noisy than a ratio of
+            perplexities, and it cannot cancel out.
+        kl_limit_nats: limit of the mean KL; about the log of the perplexity's.
         top1_agreement: share of positions with the same greedy token.
     """
 
@@ -102,10 +99,10 @@ class QuantizationQuality:
 
 
 def require_compressed_tensors() -> None:
-    """Raise unless the quality of an 8-bit export can be measured; asked before hours of work.
+    """Raise unless the quality of a quantised export can be measured; asked before hours of work.
 
     Raises:
-        MissingExtra: compressed-tensors, which transformers reads 8-bit weights with, is not installed.
+        MissingExtra: compressed-tensors, which transformers reads quantised weights with, is not installed.
     """
     if find_spec("compressed_tensors") is None:
         raise MissingExtra(
@@ -117,11 +114,11 @@ def require_compressed_tensors() -> None:
 
 
 def measure_quality(exact: Path, quantized: Path, scheme: Scheme, prompts: list[list[int]]) -> QuantizationQuality:
-    """Measure the 8-bit files of a folder.
+    """Measure the quantised files of a folder.
 
     Args:
         exact: folder of the float32 export.
-        quantized: folder of the 8-bit export.
+        quantized: folder of the quantised export.
         scheme: how it was made.
         prompts: token ids; every token except the first of each is predicted.
     """
@@ -143,7 +140,7 @@ def measure_quality(exact: Path, quantized: Path, scheme: Scheme, prompts: list[
         uniform_perplexity=both.shape[-1],
         max_abs_over_std=float((both - other).abs().max() / both.std()),
         mean_kl_nats=float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
-        kl_limit_nats=KL_LIMIT_NATS,
+        kl_limit_nats=scheme.kl_limit_nats,
         top1_agreement=float((both.argmax(-1) == other.argmax(-1)).float().mean()),
     )
 

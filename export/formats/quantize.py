@@ -1,6 +1,7 @@
-"""Turn a finished float32 export into an 8-bit one, tensor by tensor.
+"""Turn a finished float32 export into a quantised one, tensor by tensor.
 
-The source is the exact rewriting in float32, so that 8-bit weights come from the exact ones and not from 16-bit ones.
+The source is the exact rewriting in float32, so that quantised weights come from the exact ones and not from 16-bit
+ones.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,9 +20,17 @@ from torch import Tensor
 
 from pat_serve.checkpoints.shard_layout import shard_names
 from pat_serve.checkpoints.shards import TensorEntry, read_header
+from pat_serve.export.formats.calibrated import Rounded, round_layers
 from pat_serve.export.formats.overflow import round_floats
 from pat_serve.export.formats.quality import QuantizationQuality, measure_quality
-from pat_serve.export.formats.schemes import SCALE_SUFFIX, Scheme, quantization_config, quantize_channels
+from pat_serve.export.formats.schemes import (
+    PACKED_SUFFIX,
+    SCALE_SUFFIX,
+    SHAPE_SUFFIX,
+    Scheme,
+    quantization_config,
+    quantize_channels,
+)
 from pat_serve.export.parity.prompts import own_prompts
 from pat_serve.export.run.reader import Run
 from pat_serve.families.architectures import EMBEDDING, HEAD
@@ -30,13 +39,13 @@ from pat_serve.terminal.progress import track
 _INDEX = "model.safetensors.index.json"
 HEADER_DTYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
-    torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.int32: "I32", torch.int64: "I64",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """One tensor of the 8-bit checkpoint, before it is there.
+    """One tensor of the quantised checkpoint, before it is there.
 
     Attributes:
         source: name of the float32 tensor that it is made from.
@@ -55,9 +64,16 @@ class Stored:
 
 
 def quantize_export(
-    run: Run, folder: Path, scheme: Scheme, model_dtype: torch.dtype, max_shard_bytes: int, out: Path, judge: bool
+    run: Run,
+    folder: Path,
+    scheme: Scheme,
+    model_dtype: torch.dtype,
+    max_shard_bytes: int,
+    out: Path,
+    judge: bool,
+    calibration: list[list[int]],
 ) -> QuantizationQuality | None:
-    """Replace the float32 weights of a finished export by 8-bit ones.
+    """Replace the float32 weights of a finished export by quantised ones.
 
     Args:
         run: the run that it comes from; its own prompts are what is measured on, not the random ones.
@@ -67,6 +83,7 @@ def quantize_export(
         max_shard_bytes: size of a weight file at most.
         out: what the folder will be called, for messages.
         judge: measure what quantisation costs.
+        calibration: token ids whose inputs a calibrated scheme rounds the weights for.
 
     Raises:
         ParityError: it costs more than the scheme may.
@@ -74,23 +91,35 @@ def quantize_export(
     """
     quantized = folder / f".{scheme.name}"
     quantized.mkdir()
-    quantize_folder(folder, quantized, scheme, model_dtype, max_shard_bytes)
+    rounded = None
+    if scheme.group_size is not None:
+        rounded = round_layers(folder, calibration, scheme.group_size, model_dtype)
+    quantize_folder(folder, quantized, scheme, model_dtype, max_shard_bytes, rounded)
     quality = measure_quality(folder, quantized, scheme, own_prompts(run)) if judge else None
     if quality is not None:
-        quality.require(out, "Nothing was exported: this model loses too much in 8 bits. Export it without --quantize.")
+        lost = f"Nothing was exported: this model loses too much in {scheme.bits} bits."
+        quality.require(out, f"{lost} Export it without --quantize.")
     replace_weights(folder, quantized)
     return quality
 
 
-def quantize_folder(exact: Path, out: Path, scheme: Scheme, model_dtype: torch.dtype, max_shard_bytes: int) -> None:
-    """Write the 8-bit twin of a float32 checkpoint.
+def quantize_folder(
+    exact: Path,
+    out: Path,
+    scheme: Scheme,
+    model_dtype: torch.dtype,
+    max_shard_bytes: int,
+    rounded: Mapping[str, Rounded] | None = None,
+) -> None:
+    """Write the quantised twin of a float32 checkpoint.
 
     Args:
         exact: a folder with config.json and float32 weights.
-        out: an empty folder, which gets config.json and the 8-bit weights.
+        out: an empty folder, which gets config.json and the quantised weights.
         scheme: the scheme.
         model_dtype: dtype of what is not quantised: embedding, head, norms, biases.
         max_shard_bytes: size of a weight file at most.
+        rounded: the weights of a calibrated scheme, by name.
 
     Raises:
         BrokenCheckpoint: a value that does not fit into `model_dtype`.
@@ -99,7 +128,7 @@ def quantize_folder(exact: Path, out: Path, scheme: Scheme, model_dtype: torch.d
     shards = _plan_shards(_stored(where, scheme, model_dtype), max_shard_bytes)
     files = shard_names(len(shards))
     total = sum(len(shard) for shard in shards)
-    done = track(_tensors(shards, where, scheme, model_dtype), f"quantise to {scheme.name}", total)
+    done = track(_tensors(shards, where, scheme, model_dtype, rounded or {}), f"write {scheme.name} weights", total)
     for file, shard in zip(files, shards, strict=True):
         _write_shard(out / file, shard, done)
     config: dict[str, Any] = json.loads((exact / "config.json").read_text(encoding="utf-8"))
@@ -114,7 +143,7 @@ def quantize_folder(exact: Path, out: Path, scheme: Scheme, model_dtype: torch.d
 
 
 def replace_weights(folder: Path, quantized: Path) -> None:
-    """Put the 8-bit weights and config into the place of the float32 ones, and remove their folder."""
+    """Put the quantised weights and config into the place of the float32 ones, and remove their folder."""
     for path in [*folder.glob("*.safetensors"), *folder.glob(_INDEX)]:
         path.unlink()
     for path in quantized.iterdir():
@@ -139,8 +168,8 @@ def _stored(where: dict[str, TensorEntry], scheme: Scheme, model_dtype: torch.dt
     for name, entry in where.items():
         shape = entry.shape
         if is_quantized(name, shape):
-            yield name, Stored(source=name, dtype=scheme.dtype, shape=shape)
-            yield name + SCALE_SUFFIX, Stored(source=name, dtype=torch.float32, shape=(shape[0], 1))
+            for suffix, (dtype, part) in scheme.parts(shape, model_dtype).items():
+                yield name + suffix, Stored(source=name, dtype=dtype, shape=part)
         else:
             yield name, Stored(source=name, dtype=model_dtype, shape=shape)
 
@@ -162,21 +191,28 @@ def _tensors(
     where: dict[str, TensorEntry],
     scheme: Scheme,
     model_dtype: torch.dtype,
+    rounded: Mapping[str, Rounded],
 ) -> Iterator[tuple[str, Tensor]]:
-    """The stored tensors in order, one weight in memory at a time; a scale follows its weight."""
-    scale: Tensor | None = None
+    """The stored tensors in order, one weight in memory at a time; the parts of a weight follow each other."""
+    parts: dict[str, Tensor] = {}
     for shard in shards:
         for name, entry in shard.items():
-            if name != entry.source:
-                assert scale is not None
-                yield name, scale
+            source = where[entry.source]
+            if not is_quantized(entry.source, source.shape):
+                yield name, round_floats(source.read(), model_dtype, name)
                 continue
-            tensor = where[name].read()
-            if entry.dtype == scheme.dtype:
-                tensor, scale = quantize_channels(tensor, scheme)
-            else:
-                tensor = round_floats(tensor, model_dtype, name)
-            yield name, tensor
+            if not parts:
+                parts = _parts(entry.source, source, scheme, rounded)
+            yield name, parts.pop(name.removeprefix(entry.source))
+
+
+def _parts(name: str, source: TensorEntry, scheme: Scheme, rounded: Mapping[str, Rounded]) -> dict[str, Tensor]:
+    """The tensors in the place of a linear's weight, by what is appended to its name."""
+    if scheme.group_size is None:
+        stored_OI, scale_O1 = quantize_channels(source.read(), scheme)
+        return {"": stored_OI, SCALE_SUFFIX: scale_O1}
+    found = rounded[name]
+    return {PACKED_SUFFIX: found.packed, SCALE_SUFFIX: found.scale, SHAPE_SUFFIX: torch.tensor(source.shape)}
 
 
 def _write_shard(path: Path, shard: dict[str, Stored], tensors: Iterator[tuple[str, Tensor]]) -> None:

@@ -1,13 +1,14 @@
-"""8-bit schemes of the compressed-tensors format, as data and pure maths.
+"""Schemes of the compressed-tensors format, as data and pure maths.
 
-A scheme quantises every linear of the decoder layers; embedding, head, norms and biases stay floats. Each output
-channel has a scale of its own, and activations are quantised token by token while the model runs, so nothing is
-calibrated (docs/formats.md has what calibration would gain).
+A scheme quantises every linear of the decoder layers; embedding, head, norms and biases stay floats. In 8 bits each
+output channel has a scale of its own, and activations are quantised token by token while the model runs, so nothing is
+calibrated (docs/formats.md has what calibration would gain). In 4 bits a group of inputs has a scale, activations stay
+floats, and GPTQ rounds the weights for the inputs of a calibration (`gptq.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,30 +17,63 @@ from torch import Tensor
 from pat_serve.errors import UsageError
 from pat_serve.families.architectures import HEAD
 
-SCALE_SUFFIX = "_scale"
+SCALE_SUFFIX, PACKED_SUFFIX, SHAPE_SUFFIX = "_scale", "_packed", "_shape"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """One way to write a linear's weight in 8 bits.
+    """One way to write a linear's weight in few bits.
 
     Attributes:
         name: name for `--quantize`.
-        dtype: dtype of the stored weight.
+        bits: of a weight.
+        label: of weights and activations, for the model card.
+        dtype: dtype of the stored weight; several weights of 4 bits lie in one number.
         largest: the largest magnitude that is stored.
         kind: compressed-tensors' name of the number type.
         format: compressed-tensors' name of the layout.
         perplexity_limit: an export whose perplexity grows by more than this factor is refused.
+        kl_limit_nats: limit of the mean KL(float || quantised).
         runs_on: devices, for the model card.
+        group_size: inputs that share a scale; None for a scale of each output channel.
     """
 
     name: str
+    bits: int
+    label: str
     dtype: torch.dtype
     largest: float
     kind: str
     format: str
     perplexity_limit: float
+    kl_limit_nats: float
     runs_on: str
+    group_size: int | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Weights are rounded for the inputs of a calibration."""
+        return self.group_size is not None
+
+    def parts(self, shape: tuple[int, ...], float_dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor in the place of a linear's weight, by what is appended to the weight's name.
+
+        Args:
+            shape: of the weight, (out, in).
+            float_dtype: of what is not quantised.
+        """
+        rows, inputs = shape
+        if self.group_size is None:
+            return {"": (self.dtype, shape), SCALE_SUFFIX: (torch.float32, (rows, 1))}
+        return {
+            PACKED_SUFFIX: (self.dtype, (rows, inputs * self.bits // (8 * self.dtype.itemsize))),
+            SCALE_SUFFIX: (float_dtype, (rows, inputs // self.group_size)),
+            SHAPE_SUFFIX: (torch.int64, (2,)),
+        }
+
+    def in_groups(self, group_size: int) -> Scheme:
+        """The same scheme with groups of another size."""
+        return replace(self, group_size=group_size)
 
 
 # 64 and not 127: on CPUs without VNNI, vLLM's int8 kernel (oneDNN) adds two products of a weight and an activation, the
@@ -47,23 +81,44 @@ class Scheme:
 # costs 1e-4 nats; saturation costs a hundred times that (docs/formats.md).
 INT8 = Scheme(
     name="int8",
+    bits=8,
+    label="W8A8",
     dtype=torch.int8,
     largest=64.0,
     kind="int",
     format="int-quantized",
     perplexity_limit=1.02,
+    kl_limit_nats=0.02,
     runs_on="vLLM on CPUs and on NVIDIA GPUs from Turing on",
 )
 FP8 = Scheme(
     name="fp8",
+    bits=8,
+    label="W8A8",
     dtype=torch.float8_e4m3fn,
     largest=448.0,
     kind="float",
     format="float-quantized",
     perplexity_limit=1.02,
+    kl_limit_nats=0.02,
     runs_on="vLLM on NVIDIA GPUs (fp8 arithmetic from Ada and Hopper on, weights alone on Ampere)",
 )
-SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8)}
+# The limits catch damage and no more: four bits cost a small model several per cent, and --require-quality says whether
+# that is too much.
+INT4 = Scheme(
+    name="int4",
+    bits=4,
+    label="W4A16",
+    dtype=torch.int32,
+    largest=8.0,
+    kind="int",
+    format="pack-quantized",
+    perplexity_limit=1.3,
+    kl_limit_nats=0.26,
+    runs_on="vLLM on CPUs, where linears are multiples of 32, and on NVIDIA GPUs from Turing on",
+    group_size=128,
+)
+SCHEMES = {scheme.name: scheme for scheme in (INT8, INT4, FP8)}
 
 
 def scheme_named(name: str) -> Scheme:
@@ -73,7 +128,7 @@ def scheme_named(name: str) -> Scheme:
         UsageError: no scheme has that name.
     """
     if name not in SCHEMES:
-        raise UsageError("--quantize", expected=" or ".join(SCHEMES), found=name, fix="Choose one of them.")
+        raise UsageError("--quantize", expected=", ".join(SCHEMES), found=name, fix="Choose one of them.")
     return SCHEMES[name]
 
 
@@ -104,17 +159,18 @@ def dequantize_channels(stored_OI: Tensor, scale_O1: Tensor) -> Tensor:
 
 def quantization_config(scheme: Scheme) -> dict[str, Any]:
     """Make `quantization_config` for config.json, as compressed-tensors, transformers and vLLM read it."""
-    numbers = {"num_bits": 8, "type": scheme.kind, "symmetric": True}
+    numbers: dict[str, Any] = {"num_bits": scheme.bits, "type": scheme.kind, "symmetric": True}
+    if scheme.group_size is None:
+        stored = {
+            "weights": numbers | {"strategy": "channel", "dynamic": False},
+            "input_activations": numbers | {"strategy": "token", "dynamic": True},
+        }
+    else:
+        stored = {"weights": numbers | {"strategy": "group", "group_size": scheme.group_size, "dynamic": False}}
     return {
         "quant_method": "compressed-tensors",
         "format": scheme.format,
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": numbers | {"strategy": "channel", "dynamic": False},
-                "input_activations": numbers | {"strategy": "token", "dynamic": True},
-            }
-        },
+        "config_groups": {"group_0": {"targets": ["Linear"], **stored}},
         "ignore": [HEAD],
     }

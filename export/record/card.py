@@ -71,12 +71,15 @@ def provenance(
         "recipe": run.recipe
         | {key: _public_name(str(run.recipe[key])) for key in ("model", "data") if key in run.recipe},
         "parity": parity.as_dict() if parity else None,
-        "quantization": {"scheme": scheme.name, "format": scheme.format, "quality": quality and quality.as_dict()}
-        if scheme
-        else None,
+        "quantization": _quantization(scheme, quality) if scheme else None,
         "fits": fitness,
         "versions": {"pat-serve": __version__, **_versions("torch", "transformers", "peft", "safetensors")},
     }
+
+
+def _quantization(scheme: Scheme, quality: QuantizationQuality | None) -> dict[str, Any]:
+    groups = {} if scheme.group_size is None else {"group_size": scheme.group_size}
+    return {"scheme": scheme.name, "format": scheme.format, **groups, "quality": quality and quality.as_dict()}
 
 
 def base_license(folder: Path) -> dict[str, str]:
@@ -132,7 +135,7 @@ def _text(record: dict[str, Any], name: str, scheme: Scheme | None, measured: st
     base, exported = record["parameters"]["base"], record["parameters"]["exported"]
     dtype = record["dtype"]
     rows = "".join(f"| {name} | {of['base']} | {of['exported']} |\n" for name, of in changed_sizes(record).items())
-    stored = f"{scheme.name} (W8A8, compressed-tensors), everything else {dtype}" if scheme else dtype
+    stored = f"{scheme.name} ({scheme.label}, compressed-tensors), everything else {dtype}" if scheme else dtype
     recipe = "\n".join(f"- {key}: {record['recipe'][key]}" for key in _RECIPE if record["recipe"].get(key))
     runs = f" It runs in {scheme.runs_on}." if scheme else ""
     needs = "\nTransformers needs `pip install compressed-tensors` to read it.\n" if scheme else ""
@@ -191,7 +194,8 @@ def _checked(record: dict[str, Any]) -> str:
     quality = QuantizationQuality(**{key: value for key, value in quantization["quality"].items() if key != "passed"})
     return (
         f"{checked} These are the figures of the exact float32 weights.\n\n"
-        f"Quantised to {quality.scheme}, against the same weights in float32: {quality.describe()}."
+        f"Quantised to {quality.scheme}{_calibrated(quantization)}, against the same weights in float32: "
+        f"{quality.describe()}."
     )
 
 
@@ -204,6 +208,13 @@ def _zeros_note(record: dict[str, Any]) -> str:
         f"(pattern {sparsity['pattern']}). They are stored and computed like any other number: vLLM has no kernels for "
         "them, and this model is neither smaller nor faster than its base.\n"
     )
+
+
+def _calibrated(quantization: dict[str, Any]) -> str:
+    used = quantization.get("calibration")
+    if not used:
+        return ""
+    return f" in groups of {quantization['group_size']} by GPTQ ({used['tokens']} tokens of {used['source']})"
 
 
 def _gguf_note(record: dict[str, Any]) -> str:

@@ -12,8 +12,10 @@ from pat_serve.export.formats.schemes import Scheme
 from pat_serve.export.rewrite.contents import unties_head
 from pat_serve.export.run.reader import Run
 from pat_serve.shapes.fitness import (
+    GROUP_SIZES,
     cautions,
     group_sizes,
+    linear_inputs,
     slow_width,
     tensor_parallel_degrees,
     tensor_parallel_obstacles,
@@ -37,6 +39,24 @@ def parse_degrees(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UsageError("--tp", expected="degrees such as 2,4", found=text, fix="Try --tp 2.")
     return tuple(int(part) for part in parts)
+
+
+def group_size_of(run: Run, degrees: tuple[int, ...]) -> int:
+    """The largest group of inputs for 4-bit weights that fits every linear on every device.
+
+    Raises:
+        UsageError: no group size does.
+    """
+    exported = run.plan.cuts.sizes(run.base.sizes)
+    if sizes := group_sizes(exported, degrees):
+        return max(sizes)
+    inputs = linear_inputs(exported, max(degrees, default=1))
+    raise UsageError(
+        "--quantize int4",
+        expected=f"linears whose inputs are all multiples of {min(GROUP_SIZES)}",
+        found=", ".join(map(str, inputs)),
+        fix="Train again with a --hidden-size and FFN that are multiples of 128, or export with --quantize int8.",
+    )
 
 
 def check_fitness(run: Run, degrees: tuple[int, ...], scheme: Scheme | None) -> dict[str, Any]:
@@ -90,7 +110,7 @@ def check_fitness(run: Run, degrees: tuple[int, ...], scheme: Scheme | None) -> 
     warnings = []
     if scheme or not cuts.is_identity:
         slow = slow_width(base.hidden_size, exported, hidden_multiple_of_heads=rule, parameters=parameters)
-        warnings = ([slow] if slow else []) + cautions(exported, degrees, eight_bit=scheme is not None)
+        warnings = ([slow] if slow else []) + cautions(exported, degrees, bits=scheme.bits if scheme else None)
     if exported.ffn != base.sizes.ffn and exported.ffn % _TILE:
         warnings.append(f"intermediate_size {exported.ffn} is no multiple of {_TILE}: matrix tiles are partly empty")
     vocabulary = vocabulary_of(run.base.folder, exported.vocab)

@@ -21,7 +21,12 @@ def export(
     dtype: Annotated[str, Flag(help="auto (the base's), float32, bfloat16, float16 or float64.")] = "auto",
     max_shard_size: Annotated[str, Flag(help="Largest weight file: 5GB, 500MB, 2GiB.")] = "5GB",
     quantize: Annotated[
-        str | None, Flag(help="int8 (CPU and GPU) or fp8 (GPU) for the decoder's linears, as W8A8 compressed-tensors.")
+        str | None,
+        Flag(help="int8 (W8A8), int4 (W4A16, GPTQ) or fp8 (W8A8) for the decoder's linears, as compressed-tensors."),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        Flag(help="What int4 rounds for: instructions (.jsonl or a hub id) or any text. [default: the run's data]"),
     ] = None,
     gguf: Annotated[bool, Flag("--gguf", help="Write model.gguf for llama.cpp too.")] = False,
     push: Annotated[
@@ -71,6 +76,7 @@ def export(
         check_hub(push)  # before torch is imported, let alone a model exported
     if parity_vllm and not parity:
         raise UsageError("--parity-vllm", expected="a parity check", found="--no-parity", fix="Leave one of them out.")
+    from pat_serve.cli.calibration import calibration_of
     from pat_serve.cli.quality_gate import quality_gate
     from pat_serve.export.exporter import export_run
     from pat_serve.export.formats.sizes import parse_size
@@ -80,6 +86,13 @@ def export(
     from pat_serve.server.engine.workers.scoring import score_with_vllm
     from pat_serve.terminal.progress import say
 
+    if calibration and quantize != "int4":
+        raise UsageError(
+            "--calibration",
+            expected="--quantize int4",
+            found=f"--quantize {quantize}" if quantize else "none",
+            fix="Leave --calibration out: nothing else is calibrated.",
+        )
     accept = quality_gate(require_quality or [], quality_data, out=out)
     done = export_run(
         ckpt,
@@ -94,6 +107,7 @@ def export(
         quantize=quantize,
         tp=parse_degrees(tp),
         gguf=gguf,
+        calibration=calibration_of(calibration, ckpt) if quantize == "int4" else None,
         accept=accept,
     )
     parameters = done.record["parameters"]

@@ -21,6 +21,7 @@ _CPU_VECTOR = 8
 _TENSOR_CORE = 64
 _CUTLASS = 16
 _AMX_DEPTH = 32
+_PACKED_TILE = 32
 
 
 def tensor_parallel_obstacles(sizes: ModelSizes, degree: int) -> list[str]:
@@ -48,9 +49,14 @@ def tensor_parallel_degrees(sizes: ModelSizes) -> list[int]:
     return [degree for degree in degrees if not tensor_parallel_obstacles(sizes, degree)]
 
 
-def group_sizes(sizes: ModelSizes) -> list[int]:
-    """Group sizes of 4-bit formats (GPTQ, AWQ) that fit every linear of a model."""
-    inputs = (sizes.hidden, sizes.heads * sizes.head_dim, sizes.ffn)
+def linear_inputs(sizes: ModelSizes, degree: int = 1) -> tuple[int, int, int]:
+    """Inputs that a device has of the readers of the stream, of attention's output and of the MLP's."""
+    return sizes.hidden, sizes.heads * sizes.head_dim // degree, sizes.ffn // degree
+
+
+def group_sizes(sizes: ModelSizes, degrees: Sequence[int] = (1,)) -> list[int]:
+    """Group sizes of 4-bit formats (GPTQ, AWQ) that fit every linear of a model, at every degree."""
+    inputs = {length for degree in degrees or (1,) for length in linear_inputs(sizes, degree)}
     return [size for size in GROUP_SIZES if all(length % size == 0 for length in inputs)]
 
 
@@ -87,13 +93,13 @@ def slow_width(
     )
 
 
-def cautions(exported: ModelSizes, degrees: Sequence[int] = (1,), *, eight_bit: bool = False) -> list[str]:
+def cautions(exported: ModelSizes, degrees: Sequence[int] = (1,), *, bits: int | None = None) -> list[str]:
     """Say in sentences which parts of a shape load but run slowly, or not everywhere.
 
     Args:
         exported: sizes of the export; `slow_width` judges its width.
         degrees: tensor-parallel degrees to think of.
-        eight_bit: the linears are stored in 8 bits.
+        bits: of a weight of the linears, where they are quantised.
     """
     found = []
     head_dim, ffn = exported.head_dim, exported.ffn
@@ -105,10 +111,13 @@ def cautions(exported: ModelSizes, degrees: Sequence[int] = (1,), *, eight_bit: 
         at = f" at {degree}-fold tensor parallelism" if degree > 1 else ""
         if (ffn // degree) % _CPU_VECTOR:
             found.append(f"vLLM's CPU kernels refuse {ffn // degree} feed-forward channels{at}: no multiple of 8")
-        if not eight_bit:
+        if bits is None:
             continue
         for depth, rows in set(_linears(exported, degree)):
-            if depth % _CUTLASS or rows % _CUTLASS:
+            if bits == 4:
+                if depth % _PACKED_TILE or rows % _PACKED_TILE:
+                    found.append(f"a linear of {rows} x {depth}{at} is not in 32s: vLLM has no 4-bit CPU kernel for it")
+            elif depth % _CUTLASS or rows % _CUTLASS:
                 found.append(f"a linear of {rows} x {depth}{at} is not in 16s: no CUTLASS kernel, so slower on GPUs")
             elif depth % _AMX_DEPTH:
                 found.append(f"a linear of {rows} x {depth}{at} is not 32s deep: no AMX kernel, so slower on CPUs")
