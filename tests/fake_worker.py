@@ -91,6 +91,7 @@ class FakeEngine:
             steps_tokens=(size,) * command.output_tokens,
             first_token_step=0,
             prompts_sha256=prompts_digest(command.prompts + other),
+            prompt_tokens=max(map(len, command.prompts)),
         )
 
     def serve(self, command: Serve) -> Served:

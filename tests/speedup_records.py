@@ -14,9 +14,10 @@ from pat_serve.server.bench.latency.summary import Floors, latency_cell, through
 from pat_serve.server.bench.load.result import LoadRequest, LoadResult, LoadSettings, load_run
 from pat_serve.server.bench.speedup.analysis import conclude
 from pat_serve.server.bench.speedup.depths import conclude_extrapolated, extrapolate_all
+from pat_serve.server.bench.speedup.grid import Cell, Regime
 from pat_serve.server.bench.speedup.result import DepthMeasurement, ModelRecord, Round, SpeedupResult, WarmUp
 from pat_serve.server.bench.speedup.series import Pair
-from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.engine.workers.probe import MachineRates
 from pat_serve.shapes.sizes import ModelSizes
 
@@ -27,7 +28,13 @@ NARROW = replace(DENSE, hidden=3072)
 
 
 def trace(
-    *, ttft_s: float, step_s: float, batch_size: int = 1, output_tokens: int = 5, begun_s: float = 100.0
+    *,
+    ttft_s: float,
+    step_s: float,
+    batch_size: int = 1,
+    output_tokens: int = 5,
+    begun_s: float = 100.0,
+    prompt_tokens: int | None = None,
 ) -> BatchTrace:
     """A batch whose engine took exactly so long."""
     starts, ends, now_s = [begun_s], [begun_s + ttft_s], begun_s + ttft_s
@@ -43,6 +50,7 @@ def trace(
         steps_tokens=(batch_size,) * output_tokens,
         first_token_step=0,
         prompts_sha256="0" * 64,
+        prompt_tokens=prompt_tokens,
     )
 
 
@@ -54,6 +62,7 @@ def rounds(
     drift: float = 0.0,
     stalled: Sequence[int] = (),
     batch_sizes: Sequence[int] = (1,),
+    cells: Sequence[Cell] = (),
     candidate_batch: int | None = None,
     speed: float = 1.0,
     seed: int = 0,
@@ -67,6 +76,7 @@ def rounds(
         drift: by how much the machine is slower in the last round than in the first.
         stalled: rounds in which one model took ten times as long.
         batch_sizes: of the baseline.
+        cells: batches with prompts of their own length, in place of `batch_sizes`.
         candidate_batch: of the candidate where it differs.
         speed: of the machine.
         seed: of the noise.
@@ -75,7 +85,7 @@ def rounds(
     made = []
     for index in range(count):
         machine = (1 + drift * index / max(1, count - 1)) / speed
-        for size in batch_sizes:
+        for size, prompt in [(one.batch_size, one.prompt_tokens) for one in cells] or [(n, None) for n in batch_sizes]:
             factor = [machine * draw.lognormvariate(0, noise) for _ in range(2)]
             if index in stalled:
                 factor[index % 2] *= 10
@@ -83,11 +93,14 @@ def rounds(
                 Round(
                     first="baseline" if index % 2 == 0 else "candidate",
                     prompts_sha256="0" * 64,
-                    baseline=trace(ttft_s=0.4 * size * factor[0], step_s=0.1 * factor[0], batch_size=size),
+                    baseline=trace(
+                        ttft_s=0.4 * size * factor[0], step_s=0.1 * factor[0], batch_size=size, prompt_tokens=prompt
+                    ),
                     candidate=trace(
                         ttft_s=0.4 * size * factor[1] / ratio,
                         step_s=0.1 * factor[1] / ratio,
                         batch_size=candidate_batch or size,
+                        prompt_tokens=prompt,
                     ),
                     other_cpu_share=0.0,
                     waiting_engine_cpu_share=0.0,
@@ -113,7 +126,7 @@ _FLOORS = Floors(shape=DENSE, rates=_RATES, dtype_bytes=4)
 def speedup_result(*, ratio: float = 1.3, noise: float = 0.03, **settings: object) -> SpeedupResult:
     """A whole check with made-up rounds."""
     chosen = pair(**settings)
-    measured = rounds(12, ratio=ratio, noise=noise, batch_sizes=chosen.settings.batches)
+    measured = rounds(12, ratio=ratio, noise=noise, cells=chosen.settings.cells)
     regimes = chosen.analyse(measured)
     judgement = conclude(regimes, measured, chosen.settings.claimed)
     average = chosen.average(regimes)

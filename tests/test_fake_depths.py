@@ -13,8 +13,9 @@ from pat_serve.server.analysis.roofline import decode_ceiling
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.bench.model_source import resolve
 from pat_serve.server.bench.report.rows import rows_of
+from pat_serve.server.bench.speedup.grid import Regime
 from pat_serve.server.bench.speedup.result import SpeedupResult
-from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.bench.speedup.table import depth_lines
 from pat_serve.server.engine import memory
 from tests.fake_models import Model, check, fake_models
@@ -101,7 +102,7 @@ def test_random_weights_that_do_not_fit_are_cut_to_two_depths_by_themselves(
         pair = [resolve(name, flag="--x", load_format="dummy", layers=layers, scratch=Path(dense).parent)
                 for name in (dense, narrow)]  # fmt: skip
         return sum(
-            memory.engine_memory_bytes(one.shape, SpeedupSettings(prompt_tokens=16).full_batch, "float32")
+            memory.engine_memory_bytes(one.shape, SpeedupSettings(prompt_tokens=16).full_batches[0], "float32")
             for one in pair
         )
 

@@ -19,7 +19,7 @@ from pat_serve.server.bench.report.rows import rows_of
 from pat_serve.server.bench.speculative import run as speculative
 from pat_serve.server.bench.speculative.result import SpeculativeSettings
 from pat_serve.server.bench.speculative.run import measure_speculative
-from pat_serve.server.bench.speedup.settings import Regime
+from pat_serve.server.bench.speedup.grid import Regime
 from pat_serve.server.bench.speedup.table import around_line, floor_lines, memory_lines
 from pat_serve.server.engine.workers import process as worker_process
 from pat_serve.server.engine.workers.cpu_watch import CpuWatch

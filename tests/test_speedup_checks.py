@@ -147,17 +147,19 @@ def test_two_engines_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="--layers 2,6"):
         check_memory(huge, source, SpeedupSettings(), "float32")
     # Weights alone are 27 GB in float32, and half of that in bfloat16.
-    assert engine_memory_bytes(source.shape, SpeedupSettings().full_batch, "float32") > 4 * source.shape.parameters
-    assert engine_memory_bytes(source.shape, SpeedupSettings().full_batch, "bfloat16") > 2 * source.shape.parameters
+    assert engine_memory_bytes(source.shape, SpeedupSettings().full_batches[0], "float32") > 4 * source.shape.parameters
+    assert (
+        engine_memory_bytes(source.shape, SpeedupSettings().full_batches[0], "bfloat16") > 2 * source.shape.parameters
+    )
 
 
 def test_on_a_gpu_its_own_memory_is_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, settings = find("llama2-7b", tmp_path), SpeedupSettings()
-    on_cpu = engine_memory_bytes(source.shape, settings.full_batch, "bfloat16")
+    on_cpu = engine_memory_bytes(source.shape, settings.full_batches[0], "bfloat16")
     monkeypatch.setattr(memory, "available_memory_bytes", lambda: 1 << 20)
     monkeypatch.setattr(memory, "free_gpu_bytes", lambda: 80 << 30)
     # Nothing repacks its weights there.
-    saved = on_cpu - engine_memory_bytes(source.shape, settings.full_batch, "bfloat16")
+    saved = on_cpu - engine_memory_bytes(source.shape, settings.full_batches[0], "bfloat16")
     assert saved == pytest.approx(0.4 * 2 * source.shape.parameters)
     check_memory(source, source, settings, "bfloat16")
     monkeypatch.setattr(memory, "free_gpu_bytes", lambda: 24 << 30)

@@ -17,9 +17,9 @@ from pat_serve.server.bench.latency.summary import Floors
 from pat_serve.server.bench.speedup import series as speedup_series
 from pat_serve.server.bench.speedup.advice import advise
 from pat_serve.server.bench.speedup.analysis import conclude, conclude_average, surroundings_of
+from pat_serve.server.bench.speedup.grid import Regime
 from pat_serve.server.bench.speedup.result import WarmUp
 from pat_serve.server.bench.speedup.series import measure_rounds
-from pat_serve.server.bench.speedup.settings import Regime
 from pat_serve.server.engine.workers.probe import MachineRates
 from tests.speedup_records import DENSE, NARROW, pair, rounds, trace
 

@@ -21,6 +21,7 @@ class BatchTrace:
         steps_tokens: new tokens that each step gave, over all requests.
         first_token_step: index of the step that gave the last of the requests its first token.
         prompts_sha256: digest of the prompts' token ids as the engine reports them.
+        prompt_tokens: of each request; None in records that are older than grids of prompts.
     """
 
     batch_size: int
@@ -30,6 +31,7 @@ class BatchTrace:
     steps_tokens: tuple[int, ...]
     first_token_step: int
     prompts_sha256: str
+    prompt_tokens: int | None = None
 
     @property
     def ttft_s(self) -> float:

@@ -10,8 +10,8 @@ from pat_serve.errors import UsageError
 from pat_serve.machine.layer_probe import probe_layers
 from pat_serve.server.analysis.step_cost import StepCosts, Work, decode_work, fit_costs, prefill_work, worst_error
 from pat_serve.server.bench.report.read import read_result
+from pat_serve.server.bench.speedup.grid import Regime
 from pat_serve.server.bench.speedup.result import SpeedupResult
-from pat_serve.server.bench.speedup.settings import Regime
 from pat_serve.shapes.sizes import ModelSizes
 
 _MACHINE_KEYS = ("accelerator", "cpu_model", "cpu_cores")

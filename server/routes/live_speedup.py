@@ -17,10 +17,11 @@ from pat_serve.machine.hardware import DTYPE_BYTES
 from pat_serve.server.analysis.trace import BatchTrace, prompts_digest
 from pat_serve.server.bench.model_source import config_sha256
 from pat_serve.server.bench.speedup.conclusion import Beginning, Disturbance, sum_up
+from pat_serve.server.bench.speedup.grid import Named, Regime
 from pat_serve.server.bench.speedup.result import DepthMeasurement, ModelRecord, Round, WarmUp
 from pat_serve.server.bench.speedup.rounds import MAX_WARMUP_RUNS, is_stationary, round_prompts
 from pat_serve.server.bench.speedup.series import Pair
-from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.engine.baseline import Baseline, available
 from pat_serve.server.engine.online import Engine
 from pat_serve.server.engine.workers.cpu_watch import CpuWatch
@@ -48,7 +49,8 @@ class Side:
         """Run a batch to its end."""
         submitted_s = time.monotonic()
         times_s = await together([self._token_times(prompt, output_tokens) for prompt in prompts])
-        return batch_trace(submitted_s, times_s, prompts_sha256=prompts_digest(prompts))
+        longest = max(map(len, prompts))
+        return batch_trace(submitted_s, times_s, prompts_sha256=prompts_digest(prompts), prompt_tokens=longest)
 
     async def settle(self) -> None:
         """Wait until the engine's processes rest, for a short while at most."""
@@ -72,13 +74,20 @@ class Side:
         return times_s
 
 
-def batch_trace(submitted_s: float, requests: Sequence[Sequence[float]], *, prompts_sha256: str) -> BatchTrace:
+def batch_trace(
+    submitted_s: float,
+    requests: Sequence[Sequence[float]],
+    *,
+    prompts_sha256: str,
+    prompt_tokens: int | None = None,
+) -> BatchTrace:
     """A batch as its slowest request saw it: a step ends when each request has one token more.
 
     Args:
         submitted_s: time just before the first request was sent.
         requests: the times of each request's tokens; equally many for all.
         prompts_sha256: of the prompts.
+        prompt_tokens: of each of them.
     """
     ended_s = tuple(max(column) for column in zip(*requests, strict=True))
     return BatchTrace(
@@ -89,6 +98,7 @@ def batch_trace(submitted_s: float, requests: Sequence[Sequence[float]], *, prom
         steps_tokens=(len(requests),) * len(ended_s),
         first_token_step=0,
         prompts_sha256=prompts_sha256,
+        prompt_tokens=prompt_tokens,
     )
 
 
@@ -111,44 +121,58 @@ async def check_live_speedup(
     _check_fit(settings, (baseline, candidate))
     begun = Beginning.now()
     work = _measure(baseline, candidate, settings)
-    (warm_ups, rounds), others = await exclusive.run(http, work, sequences=body.batch_size, force=body.force)
+    (warm_ups, rounds), others = await exclusive.run(http, work, sequences=settings.largest_batch, force=body.force)
     # The bootstrap takes a moment, in which the loop has others to serve.
     return await asyncio.to_thread(_judge, baseline, candidate, shapes, settings, warm_ups, rounds, others, begun=begun)
 
 
 async def _measure(baseline: Side, candidate: Side, settings: SpeedupSettings) -> tuple[list[WarmUp], list[Round]]:
     vocab_size = candidate.engine.vocab_size
-    warm_ups = []
-    for side in (baseline, candidate):
-        traces: list[BatchTrace] = []
-        while len(traces) < MAX_WARMUP_RUNS and not is_stationary(traces, settings):
-            prompts = round_prompts(settings, vocab_size, -1 - len(traces))
-            traces.append(await side.batch(prompts, settings.generated_tokens))
-        warm_ups.append(WarmUp(traces=tuple(traces), stationary=is_stationary(traces, settings)))
+    warm_ups = [await _warm_up(side, settings, vocab_size) for side in (baseline, candidate)]
     await candidate.settle()
-    front = ProcessGroup([psutil.Process()])
     rounds = []
     for index in range(settings.rounds):
-        prompts = round_prompts(settings, vocab_size, index)
-        watch = CpuWatch(front)
-        traced: dict[Side, BatchTrace] = {}
-        # The engine that begins alternates, so that a drift of the machine favours neither.
-        order = (baseline, candidate) if index % 2 == 0 else (candidate, baseline)
-        for side, waiting in (order, order[::-1]):
-            with watch.turn(side.processes, waiting.processes):
-                traced[side] = await side.batch(prompts, settings.generated_tokens)
-            await side.settle()
-        rounds.append(
-            Round(
-                first="baseline" if order[0] is baseline else "candidate",
-                prompts_sha256=prompts_digest(prompts),
-                baseline=traced[baseline],
-                candidate=traced[candidate],
-                other_cpu_share=watch.other_share,
-                waiting_engine_cpu_share=watch.waiting_share,
-            )
-        )
+        numbered = list(enumerate(settings.cells))
+        for number, cell in numbered if index % 2 == 0 else reversed(numbered):
+            # The batches of a round share no prompt: an engine that serves users keeps a cache of prefixes.
+            prompts = round_prompts(settings.with_cell(cell), vocab_size, index * len(numbered) + number)
+            rounds.append(await _round(baseline, candidate, prompts, settings.generated_tokens, index))
     return warm_ups, rounds
+
+
+async def _warm_up(side: Side, settings: SpeedupSettings, vocab_size: int) -> WarmUp:
+    """Run each batch until two runs in a row agree, within bounds."""
+    made: list[BatchTrace] = []
+    settled = True
+    for number, cell in enumerate(settings.cells):
+        own, traces = settings.with_cell(cell), list[BatchTrace]()
+        while len(traces) < MAX_WARMUP_RUNS and not is_stationary(traces, own):
+            prompts = round_prompts(own, vocab_size, -1 - len(traces) - MAX_WARMUP_RUNS * number)
+            traces.append(await side.batch(prompts, settings.generated_tokens))
+        made += traces
+        settled = settled and is_stationary(traces, own)
+    return WarmUp(traces=tuple(made), stationary=settled)
+
+
+async def _round(
+    baseline: Side, candidate: Side, prompts: Sequence[Sequence[int]], output_tokens: int, index: int
+) -> Round:
+    """Run one batch on both engines, one after the other; the engine that begins alternates with the index."""
+    watch, traced = CpuWatch(ProcessGroup([psutil.Process()])), dict[Side, BatchTrace]()
+    # A drift of the machine favours neither.
+    order = (baseline, candidate) if index % 2 == 0 else (candidate, baseline)
+    for side, waiting in (order, order[::-1]):
+        with watch.turn(side.processes, waiting.processes):
+            traced[side] = await side.batch(prompts, output_tokens)
+        await side.settle()
+    return Round(
+        first="baseline" if order[0] is baseline else "candidate",
+        prompts_sha256=prompts_digest(prompts),
+        baseline=traced[baseline],
+        candidate=traced[candidate],
+        other_cpu_share=watch.other_share,
+        waiting_engine_cpu_share=watch.waiting_share,
+    )
 
 
 def _judge(
@@ -176,7 +200,7 @@ def _judge(
         candidate=_record(candidate, shapes[1], warm_ups[1]),
         regimes=pair.analyse(rounds, warm_ups),
         rounds=tuple(rounds),
-        stopped=f"{len(rounds)} rounds were asked for",
+        stopped=f"{settings.rounds} rounds were asked for",
     )
     # Users' work runs on the served engine alone: beside the baseline's turns, and in the batches of the engine's own
     # turns. The two sides are then no longer alike, however quiet the rounds look.
@@ -189,7 +213,7 @@ def _judge(
         settings,
         begun=begun,
         dtype=dtype,
-        seconds_per_round=(time.monotonic() - begun.at_s) / len(rounds),
+        seconds_per_round=(time.monotonic() - begun.at_s) / settings.rounds,
         disturbance=disturbance if others else None,
     )
     return LiveSpeedupResult(**dict(result), other_requests=others)
@@ -223,6 +247,8 @@ def _settings(body: SpeedupRequest, engine: Engine) -> SpeedupSettings:
         prompt_tokens=body.prompt_tokens,
         output_tokens=body.output_tokens,
         rounds=body.rounds,
+        grid=tuple(one.cell for one in body.grid),
+        named=tuple(Named(cell=one.cell, regime=Regime(one.regime) if one.regime else None) for one in body.claim_at),
         regimes=tuple(regime for regime in Regime if regime.value in body.regimes),
         dtype=engine.dtype,
         enforce_eager=engine.eager,
@@ -233,14 +259,16 @@ def _settings(body: SpeedupRequest, engine: Engine) -> SpeedupSettings:
 
 
 def _check_fit(settings: SpeedupSettings, sides: Sequence[Side]) -> None:
+    prompt_field, batch_field = ("grid", "grid") if settings.grid else ("prompt_tokens", "batch_size")
     length = min(side.engine.max_model_len for side in sides)
-    if settings.prompt_tokens + settings.generated_tokens > length:
+    if settings.tokens_per_request > length:
         told = f"prompt_tokens and output_tokens may be {length} together for both models; lower either"
-        raise InvalidRequestError(f"prompt_tokens: {told}", "prompt_tokens")
+        raise InvalidRequestError(f"{prompt_field}: {told}", prompt_field)
     step = min(side.engine.max_step_tokens for side in sides)
-    if settings.batch_size * settings.prompt_tokens > step:
+    if any(cell.batch_size * cell.prompt_tokens > step for cell in settings.cells):
         told = f"the engines prefill {step} tokens at once, and a batch in pieces has no prefill to compare"
-        raise InvalidRequestError(f"batch_size: {told}; lower batch_size or prompt_tokens", "batch_size")
+        raise InvalidRequestError(f"{batch_field}: {told}; lower batch_size or prompt_tokens", batch_field)
     sequences = min(side.engine.max_num_seqs for side in sides)
-    if settings.batch_size > sequences:
-        raise InvalidRequestError(f"batch_size: the engines run at most {sequences} requests at once", "batch_size")
+    if settings.largest_batch > sequences:
+        told = f"the engines run at most {sequences} requests at once"
+        raise InvalidRequestError(f"{batch_field}: {told}", batch_field)

@@ -7,12 +7,31 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pat_serve.server.analysis.verdict import DEFAULT_MARGIN, MARGIN_BOUND, MIN_ROUNDS
+from pat_serve.server.bench.speedup.grid import Cell
 from pat_serve.server.bench.speedup.result import SpeedupResult
-from pat_serve.server.http.limits import MAX_BATCH_SIZE, MAX_ROUNDS
+from pat_serve.server.http.limits import MAX_BATCH_SIZE, MAX_GRID_CELLS, MAX_ROUNDS
 from pat_serve.server.routes.schemas import Body, TokenCount
 
 # Strict types take no plain string for a Regime.
 RegimeName = Literal["prefill", "decode"]
+
+
+class GridCell(Body):
+    """So many requests at once, each with so many prompt tokens."""
+
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)]
+    prompt_tokens: TokenCount
+
+    @property
+    def cell(self) -> Cell:
+        """The cell of the check's grid."""
+        return Cell(batch_size=self.batch_size, prompt_tokens=self.prompt_tokens)
+
+
+class ClaimedCell(GridCell):
+    """A cell of the grid that the claim names, in one phase or in both."""
+
+    regime: RegimeName | None = None
 
 
 class SpeedupRequest(Body):
@@ -25,6 +44,22 @@ class SpeedupRequest(Body):
     ] = DEFAULT_MARGIN
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] = 1
     prompt_tokens: TokenCount = 128
+    grid: Annotated[
+        list[GridCell],
+        Field(
+            max_length=MAX_GRID_CELLS,
+            default_factory=list,
+            description="Several batches, each judged by itself, in place of batch_size and prompt_tokens.",
+        ),
+    ]
+    claim_at: Annotated[
+        list[ClaimedCell],
+        Field(
+            max_length=2 * MAX_GRID_CELLS,
+            default_factory=list,
+            description="What the claim names, which alone decides the verdict; empty for all.",
+        ),
+    ]
     output_tokens: Annotated[TokenCount, Field(description="At least 2 where decode is judged.")] = 17
     rounds: Annotated[int, Field(ge=MIN_ROUNDS, le=MAX_ROUNDS, description="Pairs of runs.")] = 12
     regimes: Annotated[
@@ -39,6 +74,16 @@ class SpeedupRequest(Body):
     def _decode_has_a_step(self) -> Self:
         if "decode" in self.regimes and self.output_tokens < 2:
             raise ValueError("output_tokens must be at least 2 to time decode")
+        return self
+
+    @model_validator(mode="after")
+    def _claim_is_measured(self) -> Self:
+        cells = self.grid or [GridCell(batch_size=self.batch_size, prompt_tokens=self.prompt_tokens)]
+        if len({one.cell for one in cells}) < len(cells):
+            raise ValueError("grid must not hold a cell twice")
+        for one in self.claim_at:
+            if one.cell not in [known.cell for known in cells] or (one.regime or self.regimes[0]) not in self.regimes:
+                raise ValueError(f"claim_at names {one.cell}, which grid and regimes do not measure")
         return self
 
 

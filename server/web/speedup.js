@@ -35,13 +35,22 @@ const anchor = (x) => (x < 60 ? "start" : x > WIDTH - 60 ? "end" : "middle");
 function regimeCard(regime, claim, margin) {
   const { low, high, median } = regime.ratio;
   return make("article", { class: "regime" },
-    make("h3", {}, regime.regime, make("span", { class: `badge ${regime.verdict}` }, regime.verdict)),
+    make("h3", {}, name(regime), make("span", { class: `badge ${regime.verdict}` }, regime.verdict)),
     make("p", { class: "ratio" }, `${median.toFixed(2)}×`, make("small", {}, ` [${low.toFixed(3)}, ${high.toFixed(3)}]`)),
     interval(regime, claim, margin),
     make("p", {}, `Dense ${milli(regime.baseline.median)}, pruned ${milli(regime.candidate.median)}` +
       ` (${regime.regime === "prefill" ? "to the first tokens" : "a token"}); ${Math.round(regime.of_ceiling * 100)} % of the ceiling.`),
     make("p", {}, `${regime.verdict}: ${regime.reason}.`));
 }
+
+const cell = (one) => `${one.batch_size}x${one.prompt_tokens}`;
+
+const name = (regime) => (regime.prompt_tokens ? `${regime.regime}, ${cell(regime)}` : regime.regime);
+
+const cells = (text) => text.split(",").filter((word) => word.trim()).map((word) => {
+  const [batch, prompt] = word.split("x").map(Number);
+  return { batch_size: batch, prompt_tokens: prompt };
+});
 
 const percent = (share) => `${Number((share * 100).toPrecision(3))} %`;
 
@@ -54,10 +63,13 @@ function show(result) {
       make("span", { class: `badge ${result.verdict}`, id: "verdict-word" }, result.verdict),
       make("strong", {}, `Claim ${claim}×`),
       make("span", { class: "note" }, `margin ${percent(margin)}; strictly: ${result.strict_verdict}`),
-      make("span", { class: "note" }, `${result.settings.rounds} paired rounds, batch ${result.settings.batch_size}, ${result.dtype}, ${new Date(result.date).toLocaleString()}`)),
+      make("span", { class: "note" }, `${result.settings.rounds} paired rounds, ${batches(result.settings)}, ${result.dtype}, ${new Date(result.date).toLocaleString()}`)),
     make("p", {}, result.reason + "."),
     make("div", { class: "regimes" }, ...result.regimes.map((regime) => regimeCard(regime, claim, margin)))));
 }
+
+const batches = (settings) =>
+  settings.grid.length ? `batches of ${settings.grid.map(cell).join(", ")}` : `batch ${settings.batch_size}`;
 
 function problem(message) {
   $("verdict").replaceChildren(make("p", { class: "problem", role: "alert" }, message));
@@ -75,6 +87,7 @@ export async function startSpeedup(model) {
       margin: $("margin").valueAsNumber / 100,
       batch_size: $("batch").valueAsNumber,
       prompt_tokens: $("prompt-tokens").valueAsNumber,
+      grid: cells($("grid").value),
       output_tokens: $("output-tokens").valueAsNumber,
       rounds: $("rounds").valueAsNumber,
     };

@@ -20,9 +20,10 @@ import pytest
 from pat_serve.errors import EngineError
 from pat_serve.server.analysis.trace import prompts_digest
 from pat_serve.server.bench.speedup.check import check_speedup
+from pat_serve.server.bench.speedup.grid import Regime
 from pat_serve.server.bench.speedup.result import SpeedupResult
 from pat_serve.server.bench.speedup.rounds import round_prompts
-from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from tests.integration.conftest import HANG_S, START_TIMEOUT_S
 from tests.tiny_models import tiny_config
 

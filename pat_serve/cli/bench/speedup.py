@@ -43,6 +43,20 @@ def speedup(
         ),
     ] = 0.02,
     batch_size: Annotated[str, typer.Option(help="Requests at once; give several as 1,4,16.")] = "1",
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help="Several batches, each with prompts of its own length, as 1x128,8x1024 (requests x prompt tokens); "
+            "each is judged by itself, in the same engines. Replaces --batch-size and --prompt-tokens."
+        ),
+    ] = None,
+    claim_at: Annotated[
+        str | None,
+        typer.Option(
+            help="The regimes that the claim names, as 8x1024 or 8x1024:decode; they alone decide the exit code. "
+            "[default: all that are measured]"
+        ),
+    ] = None,
     prompt_tokens: PromptTokens = 128,
     output_tokens: Annotated[int, typer.Option(help="Tokens that each request generates, for decode.")] = 9,
     rounds: RoundPairs = 12,
@@ -94,13 +108,24 @@ def speedup(
     The paper's shapes need no weights, and can be cut until a small machine holds them:
 
         pat-bench speedup --baseline llama2-7b --candidate llama2-7b-pat25 --layers 2,6 --load-format dummy
+
+    A claim about several regimes, of which decode at batch 8 decides:
+
+        pat-bench speedup --baseline dense/ --candidate pruned/ --grid 1x128,8x1024 --claim-at 8x1024:decode
     """
     # This check comes before the imports, which need the extra. The imports stand here to keep --help fast.
     require("vllm", "cpu", "cuda", wanted_by="pat-bench speedup")
+    from pat_serve.errors import UsageError
     from pat_serve.server.bench.speedup.check import check_speedup
+    from pat_serve.server.bench.speedup.grid import parse_grid, parse_named
     from pat_serve.server.bench.speedup.settings import PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS, SpeedupSettings
     from pat_serve.server.bench.speedup.table import print_result
 
+    cells = parse_grid(grid, "--grid") if grid else ()
+    named = parse_named(claim_at, "--claim-at") if claim_at else ()
+    if cells and (paper or fixed_memory):
+        found = "--paper" if paper else "--fixed-memory"
+        raise UsageError("--grid", expected="each batch judged by itself", found=found, fix="Leave one of them out.")
     sizes = integers("--batch-size", batch_size)
     depths = () if layers is None else integers("--layers", layers)
     regimes = choices("--regime", regime.split(","), BOTH) if regime != "both" else BOTH
@@ -113,6 +138,8 @@ def speedup(
             "margin": margin,
             "batch_size": sizes[0],
             "batch_sizes": sizes if len(sizes) > 1 else (),
+            "grid": cells,
+            "named": named,
             "judge_average": paper,
             "fixed_memory": fixed_memory,
             "prompt_tokens": prompt_tokens,

@@ -10,7 +10,9 @@ import plotly.graph_objects as go
 from pat_serve.server.bench.latency.result import LatencyResult, ThroughputResult
 from pat_serve.server.bench.load.result import LoadResult
 from pat_serve.server.bench.report.read import QualityFigure
+from pat_serve.server.bench.speedup.analysis import rounds_of
 from pat_serve.server.bench.speedup.depth_result import Extrapolated
+from pat_serve.server.bench.speedup.grid import Cell
 from pat_serve.server.bench.speedup.result import RegimeResult, SpeedupResult
 
 # Colour-blind readers can tell these colours apart too (Okabe and Ito). The first two are baseline and candidate.
@@ -35,11 +37,11 @@ def ratio_chart(result: SpeedupResult) -> go.Figure:
     """Median paired ratio with its interval for each regime and batch, beside its ceiling and the claim."""
     several = len(result.depths) > 1
     measured = [
-        (f"{one.regime.value}, batch {one.batch_size}" + (f", {depth.layers} layers" if several else ""), one)
+        (f"{one.regime.value}, batch {one.batches}" + (f", {depth.layers} layers" if several else ""), one)
         for depth in result.depths
         for one in depth.regimes
     ]
-    whole = [(f"{one.regime.value}, batch {one.batch_size}, {one.layers} (extrapolated)", one)
+    whole = [(f"{one.regime.value}, batch {one.batches}, {one.layers} (extrapolated)", one)
              for one in result.extrapolated]  # fmt: skip
     shown: list[tuple[str, RegimeResult | Extrapolated]] = [*whole, *measured]
     names, ratios = [name for name, _ in shown], [one.ratio for _, one in shown]
@@ -86,11 +88,34 @@ def ratio_chart(result: SpeedupResult) -> go.Figure:
     return figure
 
 
+def reached_chart(result: SpeedupResult) -> go.Figure:
+    """Share of the ceiling that each batch of a grid reaches in both phases, with its interval: measured / ceiling."""
+    shown = result.extrapolated or result.regimes
+    figure = go.Figure(layout=_LAYOUT | {"barmode": "group"})
+    for index, regime in enumerate(result.settings.regimes):
+        cells = [one for one in shown if one.regime is regime]
+        figure.add_bar(
+            x=[one.batches for one in cells], y=[one.of_ceiling for one in cells], name=regime.value,
+            marker_color=[color(index) if one.claimed else _GREY for one in cells],
+            error_y={
+                "array": [(one.ratio.high - one.ratio.median) / one.ceiling for one in cells],
+                "arrayminus": [(one.ratio.median - one.ratio.low) / one.ceiling for one in cells],
+            },
+            text=[f"{one.ratio.median:.2f}x of {one.ceiling:.2f}x" for one in cells],
+            textposition="inside", insidetextanchor="start",
+        )  # fmt: skip
+    figure.add_hline(y=1, line={"dash": "dash", "color": "#374151"}, annotation_text="ceiling")
+    figure.update_xaxes(title="requests x prompt tokens", type="category")
+    figure.update_yaxes(title="measured / ceiling", rangemode="tozero")
+    return figure
+
+
 def rounds_chart(result: SpeedupResult) -> go.Figure:
     """Each model's durations round by round, in which drift and stalls are seen."""
     figure = go.Figure(layout=_LAYOUT)
     regime = result.regimes[-1]
-    rounds = [one for one in result.rounds if one.baseline.batch_size == regime.batch_size]
+    prompt = regime.prompt_tokens or result.settings.prompt_tokens
+    rounds = rounds_of(result.rounds, Cell(batch_size=regime.batch_size, prompt_tokens=prompt))
     decode = regime.regime.value == "decode"
     for index, (role, name) in enumerate((("baseline", result.baseline.name), ("candidate", result.candidate.name))):
         traces = [getattr(one, role) for one in rounds]
@@ -101,7 +126,7 @@ def rounds_chart(result: SpeedupResult) -> go.Figure:
             line={"color": color(index), "width": 2},
         )
     figure.update_xaxes(title="round")
-    figure.update_yaxes(title=f"{regime.regime.value}, batch {regime.batch_size} (ms)", rangemode="tozero")
+    figure.update_yaxes(title=f"{regime.regime.value}, batch {regime.batches} (ms)", rangemode="tozero")
     return figure
 
 

@@ -20,7 +20,7 @@ from pat_serve.server.bench.report.style import STYLE
 from pat_serve.server.bench.speculative.result import SpeculativeResult
 from pat_serve.server.bench.speedup.depth_result import Extrapolated
 from pat_serve.server.bench.speedup.result import SpeedupResult
-from pat_serve.server.bench.speedup.table import memory_lines
+from pat_serve.server.bench.speedup.table import claim_line, memory_lines
 
 T = TypeVar("T")
 
@@ -65,15 +65,16 @@ def _head(results: Sequence[tuple[str, Any]]) -> str:
             cards.append(
                 _card(
                     f"<span class='{result.verdict.value}'>{result.verdict.value}</span>",
-                    f"{result.settings.claimed}, {label}{strict}",
+                    f"{claim_line(result)}, {label}{strict}",
                 )
             )
-            for regime in (result.extrapolated or result.regimes)[:2]:
+            shown = [one for one in (result.extrapolated or result.regimes) if one.claimed]
+            for regime in shown[:2]:
                 whole = f", {regime.layers} layers (extrapolated)" if isinstance(regime, Extrapolated) else ""
                 cards.append(
                     _card(
                         f"{regime.ratio.median:.3f}x",
-                        f"{regime.regime.value}, batch {regime.batch_size}{whole}: {regime.of_ceiling:.0%} of the "
+                        f"{regime.regime.value}, batch {regime.batches}{whole}: {regime.of_ceiling:.0%} of the "
                         f"ceiling {regime.ceiling:.3f}",
                     )
                 )

@@ -10,8 +10,9 @@ from pat_serve.server.bench.latency.table import beaten_lines, milliseconds, sha
 from pat_serve.server.bench.load.result import LoadResult
 from pat_serve.server.bench.report import charts
 from pat_serve.server.bench.report.markup import figure_html, section, table_html
-from pat_serve.server.bench.speedup.result import SpeedupResult
-from pat_serve.server.bench.speedup.table import WHOLE_MODELS, depth_lines, note_lines
+from pat_serve.server.bench.speedup.depth_result import Extrapolated
+from pat_serve.server.bench.speedup.result import RegimeResult, SpeedupResult
+from pat_serve.server.bench.speedup.table import UNCLAIMED, WHOLE_MODELS, claim_line, depth_lines, note_lines
 
 
 def speedup_section(label: str, result: SpeedupResult, *, many: bool) -> str:
@@ -20,7 +21,7 @@ def speedup_section(label: str, result: SpeedupResult, *, many: bool) -> str:
         (
             one.regime.value,
             f"{one.layers} (extrapolated)",
-            str(one.batch_size),
+            one.batches,
             f"{one.context_tokens:g}",
             milliseconds(one.baseline.total_s),
             milliseconds(one.candidate.total_s),
@@ -28,7 +29,7 @@ def speedup_section(label: str, result: SpeedupResult, *, many: bool) -> str:
             f"{one.ratio.low:.3f} to {one.ratio.high:.3f}",
             f"{one.ceiling:.3f}",
             f"{one.of_ceiling:.0%}",
-            f"<span class='{one.verdict.value}'>{one.verdict.value}</span>",
+            _verdict(one),
             one.strict_verdict.value,
         )
         for one in result.extrapolated
@@ -44,7 +45,7 @@ def speedup_section(label: str, result: SpeedupResult, *, many: bool) -> str:
             f"{one.ratio.low:.3f} to {one.ratio.high:.3f}",
             f"{one.ceiling:.3f}",
             f"{one.of_ceiling:.0%}",
-            f"<span class='{one.verdict.value}'>{one.verdict.value}</span>",
+            _verdict(one),
             one.strict_verdict.value,
         )
         for depth in result.depths
@@ -59,17 +60,25 @@ def speedup_section(label: str, result: SpeedupResult, *, many: bool) -> str:
             f"({result.average.low:.3f} to {result.average.high:.3f}).</p>"
         )
     notes = [*depth_lines(result), *note_lines(result), f"rounds  {result.stopped}"]
+    if result.settings.named:
+        notes.append(UNCLAIMED)
     whole = f"<p class='note'>{escape(WHOLE_MODELS)}</p>" if result.extrapolated else ""
     advice = "".join(f"<p class='note'>To decide: {escape(line)}</p>" for line in result.advice)
     title = f"Speed-up of {result.candidate.name} over {result.baseline.name}" + (f" ({label})" if many else "")
     return section(
         title,
         f"<p><span class='badge {result.verdict.value}'>{result.verdict.value}</span> "
-        f"{escape(str(result.settings.claimed))}. {escape(result.reason)}.</p>"
+        f"{escape(claim_line(result))}. {escape(result.reason)}.</p>"
         f"{whole}{advice}"
         f"<div class='two'>{figure_html(charts.ratio_chart(result))}{figure_html(charts.rounds_chart(result))}</div>"
+        f"{figure_html(charts.reached_chart(result)) if result.settings.grid else ''}"
         f"{table_html(head, rows, text_columns=(0, 10, 11))}{average}<pre>{escape(chr(10).join(notes))}</pre>",
     )
+
+
+def _verdict(one: RegimeResult | Extrapolated) -> str:
+    told = f"<span class='{one.verdict.value}'>{one.verdict.value}</span>"
+    return told if one.claimed else f"({told})"
 
 
 def latency_section(named: Sequence[tuple[str, LatencyResult]]) -> str:

@@ -21,13 +21,23 @@ from pat_serve.server.analysis.verdict import (
 from pat_serve.server.bench.latency.result import Roof
 from pat_serve.server.bench.latency.summary import Floors, why_beaten
 from pat_serve.server.bench.speedup.depth_result import Extrapolated
+from pat_serve.server.bench.speedup.grid import Cell, Regime
 from pat_serve.server.bench.speedup.result import RegimeResult, Round, WarmUp
-from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.engine.workers.probe import MachineRates, best_rates
 from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 
 # From this share of the machine on, other processes are worth a word in the verdict's reason.
 _TELLING_SHARE = 0.1
+
+
+def rounds_of(rounds: Sequence[Round], cell: Cell) -> list[Round]:
+    """The rounds in which the baseline had such a batch; older records do not say how long the prompts were."""
+    return [
+        one
+        for one in rounds
+        if one.baseline.batch_size == cell.batch_size and one.baseline.prompt_tokens in (None, cell.prompt_tokens)
+    ]
 
 
 def latency_s(trace: BatchTrace, regime: Regime) -> float:
@@ -96,6 +106,8 @@ def analyse(
     surroundings: Surroundings,
     candidate_batch: int | None = None,
     probes: Sequence[MachineRates] = (),
+    in_grid: bool = False,
+    claimed: bool = True,
 ) -> RegimeResult:
     """Ratio, ceiling, noise and verdict of one regime at one batch size.
 
@@ -109,6 +121,8 @@ def analyse(
         surroundings: of the whole check.
         candidate_batch: the candidate's batch size, where it is another one.
         probes: of the machine; none leaves the floors out.
+        in_grid: the prompts' length tells the regime from others of the check.
+        claimed: the claim names it.
     """
     rates = best_rates(probes)
     batch, other_batch = settings.batch_size, candidate_batch or settings.batch_size
@@ -162,6 +176,8 @@ def analyse(
         reason=judgement.reason,
         baseline_roof=roof(baseline, batch, baseline_s),
         candidate_roof=roof(candidate, other_batch, candidate_s),
+        prompt_tokens=settings.prompt_tokens if in_grid else None,
+        claimed=claimed,
     )
 
 
@@ -196,7 +212,8 @@ def conclude_average(
 
 
 def conclude(regimes: Sequence[RegimeResult | Extrapolated], rounds: Sequence[Round], claim: Claim) -> Judgement:
-    """One verdict over all regimes, with its reason: the regimes that decided it, and the obstacles."""
+    """One verdict over the regimes that the claim names, with its reason: those that decided it, and the obstacles."""
+    regimes = [result for result in regimes if result.claimed]
     verdict = overall([result.verdict for result in regimes])
     parts = []
     for result in regimes:

@@ -111,7 +111,7 @@ def check_speedup(baseline: str, candidate: str, settings: SpeedupSettings, *, p
         settings,
         begun=begun,
         dtype=dtype,
-        seconds_per_round=sum(one.rounds_s * len(settings.batches) / len(one.rounds) for one in measured),
+        seconds_per_round=sum(one.rounds_s * len(settings.cells) / len(one.rounds) for one in measured),
         average=measured[-1].pair.average(depths_measured[-1].regimes),
         extrapolated=extrapolated,
         whole_capacities=tuple(
@@ -169,7 +169,7 @@ def _measure(sources: _Sources, dtype: str, scratch: Path, progress: Progress) -
         def probe() -> None:
             if settings.roofline:
                 progress(f"probing the machine{at}", 0, settings.rounds)
-                rows = min(settings.full_batch.step_tokens, PROBE_ROWS)
+                rows = min(_step_tokens(settings), PROBE_ROWS)
                 probes.extend(engine.probe(rows=rows) for engine in (baseline_engine, candidate_engine))
 
         progress(f"starting two engines{at}", 0, settings.rounds)
@@ -235,6 +235,10 @@ def _depth(pair: Pair, measured: _Measured) -> DepthMeasurement:
     )
 
 
+def _step_tokens(settings: SpeedupSettings) -> int:
+    return max(batch.step_tokens for batch in settings.full_batches)
+
+
 def _start_command(source: ModelSource, settings: SpeedupSettings, dtype: str) -> Start:
     return Start(
         model=source.path,
@@ -242,8 +246,8 @@ def _start_command(source: ModelSource, settings: SpeedupSettings, dtype: str) -
         load_format=settings.load_format,
         batch_size=settings.largest_batch,
         max_model_tokens=settings.tokens_per_request,
-        max_step_tokens=settings.full_batch.step_tokens,
-        kv_cache_bytes=kv_cache_bytes(source.shape, settings.full_batch, dtype),
+        max_step_tokens=_step_tokens(settings),
+        kv_cache_bytes=max(kv_cache_bytes(source.shape, batch, dtype) for batch in settings.full_batches),
         enforce_eager=settings.enforce_eager,
         seed=settings.seed,
     )

@@ -10,7 +10,8 @@ from pat_serve.machine.hardware import DTYPE_BYTES, free_gpu_bytes
 from pat_serve.server.analysis.capacity import Capacity, capacity, memory_for
 from pat_serve.server.analysis.verdict import MARGIN_BOUND, MIN_ROUNDS
 from pat_serve.server.bench.model_source import ModelSource
-from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.bench.speedup.grid import Regime
+from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.engine.memory import MAX_STEP_TOKENS, engine_memory_bytes, free_memory_bytes, require_memory
 from pat_serve.server.engine.workers.probe import SIZES
 
@@ -29,10 +30,16 @@ def check_settings(settings: SpeedupSettings) -> None:
     want("--claim", claim_fine, "a ratio above 0", settings.claim, "Try --claim 1.33.")
     expected = f"a share from 0 to below {MARGIN_BOUND:g}"
     want("--margin", 0 <= settings.margin < MARGIN_BOUND, expected, settings.margin, "Try --margin 0.02 for 2 %.")
-    for size in settings.batches:
-        want("--batch-size", 1 <= size < MAX_STEP_TOKENS, f"1 to {MAX_STEP_TOKENS - 1}", size, "Try --batch-size 1.")
-    one_size = len(settings.batches) == 1 or not settings.fixed_memory
+    batch_flag = "--grid" if settings.grid else "--batch-size"
+    for size in settings.batch_sizes or (settings.batch_size,):
+        want("--batch-size", size >= 1, f"1 to {MAX_STEP_TOKENS - 1}", size, "Try --batch-size 1.")
+    want("--prompt-tokens", settings.prompt_tokens >= 1, "at least 1", settings.prompt_tokens, "Try 128.")
+    for cell in settings.cells:
+        size = cell.batch_size
+        want(batch_flag, size < MAX_STEP_TOKENS, f"1 to {MAX_STEP_TOKENS - 1} requests", size, "Give fewer.")
+    one_size = len(settings.cells) == 1 or not settings.fixed_memory
     want("--fixed-memory", one_size, "one batch size", "several", "Give --batch-size one number, the baseline's.")
+    _check_named(settings)
     if settings.precision is not None:
         fine = math.isfinite(settings.precision) and 0 < settings.precision < 1
         want("--precision", fine, "a share between 0 and 1", settings.precision, "Try --precision 0.02.")
@@ -43,18 +50,33 @@ def check_settings(settings: SpeedupSettings) -> None:
         want("--layers", not settings.fixed_memory, "one depth beside --fixed-memory", "several", "Give one number.")
         want("--layers", not settings.judge_average, "one depth beside --paper", "several", "Give one number.")
     want("--seed", 0 <= settings.seed < 2**32, "0 to 4294967295", settings.seed, "Try --seed 0.")
-    want("--prompt-tokens", settings.prompt_tokens >= 1, "at least 1", settings.prompt_tokens, "Try 128.")
     want("--rounds", settings.rounds >= MIN_ROUNDS, f"at least {MIN_ROUNDS}", settings.rounds, "Try --rounds 12.")
     want("--regime", bool(settings.regimes), "prefill, decode or both", "none", "Leave --regime out for both.")
     if Regime.DECODE in settings.regimes:
-        least = least_output_tokens(settings.largest_batch, settings.prompt_tokens)
+        least, cell = max(
+            ((least_output_tokens(one.batch_size, one.prompt_tokens), one) for one in settings.cells),
+            key=lambda found: found[0],
+        )
         want(
             "--output-tokens",
             settings.output_tokens >= least,
-            f"at least {least} to time decode at this batch and prompt",
+            f"at least {least} to time decode of {cell.batch_size} prompts of {cell.prompt_tokens} tokens",
             settings.output_tokens,
             "Ask for more output tokens, or for --regime prefill alone.",
         )
+
+
+def _check_named(settings: SpeedupSettings) -> None:
+    """Refuse a claim about regimes that are not measured.
+
+    Raises:
+        UsageError: the claim names one, or names any beside the average.
+    """
+    want("--claim-at", not (settings.named and settings.judge_average), "no --paper", "both", "Leave one out.")
+    for one in settings.named:
+        measured = one.cell in settings.cells and one.regime in (None, *settings.regimes)
+        cells = ", ".join(map(str, settings.cells))
+        want("--claim-at", measured, f"regimes that are measured: {cells}", str(one), "Add it to --grid and --regime.")
 
 
 def least_output_tokens(batch_size: int, prompt_tokens: int) -> int:
@@ -126,7 +148,9 @@ def candidate_settings(
 def fitting_requests(baseline: ModelSource, source: ModelSource, settings: SpeedupSettings, dtype: str) -> Capacity:
     """The capacity of a model in the memory that the baseline's weights and its largest batch take."""
     value_bytes, tokens = DTYPE_BYTES[dtype], settings.tokens_per_request
-    budget = memory_for(baseline.shape, requests=settings.largest_batch, tokens=tokens, dtype_bytes=value_bytes)
+    # The longest requests, in the batch with the most tokens.
+    requests = max(settings.full_batches, key=lambda one: one.requests * one.tokens_per_request).requests
+    budget = memory_for(baseline.shape, requests=requests, tokens=tokens, dtype_bytes=value_bytes)
     return capacity(source.shape, memory_bytes=budget, tokens=tokens, dtype_bytes=value_bytes)
 
 
@@ -178,7 +202,7 @@ def _pair_memory_bytes(baseline: ModelSource, candidate: ModelSource, settings: 
     others = candidate_settings(baseline, candidate, settings, dtype)
     probe_bytes = SIZES["cpu" if free_gpu_bytes() is None else "cuda"].weight_bytes if settings.roofline else 0
     return (
-        engine_memory_bytes(baseline.shape, settings.full_batch, dtype)
-        + engine_memory_bytes(candidate.shape, others.full_batch, dtype)
+        max(engine_memory_bytes(baseline.shape, batch, dtype) for batch in settings.full_batches)
+        + max(engine_memory_bytes(candidate.shape, batch, dtype) for batch in others.full_batches)
         + probe_bytes
     )

@@ -8,7 +8,7 @@ from pat_serve.server.analysis.depth import DepthFit
 from pat_serve.server.analysis.noise import NoiseReport
 from pat_serve.server.analysis.statistics import RatioInterval
 from pat_serve.server.analysis.verdict import Verdict
-from pat_serve.server.bench.speedup.settings import Regime
+from pat_serve.server.bench.speedup.grid import Regime
 
 
 class Extrapolated(BaseModel):
@@ -17,6 +17,8 @@ class Extrapolated(BaseModel):
     Attributes:
         regime: the phase.
         batch_size: requests at once.
+        prompt_tokens: of each request, where the check has a grid; None where all have the settings' length.
+        claimed: the claim names it; else it is shown, and does not count for the check's verdict.
         context_tokens: as in the measured phase.
         layers_measured: the depths that the lines go through.
         baseline: the baseline's line, in seconds of the measured phase.
@@ -47,6 +49,8 @@ class Extrapolated(BaseModel):
     verdict: Verdict
     strict_verdict: Verdict
     reason: str
+    prompt_tokens: int | None = None
+    claimed: bool = True
 
     @property
     def layers(self) -> str:
@@ -57,4 +61,10 @@ class Extrapolated(BaseModel):
     @property
     def name(self) -> str:
         """The name that tells this result from the check's other results."""
-        return f"{self.regime.value}, batch {self.batch_size}, {self.layers} layers (extrapolated)"
+        batch = f"{'batch ' if self.prompt_tokens is None else ''}{self.batches}"
+        return f"{self.regime.value}, {batch}, {self.layers} layers (extrapolated)"
+
+    @property
+    def batches(self) -> str:
+        """The batch size, and in a grid with the length of the prompts: 8x1024."""
+        return str(self.batch_size) if self.prompt_tokens is None else f"{self.batch_size}x{self.prompt_tokens}"

@@ -10,8 +10,9 @@ from pat_serve.server.analysis.depth import extrapolate
 from pat_serve.server.analysis.noise import NoiseReport
 from pat_serve.server.analysis.precision import rounds_for_verdict
 from pat_serve.server.analysis.verdict import Judgement, Surroundings, Verdict, judge
-from pat_serve.server.bench.speedup.analysis import conclude, counted_ceiling, latency_s, surroundings_of
+from pat_serve.server.bench.speedup.analysis import conclude, counted_ceiling, latency_s, rounds_of, surroundings_of
 from pat_serve.server.bench.speedup.depth_result import Extrapolated
+from pat_serve.server.bench.speedup.grid import Cell
 from pat_serve.server.bench.speedup.result import DepthMeasurement, RegimeResult, Round
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.shapes.sizes import ModelSizes
@@ -32,7 +33,7 @@ def extrapolate_all(
     whole: tuple[ModelSizes, ModelSizes],
     dtype_bytes: int,
 ) -> tuple[Extrapolated, ...]:
-    """Extrapolate every phase at every batch size; a phase whose noise allows no line is left out.
+    """Extrapolate every phase of every batch; a phase whose noise allows no line is left out.
 
     Args:
         depths: as measured, two at least.
@@ -52,8 +53,12 @@ def conclude_extrapolated(
     found: Sequence[Extrapolated], depths: Sequence[DepthMeasurement], settings: SpeedupSettings
 ) -> Judgement:
     """One verdict over all phases; inconclusive where a phase has no line."""
-    wanted = {(one.regime, one.batch_size): one.name for one in depths[0].regimes}
-    missing = [name for key, name in wanted.items() if key not in {(one.regime, one.batch_size) for one in found}]
+    there = {(one.regime, one.batch_size, one.prompt_tokens) for one in found}
+    missing = [
+        one.name
+        for one in depths[0].regimes
+        if one.claimed and (one.regime, one.batch_size, one.prompt_tokens) not in there
+    ]
     if missing:
         told = f"{' and '.join(missing)}: the rounds are so noisy that no line leads to the whole model"
         return Judgement(verdict=Verdict.INCONCLUSIVE, strict=Verdict.INCONCLUSIVE, reason=told)
@@ -74,7 +79,8 @@ def _extrapolate(
     surroundings: Surroundings,
 ) -> Extrapolated | None:
     regime, batch_size = results[0].regime, results[0].batch_size
-    rounds = [[pair for pair in one.rounds if pair.baseline.batch_size == batch_size] for one in depths]
+    cell = Cell(batch_size=batch_size, prompt_tokens=results[0].prompt_tokens or settings.prompt_tokens)
+    rounds = [rounds_of(one.rounds, cell) for one in depths]
     lines = extrapolate(
         [one.layers for one in depths],
         [[latency_s(pair.baseline, regime) for pair in pairs] for pairs in rounds],
@@ -94,7 +100,7 @@ def _extrapolate(
         drift=noise.drift,
         surroundings=surroundings,
     )
-    ceiling = counted_ceiling(regime, settings.with_batch(batch_size), whole, (batch_size, batch_size), dtype_bytes)
+    ceiling = counted_ceiling(regime, settings.with_cell(cell), whole, (batch_size, batch_size), dtype_bytes)
     return Extrapolated(
         regime=regime,
         batch_size=batch_size,
@@ -110,6 +116,8 @@ def _extrapolate(
         verdict=judgement.verdict,
         strict_verdict=judgement.strict,
         reason=judgement.reason,
+        prompt_tokens=results[0].prompt_tokens,
+        claimed=results[0].claimed,
     )
 
 

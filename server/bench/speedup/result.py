@@ -14,7 +14,8 @@ from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.bench.latency.result import Roof
 from pat_serve.server.bench.recorded_sizes import RecordedSizes
 from pat_serve.server.bench.speedup.depth_result import Extrapolated
-from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.bench.speedup.grid import Regime
+from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.engine.workers.probe import MachineRates
 
 # 2: several batch sizes, fixed memory, noise, capacity, what would make an inconclusive result conclusive.
@@ -93,6 +94,8 @@ class RegimeResult(_Record):
     Attributes:
         regime: the phase.
         batch_size: requests at once.
+        prompt_tokens: of each request, where the check has a grid; None where all have the settings' length.
+        claimed: the claim names it; else it is shown, and does not count for the check's verdict.
         candidate_batch_size: the candidate's requests at once, which differ with fixed memory.
         context_tokens: prompt length for prefill; mean tokens in a request's KV cache for decode.
         baseline: seconds: time to the batch's first tokens (prefill), time per output token (decode), over rounds; with
@@ -130,15 +133,19 @@ class RegimeResult(_Record):
     reason: str
     baseline_roof: Roof | None = None
     candidate_roof: Roof | None = None
+    prompt_tokens: int | None = None
+    claimed: bool = True
 
     @property
     def name(self) -> str:
         """The name that tells this result from the check's other results: the phase, and the batch or both batches."""
-        return f"{self.regime.value}, batch {self.batches}"
+        return f"{self.regime.value}, {'batch ' if self.prompt_tokens is None else ''}{self.batches}"
 
     @property
     def batches(self) -> str:
-        """The batch size, or with fixed memory both."""
+        """The batch size, with fixed memory both, and in a grid with the length of the prompts: 8x1024."""
+        if self.prompt_tokens is not None:
+            return f"{self.batch_size}x{self.prompt_tokens}"
         same = self.candidate_batch_size == self.batch_size
         return str(self.batch_size) if same else f"{self.batch_size}/{self.candidate_batch_size}"
 

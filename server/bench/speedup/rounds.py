@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from pat_serve.server.analysis.trace import BatchTrace, prompts_digest
 from pat_serve.server.bench.speedup.analysis import latency_s
+from pat_serve.server.bench.speedup.grid import Cell
 from pat_serve.server.bench.speedup.result import Round, WarmUp
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.engine.workers.cpu_watch import CpuWatch
@@ -29,8 +30,9 @@ _TURN_S = 0.2
 
 
 def warm_up(engine: EngineProcess, settings: SpeedupSettings, vocab_size: int) -> WarmUp:
-    """Run each batch size until two runs in a row agree, within bounds; the largest comes last."""
-    warmed = [_warm_up_batch(engine, settings.with_batch(size), vocab_size) for size in sorted(settings.batches)]
+    """Run each batch until two runs in a row agree, within bounds; the one with the most tokens comes last."""
+    cells = sorted(settings.cells, key=lambda cell: (cell.batch_size * cell.prompt_tokens, cell.batch_size))
+    warmed = [_warm_up_batch(engine, settings.with_cell(cell), vocab_size) for cell in cells]
     return WarmUp(
         traces=tuple(trace for one in warmed for trace in one.traces), stationary=all(one.stationary for one in warmed)
     )
@@ -59,18 +61,22 @@ def is_stationary(traces: Sequence[BatchTrace], settings: SpeedupSettings) -> bo
     )
 
 
-def steps_per_turn(warm_ups: list[WarmUp], batch_sizes: tuple[int, ...] | None = None) -> int:
+def steps_per_turn(warm_ups: list[WarmUp], cell: Cell | None = None, candidate_batch: int | None = None) -> int:
     """Decode steps that an engine makes before it is the other's turn; the same for both, so that pairs match.
 
     Args:
         warm_ups: of both engines.
-        batch_sizes: sizes that are about to be measured against each other, at most one for each engine; None for any.
+        cell: of the baseline's batch that is about to be measured; None for any.
+        candidate_batch: the candidate's batch size, where it is another one.
     """
-    last = [
-        trace
-        for warm in warm_ups
-        for trace in [one for one in warm.traces if batch_sizes is None or one.batch_size in batch_sizes][-1:]
-    ]
+
+    def fits(trace: BatchTrace) -> bool:
+        if cell is None:
+            return True
+        sizes = (cell.batch_size, candidate_batch or cell.batch_size)
+        return trace.batch_size in sizes and trace.prompt_tokens in (None, cell.prompt_tokens)
+
+    last = [trace for warm in warm_ups for trace in [one for one in warm.traces if fits(one)][-1:]]
     steps_s = [step_s for trace in last for step_s in trace.decode_steps_s]
     return math.ceil(_TURN_S / max(steps_s)) if steps_s else 1
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from pat_serve.server.analysis.precision import relative_width, rounds_for_width
 from pat_serve.server.analysis.statistics import PairedRatio
-from pat_serve.server.bench.speedup.analysis import analyse, average_ratio, surroundings_of
+from pat_serve.server.bench.speedup.analysis import analyse, average_ratio, rounds_of, surroundings_of
+from pat_serve.server.bench.speedup.grid import Regime
 from pat_serve.server.bench.speedup.result import RegimeResult, Round, WarmUp
 from pat_serve.server.bench.speedup.rounds import run_round, steps_per_turn
-from pat_serve.server.bench.speedup.settings import Regime, SpeedupSettings
+from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.engine.workers.probe import MachineRates
 from pat_serve.server.engine.workers.process import EngineProcess
 from pat_serve.shapes.sizes import ModelSizes
@@ -46,21 +47,25 @@ class Pair:
         return tuple(
             analyse(
                 regime,
-                [one for one in rounds if one.baseline.batch_size == size],
-                self.settings.with_batch(size),
+                rounds_of(rounds, cell),
+                self.settings.with_cell(cell),
                 baseline=self.baseline,
                 candidate=self.candidate,
                 candidate_batch=self.candidate_batch,
                 dtype_bytes=self.dtype_bytes,
                 surroundings=surroundings,
                 probes=self.probes,
+                in_grid=bool(self.settings.grid),
+                claimed=self.settings.names(regime, cell),
             )
-            for size in self.settings.batches
+            for cell in self.settings.cells
             for regime in self.settings.regimes
         )
 
     def average(self, regimes: Sequence[RegimeResult]) -> PairedRatio | None:
-        """The average prefill ratio over batch sizes; None where there are not several."""
+        """The average prefill ratio over batch sizes; None where there are not several, and over a grid."""
+        if self.settings.grid:
+            return None
         prefills = [result for result in regimes if result.regime is Regime.PREFILL]
         return average_ratio(prefills, seed=self.settings.seed) if len(prefills) > 1 else None
 
@@ -70,7 +75,7 @@ class Pair:
         average = self.average(regimes)
         if average is not None and self.settings.judge_average:
             return [average]
-        return [result.ratio for result in regimes]
+        return [result.ratio for result in regimes if result.claimed]
 
 
 def measure_rounds(
@@ -78,29 +83,29 @@ def measure_rounds(
 ) -> tuple[list[Round], str, float]:
     """Make rounds until they are as many as wanted, or precise enough, or the bounds are met.
 
-    In a round every batch size has its turn, in an order that is reversed from round to round.
+    In a round every batch has its turn, in an order that is reversed from round to round.
 
     Returns:
-        the rounds, one for each batch size and turn; the reason why there are no more; the seconds that they took.
+        the rounds, one for each batch and turn; the reason why there are no more; the seconds that they took.
     """
     settings = pair.settings
-    turns = {size: steps_per_turn(list(warm_ups), (size, pair.candidate_batch or size)) for size in settings.batches}
+    turns = {cell: steps_per_turn(list(warm_ups), cell, pair.candidate_batch) for cell in settings.cells}
     begun_s, rounds, done, wanted = time.monotonic(), list[Round](), 0, settings.rounds
     while True:
         while done < wanted:
             if done >= settings.rounds and time.monotonic() - begun_s > settings.max_seconds:
                 return rounds, f"{settings.max_seconds / 60:g} minutes were over", time.monotonic() - begun_s
             progress("measuring rounds", done, wanted)
-            for size in settings.batches if done % 2 == 0 else settings.batches[::-1]:
+            for cell in settings.cells if done % 2 == 0 else settings.cells[::-1]:
                 rounds.append(
                     run_round(
                         baseline,
                         candidate,
-                        settings.with_batch(size),
+                        settings.with_cell(cell),
                         candidate_batch=pair.candidate_batch,
                         vocab_size=pair.baseline.vocab,
                         index=done,
-                        turn_steps=turns[size],
+                        turn_steps=turns[cell],
                     )
                 )
             done += 1

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from pat_serve.server.analysis.verdict import DEFAULT_MARGIN, Claim
+from pat_serve.server.bench.speedup.grid import Cell, Named, Regime
 from pat_serve.server.engine.memory import Batch
 
 # The paper measures the time to the first tokens of batches of 128-token prompts, averaged over batch sizes.
 PAPER_BATCH_SIZES, PAPER_PROMPT_TOKENS = (1, 2, 4, 8), 128
-
-
-class Regime(StrEnum):
-    """The two phases of generation; they meet different limits, so each gets its own verdict."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
 
 
 class SpeedupSettings(BaseModel):
@@ -29,6 +22,9 @@ class SpeedupSettings(BaseModel):
         margin: share of the claim by which an interval may miss it and still meet it; 0 reads it strictly.
         batch_size: requests at once.
         batch_sizes: several batch sizes, each measured in every round and judged by itself; replaces `batch_size`.
+        grid: several batches, each with prompts of its own length, measured and judged in the same way; replaces
+            `batch_size`, `batch_sizes` and `prompt_tokens`.
+        named: the parts of the grid that the claim names, which alone decide the verdict; empty for all of it.
         judge_average: the claim is about the average over the batch sizes, as the paper's is.
         fixed_memory: the candidate gets as many requests as fit into the memory that the baseline takes with
             `batch_size` of them, and the ratio is that of seconds per request or token over the whole batch.
@@ -55,6 +51,8 @@ class SpeedupSettings(BaseModel):
     margin: float = DEFAULT_MARGIN
     batch_size: int = 1
     batch_sizes: tuple[int, ...] = ()
+    grid: tuple[Cell, ...] = ()
+    named: tuple[Named, ...] = ()
     judge_average: bool = False
     fixed_memory: bool = False
     prompt_tokens: int = 128
@@ -81,32 +79,45 @@ class SpeedupSettings(BaseModel):
         return Claim(ratio=self.claim, margin=self.margin)
 
     @property
-    def batches(self) -> tuple[int, ...]:
-        """The batch sizes of every round."""
-        return self.batch_sizes or (self.batch_size,)
+    def cells(self) -> tuple[Cell, ...]:
+        """The batches of every round."""
+        sizes = self.batch_sizes or (self.batch_size,)
+        return self.grid or tuple(Cell(batch_size=size, prompt_tokens=self.prompt_tokens) for size in sizes)
 
     @property
     def largest_batch(self) -> int:
         """The most requests that an engine must hold at once."""
-        return max(self.batches)
+        return max(cell.batch_size for cell in self.cells)
 
     @property
     def tokens_per_request(self) -> int:
-        """Prompt and output of one request."""
-        return self.prompt_tokens + self.generated_tokens
+        """Prompt and output of one request, the longest."""
+        return max(cell.prompt_tokens for cell in self.cells) + self.generated_tokens
 
     @property
-    def full_batch(self) -> Batch:
-        """The largest batch that an engine has to hold."""
-        return Batch(
-            requests=self.largest_batch,
-            prompt_tokens=self.prompt_tokens,
-            tokens_per_request=self.tokens_per_request,
+    def full_batches(self) -> tuple[Batch, ...]:
+        """The batches that an engine has to hold, one at a time."""
+        return tuple(
+            Batch(
+                requests=cell.batch_size,
+                prompt_tokens=cell.prompt_tokens,
+                tokens_per_request=cell.prompt_tokens + self.generated_tokens,
+            )
+            for cell in self.cells
         )
+
+    def with_cell(self, cell: Cell) -> SpeedupSettings:
+        """The same settings with one batch of prompts of one length."""
+        own = {"batch_size": cell.batch_size, "prompt_tokens": cell.prompt_tokens}
+        return self.model_copy(update={**own, "batch_sizes": (), "grid": (), "named": ()})
 
     def with_batch(self, batch_size: int) -> SpeedupSettings:
         """The same settings with one batch size."""
-        return self.model_copy(update={"batch_size": batch_size, "batch_sizes": ()})
+        return self.with_cell(Cell(batch_size=batch_size, prompt_tokens=self.prompt_tokens))
+
+    def names(self, regime: Regime, cell: Cell) -> bool:
+        """Whether the claim is about a phase of a cell."""
+        return not self.named or any(one.holds(regime, cell) for one in self.named)
 
     def with_layers(self, layers: int | None) -> SpeedupSettings:
         """The same settings at one depth."""

@@ -28,7 +28,7 @@ def print_result(result: SpeedupResult) -> None:
     if result.machine["accelerator"] != "none":
         machine = f"{result.machine['accelerator']}, {machine}"
     kind = "random weights" if settings.load_format == "dummy" else "real weights"
-    rounds = len(result.rounds) // len(settings.batches)
+    rounds = len(result.rounds) // len(settings.cells)
     console.print(f"{result.dtype}, {kind}, {rounds} paired rounds, vLLM {result.machine['vllm']}, {machine}\n")
     table = Table(*_COLUMNS)
     for extrapolated in result.extrapolated:
@@ -51,7 +51,9 @@ def print_result(result: SpeedupResult) -> None:
     if result.extrapolated:
         console.print(WHOLE_MODELS, markup=False, soft_wrap=True)
     colour = _COLOURS[result.verdict]
-    console.print(f"{settings.claimed}: [bold {colour}]{result.verdict.value.upper()}[/]{_strictly(result)}")
+    if settings.named:
+        console.print(UNCLAIMED, markup=False, soft_wrap=True)
+    console.print(f"{claim_line(result)}: [bold {colour}]{result.verdict.value.upper()}[/]{_strictly(result)}")
     console.print(result.reason, markup=False, soft_wrap=True)
     for line in result.advice:
         console.print(f"to decide: {line}", markup=False, soft_wrap=True)
@@ -60,7 +62,7 @@ def print_result(result: SpeedupResult) -> None:
 def depth_lines(result: SpeedupResult) -> list[str]:
     """The seconds of each model's step beside its layers, and the seconds of a layer; no line for a single depth."""
     return [
-        f"depth   {one.regime.value}, batch {one.batch_size}, from {', '.join(map(str, one.layers_measured))} layers: "
+        f"depth   {one.regime.value}, batch {one.batches}, from {', '.join(map(str, one.layers_measured))} layers: "
         + "; ".join(
             f"{label} {_milli(fit.fixed_s, fit.fixed_low_s, fit.fixed_high_s)} fixed and "
             f"{_milli(fit.layer_s, fit.layer_low_s, fit.layer_high_s)} a layer, {milliseconds(fit.total_s)} ms whole"
@@ -154,6 +156,9 @@ WHOLE_MODELS = (
     "The verdict is on the whole models, which were not measured: their depth is extrapolated from the others."
 )
 
+# This sentence stands before the verdict of a claim that names a part of the grid.
+UNCLAIMED = "Verdicts in brackets are of regimes that the claim does not name; they do not count."
+
 _COLUMNS = (
     "regime",
     "layers",
@@ -176,7 +181,7 @@ def _whole_row(result: Extrapolated) -> tuple[str, ...]:
     return (
         result.regime.value,
         f"{result.layers} (extrapolated)",
-        str(result.batch_size),
+        result.batches,
         f"{result.context_tokens:g}",
         f"{result.baseline.total_s:.4f} s",
         f"{result.candidate.total_s:.4f} s",
@@ -185,7 +190,7 @@ def _whole_row(result: Extrapolated) -> tuple[str, ...]:
         f"{result.ceiling:.3f}",
         f"{result.of_ceiling:.0%}",
         f"{result.noise.spread:.1%}",
-        f"[{_COLOURS[result.verdict]}]{result.verdict.value}[/]",
+        _verdict(result),
         result.strict_verdict.value,
     )
 
@@ -204,14 +209,25 @@ def _row(result: RegimeResult, layers: int) -> tuple[str, ...]:
         f"{result.ceiling:.3f}",
         f"{result.of_ceiling:.0%}",
         f"{max(result.baseline_noise, result.candidate_noise):.1%}",
-        f"[{_COLOURS[result.verdict]}]{result.verdict.value}[/]",
+        _verdict(result),
         result.strict_verdict.value,
     )
 
 
+def _verdict(result: RegimeResult | Extrapolated) -> str:
+    told = f"[{_COLOURS[result.verdict]}]{result.verdict.value}[/]"
+    return told if result.claimed else f"({told})"
+
+
+def claim_line(result: SpeedupResult) -> str:
+    """The claim with its margin, and the parts of the grid that it names."""
+    named = result.settings.named
+    return f"{result.settings.claimed}" + (f" at {', '.join(map(str, named))}" if named else "")
+
+
 def verdict_line(result: SpeedupResult) -> str:
     """The claim with its margin, the verdict, and the strict one beside it."""
-    return f"{result.settings.claimed}: {result.verdict.value}{_strictly(result)}"
+    return f"{claim_line(result)}: {result.verdict.value}{_strictly(result)}"
 
 
 def _strictly(result: SpeedupResult) -> str:

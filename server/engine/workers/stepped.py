@@ -219,4 +219,5 @@ class _Batch:
             steps_tokens=tuple(self._step_tokens),
             first_token_step=self._first_token_step,
             prompts_sha256=prompts_digest(self._prompts),
+            prompt_tokens=max(map(len, self._prompts)),
         )
