@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ("training", "export", "server")
 # The others are parts of a command.
-PARTS = ("app", "method_flags", "eval_data", "quality_gate")
+PARTS = ("app", "calibration", "method_flags", "eval_data", "quality_gate")
 COMMANDS = sorted(path.stem for path in (ROOT / "pat_serve/cli").glob("[a-z]*") if path.stem not in PARTS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pat_serve.cli.app import new_app, run_app
 from pat_serve.cli.bench.compare import compare
+from pat_serve.cli.bench.equal_memory import equal_memory
 from pat_serve.cli.bench.load import load
 from pat_serve.cli.bench.measure import latency, throughput
 from pat_serve.cli.bench.plan import plan
@@ -21,7 +22,7 @@ def bench() -> None:
     """
 
 
-for command in (speedup, latency, throughput, load, speculative, compare, plan):
+for command in (speedup, latency, throughput, load, equal_memory, speculative, compare, plan):
     app.command()(command)
 
 

@@ -15,12 +15,14 @@ from pat_serve.cli.bench.options import (
     Json,
     Out,
     PromptTokens,
+    bounds,
     check_outputs,
     choices,
+    numbers,
     progress_line,
     write_report,
 )
-from pat_serve.errors import EngineError, UsageError
+from pat_serve.errors import EngineError
 
 
 def load(
@@ -65,12 +67,12 @@ def load(
         {
             "url": url,
             "profile": choices("--profile", [profile], ("constant", "poisson", "sweep"))[0],
-            "rates": tuple(_number("--rate", word) for word in rate.split(",")),
+            "rates": numbers("--rate", rate),
             "sweep_size": sweep_size,
             "prompt_tokens": prompt_tokens,
             "output_tokens": output_tokens,
             "seconds": seconds,
-            "slo": dict(_bound(word) for word in slo or ()),
+            "slo": bounds("--slo", slo or ()),
             "model": served_model,
             "tokenizer": tokenizer,
             "seed": seed,
@@ -97,17 +99,3 @@ def _key(file: Path | None) -> str | None:
     from pat_serve.server.http.keys import first_key
 
     return first_key(file)
-
-
-def _bound(word: str) -> tuple[str, float]:
-    name, _, value = word.partition("=")
-    return name, _number("--slo", value)
-
-
-def _number(flag: str, word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:
-        raise UsageError(
-            flag, expected="a number", found=repr(word), fix=f"See pat-bench load --help for {flag}."
-        ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,6 +79,28 @@ def integers(flag: str, given: str) -> tuple[int, ...]:
     if not numbers or min(numbers) < 1:
         raise UsageError(flag, expected="whole numbers from 1 on, as 1,4,16", found=repr(given), fix=f"Try {flag} 1.")
     return numbers
+
+
+def number(flag: str, word: str) -> float:
+    """Read a number.
+
+    Raises:
+        UsageError: the text is anything else.
+    """
+    try:
+        return float(word)
+    except ValueError:
+        raise UsageError(flag, expected="a number", found=repr(word), fix=f"See --help for {flag}.") from None
+
+
+def numbers(flag: str, given: str) -> tuple[float, ...]:
+    """Read numbers separated by commas, in the order given."""
+    return tuple(number(flag, word) for word in given.split(","))
+
+
+def bounds(flag: str, given: Sequence[str]) -> dict[str, float]:
+    """Read bounds such as ttft=0.2, by name."""
+    return {name: number(flag, value) for name, _, value in (word.partition("=") for word in given)}
 
 
 def check_outputs(*paths: Path | None, force: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pat_serve.cli.app import Debug
-from pat_serve.cli.bench.options import Force, Json, Out, check_outputs, choices, progress_line, write_report
+from pat_serve.cli.bench.options import Force, Json, Out, bounds, check_outputs, choices, progress_line, write_report
 from pat_serve.errors import UsageError
 
 
@@ -86,7 +86,7 @@ def plan(
             "prompt_tokens": _kinds("--prompt-tokens", prompt_tokens),
             "output_tokens": _kinds("--output-tokens", output_tokens),
             "lengths": str(lengths) if lengths else None,
-            "slo": dict(_bound(word) for word in slo or ()),
+            "slo": bounds("--slo", slo or ()),
             "percentile": percentile,
             "dispatch": choices("--dispatch", [dispatch], ("least-loaded", "round-robin"))[0],
             "max_batch": max_batch,
@@ -126,11 +126,3 @@ def _kinds(flag: str, given: str) -> tuple[tuple[int, float], ...]:
             fix=f"Try {flag} 128.",
         )
     return kinds
-
-
-def _bound(word: str) -> tuple[str, float]:
-    name, _, value = word.partition("=")
-    try:
-        return name, float(value)
-    except ValueError:
-        raise UsageError("--slo", expected="name=seconds", found=repr(word), fix="Try --slo ttft=0.5.") from None

@@ -134,11 +134,10 @@ def _of_measure(path: Path, result: LatencyResult | ThroughputResult, role: Role
 
 def _of_speedup(path: Path, result: SpeedupResult, role: Role) -> Measured:
     record = result.baseline if role == "baseline" else result.candidate
-    traces: dict[int, list[BatchTrace]] = {}
+    settings, traces = result.settings, dict[tuple[int, int], list[BatchTrace]]()
     for one in result.rounds:
         trace = one.baseline if role == "baseline" else one.candidate
-        traces.setdefault(trace.batch_size, []).append(trace)
-    settings = result.settings
+        traces.setdefault((trace.batch_size, trace.prompt_tokens or settings.prompt_tokens), []).append(trace)
     return Measured(
         role=role,
         name=record.name,
@@ -148,8 +147,7 @@ def _of_speedup(path: Path, result: SpeedupResult, role: Role) -> Measured:
         machine=result.machine,
         sources=(str(path),),
         cells=tuple(
-            _cell(made, batch, settings.prompt_tokens, settings.generated_tokens)
-            for batch, made in sorted(traces.items())
+            _cell(made, batch, prompt, settings.generated_tokens) for (batch, prompt), made in sorted(traces.items())
         ),
         throughputs=(),
     )

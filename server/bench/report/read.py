@@ -10,18 +10,22 @@ from typing import Any
 from pydantic import ValidationError
 
 from pat_serve.errors import UsageError, first_line
+from pat_serve.server.bench.equal_memory.result import EqualMemoryResult
 from pat_serve.server.bench.latency.result import LatencyResult, ThroughputResult
 from pat_serve.server.bench.load.result import LoadResult
 from pat_serve.server.bench.planning.result import PlanResult
 from pat_serve.server.bench.speculative.result import SpeculativeResult
 from pat_serve.server.bench.speedup.result import SpeedupResult
 
-Recorded = SpeedupResult | LatencyResult | ThroughputResult | LoadResult | SpeculativeResult | PlanResult
+Recorded = (
+    SpeedupResult | LatencyResult | ThroughputResult | LoadResult | EqualMemoryResult | SpeculativeResult | PlanResult
+)
 _KINDS: dict[str, type[Recorded]] = {
     "speedup": SpeedupResult,
     "latency": LatencyResult,
     "throughput": ThroughputResult,
     "load": LoadResult,
+    "equal-memory": EqualMemoryResult,
     "speculative": SpeculativeResult,
     "plan": PlanResult,
 }

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from pat_serve.server.analysis.capacity import Capacity
 from pat_serve.server.analysis.statistics import Summary
+from pat_serve.server.bench.equal_memory.result import ROLES, EqualMemoryResult
 from pat_serve.server.bench.latency.result import Distribution, LatencyResult, Roof, ThroughputResult
 from pat_serve.server.bench.load.result import LoadResult
 from pat_serve.server.bench.planning.result import PlanResult
@@ -59,6 +60,8 @@ def rows_of(result: BaseModel) -> Iterator[Row]:
         yield from _throughput(result)
     elif isinstance(result, LoadResult):
         yield from _load(result)
+    elif isinstance(result, EqualMemoryResult):
+        yield from _equal_memory(result)
     elif isinstance(result, SpeculativeResult):
         yield from _speculative(result)
     elif isinstance(result, PlanResult):
@@ -188,6 +191,26 @@ def _throughput(result: ThroughputResult) -> Iterator[Row]:
         yield from _times("throughput", result.model, where, "TTFT", run.ttft)
         yield from _times("throughput", result.model, where, "TPOT", run.tpot)
     yield from _peaks("throughput", result)
+
+
+def _equal_memory(result: EqualMemoryResult) -> Iterator[Row]:
+    where = f"{result.memory_bytes / 2**30:.3g} GiB"
+    for role in ROLES:
+        model = result.model(role)
+        for figure, unit, value in (
+            ("weights", "bytes", model.capacity.weight_bytes),
+            ("KV cache", "bytes", model.kv_cache_bytes),
+            ("requests that fit", "", model.capacity.requests),
+            ("requests in flight", "", result.in_flight(role)),
+            ("output tokens", "1/s", result.tokens_per_s(role)),
+            ("goodput", "1/s", result.goodput_per_s(role)),
+        ):
+            yield Row(kind=result.kind, model=model.name, where=where, figure=figure, unit=unit, value=value)
+    pair = f"{result.candidate.name} / {result.baseline.name}"
+    for figure, ratio in (("tokens ratio", result.tokens_ratio), ("goodput ratio", result.goodput_ratio)):
+        if ratio is not None:
+            yield Row(kind=result.kind, model=pair, where=where, figure=figure, unit="", value=ratio.median,
+                      low=ratio.low, high=ratio.high)  # fmt: skip
 
 
 def _load(result: LoadResult) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""An int8 export in the real vLLM, on the CPU: it answers what the float export answers."""
+"""Quantised exports in the real vLLM, on the CPU: they answer what the float export answers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from pat_serve.cli.calibration import calibration_of
 from pat_serve.export.exporter import export_run
 from pat_serve.training.data import encode_rows, load_rows
 from pat_serve.training.run import start
@@ -22,8 +23,9 @@ from tests.tiny_models import save_tiny_llama, tiny_llama
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 QUESTIONS, ANSWER_TOKENS = 16, 4
-# int8 moves a logit of this model by less than 0.1; a token that leads by more than this must stay.
-SURE_NATS = 0.5
+SIZES = {"hidden_size": 256, "intermediate_size": 256}
+# 8 bits move a logit of this model by less than 0.1, and 4 bits by some tenths; a token that leads by more must stay.
+SURE_NATS = 1.5
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +38,8 @@ def examples(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 
 def train_base(folder: Path, examples: list[dict[str, list[int]]]) -> Path:
     """A base that knows questions and answers by heart: unsure answers would show nothing."""
-    save_tiny_llama(folder)
-    model = tiny_llama().train()
+    save_tiny_llama(folder, **SIZES)
+    model = tiny_llama(**SIZES).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids_NT = pad_sequence([torch.tensor(row["input_ids"]) for row in examples], batch_first=True, padding_value=2)
     generator = torch.Generator().manual_seed(0)
@@ -52,24 +54,45 @@ def train_base(folder: Path, examples: list[dict[str, list[int]]]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exports(rows: Path, examples: list[dict[str, list[int]]], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A run whose narrow model still answers, in float32 and in int8."""
-    folder = tmp_path_factory.mktemp("int8")
+def runs(rows: Path, examples: list[dict[str, list[int]]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run that cuts nothing and one whose narrow model still answers, both in widths of 4-bit groups of 128."""
+    folder = tmp_path_factory.mktemp("quantized")
     base = train_base(folder / "base", examples)
-    recipe = {"learning_rate": 5e-3, "rotate": "loss", "mask_start": "energy", "gate": "cut", "compensate": True}
-    start(tiny_recipe(base, rows, **recipe), folder / "run")
-    exact = export_run(folder / "run", folder / "exact")
-    done = export_run(folder / "run", folder / "int8", quantize="int8")
+    start(tiny_recipe(base, rows, method="lora", max_steps=1, learning_rate=1e-5), folder / "dense")
+    narrow = {"learning_rate": 5e-3, "rotate": "loss", "mask_start": "energy", "gate": "cut", "compensate": True}
+    start(tiny_recipe(base, rows, hidden_size=128, **narrow), folder / "pruned")
+    return {"dense": folder / "dense", "pruned": folder / "pruned"}
+
+
+# The scheme, the run that is exported, and a part of the name of the kernel that vLLM takes for it on a CPU.
+CASES = [
+    ("int8", "pruned", "Int8ScaledMM"),
+    ("int4", "dense", "CPUWNA16"),
+    ("int4", "pruned", "CPUWNA16"),
+    ("fp8", "pruned", "FP8ScaledMM"),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case[:2]))
+def exports(
+    request: pytest.FixtureRequest, runs: dict[str, Path], rows: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, str]:
+    """The same run in float32 and in few bits, and the kernel to expect."""
+    scheme, name, kernel = request.param
+    folder, run = tmp_path_factory.mktemp(scheme), runs[name]
+    exact = export_run(run, folder / "exact")
+    calibration = calibration_of(str(rows), run) if scheme == "int4" else None
+    done = export_run(run, folder / scheme, quantize=scheme, calibration=calibration)
     assert done.quality is not None
     assert done.quality.perplexity_before < 5
-    return [exact.out, done.out]
+    return exact.out, done.out, kernel
 
 
 @pytest.fixture(scope="module")
-def url(exports: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(exports: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log.txt"
     with running(exports[1], log, "--dtype", "float32", "--kv-cache-gib", "0.25") as server:
-        assert "Int8" in log.read_text(), tail(log)  # vLLM chose an int8 kernel and did not dequantise
+        assert exports[2] in log.read_text(), tail(log)  # vLLM chose this kernel and did not dequantise
         yield server.url
 
 
@@ -85,9 +108,9 @@ def greedy(model: PreTrainedModel, ids: list[int]) -> tuple[list[int], list[floa
 
 
 def test_vllm_answers_as_the_float_model_does(
-    exports: list[Path], url: str, examples: list[dict[str, list[int]]]
+    exports: tuple[Path, Path, str], url: str, examples: list[dict[str, list[int]]]
 ) -> None:
-    """Greedy tokens agree as long as the float model is surer of each than 8 bits can change."""
+    """Greedy tokens agree as long as the float model is surer of each than a few bits can change."""
     model = AutoModelForCausalLM.from_pretrained(exports[0], dtype=torch.float32).eval()
     sure = right = 0
     for example in examples[:QUESTIONS]:

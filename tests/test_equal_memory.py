@@ -1,0 +1,113 @@
+"""Equal memory: the share of each model, and the verdict from runs with a known truth."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from pat_serve.errors import UsageError
+from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench.equal_memory.result import EqualMemorySettings, MemoryRound, conclude, ratio_of
+from pat_serve.server.bench.equal_memory.run import budget, check_settings, share
+from pat_serve.server.bench.load.result import LoadRequest, LoadRun, load_run
+from pat_serve.server.bench.model_source import ModelSource
+from pat_serve.shapes.sizes import ModelShape
+from tests.speedup_records import DENSE, NARROW
+
+SLO = {"ttft": 1.0}
+SETTINGS = EqualMemorySettings(slo=SLO, claim=1.2, rates=(1.0, 2.0))
+
+
+def source(shape: ModelShape) -> ModelSource:
+    return ModelSource(name="m", path="m", config={}, shape=shape, on_disk=True)
+
+
+def a_run(good: int, bad: int, *, late_s: float = 0.0) -> LoadRun:
+    """Ten seconds in which so many requests kept the bound, and so many did not."""
+    requests = [
+        LoadRequest(
+            targeted_s=0.0, sent_s=late_s, first_token_s=late_s + (0.5 if index < good else 3.0),
+            last_token_s=late_s + 4.0, output_tokens=8, outcome="completed",
+        )
+        for index in range(good + bad)
+    ]  # fmt: skip
+    return load_run(requests, name="poisson", rate=1.0, duration_s=10.0, slo=SLO)
+
+
+def rounds(ratio: float, *, others: float = 0.0, late_s: float = 0.0, count: int = 8) -> list[MemoryRound]:
+    draw = random.Random(3)
+    made = []
+    for index in range(count):
+        factor = draw.lognormvariate(0, 0.01)
+        made.append(
+            MemoryRound(
+                first="baseline" if index % 2 == 0 else "candidate",
+                # The higher of two rates is past what the server keeps, so the lower one is the model's goodput.
+                baseline=(a_run(round(1000 * factor), 0), a_run(200, 1500)),
+                candidate=(a_run(round(1000 * factor * ratio), 0, late_s=late_s), a_run(200, 1500)),
+                other_cpu_share=others,
+            )
+        )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("ratio", "disturbance", "verdict", "told"),
+    [
+        (1.4, {}, Verdict.PASS, "wholly at or above"),
+        (1.0, {}, Verdict.FAIL, "wholly below"),
+        (1.4, {"others": 0.7}, Verdict.INCONCLUSIVE, "other processes took"),
+        (1.4, {"late_s": 1.0}, Verdict.INCONCLUSIVE, "the client was late in 8 runs"),
+        # Within the margin of the claim, and below the claim itself.
+        (1.185, {}, Verdict.PASS, "strictly: fail"),
+    ],
+)
+def test_known_goodput_in_known_verdict_out(
+    ratio: float, disturbance: dict[str, Any], verdict: Verdict, told: str
+) -> None:
+    judged = conclude(rounds(ratio, **disturbance), SETTINGS)
+    assert judged.verdict is verdict, judged.reason
+    assert told in judged.reason
+
+
+def test_a_model_that_keeps_no_bound_has_no_ratio() -> None:
+    found = rounds(1.4)
+    none = found[0].model_copy(update={"baseline": (a_run(0, 10), a_run(0, 10))})
+    judged = conclude([none, *found[1:]], SETTINGS)
+    assert judged.verdict is Verdict.INCONCLUSIVE
+    assert "rounds without a good request: baseline 1, candidate 0 of 8" in judged.reason
+    assert ratio_of([0.0, 1.0], [1.0, 1.0], seed=0) is None
+
+
+def test_the_smaller_weights_leave_room_for_requests() -> None:
+    memory_bytes = budget(source(DENSE), SETTINGS, 2)
+    dense, narrow = share(source(DENSE), memory_bytes, SETTINGS, 2), share(source(NARROW), memory_bytes, SETTINGS, 2)
+    assert dense.requests == SETTINGS.requests
+    saved = DENSE.weight_bytes(2) - NARROW.weight_bytes(2)
+    # A width's cut leaves keys and values as they are.
+    assert narrow.requests == SETTINGS.requests + saved // dense.kv_bytes_per_request
+    given = SETTINGS.model_copy(update={"memory_gib": 0.5})
+    with pytest.raises(UsageError, match=r"--memory-gib: expected room for the weights of m and a request of 512"):
+        share(source(DENSE), budget(source(DENSE), given, 2), given, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"slo": {}}, "--slo"),
+        ({"slo": {"latency": 1.0}}, "--slo latency"),
+        ({"claim": 0.0}, "--claim"),
+        ({"margin": 0.6}, "--margin"),
+        ({"memory_gib": 0.0}, "--memory-gib"),
+        ({"requests": 0}, "--requests"),
+        ({"rounds": 4}, "--rounds"),
+        ({"rates": (0.0,)}, "--rate"),
+        ({"seconds": 0.0}, "--seconds"),
+        ({"seed": -1}, "--seed"),
+    ],
+)
+def test_senseless_settings_are_refused(change: dict[str, Any], flag: str) -> None:
+    with pytest.raises(UsageError, match=flag):
+        check_settings(SETTINGS.model_copy(update=change))
