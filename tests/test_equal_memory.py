@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pat_serve.errors import UsageError
 from pat_serve.server.analysis.verdict import Verdict
-from pat_serve.server.bench.equal_memory.result import EqualMemorySettings, MemoryRound, conclude, ratio_of
+from pat_serve.server.bench.equal_memory.result import (
+    ROLES,
+    EqualMemoryResult,
+    EqualMemorySettings,
+    MemoryModel,
+    MemoryRound,
+    conclude,
+    ratio_of,
+)
 from pat_serve.server.bench.equal_memory.run import budget, check_settings, share
+from pat_serve.server.bench.equal_memory.table import print_equal_memory
 from pat_serve.server.bench.load.result import LoadRequest, LoadRun, load_run
 from pat_serve.server.bench.model_source import ModelSource
+from pat_serve.server.bench.planning.records import read_measured
+from pat_serve.server.bench.planning.result import PlanSettings
+from pat_serve.server.bench.planning.run import kv_tokens
+from pat_serve.server.bench.report.read import read_result
+from pat_serve.server.bench.report.rows import rows_of
 from pat_serve.shapes.sizes import ModelShape
-from tests.speedup_records import DENSE, NARROW
+from tests.speedup_records import DENSE, MACHINE, NARROW, latency_result
 
 SLO = {"ttft": 1.0}
 SETTINGS = EqualMemorySettings(slo=SLO, claim=1.2, rates=(1.0, 2.0))
@@ -111,3 +126,45 @@ def test_the_smaller_weights_leave_room_for_requests() -> None:
 def test_senseless_settings_are_refused(change: dict[str, Any], flag: str) -> None:
     with pytest.raises(UsageError, match=flag):
         check_settings(SETTINGS.model_copy(update=change))
+
+
+def made_result(name: str = "dense") -> EqualMemoryResult:
+    found = rounds(1.4)
+    memory_bytes = budget(source(DENSE), SETTINGS, 4)
+
+    def model(shape: ModelShape) -> MemoryModel:
+        own = share(source(shape), memory_bytes, SETTINGS, 4)
+        return MemoryModel(
+            name=name, config_sha256="cd" * 32, shape=shape, capacity=own,
+            kv_cache_bytes=memory_bytes - own.weight_bytes, ready_s=30.0, peak_memory_bytes=2**32,
+        )  # fmt: skip
+
+    judged = conclude(found, SETTINGS)
+    sides = [[one.goodput_per_s(role) for one in found] for role in ROLES]
+    return EqualMemoryResult(
+        date="2026-11-30T01:00:00+00:00", duration_s=60.0, machine=MACHINE, guidellm="0.8.1", dtype="float32",
+        settings=SETTINGS, memory_bytes=memory_bytes, baseline=model(DENSE), candidate=model(NARROW),
+        rounds=tuple(found), goodput_ratio=ratio_of(sides[0], sides[1], seed=0), tokens_ratio=None,
+        verdict=judged.verdict, strict_verdict=judged.strict, reason=judged.reason,
+    )  # fmt: skip
+
+
+def test_a_plan_takes_the_memory_and_a_report_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result, grid = made_result(), latency_result("dense")
+    (tmp_path / "memory.json").write_text(result.model_dump_json())
+    (tmp_path / "grid.json").write_text(grid.model_dump_json())
+    assert read_result(tmp_path / "memory.json") == result
+    measured = read_measured([tmp_path / "grid.json", tmp_path / "memory.json"], role="baseline")
+    settings = PlanSettings(slo={"ttft": 1.0}, rate=1.0)
+    tokens = SETTINGS.requests * (SETTINGS.prompt_tokens + SETTINGS.output_tokens)
+    assert kv_tokens(measured, settings) == tokens
+    # A flag wins over the record.
+    assert kv_tokens(measured, settings.model_copy(update={"memory_gib": 1000.0})) != tokens
+    assert kv_tokens(measured, settings.model_copy(update={"kv_cache_gib": 1.0})) != tokens
+    rows = {(row.model, row.figure): row for row in rows_of(result)}
+    assert rows["dense / dense", "goodput ratio"].value == pytest.approx(1.4, rel=0.01)
+    print_equal_memory(result)
+    told = capsys.readouterr().out
+    assert "good requests/s: 1.400 times the baseline's" in told
+    assert "tokens/s: no ratio" in told
+    assert "PASS" in told

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pat_serve.errors import UsageError
 from pat_serve.server.analysis.trace import BatchTrace
+from pat_serve.server.bench.equal_memory.result import EqualMemoryResult
 from pat_serve.server.bench.latency.result import LatencyResult, ThroughputResult
 from pat_serve.server.bench.planning.steps import MeasuredCell
 from pat_serve.server.bench.report.read import read_result
@@ -33,6 +34,7 @@ class Measured:
         sources: the files of the records.
         cells: the grid of step times.
         throughputs: records to check the step times against.
+        memory_bytes: for weights and KV cache, where a record of `pat-bench equal-memory` names it.
     """
 
     role: Role
@@ -44,6 +46,7 @@ class Measured:
     sources: tuple[str, ...]
     cells: tuple[MeasuredCell, ...]
     throughputs: tuple[ThroughputResult, ...]
+    memory_bytes: int | None = None
 
 
 def read_measured(paths: Sequence[Path], *, role: Role) -> Measured:
@@ -64,10 +67,12 @@ def read_measured(paths: Sequence[Path], *, role: Role) -> Measured:
             parts.append(_of_speedup(path, result, role))
         elif isinstance(result, LatencyResult | ThroughputResult):
             parts.append(_of_measure(path, result, role))
+        elif isinstance(result, EqualMemoryResult):
+            parts.append(_of_equal_memory(path, result, role))
         else:
             raise UsageError(
                 f"{flag} {path}",
-                expected="a result of pat-bench latency, throughput or speedup",
+                expected="a result of pat-bench latency, throughput, speedup or equal-memory",
                 found=f"one of pat-bench {result.kind}",
                 fix="Measure the model with pat-bench latency --out FILE.json.",
             )
@@ -94,6 +99,7 @@ def read_measured(paths: Sequence[Path], *, role: Role) -> Measured:
         sources=tuple(source for part in parts for source in part.sources),
         cells=cells,
         throughputs=tuple(one for part in parts for one in part.throughputs),
+        memory_bytes=next((part.memory_bytes for part in parts if part.memory_bytes is not None), None),
     )
 
 
@@ -150,6 +156,22 @@ def _of_speedup(path: Path, result: SpeedupResult, role: Role) -> Measured:
             _cell(made, batch, prompt, settings.generated_tokens) for (batch, prompt), made in sorted(traces.items())
         ),
         throughputs=(),
+    )
+
+
+def _of_equal_memory(path: Path, result: EqualMemoryResult, role: Role) -> Measured:
+    model = result.model(role)
+    return Measured(
+        role=role,
+        name=model.name,
+        config_sha256=model.config_sha256,
+        dtype=result.dtype,
+        shape=model.shape,
+        machine=result.machine,
+        sources=(str(path),),
+        cells=(),
+        throughputs=(),
+        memory_bytes=result.memory_bytes,
     )
 
 

@@ -161,8 +161,10 @@ def engine_of(model: Measured, mix: Mix, settings: PlanSettings) -> Engine:
 def kv_tokens(model: Measured, settings: PlanSettings) -> int | None:
     """Tokens that an engine's KV cache holds; None where nothing bounds it."""
     dtype_bytes = DTYPE_BYTES[model.dtype]
+    memory_bytes = model.memory_bytes if settings.kv_cache_gib is None else None
     if settings.memory_gib is not None:
         memory_bytes = int(settings.memory_gib * 2**30)
+    if memory_bytes is not None:
         # A request of one token is a token.
         return capacity(model.shape, memory_bytes=memory_bytes, tokens=1, dtype_bytes=dtype_bytes).requests
     if settings.kv_cache_gib is not None:
