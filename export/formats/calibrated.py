@@ -89,7 +89,7 @@ def round_layers(
 
         def round_layer(layer: nn.Module, inputs: tuple[Any, ...], settings: dict[str, Any], *, prefix: str) -> None:
             for path, moments_II in _moments(layer, inputs, settings, real_BT).items():
-                linear = layer.get_submodule(path)
+                linear: Any = layer.get_submodule(path)
                 weight_OI = linear.weight.detach()
                 scale_OG = group_scales(weight_OI, moments_II.diagonal(), group_size, scale_dtype)
                 codes_OI = gptq(weight_OI, moments_II, scale_OG)

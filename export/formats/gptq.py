@@ -35,10 +35,10 @@ def group_scales(weight_OI: Tensor, energy_I: Tensor, group_size: int, dtype: to
     Returns:
         (out, in / group_size) in `dtype`, all positive. A group of zeros has the scale 1.
     """
-    weight_OGI = weight_OI.unflatten(1, (-1, group_size))
+    weight_OGI = weight_OI.reshape(len(weight_OI), -1, group_size)
     energy_GI = energy_I.to(weight_OI.dtype).reshape(-1, group_size)
     rows = max(1, _SCALES_AT_ONCE // weight_OI.shape[1])
-    return torch.cat([_best_scales(block_OGI, energy_GI, dtype) for block_OGI in weight_OGI.split(rows)])
+    return torch.cat([_best_scales(block_OGI, energy_GI, dtype) for block_OGI in torch.split(weight_OGI, rows)])
 
 
 def _best_scales(weight_OGI: Tensor, energy_GI: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,7 +102,8 @@ def _inverse_factor(second_II: Tensor) -> Tensor:
     # An input that was never seen has no moment at all: it is rounded to the nearest, and the others do not feel it.
     damped_II.diagonal().add_(_DAMPING * energy if energy > 0 else 1.0)
     inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
-    return torch.linalg.cholesky(inverse_II, upper=True).to(torch.float32)
+    factor_II: Tensor = torch.linalg.cholesky(inverse_II, upper=True)
+    return factor_II.to(torch.float32)
 
 
 def felt_error(weight_OI: Tensor, other_OI: Tensor, second_II: Tensor) -> float:
@@ -118,13 +119,13 @@ def dequantize_groups(codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
 
 def pack_codes(codes_OI: Tensor) -> Tensor:
     """Put eight codes of a row into an int32, shifted to 0..15, the first in the lowest bits: (out, in / 8)."""
-    nibbles_OIP = (codes_OI.to(torch.int32) - LOWEST).unflatten(1, (-1, _PACKED))
+    nibbles_OIP = (codes_OI.to(torch.int32) - LOWEST).reshape(len(codes_OI), -1, _PACKED)
     return (nibbles_OIP << _shifts()).sum(-1, dtype=torch.int32)
 
 
 def unpack_codes(packed_OP: Tensor) -> Tensor:
     """Take the codes of `pack_codes` out again: int8, (out, in)."""
-    nibbles_OPI = (packed_OP[..., None] >> _shifts()) & 15
+    nibbles_OPI: Tensor = (packed_OP[..., None] >> _shifts()) & 15
     return (nibbles_OPI.flatten(1) + LOWEST).to(torch.int8)
 
 
