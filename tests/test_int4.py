@@ -21,6 +21,7 @@ from pat_serve.export.formats.check import check_quantized
 from pat_serve.export.formats.gptq import dequantize_groups, round_groups, unpack_codes
 from pat_serve.export.formats.schemes import INT4
 from pat_serve.export.run.reader import open_run
+from pat_serve.export.verify import verify_export
 from tests.random_runs import PROMPT, random_run
 from tests.tiny_models import save_tiny_family, save_tiny_llama
 
@@ -153,6 +154,14 @@ def test_another_models_weights_are_found(int4: Path, run: Path, tmp_path: Path)
         save_file(tensors | change, tmp_path / "copy/model.safetensors", {"format": "pt"})
         with pytest.raises(ParityError, match=f"{name} to be the float32 tensor in the format"):
             check_quantized(opened, tmp_path / "copy", scheme, torch.bfloat16)
+
+
+def test_it_is_judged_again(int4: Path, run: Path):
+    found = verify_export(int4, run)
+    assert found.quality is not None
+    then = json.loads((int4 / "pat_export.json").read_text())["quantization"]["quality"]
+    assert found.quality.as_dict()["mean_kl_nats"] == pytest.approx(then["mean_kl_nats"], rel=1e-3)
+    assert found.as_dict()["passed"]
 
 
 def test_a_width_that_no_group_divides(finished_run: Path, tmp_path: Path):

@@ -128,7 +128,7 @@ def int8(run: Path) -> Path:
     return export_run(run, run.parent / "int8", dtype="bfloat16", quantize="int8").out
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
 def test_an_untouched_quantized_export(quantize: str, run: Path, int8: Path, tmp_path: Path):
     out = int8
     if quantize != "int8":
