@@ -28,14 +28,14 @@ from pat_serve.server.bench.planning.result import PlanSettings
 from pat_serve.server.bench.planning.run import kv_tokens
 from pat_serve.server.bench.report.read import read_result
 from pat_serve.server.bench.report.rows import rows_of
-from pat_serve.shapes.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelSizes
 from tests.speedup_records import DENSE, MACHINE, NARROW, latency_result
 
 SLO = {"ttft": 1.0}
 SETTINGS = EqualMemorySettings(slo=SLO, claim=1.2, rates=(1.0, 2.0))
 
 
-def source(shape: ModelShape) -> ModelSource:
+def source(shape: ModelSizes) -> ModelSource:
     return ModelSource(name="m", path="m", config={}, shape=shape, on_disk=True)
 
 
@@ -132,7 +132,7 @@ def made_result(name: str = "dense") -> EqualMemoryResult:
     found = rounds(1.4)
     memory_bytes = budget(source(DENSE), SETTINGS, 4)
 
-    def model(shape: ModelShape) -> MemoryModel:
+    def model(shape: ModelSizes) -> MemoryModel:
         own = share(source(shape), memory_bytes, SETTINGS, 4)
         return MemoryModel(
             name=name, config_sha256="cd" * 32, shape=shape, capacity=own,

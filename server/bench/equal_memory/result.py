@@ -20,7 +20,7 @@ from pat_serve.server.analysis.verdict import (
     judge,
 )
 from pat_serve.server.bench.load.result import LoadRun
-from pat_serve.shapes.sizes import ModelShape
+from pat_serve.shapes.sizes import ModelSizes
 
 SCHEMA_VERSION = 1
 Role = Literal["baseline", "candidate"]
@@ -84,7 +84,7 @@ class MemoryModel(_Record):
 
     name: str
     config_sha256: str
-    shape: ModelShape
+    shape: ModelSizes
     capacity: Capacity
     kv_cache_bytes: int
     ready_s: float
