@@ -121,9 +121,9 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, help="a text to prune on, as its validation file")
     parser.add_argument("--out", type=Path, required=True, help="lines of JSON, which are added to")
     parser.add_argument("--part", choices=("errors", "perplexity"), help="what to measure")
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--test-rows", type=int, default=40)
+    parser.add_argument("--test-rows", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing new after so long")
     given = parser.parse_args()
     lines = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.exists() else []
@@ -141,7 +141,8 @@ def main() -> None:
 
     checkpoint, tokenizer = open_checkpoint(given.model), AutoTokenizer.from_pretrained(given.model)
     windows = windows_of(given.calibration, tokenizer, given.length, given.rows)
-    batches = calibration_batches([{"input_ids": one, "labels": one} for one in windows], 8)
+    examples = [{"input_ids": one, "attention_mask": [1] * len(one), "labels": one} for one in windows]
+    batches = calibration_batches(examples, 8)
     layers = Layers(checkpoint, getattr(torch, serving_dtype()), torch.device("cpu"))
     if given.part == "errors":
         streams = layers.enter(batches)

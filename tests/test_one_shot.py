@@ -18,7 +18,10 @@ from pat_serve.export.exporter import export_run
 from pat_serve.run.plan import PLAN_ARRAYS, PLAN_JSON, PruningPlan
 from pat_serve.server.bench.model_source import resolve
 from pat_serve.training.config import TrainRecipe
+from pat_serve.training.methods.one_shot import OneShotSettings
 from pat_serve.training.run import resume, start
+from pat_serve.training.sparse.layers import Layers
+from pat_serve.training.sparse.walk import prune_layers
 from tests.tiny_models import save_tiny_family
 
 LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -95,6 +98,23 @@ def test_each_layer_is_pruned_on_what_the_pruned_ones_before_it_give(tiny_base: 
     for low, high in zip(mild, lines, strict=True):
         for name, figures in low["linears"].items():
             assert 0 < figures["relative_error"] < high["linears"][name]["relative_error"] < 1
+
+
+def test_one_layer_is_in_memory_at_a_time(tiny_base: Path):
+    checkpoint = open_checkpoint(str(tiny_base))
+    layers = Layers(checkpoint, torch.float32, torch.device("cpu"))
+    ids = torch.arange(3, 19).view(2, 8)
+    streams = layers.enter([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+
+    def loaded() -> set[str]:
+        return {name for name, one in layers.model.named_parameters() if not one.is_meta}
+
+    assert loaded() == set()
+    how = [OneShotSettings(pattern="2:4").zeroing(0.5)] * 2
+    for number, _ in prune_layers(layers, checkpoint.family, 2, streams, how, {}):
+        assert loaded() == set(), number
+        with layers.layer(number):
+            assert {name.split(".")[2] for name in loaded()} == {str(number)}
 
 
 def test_alpha_gives_layers_different_shares(tiny_base: Path, rows: Path, tmp_path: Path):

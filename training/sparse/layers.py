@@ -53,10 +53,10 @@ class Layers:
         from transformers import AutoConfig
 
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
-        self._model: Any = meta_model(AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True))
-        self._model.config.use_cache = False
+        self.model: Any = meta_model(AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True))
+        self.model.config.use_cache = False
         # Rotary frequencies have no weights; they are made with the model.
-        self._model.model.rotary_emb.to(device)
+        self.model.model.rotary_emb.to(device)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor in the checkpoint."""
@@ -69,7 +69,7 @@ class Layers:
         Args:
             batches: input_ids and attention_mask.
         """
-        embedding, streams = self._model.get_input_embeddings(), []
+        embedding, streams = self.model.get_input_embeddings(), []
         # Rows are numbered anew here, and the padding's number may be larger than all of them.
         embedding.padding_idx = None
         used, numbered = torch.unique(
@@ -101,9 +101,9 @@ class Layers:
             caught.append((inputs[0] if inputs else settings["hidden_states"], settings))
             raise _StopForwardError
 
-        handle = self._model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+        handle = self.model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            self._model.model(input_ids=numbers_BT, attention_mask=mask_BT, use_cache=False)
+            self.model.model(input_ids=numbers_BT, attention_mask=mask_BT, use_cache=False)
         except _StopForwardError:
             pass
         finally:
@@ -120,7 +120,7 @@ class Layers:
             number: of the layer.
             replaced: tensors that take the place of the checkpoint's, by their names there.
         """
-        layer: nn.Module = self._model.model.layers[number]
+        layer: nn.Module = self.model.model.layers[number]
         prefix, given = f"model.layers.{number}.", replaced or {}
         parts = [(name, module, kind) for name, module, kind in _parameters(layer)]
         try:
