@@ -4,12 +4,14 @@ Example: `python -m benchmarks.cut_quality MODEL --text wiki.test.raw --calibrat
 
 The model is cut in memory as `pat-train --max-steps 0` cuts it, calibrated on windows of one text and measured on
 windows of another. `--shape` may come several times, and each is measured with every `--refit`. With `--out` each line
-is also added to a file, and what the file has already is not measured again.
+is also added to a file, and what the file has already is not measured again. `--cache` keeps the measures of the base
+and the windows of a line that was stopped; a cache belongs to one base, one code and one pair of texts.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -30,6 +32,8 @@ from pat_serve.training.model.calibration import Calibration, calibrate, calibra
 from pat_serve.training.model.ready import make_ready
 
 DENSE = "dense"
+# Windows of a forward pass.
+AT_ONCE = 8
 
 
 def windows_of(path: Path, tokenizer: Any, length: int, most: int) -> list[list[int]]:
@@ -40,16 +44,25 @@ def windows_of(path: Path, tokenizer: Any, length: int, most: int) -> list[list[
 
 
 @torch.no_grad()
-def perplexity(model: Any, windows: list[list[int]]) -> float:
-    """exp of the mean negative log-likelihood of every token of the windows but the first of each."""
+def perplexity(model: Any, windows: list[list[int]], progress: Path | None = None) -> float:
+    """exp of the mean negative log-likelihood of every token of the windows but the first of each.
+
+    Args:
+        model: a causal language model of transformers.
+        windows: token ids, all of one length.
+        progress: a file that keeps the sums of the windows so far, for a call that is stopped.
+    """
     model.eval()
-    total, count = 0.0, 0
-    for at in range(0, len(windows), 8):
-        ids_BT = torch.tensor(windows[at : at + 8])
+    known = [] if progress is None or not progress.exists() else [float(text) for text in progress.read_text().split()]
+    for at in range(AT_ONCE * len(known), len(windows), AT_ONCE):
+        ids_BT = torch.tensor(windows[at : at + AT_ONCE])
         logits_BTV = model(input_ids=ids_BT).logits[:, :-1].float()
         nll = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum")
-        total, count = total + float(nll), count + ids_BT[:, 1:].numel()
-    return math.exp(total / count)
+        known.append(float(nll))
+        if progress is not None:
+            with progress.open("a") as file:
+                file.write(f"{known[-1]!r}\n")
+    return math.exp(math.fsum(known) / sum(len(window) - 1 for window in windows))
 
 
 class Cutter:
@@ -116,6 +129,14 @@ def settings_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
 
 
+def progress_of(settings: dict[str, Any], cache: Path | None) -> Path | None:
+    """The file of a line's sums; None without a cache."""
+    if cache is None:
+        return None
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.nll"
+
+
 def recipe_of(model: str, settings: dict[str, Any]) -> TrainRecipe:
     """The recipe of a line."""
     asked: dict[str, Any] = {"shape": settings["shape"], "choose": settings["choose"]}
@@ -169,7 +190,7 @@ def main() -> None:
         cut_s = time.perf_counter() - began
         base = getattr(model, "get_base_model", lambda model=model: model)()
         parameters = sum({id(p): p.numel() for name, p in base.named_parameters() if ".lora_" not in name}.values())
-        figure = perplexity(model, measured)
+        figure = perplexity(model, measured, progress_of(settings, options.cache))
         line = {
             **settings,
             "tied": base.get_output_embeddings().weight is base.get_input_embeddings().weight,
