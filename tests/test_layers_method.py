@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.run.plan import PruningPlan
+from pat_serve.training.config import TrainRecipe
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family
@@ -38,6 +39,13 @@ def test_the_last_quarter_goes_and_the_end_is_trained(rows: Path, tmp_path: Path
         if not tensor.equal(dense.state_dict()[name].to(tensor.dtype)) and "norm" not in name
     }
     assert moved == written | {"lm_head.weight"}
+
+
+def test_another_order_needs_no_shape() -> None:
+    given = {"model": "m", "data": "d", "choose": {"layers": "last"}}
+    assert TrainRecipe(**given, method="layers").choose == {"layers": "last"}
+    with pytest.raises(ValueError, match="choose says how to cut an axis of shape or axes, and layers is none"):
+        TrainRecipe(**given)
 
 
 def test_it_cuts_nothing_else(rows: Path, tmp_path: Path) -> None:

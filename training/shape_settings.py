@@ -72,7 +72,11 @@ class ShapeSettings(pydantic.BaseModel):
 
     @pydantic.model_validator(mode="after")
     def _known_choices(self) -> ShapeSettings:
-        if stray := sorted(set(self.choose) - set(self.inner_axes)):
+        from pat_serve.training.methods import METHODS
+
+        method = METHODS.get(getattr(self, "method", ""))
+        cut = set(self.inner_axes) or set(method.cut_by_default if method else ())
+        if stray := sorted(set(self.choose) - cut):
             raise ValueError(f"choose says how to cut an axis of shape or axes, and {stray[0]} is none")
         for axis, name in self.choose.items():
             if name not in CHOICE_NAMES[axis]:

@@ -21,6 +21,7 @@ class Layers(Cut):
 
     name: ClassVar[str] = "layers"
     axes: ClassVar[frozenset[str]] = frozenset({LAYERS})
+    cut_by_default: ClassVar[frozenset[str]] = axes
     choices: ClassVar[Mapping[str, str]] = {LAYERS: Reverse.name}
     # As published, nothing is made up for before the first step.
     defaults: ClassVar[Mapping[str, Any]] = {"compensate": False, "train": "head+last3", "train_norms": True}
