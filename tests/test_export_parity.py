@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -15,23 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pat_serve.cut.hybrid import HybridFold
 from pat_serve.errors import ParityError
 from pat_serve.export import exporter
 from pat_serve.export.exporter import export_run
-from pat_serve.export.parity.figures import TOLERANCES, Figures, HeldLogits, compare_logits
-from pat_serve.export.parity.gate import measure_parity
-from pat_serve.export.parity.greedy import compare_greedy
-from pat_serve.export.parity.layerwise import LayerwiseModel
 from pat_serve.export.parity.masked import load_masked_model
-from pat_serve.export.parity.vllm_scores import compare_listed
 from pat_serve.export.rewrite import job
 from pat_serve.export.rewrite.fused import fuse
 from pat_serve.export.run.reader import open_run
-from pat_serve.run.plan import PruningPlan
-from pat_serve.scores import ListedScores
 from tests.random_runs import PROMPT, random_run
-from tests.tiny_models import save_tiny_family, save_tiny_llama, tiny_llama
+from tests.tiny_models import save_tiny_llama, tiny_llama
 
 
 def both_logits(run_folder: Path, exported: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -257,141 +248,3 @@ def test_stock_transformers_loads_it_without_this_package(finished_run: Path, tm
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     record = json.loads((out / "pat_export.json").read_text())
     assert done.stdout.startswith(f"LlamaForCausalLM 48 {record['parameters']['exported']}\n")
-
-
-def test_compare_logits_figures():
-    trained = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    exported = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-    figures = compare_logits(HeldLogits(values_PV=trained), HeldLogits(values_PV=exported))
-    assert figures.max_abs == 1.0
-    assert figures.logits_std == pytest.approx(trained.std().item())
-    assert figures.top1_agreement == 0.5
-    # KL between (p, 1-p) and (1-p, p) with p = sigmoid(1) is (2p - 1) * 1, over two positions of which one differs.
-    assert figures.mean_kl_nats == pytest.approx((2 * torch.sigmoid(torch.tensor(1.0)).item() - 1) / 2, rel=1e-6)
-    tolerance = TOLERANCES[torch.float32]
-    assert not figures.within(tolerance)
-    right = dataclasses.replace(figures, max_abs_over_std=0.0, mean_kl_nats=0.0, top1_agreement=1.0)
-    assert right.within(tolerance)
-    assert not dataclasses.replace(right, max_abs_over_std=float("nan")).within(tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_logits_are_compared_as_often_as_is_asked(dtype: torch.dtype):
-    first, second = (torch.randn(70, 5000, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
-    before = first.clone(), second.clone()
-    figures = compare_logits(HeldLogits(values_PV=first), HeldLogits(values_PV=second))
-    assert torch.equal(first, before[0])
-    assert torch.equal(second, before[1])
-    a, b = (logits.double().log_softmax(-1) for logits in before)
-    kl = (a.exp() * (a - b)).sum(-1)
-    assert figures.mean_kl_nats == pytest.approx(float(kl.mean()), rel=1e-9)
-    assert figures.median_kl_nats == pytest.approx(float(kl.median()), rel=1e-9)
-    assert figures.max_abs == pytest.approx(float((before[0] - before[1]).abs().max()), rel=1e-6)
-    assert figures.top1_agreement == pytest.approx(float((a.argmax(-1) == b.argmax(-1)).double().mean()))
-
-
-@pytest.mark.parametrize("variant", ["rotated, with a head's adapter", "tied", "Gemma, tied", "Qwen2", "Phi-3"])
-def test_layer_by_layer_gives_the_same_figures(variant: str, tmp_path: Path):
-    """Two ways to compute each model; one that lost an operator, an adapter or a row would give other figures."""
-    if variant == "rotated, with a head's adapter":
-        base = save_tiny_llama(tmp_path / "base")
-        every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-        run_folder = random_run(tmp_path / "run", base, lora={"target_modules": every}, save_embedding_layers=False)
-        rotation = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64)).Q
-        dataclasses.replace(PruningPlan.load(run_folder), rotation=rotation).save(run_folder)
-    elif variant == "tied":
-        run_folder = random_run(tmp_path / "run", save_tiny_llama(tmp_path / "base", tie_word_embeddings=True))
-    else:
-        model_type = variant.split(",")[0].lower().replace("-", "")
-        run_folder = random_run(tmp_path / "run", save_tiny_family(tmp_path / "base", model_type))
-    plan = PruningPlan.load(run_folder)
-    if "tied" in variant:
-        fold = plan.folds["model.embed_tokens"]
-        diagonal = HybridFold(l0_RD=fold.l0_RD[:0], l1_DR=fold.l1_DR[:, :0], scale_D=fold.scale_D.clamp(min=0.5))
-        dataclasses.replace(plan, folds={**plan.folds, "model.embed_tokens": diagonal}).save(run_folder)
-    out = export_run(run_folder, tmp_path / "out", dtype="bfloat16", parity=False).out
-    run = open_run(run_folder)
-    loaded, walked = (measure_parity(run, out, torch.bfloat16, walk=walk) for walk in (False, True))
-    assert not loaded.layerwise
-    assert walked.layerwise
-    assert loaded.passed
-    assert walked.passed
-    for first, second in zip(loaded.comparisons, walked.comparisons, strict=True):
-        assert (first.model, first.dtype) == (second.model, second.dtype)
-        if first.dtype == "float32":
-            # The first comparison's figures are additions in another order, and nothing but those.
-            close = {"abs": 1e-5} if first.figures.max_abs_over_std < 1e-4 else {"rel": 1e-2}
-            assert second.figures.max_abs_over_std == pytest.approx(first.figures.max_abs_over_std, **close)
-            assert second.figures.logits_std == pytest.approx(first.figures.logits_std, rel=1e-5)
-
-
-def test_a_model_that_does_not_fit_is_walked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Never more than one layer's weights, the rows of the embedding and a block of the head."""
-    base = save_tiny_llama(tmp_path / "base", num_hidden_layers=4)
-    run = random_run(tmp_path / "run", base)
-    held: list[int] = []
-    fetch = LayerwiseModel._fetch
-
-    def watch(self: LayerwiseModel, *arguments: object, **settings: object) -> None:
-        fetch(self, *arguments, **settings)
-        linears = [m for m in self.model.model.layers.modules() if type(m) is torch.nn.Linear and m.bias is None]
-        own = [m for m in linears if m.out_features > 8 and m.in_features > 8]
-        held.append(sum(m.weight.device.type != "meta" for m in own))
-
-    monkeypatch.setattr(LayerwiseModel, "_fetch", watch)
-    monkeypatch.setattr("pat_serve.export.parity.models.available_memory_bytes", lambda: 1 << 20)
-    done = export_run(run, tmp_path / "out")
-    assert done.parity is not None
-    assert done.parity.layerwise
-    assert done.parity.max_abs_over_std < 1e-5
-    # Seven linears a layer.
-    assert max(held) == 7
-
-
-@pytest.mark.parametrize("walk", [False, True])
-def test_a_wrong_rewriting_is_refused_layer_by_layer_too(walk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pat_serve.export.rewrite.config.exported_eps", lambda eps, cut: eps)
-    run = random_run(tmp_path / "run", save_tiny_llama(tmp_path / "base", rms_norm_eps=1e-3))
-    with pytest.raises(ParityError, match="Nothing was exported"):
-        export_run(run, tmp_path / "out", walk=walk)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_greedy_text_may_part_at_a_tie_only():
-    trained = [[1, 2, 0]]
-    logits = [torch.tensor([[0.0, 9.0, 1.0], [0.0, 5.0, 5.0 + 1e-5], [9.0, 0.0, 0.0]])]
-    tolerance = TOLERANCES[torch.float32]
-
-    def compare(other: list[int]) -> tuple[int, bool]:
-        found = compare_greedy(trained, logits, [other], logits_std=1.0, tolerance=tolerance)
-        return found.equal, found.passed
-
-    assert compare([1, 2, 0]) == (1, True)
-    assert compare([1, 1, 2]) == (0, True)  # what comes after a tie has another prompt
-    assert compare([1, 0, 0]) == (0, False)
-    assert compare([1, 2, 1]) == (0, False)
-
-
-def test_listed_logprobs_give_the_figures_of_all():
-    """With the whole vocabulary listed nothing is lost; with a part the KL is never larger."""
-    generator = torch.Generator().manual_seed(0)
-    trained, other = (torch.randn(9, 3000, generator=generator) for _ in range(2))
-    other = trained + 0.1 * other
-    prompts = [[1, 2, 3, 4], [5, 6, 7, 8, 9]]
-    kept = torch.tensor([0, 1, 2, 4, 5, 6, 7])
-    whole = compare_logits(HeldLogits(values_PV=trained[kept]), HeldLogits(values_PV=other[kept]))
-
-    def listed(count: int) -> Figures:
-        logprobs, ids = other.log_softmax(-1).double().sort(descending=True)
-        scores = [
-            ListedScores(token_ids=ids[at, :count].tolist(), logprobs=logprobs[at, :count].tolist())
-            for at in (slice(0, 3), slice(4, 8))
-        ]
-        return compare_listed(HeldLogits(values_PV=trained), prompts, scores, whole.logits_std)
-
-    everything, few = listed(3000), listed(20)
-    assert everything.positions == few.positions == 7
-    assert everything.mean_kl_nats == pytest.approx(whole.mean_kl_nats, rel=1e-4)
-    assert everything.top1_agreement == few.top1_agreement == whole.top1_agreement
-    assert 0 < few.mean_kl_nats < whole.mean_kl_nats
-    assert few.max_abs_over_std <= everything.max_abs_over_std

@@ -19,6 +19,7 @@ TOGETHER = {
         "tests/integration/test_abuse_bodies.py",
         "tests/integration/test_abuse_load.py",
         "tests/integration/test_abuse_wire.py",
+        "tests/integration/test_benchmark_routes.py",
         "tests/integration/test_clients.py",
         "tests/integration/test_eval_backends.py",
         "tests/integration/test_observability.py",
