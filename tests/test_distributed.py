@@ -61,7 +61,8 @@ def alone(trainings: Trainings, tiny_base: Path, rows: Path, tmp_path_factory: p
 def test_two_ranks_choose_and_train_the_smaller_model(
     config: str, trainings: Trainings, tiny_base: Path, rows: Path, tmp_path: Path
 ):
-    shape = ["--shape", "ffn=96,kv_groups=1", "--refit", "full"]
+    # Each rank has a dense teacher beside the smaller model.
+    shape = ["--shape", "ffn=96,kv_groups=1", "--refit", "full", "--distillation-weight", "0.5"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert trainings.run([*arguments(tiny_base, rows, one, batch_size=4), *shape]) == 0, trainings.log.read_text()
     command = [*arguments(tiny_base, rows, two, batch_size=2), *shape]

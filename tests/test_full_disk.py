@@ -19,6 +19,7 @@ from pat_serve.training.config import TrainRecipe
 from pat_serve.training.ranks import Ranks
 from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
+from tests.test_distillation import CUT
 from tests.test_export_interruption import IN_NAMESPACE, can_mount
 from tests.tiny_models import save_tiny_llama
 from tests.trainings import Trainings
@@ -73,7 +74,7 @@ def test_a_small_tmpfs(tiny_base: Path, rows: Path, tmp_path: Path):
         assert told in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("kind", ["paper", "default"])
+@pytest.mark.parametrize("kind", ["paper", "default", "all weights"])
 def test_the_count_is_what_a_run_leaves(kind: str, rows: Path, tmp_path: Path):
     base = save_tiny_llama(tmp_path / "base", hidden_size=128, intermediate_size=256, head_dim=32, vocab_size=1024)
     run = tmp_path / "run"
@@ -83,6 +84,8 @@ def test_the_count_is_what_a_run_leaves(kind: str, rows: Path, tmp_path: Path):
             model=str(base), data=str(rows), max_steps=12, batch_size=4, gradient_accumulation_steps=1,
             dtype="float32", save_steps=4, logging_steps=4, calibration_rows=8,
         )  # fmt: skip
+    if kind == "all weights":
+        recipe = tiny_recipe(base, rows, **CUT, shape={"ffn": 192}, train="all", max_steps=12)
     at_once, checkpoint, rest = run_bytes(prepare(recipe.with_absolute_paths(), Ranks.join()))
     assert at_once == 3
     start(recipe, run)
