@@ -34,7 +34,7 @@ def ground(
 ) -> None:
     """Write rows for `pat-train --data`, held-out text and items for `pat-eval`, and CONTENTS.md."""
     from benchmarks.ground.build import Inputs, build, write
-    from benchmarks.ground.own_answers import write_own_answers
+    from benchmarks.ground.own_answers import write_own_answers, write_prompts
     from benchmarks.ground.record import write_record
 
     inputs = Inputs(
@@ -46,6 +46,7 @@ def ground(
     )
     built = build(inputs)
     write(built, out)
+    write_prompts(built, out)
     own = write_own_answers(built, model, answers, out) if model is not None else None
     write_record(built, out, own)
     total = sum(kept.characters for kept in built.kept.values())

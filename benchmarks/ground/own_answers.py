@@ -57,6 +57,11 @@ def prompts_of(ground: Ground) -> tuple[list[str], list[str]]:
     return mixed, held[:_MOST_HELD_OUT]
 
 
+def write_prompts(ground: Ground, out: Path) -> None:
+    """Write the prompts that no model answers here."""
+    write_text(out / "prompts.jsonl", _jsonl({"prompt": prompt} for prompt in prompts_of(ground)[1]))
+
+
 def write_own_answers(ground: Ground, model: Path, count: int, out: Path) -> dict[str, Any]:
     """Have a model answer prompts, and write the rows; answers of an earlier call are used again.
 
@@ -73,7 +78,6 @@ def write_own_answers(ground: Ground, model: Path, count: int, out: Path) -> dic
     model_sha256 = checkpoint_sha256(model)
     rows = _answered(model, prompts[:count], out / "answers" / model_sha256[:16])
     write_text(out / "instructions.jsonl", _jsonl(rows))
-    write_text(out / "prompts.jsonl", _jsonl({"prompt": prompt} for prompt in held))
     said = {row["messages"][-1]["content"]: row for row in rows}
     answers = [Passage(source="answers", document="", text=text) for text in said]
     mixed = mix([*ground.trained, *answers], WEIGHTS, "ground")
