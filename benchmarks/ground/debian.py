@@ -18,7 +18,8 @@ from pat_serve.terminal.progress import say
 
 _ARCHIVE_MARK = b"!<arch>\n"
 _HEADER_BYTES = 60
-_LICENSE = re.compile(r"^License:\s*(\S.*)$", re.MULTILINE)
+# The short names of a copyright file's form; some files have the licence's text in their place.
+_LICENSE = re.compile(r"^License:[ \t]*([\w.+-]+(?: (?:or|and|with) [\w.+-]+)*)[ \t]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)

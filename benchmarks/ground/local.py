@@ -24,7 +24,7 @@ _WIKITEXT = ((re.compile(r" @([-,.])@ "), r"\1"), (re.compile(r" ([,.;:!?%)\]])"
              (re.compile(r"([(\[]) "), r"\1"), (re.compile(r" '(s|t|re|ve|ll|d|m)\b"), r"'\1"))  # fmt: skip
 # A shorter docstring is a remark.
 _LEAST_CHARACTERS = 80
-# An item's first line that so many of a task's items share is the task's wording.
+# A line that so many of a task's items share is the task's wording.
 _WORDING_SHARE = 0.1
 
 
@@ -41,10 +41,13 @@ class Items:
     measured: dict[str, dict[str, dict[str, str]]]
 
     def measured_texts(self) -> Iterator[str]:
-        """Question and options of every measured item."""
+        """Question and each option of every measured item, without the lines that are the task's wording."""
         for items in self.measured.values():
-            for item in items.values():
-                yield item["origin_prompt"]
+            questions = [parse_prompt(item["origin_prompt"], item["gold"]) for item in items.values()]
+            wording = _wording([question.stem for question in questions])
+            for question in questions:
+                yield " ".join(line for line in question.stem.split("\n") if line not in wording)
+                yield from question.options
 
 
 def articles(path: Path, *, cleaned: bool = True) -> list[Document]:
@@ -166,7 +169,12 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _subjects(prompts: list[str]) -> dict[str, str]:
-    """What each item is about: its first line that is not the task's own wording."""
-    firsts = Counter(prompt.split("\n")[0] for prompt in prompts)
-    wording = {line for line, count in firsts.items() if count > max(1, len(prompts) * _WORDING_SHARE)}
+    """What each item is about: its first line that is not the wording of the task."""
+    wording = _wording(prompts)
     return {prompt: next((line for line in prompt.split("\n") if line not in wording), prompt) for prompt in prompts}
+
+
+def _wording(prompts: list[str]) -> set[str]:
+    """Lines of the task's own, which say nothing of an item."""
+    lines = Counter(line for prompt in prompts for line in set(prompt.split("\n")))
+    return {line for line, count in lines.items() if count > max(1, len(prompts) * _WORDING_SHARE)}

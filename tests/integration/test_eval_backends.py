@@ -82,3 +82,23 @@ def test_vllm_in_the_process(tmp_path: Path, arguments: list[str]):
         measure["results"] += by_vllm[name]["results"]
         measure["results"][1]["versus_first"] = {}
     check(by_transformers)
+
+
+@pytest.mark.slow
+def test_vllm_writes_the_answers_that_transformers_writes(tmp_path: Path):
+    """Greedy ones in float32; over the other model's answers vLLM finds the same tokens likeliest."""
+    models = [str(save_tiny_llama(tmp_path / name, seed=seed)) for name, seed in (("dense", 0), ("other", 1))]
+    rows = [json.dumps({"prompt": " ".join(text.split()[:6])}) for text in SENTENCES]
+    (tmp_path / "asked.jsonl").write_text("\n".join(rows))
+    flags = ["--prompts", str(tmp_path / "asked.jsonl"), "--answer-tokens", "16", "--arithmetic", "--limit", "9"]
+    flags += ["--dtype", "float32", "--batch-size", "4", "--json"]
+    by_vllm = evaluate(*models, *flags, "--backend", "vllm")
+    by_transformers = evaluate(*models, *flags)
+    assert set(by_transformers) - set(by_vllm) == {"kl(asked.jsonl)"}
+    for name, measure in by_vllm.items():
+        # Sampled answers are drawn otherwise.
+        if not name.endswith(" sampled)"):
+            for one, other in zip(measure["results"], by_transformers[name]["results"], strict=True):
+                assert one["value"] == pytest.approx(other["value"]), name
+    assert 0 < by_vllm["agreement(asked.jsonl)"]["results"][1]["value"] < 0.5
+    assert by_vllm["length(asked.jsonl sampled)"]["results"][0]["value"] > 0
