@@ -48,7 +48,8 @@ class Breeder:
         self, sizes: ModelSizes, scores: Mapping[str, Tensor], shapes: Sequence[Mapping[str, int]], seed: int
     ) -> None:
         self.sizes = sizes
-        self.scores = {line: score.double() for line, score in scores.items()}
+        # On the CPU, whatever the model is on.
+        self.scores = {line: score.double().cpu() for line, score in scores.items()}
         self.shapes = [{axis: n for axis, n in shape.items() if n < AXES[axis].length(sizes)} for shape in shapes]
         self.draws = random.Random(seed)
 
