@@ -197,6 +197,7 @@ def test_the_preflight_counts_the_whole_model_and_the_generator(base: Path) -> N
     )
     trained = sum(p.numel() for p in method.generator.parameters() if p.requires_grad)
     assert estimate.method_parameters == trained
+    assert estimate.tuned_parameters == 0
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LORA_A, LORA_B, HEAD_GROUP, HSM, NORMS, WEIGHTS = "lora_a", "lora_b", "head", "hsm", "norms", "weights"
 GROUPS = (LORA_A, LORA_B, HEAD_GROUP, HSM, NORMS, WEIGHTS)
+# The module of ATP's decision generator in a model.
+GENERATOR = "atp_generator"
 # An optimizer's group with this key has a rate that the method sets, not the recipe's schedule.
 OWN_RATE = "own_rate"
 
@@ -31,6 +33,8 @@ def groups_of(parameter: str) -> frozenset[str]:
     parts = parameter.split(".")
     if "hsm" in parts:
         return frozenset({HSM})
+    if GENERATOR in parts:
+        return frozenset()  # its rate is the method's
     if "norm" in parts[-2]:
         return frozenset({NORMS})
     if parts[-1] != "weight":

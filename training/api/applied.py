@@ -13,6 +13,7 @@ from torch import nn
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.training.config import TrainRecipe
+from pat_serve.training.groups import GENERATOR
 from pat_serve.training.methods import Method
 
 
@@ -59,7 +60,7 @@ def frozen_hashes(base: nn.Module, trained: frozenset[str] = frozenset()) -> dic
         for name, parameter in base.named_parameters()
         if ".lora_" not in name
         and ".hsm." not in name
-        and not name.startswith(("pat_mask.", "atp_generator."))
+        and not name.startswith(("pat_mask.", f"{GENERATOR}."))
         and name not in trained
     }
 

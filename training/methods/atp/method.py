@@ -23,6 +23,7 @@ from pat_serve.cut.cuts import Cuts, line_name
 from pat_serve.errors import UsageError
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.terminal.progress import say
+from pat_serve.training.groups import GENERATOR
 from pat_serve.training.method_settings import OwnSettings
 from pat_serve.training.methods.atp.generator import DecisionGenerator, budget_loss, noisy_mask, top_mask
 from pat_serve.training.methods.atp.masks import GroupMasks
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from pat_serve.checkpoints.checkpoint import Checkpoint
     from pat_serve.training.config import TrainRecipe
 
-GENERATOR = "generator"
 BUDGET_WEIGHT = 5.0
 # The Trainer clips one norm over all gradients, and Adam divides by their size anyway: so small, the generator's leave
 # LoRA's alone.
@@ -82,7 +82,7 @@ class Atp(Cut):
         }
         lengths = {axis: AXES[axis].length(self.base) for axis in self.counts}
         self.generator = DecisionGenerator(num_layers, lengths)
-        model.add_module("atp_generator", self.generator)
+        model.add_module(GENERATOR, self.generator)
         self.masks = GroupMasks(model, self.family, self.base, self.counts)
         self.rows: Sequence[dict[str, Tensor]] = ()
         self.frozen = False
