@@ -18,5 +18,5 @@ class AtpSettings(OwnSettings):
         default=1e-3, gt=0, description="Learning rate of the decision generator; no scheduler changes it."
     )
     lasso_weight: float = pydantic.Field(
-        default=1e-2, ge=0, description="Weight of the group lasso over what LoRA has at removed indices."
+        default=1e-3, ge=0, description="Weight of the group lasso over what LoRA has at removed indices."
     )
