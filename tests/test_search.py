@@ -77,8 +77,18 @@ def test_a_run_takes_the_shape_that_lost_least(rows: Path, tmp_path: Path, capsy
         ({"shape": "layers=6", "ratio": None}, "no shape and no hidden_size"),
         ({"hidden_size": 48, "ratio": None}, "no shape and no hidden_size"),
         ({"method": "pat"}, "no method beside it"),
+        ({"quantize_base": "nf4"}, "no search_minutes beside quantize_base"),
     ],
 )
 def test_what_leaves_nothing_to_look_for(settings: dict[str, Any], message: str, rows: Path, tmp_path: Path):
     with pytest.raises(UsageError, match=message):
         asked(tmp_path, rows, **settings)
+
+
+def test_a_setting_that_some_candidates_have_no_use_for_is_refused_at_once(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = wide_base(tmp_path / "base")
+    monkeypatch.setattr("pat_serve.training.search.search.assemble", lambda *_, **__: pytest.fail("a model is loaded"))
+    with pytest.raises(UsageError, match="--rotate: expected none"):
+        start(asked(base, rows, rotate="loss"), tmp_path / "run")

@@ -141,6 +141,8 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
             raise ValueError("search_minutes looks for a shape: no shape and no hidden_size beside it")
         if self.search_minutes and "method" in self.model_fields_set:
             raise ValueError("the shape that search_minutes finds decides the method: no method beside it")
+        if self.search_minutes and self.quantize_base:
+            raise ValueError("a quantized base cannot be cut along most axes: no search_minutes beside quantize_base")
         return self
 
     @pydantic.model_validator(mode="after")

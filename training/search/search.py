@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pat_serve.checkpoints.checkpoint import open_checkpoint
+from pat_serve.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pat_serve.cut.axes import AXES, HIDDEN
 from pat_serve.errors import UsageError
 from pat_serve.files.atomic import write_json
@@ -26,6 +26,7 @@ from pat_serve.training.assemble import assemble
 from pat_serve.training.checks.prepare import Prepared, prepare
 from pat_serve.training.checks.width import target_shape
 from pat_serve.training.config import TrainRecipe
+from pat_serve.training.data.encoding import Example
 from pat_serve.training.methods import method_of
 from pat_serve.training.model.calibration import calibration_batches
 from pat_serve.training.model.teacher import load_teacher
@@ -36,6 +37,8 @@ from pat_serve.training.search.measure import HeldOut
 SEARCH_FILE = "search.json"
 # Rows that a cut is measured on, and rows that a candidate is calibrated on; its run takes all that it is given.
 _MEASURED_ROWS, _CALIBRATED_ROWS = 24, 32
+# The dense model's answers are kept: a row of the vocabulary for each token.
+_MEASURED_TOKENS = 4096
 # So many of the best are tuned; fewer steps than the least tell nothing.
 _TUNED, _LEAST_STEPS, _MOST_STEPS = 3, 8, 200
 _PILOT_STEPS = 2
@@ -155,6 +158,9 @@ def search(recipe: TrainRecipe) -> Search:
             found=str(ratio),
             fix="Give a --shape; pat-shapes lists what is there.",
         )
+    for candidate in found:
+        # A setting that a candidate's method has no use for is refused now, and not after minutes.
+        _resolved(recipe, candidate, checkpoint)
     say(f"search: {len(found)} shapes that cut about {ratio:.0%} of the parameters, {recipe.search_minutes:g} minutes")
     quick = recipe.model_copy(update={"calibration_rows": min(recipe.calibration_rows, _CALIBRATED_ROWS)})
     bench = _Bench(quick, found[0])
@@ -204,6 +210,13 @@ def _tune(bench: _Bench, tried: list[Tried], until_s: float) -> list[Tried]:
     return [*sorted(tuned, key=lambda one: one.tuned_kl or 0.0), *rest]
 
 
+def _resolved(recipe: TrainRecipe, candidate: Candidate, checkpoint: Checkpoint) -> TrainRecipe:
+    """The recipe of a candidate's run, with every `auto` decided."""
+    recipe = with_shape(recipe, candidate.shape)
+    method = method_of(recipe)
+    return recipe.resolved(tied=checkpoint.tied, prunes=method.prunes, narrows=HIDDEN in method.axes)
+
+
 def _ratio(recipe: TrainRecipe) -> float:
     return 0.25 if recipe.ratio is None else recipe.ratio
 
@@ -239,7 +252,7 @@ class _Bench:
             # There is nothing else: rows that every candidate has been calibrated on.
             rows = data.samples[:_MEASURED_ROWS]
         dense = load_teacher(self._prepared.checkpoint, getattr(torch, self._prepared.inputs.dtype))
-        self._held_out = HeldOut.of(dense, calibration_batches(rows, self._recipe.batch_size))
+        self._held_out = HeldOut.of(dense, calibration_batches(_bounded(rows), 1))
 
     def loss(self, candidate: Candidate, steps: int) -> tuple[float, float]:
         """Cut a candidate, tune it, and measure: its KL in nats a token, and the seconds that the steps took."""
@@ -258,9 +271,8 @@ class _Bench:
 
     def _prepared_for(self, candidate: Candidate, steps: int) -> Prepared:
         checkpoint = self._prepared.checkpoint
-        recipe = with_shape(self._recipe, candidate.shape)
+        recipe = _resolved(self._recipe, candidate, checkpoint)
         method = method_of(recipe)
-        recipe = recipe.resolved(tied=checkpoint.tied, prunes=method.prunes, narrows=HIDDEN in method.axes)
         inputs = self._prepared.inputs.model_copy(
             update={
                 "shape": target_shape(recipe, checkpoint),
@@ -270,3 +282,15 @@ class _Bench:
             }
         )
         return replace(self._prepared, recipe=recipe, inputs=inputs)
+
+
+def _bounded(rows: Sequence[Example]) -> list[Example]:
+    """The first rows, as far as their tokens that count are few enough; one row at least."""
+    taken: list[Example] = []
+    tokens = 0
+    for row in rows:
+        tokens += sum(label >= 0 for label in row["labels"])
+        if taken and tokens > _MEASURED_TOKENS:
+            break
+        taken.append(row)
+    return taken
