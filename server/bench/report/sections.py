@@ -18,36 +18,10 @@ from pat_serve.server.bench.speedup.table import UNCLAIMED, WHOLE_MODELS, claim_
 def speedup_section(label: str, result: SpeedupResult, *, many: bool) -> str:
     """Verdict, ratios and noise of one check."""
     rows = [
-        (
-            one.regime.value,
-            f"{one.layers} (extrapolated)",
-            one.batches,
-            f"{one.context_tokens:g}",
-            milliseconds(one.baseline.total_s),
-            milliseconds(one.candidate.total_s),
-            f"<b>{one.ratio.median:.3f}</b>",
-            f"{one.ratio.low:.3f} to {one.ratio.high:.3f}",
-            f"{one.ceiling:.3f}",
-            f"{one.of_ceiling:.0%}",
-            _verdict(one),
-            one.strict_verdict.value,
-        )
+        _row(one, f"{one.layers} (extrapolated)", one.baseline.total_s, one.candidate.total_s)
         for one in result.extrapolated
     ] + [
-        (
-            one.regime.value,
-            str(depth.layers),
-            one.batches,
-            f"{one.context_tokens:g}",
-            milliseconds(one.baseline.p50),
-            milliseconds(one.candidate.p50),
-            f"<b>{one.ratio.median:.3f}</b>",
-            f"{one.ratio.low:.3f} to {one.ratio.high:.3f}",
-            f"{one.ceiling:.3f}",
-            f"{one.of_ceiling:.0%}",
-            _verdict(one),
-            one.strict_verdict.value,
-        )
+        _row(one, str(depth.layers), one.baseline.p50, one.candidate.p50)
         for depth in result.depths
         for one in depth.regimes
     ]
@@ -73,6 +47,24 @@ def speedup_section(label: str, result: SpeedupResult, *, many: bool) -> str:
         f"<div class='two'>{figure_html(charts.ratio_chart(result))}{figure_html(charts.rounds_chart(result))}</div>"
         f"{figure_html(charts.reached_chart(result)) if result.settings.grid else ''}"
         f"{table_html(head, rows, text_columns=(0, 10, 11))}{average}<pre>{escape(chr(10).join(notes))}</pre>",
+    )
+
+
+def _row(one: RegimeResult | Extrapolated, layers: str, baseline_s: float, candidate_s: float) -> tuple[str, ...]:
+    """A row of the table: one phase at one depth."""
+    return (
+        one.regime.value,
+        layers,
+        one.batches,
+        f"{one.context_tokens:g}",
+        milliseconds(baseline_s),
+        milliseconds(candidate_s),
+        f"<b>{one.ratio.median:.3f}</b>",
+        f"{one.ratio.low:.3f} to {one.ratio.high:.3f}",
+        f"{one.ceiling:.3f}",
+        f"{one.of_ceiling:.0%}",
+        _verdict(one),
+        one.strict_verdict.value,
     )
 
 
