@@ -84,7 +84,7 @@ def _train(name: str, row: Row, setup: Setup) -> float:
     """Train and export; seconds of the training command, what was done before an interruption included."""
     folder = setup.folder_of(name)
     base = setup.model if row.base is None else setup.model_of(row.base)
-    recipe = {"model": str(base), "data": str(setup.data), **_shared_by(row, setup.steps), **row.recipe}
+    recipe = {"model": str(base), "data": str(setup.data), **shared_by(row, setup.steps), **row.recipe}
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     seconds = folder / "seconds.json"
     before = json.loads(seconds.read_text(encoding="utf-8"))["train_s"] if seconds.exists() else 0.0
@@ -98,7 +98,7 @@ def _train(name: str, row: Row, setup: Setup) -> float:
     return float(json.loads(seconds.read_text(encoding="utf-8"))["train_s"])
 
 
-def _shared_by(row: Row, steps: int) -> dict[str, Any]:
+def shared_by(row: Row, steps: int) -> dict[str, Any]:
     """The shared settings that the row's method has a use for."""
     from pat_serve.training.methods import METHODS
 
