@@ -146,6 +146,18 @@ def test_the_weights_keep_the_dtype_of_the_base(rows: Path, tmp_path: Path):
     assert open_checkpoint(str(export_run(tmp_path / "run", tmp_path / "out").out)).dtype == torch.bfloat16
 
 
+def test_a_computation_in_another_dtype_rounds_no_weight(tiny_base: Path, rows: Path, tmp_path: Path):
+    """What stays of a weight is what the base has, where nothing makes up for the rest."""
+    given = recipe(tiny_base, rows, mask="magnitude", compensation="none").model_copy(update={"dtype": "bfloat16"})
+    start(given, tmp_path / "run")
+    name = "model.layers.1.mlp.up_proj.weight"
+    dense = open_checkpoint(str(tiny_base)).read(name)
+    with safe_open(tmp_path / "run/weights/layer-00001.safetensors", framework="pt") as file:
+        sparse = file.get_tensor(name)
+    assert sparse[sparse != 0].equal(dense[sparse != 0])
+    assert (sparse != 0).double().mean() == 0.5
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -91,8 +91,15 @@ def test_the_merged_model_computes_what_the_trained_one_computed(sparse: Path):
     tuned = model(ids).logits.detach()
     assert float((tuned - plain).abs().max()) > 0.1
     merged = AutoModelForCausalLM.from_pretrained(sparse, dtype=torch.float32)
-    merged.load_state_dict(dict(method.merged()), strict=False)
+    merged.load_state_dict(dict(method.merged(checkpoint.read)), strict=False)
     torch.testing.assert_close(merged(ids).logits, tuned, rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_in_another_dtype_rounds_no_weight(sparse: Path, rows: Path, tmp_path: Path):
+    """The first step has no learning rate yet, so that what is merged is the base to the bit."""
+    start(recipe(sparse, rows, dtype="bfloat16", max_steps=1, warmup_steps=2), tmp_path / "run")
+    with safe_open(tmp_path / "run/weights/trained-00001.safetensors", framework="pt") as file:
+        assert file.get_tensor(UP).equal(weight_in(sparse, UP))
 
 
 def test_recomputation_gives_the_gradients_of_the_plain_expression():

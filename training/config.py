@@ -34,7 +34,8 @@ LEAST_LAYERS = 8
 class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
     """Settings of a run; the defaults are what measured best (docs/ablation.md, docs/study.md), or else the paper's.
 
-    `run/recipe.yaml` holds every value, so `pat-train --config run/recipe.yaml --out again/` repeats a run.
+    `run/recipe.yaml` holds every value that the method has a use for. So
+    `pat-train --config run/recipe.yaml --out again/` repeats a run.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -328,7 +329,11 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
 
     def save(self, run: Path) -> None:
         """Write recipe.yaml, complete or not at all."""
-        settings = self.model_dump(mode="json")
+        from pat_serve.training.methods import METHODS
+
+        # What the method has no use for is left out, unless a preset has given it a value.
+        set_to = self.model_dump(exclude_defaults=True)
+        settings = self.model_dump(mode="json", exclude=set(METHODS[self.method].unused - set_to.keys()))
         # The run's own first, then the shape's and the method's.
         inherited = ShapeSettings.model_fields | PatSettings.model_fields | MethodSettings.model_fields
         write_recipe(run, {name: settings[name] for name in sorted(settings, key=inherited.__contains__)})

@@ -167,7 +167,7 @@ def _finish(prepared: Prepared, run: Path, job: Job, ranks: Ranks) -> None:
     # Left to itself, peft also writes the HSMs that sit under the adapted modules. Every rank gathers, rank 0 writes.
     lora = {name: snapshot(tensor) for name, tensor in job.trainer.trained() if ".lora_" in name}
     lora = wide_adapter(lora, method) if method.adapts else {}
-    weights = ranks.agree(lambda: _final_weights(run, job, model))
+    weights = ranks.agree(lambda: _final_weights(prepared, run, job, model))
     plan = replace(method.plan(prepared.inputs.base), weights=weights)
     if prepared.recipe.train_norms:
         plan = replace(plan, norms=trained_gains(model, method))
@@ -184,14 +184,15 @@ def _finish(prepared: Prepared, run: Path, job: Job, ranks: Ranks) -> None:
     )
 
 
-def _final_weights(run: Path, job: Job, model: Any) -> dict[str, str]:
+def _final_weights(prepared: Prepared, run: Path, job: Job, model: Any) -> dict[str, str]:
     """Hashes of the run's weights in place of the base's: as they began, or as they were trained.
 
     Raises:
         Diverged: a trained number is not finite.
     """
     if not job.method.adapts:
-        return write_replaced(run, (require_finite(run, *tensor) for tensor in job.method.merged()), TRAINED)
+        merged = job.method.merged(prepared.checkpoint.read)
+        return write_replaced(run, (require_finite(run, *tensor) for tensor in merged), TRAINED)
     if not job.ready.trained:
         return {path.name: file_sha256(path) for path in started_files(run)}
     names = dict.fromkeys([*job.ready.replaced, *job.ready.trained])

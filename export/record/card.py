@@ -136,7 +136,8 @@ def _text(record: dict[str, Any], name: str, scheme: Scheme | None, measured: st
     dtype = record["dtype"]
     rows = "".join(f"| {name} | {of['base']} | {of['exported']} |\n" for name, of in changed_sizes(record).items())
     stored = f"{scheme.name} ({scheme.label}, compressed-tensors), everything else {dtype}" if scheme else dtype
-    recipe = "\n".join(f"- {key}: {record['recipe'][key]}" for key in _RECIPE if record["recipe"].get(key))
+    told = {key: record["recipe"].get(key) for key in _RECIPE} | (record["recipe"].get("settings") or {})
+    recipe = "\n".join(f"- {key}: {value}" for key, value in told.items() if value)
     runs = f" It runs in {scheme.runs_on}." if scheme else ""
     needs = "\nTransformers needs `pip install compressed-tensors` to read it.\n" if scheme else ""
     return f"""# {name}, {told_shape(record)}

@@ -46,7 +46,7 @@ def test_zeros_are_told_to_bring_no_speed():
         "parameters": 134_515_008,
         "zeros": 0.5,
         "decode_bytes": 2.5e8,
-        "measures": {"wikitext2": 30.123, "pat14_ll": 0.4},
+        "measures": {"ppl(wikitext2)": 30.123, "acc(arc_easy)": 0.5, "acc(pat14_ll)": 0.4},
     }
     [_, _, line] = table([row]).splitlines()
     cells = [cell.strip() for cell in line.strip("|").split("|")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -229,8 +229,12 @@ class Method(ABC):
             norms={} if last_gain_D is None else {FINAL_NORM: last_gain_D},
         )
 
-    def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that take the place of the base's after the last step, by name."""
+    def merged(self, stored: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that take the place of the base's after the last step, by name.
+
+        Args:
+            stored: gives a tensor of the base as its files have it.
+        """
         return iter(())
 
     def cuts(self) -> Cuts:

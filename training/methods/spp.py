@@ -12,7 +12,7 @@ Shape suffixes: I inputs, O outputs, R rows of A.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
@@ -140,13 +140,13 @@ class Spp(Method):
         """Every update."""
         return dict(self.updates)
 
-    def merged(self) -> Iterator[tuple[str, Tensor]]:
+    def merged(self, stored: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every linear's weight with its update in it, float32, by its tensor's name."""
-        for name, linear in self.linears.items():
-            update = self.updates[name]
-            weight_OI, a_RI, b_O1 = (snapshot(one) for one in (linear.weight, update.a_RI, update.b_O1))
+        for name, update in self.updates.items():
+            a_RI, b_O1 = snapshot(update.a_RI), snapshot(update.b_O1)
+            # Of the files: the weight in memory may be rounded to the training's dtype.
+            weight_OI = stored(f"{name}.weight").float()
             row_O = torch.arange(len(weight_OI)) * len(a_RI) // len(weight_OI)
-            weight_OI = weight_OI.float()
             yield f"{name}.weight", weight_OI + update.scale * (weight_OI * a_RI[row_O] * b_O1)
 
     def plan(self, base: BaseReference) -> PruningPlan:

@@ -58,9 +58,9 @@ class Layers:
         # Rotary frequencies have no weights; they are made with the model.
         self.model.model.rotary_emb.to(device)
 
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor in the checkpoint."""
-        return self._checkpoint.tensors[name].dtype
+    def stored(self, name: str) -> Tensor:
+        """A tensor as the checkpoint has it, whose dtype may tell more than that of the computation."""
+        return self._checkpoint.read(name).to(self._device)
 
     @torch.no_grad()
     def enter(self, batches: Sequence[Mapping[str, Tensor]]) -> list[Stream]:

@@ -127,9 +127,10 @@ def _prune(
         for name, linear in linears.items():
             parameter = linear.weight
             assert isinstance(parameter, Tensor)
-            dense_OI = parameter.float()
+            dense_OI = layers.stored(f"{name}.weight")
             # Rounded as it will be stored, so that the next linear sees what an export has.
-            stored_OI = zeroed(dense_OI, inputs, how).to(layers.stored_dtype(f"{name}.weight"))
+            stored_OI = zeroed(dense_OI.float(), inputs, how).to(dense_OI.dtype)
+            dense_OI = dense_OI.float()
             sparse_OI = stored_OI.float()
             energy = inputs.error(dense_OI)
             figures[name] = LinearFigures(
