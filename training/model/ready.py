@@ -172,7 +172,10 @@ def choose_on_the_model(
     if earlier is not None and earlier.kept:
         return dict(earlier.kept)
     if method_of(recipe).searches:
-        return method_of(recipe).choose(recipe, base, family, shape, batches)
+        searched = method_of(recipe).choose(recipe, base, family, shape, batches)
+        for line, kept in searched.items():
+            same_on_all(kept.to(base.device), f"what is kept of {line}")
+        return searched
     scored: dict[str, list[ModelChoice]] = {}
     for axis in shape:
         if AXES[axis].per_layer and isinstance(choice := _choice(axis, recipe), ModelChoice):

@@ -107,6 +107,9 @@ class Search(Cut):
                 generations=settings.generations,
                 offspring=settings.offspring,
                 rounds=rounds,
+                told=lambda number, genome, nats: say(
+                    f"search: generation {number + 1}: {_told(genome)}, {nats:.4f} nats"
+                ),
             )
         finally:
             refits.load(None)
