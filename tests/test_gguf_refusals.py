@@ -86,7 +86,7 @@ def test_a_damaged_header_is_refused_in_one_line(tmp_path: Path):
     # From the magic to the tokens, and from there to the tensor table.
     data = min(tensor.offset_bytes for tensor in read_header(file).tensors.values())
     edges = [whole.index(b"tokenizer.ggml.tokens"), whole.index(b"tokenizer.ggml.bos_token_id"), data]
-    for _ in range(80):
+    for _ in range(20):
         damaged = bytearray(whole)
         damaged[draw.choice([draw.randrange(edges[0]), draw.randrange(*edges[:2]), draw.randrange(*edges[1:])])] ^= 255
         file.write_bytes(damaged)
@@ -94,7 +94,7 @@ def test_a_damaged_header_is_refused_in_one_line(tmp_path: Path):
             _Parts(read_header(file))
         except ModelError as error:
             told.append(str(error))
-    assert 20 < len(told) < 80
+    assert 4 < len(told) < 20
     assert not [message for message in told if "\n" in message]
 
 
