@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pat_serve.errors import UsageError
 from pat_serve.server.analysis.verdict import Verdict
+from pat_serve.server.bench.planning.records import read_measured
 from pat_serve.server.bench.report.charts import reached_chart
 from pat_serve.server.bench.speedup.analysis import conclude, rounds_of
 from pat_serve.server.bench.speedup.checks import check_settings
@@ -16,6 +18,7 @@ from pat_serve.server.bench.speedup.grid import Cell, Named, Regime, parse_grid,
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.bench.speedup.table import claim_line, print_result
 from pat_serve.server.routes.speedup_request import SpeedupRequest
+from tests.fake_models import check, fake_models
 from tests.speedup_records import pair, rounds, speedup_result
 
 SMALL, WIDE = Cell(batch_size=8, prompt_tokens=128), Cell(batch_size=8, prompt_tokens=1024)
@@ -127,3 +130,28 @@ def test_the_old_average_stays_for_batches_of_one_prompt() -> None:
     average = both.average(both.analyse(rounds(12, ratio=1.4, batch_sizes=(1, 4))))
     assert average is not None
     assert math.isclose(average.median, 1.4, rel_tol=0.03)
+
+
+def test_a_grid_at_two_depths_starts_two_pairs_of_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of known latency, in processes of their own: each cell is measured and extrapolated at every depth."""
+    model = fake_models(tmp_path, monkeypatch)
+    dense = model("dense", layers=8)
+    narrow = model("narrow", layers=8, hidden_size=48, prefill_s=0.4 / 1.4, step_s=0.1 / 1.4)
+    cells = (Cell(batch_size=8, prompt_tokens=16), Cell(batch_size=8, prompt_tokens=128))
+    result = check(dense, narrow, grid=cells, depths=(2, 6), rounds=5, output_tokens=4)
+    assert [depth.layers for depth in result.depths] == [2, 6]
+    for depth in result.depths:
+        # A round has a turn for each cell, in an order that is reversed from round to round.
+        prompts = [one.baseline.prompt_tokens for one in depth.rounds]
+        assert prompts == [16, 128, 128, 16] * 2 + [16, 128]
+    assert [(one.name, one.batches) for one in result.extrapolated] == [
+        (f"{phase}, {cell}, 8 layers (extrapolated)", str(cell)) for cell in cells for phase in Regime
+    ]
+
+
+def test_a_grid_is_read_back_by_a_plan(tmp_path: Path) -> None:
+    """The same batch at two prompts gives two cells of step times."""
+    result = speedup_result(ratio=1.4, grid=(SMALL, WIDE))
+    (tmp_path / "grid.json").write_text(result.model_dump_json())
+    found = read_measured([tmp_path / "grid.json"], role="candidate")
+    assert [(one.batch_size, one.prompt_tokens) for one in found.cells] == [(8, 128), (8, 1024)]

@@ -25,6 +25,7 @@ from pat_serve.server.bench.speculative.run import measure_speculative
 from pat_serve.server.bench.speedup import series as speedup_series
 from pat_serve.server.bench.speedup.analysis import surroundings_of
 from pat_serve.server.bench.speedup.check import check_speedup
+from pat_serve.server.bench.speedup.grid import Cell, Named, Regime
 from pat_serve.server.bench.speedup.result import RegimeResult, SpeedupResult
 from pat_serve.server.bench.speedup.rounds import run_round
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
@@ -106,6 +107,23 @@ def test_a_narrower_candidate_that_is_slowed_down_fails(tmp_path: Path, monkeypa
     result = check_speedup(dense, narrow, settings, progress=quiet)
     assert all(regime.ratio.median < 1.1 for regime in result.regimes)
     assert result.verdict is Verdict.FAIL or any(refused(result, regime) for regime in result.regimes)
+
+
+@pytest.mark.slow
+def test_one_pair_of_engines_measures_a_grid(tmp_path: Path) -> None:
+    """A wide batch of short prompts and one long prompt: the engines hold both, and each is judged by itself."""
+    model = shape_folder(tmp_path / "model", max_position_embeddings=512)
+    cells = (Cell(batch_size=4, prompt_tokens=16), Cell(batch_size=1, prompt_tokens=300))
+    named = (Named(cell=cells[1], regime=Regime.DECODE),)
+    settings = SpeedupSettings(load_format="dummy", rounds=5, grid=cells, named=named, output_tokens=5, roofline=False)
+    result = check_speedup(model, model, settings, progress=quiet)
+    assert [one.name for one in result.regimes] == [f"{phase}, {cell}" for cell in cells for phase in Regime]
+    assert [one.claimed for one in result.regimes] == [False, False, False, True]
+    assert result.verdict is result.regimes[-1].verdict
+    for one in result.rounds:
+        for trace in (one.baseline, one.candidate):
+            assert trace.steps_tokens == (trace.batch_size,) * 5
+    assert [one.baseline.prompt_tokens for one in result.rounds[:4]] == [16, 300, 300, 16]
 
 
 def test_latency_and_throughput_of_a_real_engine(tmp_path: Path) -> None:
