@@ -23,6 +23,7 @@ from pat_serve.server.http.keys import KeyRing, collect_keys
 from pat_serve.server.http.limits import MAX_STOPS
 from pat_serve.server.http.policy import Policy
 from pat_serve.server.start.draft_check import check_draft
+from pat_serve.server.start.four_bit_check import check_four_bits
 from pat_serve.server.start.handover import Handover
 from pat_serve.server.start.settings import GIB, ServeSettings, serve_arguments, with_stock_folders
 from pat_serve.server.start.supervisor import adopt_orphans, end_children, supervise
@@ -70,6 +71,9 @@ def run(settings: ServeSettings) -> None:
         check_plugin()
         args = parse_serve_arguments(serve_arguments(settings, on_cpu=is_cpu_backend()))
         check_flags(args, settings)
+        if is_cpu_backend():
+            for model in filter(None, (settings.model, settings.baseline)):
+                check_four_bits(model, args.dtype)
         check_whole_models(args, settings.model, baseline=settings.baseline, draft=settings.draft)
         if settings.baseline is not None and is_cpu_backend():
             # On an accelerator vLLM itself refuses an engine for which there is no room.

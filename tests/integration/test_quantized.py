@@ -64,7 +64,8 @@ def runs(rows: Path, examples: list[dict[str, list[int]]], tmp_path_factory: pyt
     return {"dense": folder / "dense", "pruned": folder / "pruned"}
 
 
-# The scheme, the run that is exported, and a part of the name of the kernel that vLLM takes for it on a CPU.
+# The scheme, the run that is exported, and a part of the name of the kernel that vLLM takes for it on a CPU. The kernel
+# for 4 bits has no float32.
 CASES = [
     ("int8", "pruned", "Int8ScaledMM"),
     ("int4", "dense", "CPUWNA16"),
@@ -82,7 +83,8 @@ def exports(
     folder, run = tmp_path_factory.mktemp(scheme), runs[name]
     exact = export_run(run, folder / "exact")
     calibration = calibration_of(str(rows), run) if scheme == "int4" else None
-    done = export_run(run, folder / scheme, quantize=scheme, calibration=calibration)
+    dtype = "bfloat16" if scheme == "int4" else "auto"
+    done = export_run(run, folder / scheme, dtype=dtype, quantize=scheme, calibration=calibration)
     assert done.quality is not None
     assert done.quality.perplexity_before < 5
     return exact.out, done.out, kernel
@@ -91,7 +93,8 @@ def exports(
 @pytest.fixture(scope="module")
 def url(exports: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with running(exports[1], log, "--dtype", "float32", "--kv-cache-gib", "0.25") as server:
+    dtype = "bfloat16" if exports[2] == "CPUWNA16" else "float32"
+    with running(exports[1], log, "--dtype", dtype, "--kv-cache-gib", "0.25") as server:
         assert exports[2] in log.read_text(), tail(log)  # vLLM chose this kernel and did not dequantise
         yield server.url
 
