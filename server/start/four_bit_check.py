@@ -27,7 +27,7 @@ def check_four_bits(model: str, dtype: str) -> None:
     if config.get("quantization_config") and ModelSizes.of(config, source=folder).linear_bytes == _FOUR_BITS_BYTES:
         raise UsageError(
             f"--dtype {dtype}",
-            expected=f"bfloat16 or float16, since {model} has 4-bit weights and vLLM has no CPU kernel for them in float32",
+            expected=f"bfloat16 or float16, since {model} has 4-bit weights and no CPU kernel in float32",
             found=dtype,
             fix="Give --dtype bfloat16, or serve the int8 export on a CPU without 16-bit arithmetic.",
         )
