@@ -139,7 +139,7 @@ def progress_of(settings: dict[str, Any], cache: Path | None) -> Path | None:
 
 def recipe_of(model: str, settings: dict[str, Any]) -> TrainRecipe:
     """The recipe of a line."""
-    asked: dict[str, Any] = {"shape": settings["shape"], "choose": settings["choose"]}
+    asked: dict[str, Any] = {"shape": settings["shape"], "choose": settings["choose"], "max_steps": 0}
     if "hidden" in settings["shape"]:
         asked |= {name: settings[name] for name in ("rotate", "tied_embeddings")}
     asked |= {"compensate": False} if settings["refit"] == "none" else {"refit": settings["refit"]}

@@ -30,6 +30,10 @@ def recipe(**settings: Any) -> TrainRecipe:
     [
         ({}, False, ("loss", "energy", "cut", True, True)),
         ({}, True, ("loss", "energy", "cut", True, False)),
+        ({"max_steps": 0}, False, ("energy", "energy", "cut", True, True)),
+        ({"max_steps": 0, "mask_start": "zero"}, False, ("none", "zero", "anneal", False, False)),
+        ({"max_steps": 0, "rotate": "loss"}, True, ("loss", "energy", "cut", True, False)),
+        ({"max_steps": 1}, False, ("loss", "energy", "cut", True, True)),
         ({"tied_embeddings": "keep"}, True, ("loss", "energy", "cut", True, False)),
         ({"tied_embeddings": "keep", "rotate": "none"}, True, ("none", "energy", "cut", True, False)),
         ({"tied_embeddings": "untie"}, True, ("loss", "energy", "cut", True, True)),

@@ -256,7 +256,9 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
             # An undecided mask throws strong principal axes away.
             stays = self.mask_start in ("gradient", "zero")
             stays = stays or (tied and self.tied_embeddings == "keep" and not can_keep_tie)
-            rotate = "none" if stays or self.quantize_base else "loss"
+            # Nothing trained, the energy's axes keep more (LOG.md, 2026-11-30); trained, the loss's (docs/ablation.md).
+            axes = "energy" if self.max_steps == 0 else "loss"
+            rotate = "none" if stays or self.quantize_base else axes
         tie = self.tied_embeddings
         if tied and tie == "auto" and rotate != "none":
             tie = "keep" if can_keep_tie else "untie"

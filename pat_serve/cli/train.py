@@ -173,7 +173,8 @@ def train(
         str | None,
         Flag(
             help="Turn the residual stream to its principal axes first: none, energy (of its activations) or loss (and "
-            "of the loss's gradient). [default: loss; none with --mask-start zero or gradient]"
+            "of the loss's gradient). [default: loss; energy with --max-steps 0; none with --mask-start zero or "
+            "gradient]"
         ),
     ] = None,
     mask_start: Annotated[
