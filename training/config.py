@@ -257,7 +257,7 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
             stays = self.mask_start in ("gradient", "zero")
             stays = stays or (tied and self.tied_embeddings == "keep" and not can_keep_tie)
             # Nothing trained, the energy's axes keep more (LOG.md, 2026-11-30); trained, the loss's (docs/ablation.md).
-            axes = "energy" if self.max_steps == 0 else "loss"
+            axes: Literal["energy", "loss"] = "energy" if self.max_steps == 0 else "loss"
             rotate = "none" if stays or self.quantize_base else axes
         tie = self.tied_embeddings
         if tied and tie == "auto" and rotate != "none":
