@@ -158,9 +158,10 @@ def test_a_run_from_search_to_a_stock_model(fixed: bool, base: Path, rows: Path,
     run, settings = tmp_path / "run", {"generations": 3, "offspring": 4, "fixed_shape": fixed}
     recipe = tiny_recipe(base, rows, shape={"layers": 5, "ffn": 104}, method="search", settings=settings, max_steps=2,
                          save_steps=1, calibration_rows=8, **PLAIN)  # fmt: skip
-    start(recipe, run)
+    finished = start(recipe, run)
     plan, sizes = PruningPlan.load(run), open_checkpoint(str(base)).sizes
     counts = plan.cuts.counts(sizes)
+    assert finished.shape == counts
     if fixed:
         assert counts == {"hidden": 64, "layers": 5, "ffn": 104}
     wanted = sizes.with_counts({"layers": 5, "ffn": 104}).parameters

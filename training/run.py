@@ -159,7 +159,9 @@ def _train(prepared: Prepared, job: Job, run: Path, ranks: Ranks, resume_from: P
     job.method.on_step(inputs.total_steps)
     _finish(prepared, run, job, ranks)
     loss = trainer.mean_loss if inputs.total_steps else None
-    return Finished(run=run, shape=inputs.shape, steps=inputs.total_steps, train_loss=loss)
+    # A method that searches decided over the counts that were asked for.
+    shape = job.method.cuts().counts(job.method.base) if job.method.searches else inputs.shape
+    return Finished(run=run, shape=shape, steps=inputs.total_steps, train_loss=loss)
 
 
 def _finish(prepared: Prepared, run: Path, job: Job, ranks: Ranks) -> None:
