@@ -122,10 +122,11 @@ def _by_transformers(
 
     assert subject.folder is not None
     model, device = open_model(subject.folder, subject.backend.dtype)
+    sampled: dict[str, Any] = {"temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
     settings = GenerationConfig(
         max_new_tokens=decoding.new_tokens, do_sample=decoding.temperature > 0, num_beams=1, use_cache=True,
-        temperature=decoding.temperature or 1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-        eos_token_id=list(ends) or None, pad_token_id=ends[0] if ends else 0,
+        repetition_penalty=1.0, eos_token_id=list(ends) or None, pad_token_id=ends[0] if ends else 0,
+        **(sampled if decoding.temperature else {}),
     )  # fmt: skip
     torch.manual_seed(decoding.seed)
     # Prompts of like length share a batch, so that little is padding.
