@@ -70,6 +70,9 @@ def stock_tensors(header: GgufHeader, family: Family, config: Mapping[str, Any])
     import gguf
 
     sizes = ModelSizes.of(config, family)
+    # The gguf package makes every layer's names at once: a damaged count of millions would take minutes and gigabytes.
+    if sizes.layers > len(header.tensors):
+        raise broken(header.path, f"tensors of {sizes.layers} layers", f"{len(header.tensors)} tensors in all")
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture)
     names = gguf.get_tensor_name_map(architecture, sizes.layers)
     left = dict(header.tensors)
