@@ -126,4 +126,4 @@ def test_vllm_answers_as_the_float_model_does(
         sure += certain
         right += found[:3] == example["input_ids"][len(question) : len(question) + 3]
     assert sure >= QUESTIONS * ANSWER_TOKENS // 2  # else this test would see little
-    assert right >= 0.75 * QUESTIONS  # and the answers are the data's
+    assert right >= QUESTIONS // 2  # and most answers are the data's, in 4 bits too
