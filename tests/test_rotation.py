@@ -125,7 +125,10 @@ def test_run_on_principal_axes_exports_to_a_plain_llama(
     rotate: str, gate: str, tied: bool, rows: Path, tmp_path: Path
 ) -> None:
     base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=tied)
-    start(tiny_recipe(base, rows, rotate=rotate, mask_start="energy", gate=gate), tmp_path / "run")
+    start(
+        tiny_recipe(base, rows, ratio=None, hidden_size=48, rotate=rotate, mask_start="energy", gate=gate),
+        tmp_path / "run",
+    )
     calibration = Calibration.load(tmp_path / "run")
     assert calibration is not None
     plan = PruningPlan.load(tmp_path / "run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pat_serve.server.analysis.verdict import DEFAULT_MARGIN, MARGIN_BOUND, MIN_ROUNDS
 from pat_serve.server.bench.speedup.grid import Cell
@@ -52,6 +52,11 @@ class SpeedupRequest(Body):
             description="Several batches, each judged by itself, in place of batch_size and prompt_tokens.",
         ),
     ]
+    output_tokens: Annotated[TokenCount, Field(description="At least 2 where decode is judged.")] = 17
+    rounds: Annotated[int, Field(ge=MIN_ROUNDS, le=MAX_ROUNDS, description="Pairs of runs.")] = 12
+    regimes: Annotated[
+        list[RegimeName], Field(min_length=1, max_length=2, default_factory=lambda: ["prefill", "decode"])
+    ]
     claim_at: Annotated[
         list[ClaimedCell],
         Field(
@@ -59,11 +64,6 @@ class SpeedupRequest(Body):
             default_factory=list,
             description="What the claim names, which alone decides the verdict; empty for all.",
         ),
-    ]
-    output_tokens: Annotated[TokenCount, Field(description="At least 2 where decode is judged.")] = 17
-    rounds: Annotated[int, Field(ge=MIN_ROUNDS, le=MAX_ROUNDS, description="Pairs of runs.")] = 12
-    regimes: Annotated[
-        list[RegimeName], Field(min_length=1, max_length=2, default_factory=lambda: ["prefill", "decode"])
     ]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     force: Annotated[
@@ -76,15 +76,26 @@ class SpeedupRequest(Body):
             raise ValueError("output_tokens must be at least 2 to time decode")
         return self
 
-    @model_validator(mode="after")
-    def _claim_is_measured(self) -> Self:
-        cells = self.grid or [GridCell(batch_size=self.batch_size, prompt_tokens=self.prompt_tokens)]
-        if len({one.cell for one in cells}) < len(cells):
+    @field_validator("grid")
+    @classmethod
+    def _every_cell_once(cls, grid: list[GridCell]) -> list[GridCell]:
+        if len({one.cell for one in grid}) < len(grid):
             raise ValueError("grid must not hold a cell twice")
-        for one in self.claim_at:
-            if one.cell not in [known.cell for known in cells] or (one.regime or self.regimes[0]) not in self.regimes:
+        return grid
+
+    @field_validator("claim_at")
+    @classmethod
+    def _claim_is_measured(cls, claim_at: list[ClaimedCell], info: ValidationInfo) -> list[ClaimedCell]:
+        """A validator of this field, which comes after all that it looks at, so that the error names it."""
+        seen = info.data
+        if not {"batch_size", "prompt_tokens", "grid", "regimes"} <= seen.keys():
+            return claim_at
+        alone = GridCell(batch_size=seen["batch_size"], prompt_tokens=seen["prompt_tokens"])
+        cells = {known.cell for known in seen["grid"] or [alone]}
+        for one in claim_at:
+            if one.cell not in cells or (one.regime or seen["regimes"][0]) not in seen["regimes"]:
                 raise ValueError(f"claim_at names {one.cell}, which grid and regimes do not measure")
-        return self
+        return claim_at
 
 
 class LiveSpeedupResult(SpeedupResult):

@@ -65,7 +65,7 @@ WITHOUT_BASELINE = {
     ("GET", "/benchmark/speedup"): (404, "not_found"),
     ("POST", "/baseline/generate"): (409, "no_baseline"),
 }
-# No document can say how many tokens a text has, and how many of them this model takes.
+# No document can say how many tokens a text has, how many this model takes, or that a field names what another holds.
 BY_THE_MODEL = {
     "prompt",
     "prompt_token_ids",
@@ -74,6 +74,8 @@ BY_THE_MODEL = {
     "max_tokens",
     "prompt_tokens",
     "output_tokens",
+    "grid",
+    "claim_at",
 }
 # Enough for a route to do all that it does; as a default too where the route's own would take seconds.
 LIMIT = {

@@ -54,6 +54,9 @@ class StepTimer(TrainerCallback):  # type: ignore[misc]  # transformers is not f
         return seconds
 
 
+_TOTALS_ALONE = ("train_runtime", "train_tokens_per_second")
+
+
 class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy
     """Appends every log line to metrics.jsonl; a resumed run first drops the lines that it will write again."""
 
@@ -68,7 +71,7 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers is not
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
         # A run that stopped after its last step has its totals already, and writes them again.
-        kept = [line for line in lines if _step(line) <= state.global_step and '"train_runtime"' not in line]
+        kept = [line for line in lines if _step(line) <= state.global_step and '"train_loss"' not in line]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(
@@ -81,6 +84,9 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers is not
     ) -> None:
         """One JSON object a line; the last one, at the end of training, has the totals."""
         if state.is_world_process_zero and logs:
+            if "train_loss" not in logs:
+                # Counting tokens makes the Trainer add the time of the whole run so far to every line.
+                logs = {name: figure for name, figure in logs.items() if name not in _TOTALS_ALONE}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
                 file.flush()
