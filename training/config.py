@@ -11,10 +11,11 @@ import pydantic
 from pat_serve.checkpoints.locate import absolute
 from pat_serve.cut.axes import FFN, LAYERS
 from pat_serve.errors import UsageError
+from pat_serve.training.agreement import disagreements, refuse_unused
 from pat_serve.training.groups import check_groups, parse_scales, untrained_group
 from pat_serve.training.method_settings import MethodSettings
 from pat_serve.training.methods.pat.settings import PatSettings
-from pat_serve.training.presets import PAPER, PAPER_RATES, UNPRUNED
+from pat_serve.training.presets import UNPRUNED
 from pat_serve.training.recipe_file import write_recipe
 from pat_serve.training.shape_settings import ShapeSettings
 
@@ -101,59 +102,9 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
     keep_checkpoints: int = pydantic.Field(default=2, ge=1)
 
     @pydantic.model_validator(mode="after")
-    def _one_width(self) -> TrainRecipe:
-        if self.ratio is not None and self.hidden_size is not None:
-            raise ValueError("give ratio or hidden_size, not both")
-        if self.shape and (self.ratio is not None or self.hidden_size is not None):
-            raise ValueError("give ratio, hidden_size or shape, one of them")
-        if self.axes and (self.shape or self.hidden_size is not None):
-            raise ValueError("axes say where ratio cuts: give ratio beside them, and neither shape nor hidden_size")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _inner_cuts(self) -> TrainRecipe:
-        inner = self.inner_axes
-        if inner and self.quantize_base:
-            raise ValueError(f"a quantized base cannot be cut down, as a cut of {inner[0]} does")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _options_agree(self) -> TrainRecipe:
-        if self.quantize_base and self.rotate in ("energy", "loss"):
-            raise ValueError("a quantized base cannot be rotated: rotate none")
-        if self.quantize_base and self.mask_start == "gradient":
-            raise ValueError("a quantized weight has no gradient: mask_start energy or zero")
-        if self.quantize_base and self.compensate:
-            raise ValueError("compensate reads weights, which a quantized base has packed: no compensate")
-        if self.train != "lora":
-            if self.quantize_base:
-                raise ValueError("a quantized weight cannot be trained: train lora")
-            if self.refit == "lora" or self.lora_head:
-                raise ValueError(f"train {self.train} has no adapter: no refit lora, no lora_head")
-        if self.refit != "auto" and self.compensate is False:
-            raise ValueError("refit says how to compensate: no refit, or compensate")
-        if self.compensate and self.gate in ("anneal", "gradual"):
-            raise ValueError("compensate makes up for a cut that is there from the start: gate cut")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _search(self) -> TrainRecipe:
-        if self.search_minutes and (self.shape or self.hidden_size is not None):
-            raise ValueError("search_minutes looks for a shape: no shape and no hidden_size beside it")
-        if self.search_minutes and "method" in self.model_fields_set:
-            raise ValueError("the shape that search_minutes finds decides the method: no method beside it")
-        if self.search_minutes and self.quantize_base:
-            raise ValueError("a quantized base cannot be cut along most axes: no search_minutes beside quantize_base")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _one_evaluation(self) -> TrainRecipe:
-        if self.eval_data is not None and self.eval_share is not None:
-            raise ValueError("give eval_data or eval_share, not both")
-        if self.streaming and self.max_steps is None:
-            raise ValueError("max_steps beside streaming, since a stream has no epochs")
-        if self.streaming and self.eval_share is not None:
-            raise ValueError("eval_data beside streaming, since a stream cannot be split")
+    def _settings_agree(self) -> TrainRecipe:
+        for reason in disagreements(self):
+            raise ValueError(reason)
         return self
 
     @pydantic.model_validator(mode="before")
@@ -225,7 +176,7 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
         Raises:
             UsageError: what was chosen by hand does not go with what follows from the rest.
         """
-        self._refuse_unused()
+        refuse_unused(self)
         if not prunes:
             self._refuse_untrained_groups(lora_head=bool(self.lora_head), prunes=False)
             settled = {"lora_head": bool(self.lora_head), "train_norms": self.trains_norms}
@@ -307,23 +258,6 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
         )
         if found is not None:
             raise UsageError("--lr-scale", expected="groups that are trained", found=found[0], fix=found[1])
-
-    def _refuse_unused(self) -> None:
-        """Refuse settings that the method has no use for; what it cuts is checked with the base."""
-        from pat_serve.training.methods import METHODS
-
-        method = METHODS[self.method]
-        refused = method.unused - {"tied_embeddings", "ratio", "hidden_size", "shape", "choose"}
-        for name in filter(refused.__contains__, TrainRecipe.model_fields):
-            value, default = getattr(self, name), TrainRecipe.model_fields[name].get_default(call_default_factory=True)
-            # A preset's value says nothing of what the user wants; alpha follows the rank.
-            if value not in (default, PAPER.get(name, default), PAPER_RATES.get(name, default)):
-                raise UsageError(
-                    f"--{name.replace('_', '-')}",
-                    expected=f"none, since --method {self.method} {method.why_unused}",
-                    found=str(value),
-                    fix="Leave it out, or choose another method.",
-                )
 
     def resolved_warmup_steps(self, total_steps: int) -> int:
         """The paper's 100 steps, or a tenth of a run that is shorter than 1,000."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,23 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def write_recipe(run: Path, settings: dict[str, Any]) -> None:
     """Write the settings to recipe.yaml in a run's folder, in their order, complete or not at all."""
     write_text(run / RECIPE_FILE, yaml.safe_dump(settings, sort_keys=False))
+
+
+def overridden(settings: dict[str, Any], flags: dict[str, Any], fields: Container[str]) -> dict[str, Any]:
+    """Put flags over the settings of a file or a preset.
+
+    A flag also wins over the file's other way to say the same: `--shape` over `ratio`, `--epochs` over `max_steps`.
+
+    Args:
+        settings: of a file or a preset.
+        flags: those that were given.
+        fields: names of a recipe's own settings; other flags are settings of the method.
+    """
+    sizes = ("ratio", "hidden_size", "shape")
+    others = {one: {*sizes, "axes"} - {one} for one in ("hidden_size", "shape")}
+    others |= {"ratio": {"hidden_size", "shape"}, "axes": {"hidden_size", "shape"}, "epochs": {"max_steps"}}
+    replaced = set().union(*(others[one] for one in others.keys() & flags.keys())) - flags.keys()
+    kept = {name: value for name, value in settings.items() if name not in replaced}
+    of_the_method = {name: flags[name] for name in sorted(flags) if name not in fields}
+    merged = kept | {name: value for name, value in flags.items() if name in fields}
+    return merged | ({"settings": kept.get("settings", {}) | of_the_method} if of_the_method else {})

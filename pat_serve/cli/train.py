@@ -284,7 +284,7 @@ def train(
     from pat_serve.terminal.progress import say
     from pat_serve.training.config import TrainRecipe
     from pat_serve.training.presets import preset_settings
-    from pat_serve.training.recipe_file import read_recipe
+    from pat_serve.training.recipe_file import overridden, read_recipe
     from pat_serve.training.run import Finished, start, start_or_resume
     from pat_serve.training.run import resume as resume_run
 
@@ -294,19 +294,7 @@ def train(
     else:
         assert out is not None
         settings = preset_settings(preset, recipe) | (read_recipe(config) if config else {})
-        # A flag also wins over the file's other way to say the same.
-        sizes = ("ratio", "hidden_size", "shape")
-        others = {one: tuple(other for other in sizes if other != one) for one in sizes} | {"epochs": ("max_steps",)}
-        others["hidden_size"] += ("axes",)
-        others["shape"] += ("axes",)
-        others["axes"] = ("hidden_size", "shape")
-        for one in others.keys() & flags.keys():
-            for other in others[one]:
-                if other not in flags:
-                    settings.pop(other, None)
-        own_settings = {name: flags.pop(name) for name in sorted(flags.keys() - TrainRecipe.model_fields.keys())}
-        settings |= flags | ({"settings": settings.get("settings", {}) | own_settings} if own_settings else {})
-        checked = TrainRecipe.build(settings, "recipe")
+        checked = TrainRecipe.build(overridden(settings, flags, TrainRecipe.model_fields), "recipe")
         finished = start_or_resume(checked, out) if auto else start(checked, out, force=force)
     if finished is None:
         say(f"{out}: finished already. Next: pat-export --ckpt {out} --out pruned/")

@@ -13,7 +13,6 @@ import torch
 
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.cut.axes import HIDDEN
-from pat_serve.cut.rotation import untie_head
 from pat_serve.errors import TooLarge
 from pat_serve.machine.hardware import DTYPE_BYTES, available_memory_bytes
 from pat_serve.shapes.parameters import parameters_at
@@ -26,12 +25,11 @@ from pat_serve.training.checks.memory import (
     unties,
     weights_bytes,
 )
+from pat_serve.training.checks.trained import teacher_share, trained_parameters
 from pat_serve.training.config import LEAST_CALIBRATION_ROWS, TrainRecipe
-from pat_serve.training.groups import WEIGHTS, groups_of
 from pat_serve.training.methods import method_of
-from pat_serve.training.model.ready import count_ready
 from pat_serve.training.model.teacher import holds_teacher
-from pat_serve.training.model.weights import ALL, HEAD_AND_LAST, LAST_LAYERS, LORA
+from pat_serve.training.model.weights import HEAD_AND_LAST, LAST_LAYERS, LORA
 from pat_serve.training.ranks import sharded_by_fsdp
 
 # A float32 weight, its gradient and Adam's two moments.
@@ -204,7 +202,7 @@ def estimate_training(
     if method_of(recipe).cuts_at_the_end:
         trained_sizes = replace(checkpoint.sizes, hidden=trained_sizes.hidden)
     hidden = trained_sizes.hidden
-    counts = _trained_parameters(checkpoint, recipe, shape, total_steps)
+    counts = trained_parameters(checkpoint, recipe, shape, total_steps)
     base = parameters_at(checkpoint, trained_sizes, own_head=unties(checkpoint, recipe))
     width = DTYPE_BYTES[dtype]
     weights = weights_bytes(checkpoint, recipe, width, trained_sizes)
@@ -246,53 +244,10 @@ def estimate_training(
         logits_bytes=logits,
         allocator_bytes=round(HEAP_LOSS * (activations + logits)) if on_heap else 0,
         teacher_bytes=weights_bytes(checkpoint, recipe, width, checkpoint.sizes) if holds_teacher(recipe) else 0,
-        teacher_share=_teacher_share(checkpoint, recipe, base),
+        teacher_share=teacher_share(checkpoint, recipe, base),
         tokens_per_step=tokens * recipe.gradient_accumulation_steps * processes,
         preparing_bytes=preparing,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Counts:
-    """Trained parameters: LoRA's, the model's own, the method's; and LoRA's and the method's before the base is cut."""
-
-    lora: int
-    tuned: int
-    method: int
-    wide: int
-
-
-def _trained_parameters(
-    checkpoint: Checkpoint, recipe: TrainRecipe, shape: Mapping[str, int], total_steps: int
-) -> _Counts:
-    """Count on the very modules, without storage."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    # Nothing is measured on the meta device, and what a calibration decides has no parameters.
-    uncalibrated = recipe.model_copy(update={"rotate": "none", "mask_start": "zero"})
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-        base = AutoModelForCausalLM.from_config(config)
-        if unties(checkpoint, recipe):
-            untie_head(base)
-        ready = count_ready(base, checkpoint.family, uncalibrated, shape, total_steps)
-    trained = {name: parameter.numel() for name, parameter in ready.model.named_parameters() if parameter.requires_grad}
-    lora = sum(count for name, count in trained.items() if ".lora_" in name)
-    tuned = sum(count for name, count in trained.items() if WEIGHTS in groups_of(name))
-    method = sum(trained.values()) - lora - tuned
-    return _Counts(lora=lora, tuned=tuned, method=method, wide=ready.wide_parameters)
-
-
-def _teacher_share(checkpoint: Checkpoint, recipe: TrainRecipe, student_parameters: int) -> float:
-    """The teacher's forward pass as a share of a step, whose student has that and a backward pass.
-
-    Frozen weights get no gradients of their own: LoRA's backward pass is one pass more, that of all weights two.
-    """
-    if not recipe.distillation_weight:
-        return 0.0
-    teacher = parameters_at(checkpoint, checkpoint.sizes)
-    passes = 3 if recipe.train == ALL else 2
-    return teacher / (teacher + passes * student_parameters)
 
 
 def _gb(count: int) -> str:
