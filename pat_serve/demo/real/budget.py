@@ -17,11 +17,11 @@ TOTAL_S = 600.0
 STEP_ROWS = 16
 ROW_TOKENS = 256
 PROBE_TOKENS = 2048
-# The unit is a probe of 4.9 s: timings.json of a run on machine Z, 2026-11-29. The start has the probing itself (24 s)
-# and the work of pat-train before its first step (78 s), the end an export, an evaluation and two engines (262 s).
-START_PROBES = 21.0
-STEP_PROBES = 1.65
-AFTER_PROBES = 54.0
+# The unit is a probe of 5.0 s: timings.json of a run on machine Z, 2026-11-30. The start has the probing itself (24 s)
+# and the work of pat-train before its first step (53 s), the end an export, an evaluation and two engines (249 s).
+START_PROBES = 16.0
+STEP_PROBES = 1.45
+AFTER_PROBES = 51.0
 # Fewer steps teach nothing, so the demo takes longer than ten minutes instead. More steps read the text so often that
 # the model learns it by heart.
 LEAST_STEPS, MOST_STEPS = 16, 240
