@@ -115,7 +115,7 @@ class Cutter:
 
 
 def settings_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What is to be measured, a line each: shape, refit, choice, axes, tie, and the number of windows."""
+    """The measurements that are asked for, a line each: shape, refit, choice, axes, tie, and the number of windows."""
     for shape in options.shape:
         for refit in ["none"] if shape == DENSE else options.refit.split(","):
             turned = "hidden" in shape

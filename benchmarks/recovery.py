@@ -51,7 +51,7 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """What is measured: held-out rows, and token ids of a text's windows."""
+    """The data to measure on: held-out rows, and token ids of a text's windows."""
 
     held_out: HeldOut
     windows: list[list[int]]

@@ -32,7 +32,7 @@ _SEED = "ground"
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the rows are made of.
+    """The sources that the rows are made of.
 
     Attributes:
         wikitext2_valid: WikiText-2's validation file, or None.
@@ -72,7 +72,7 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Ground:
-    """What was built.
+    """The files and counts of a build.
 
     Attributes:
         trained: passages in the order of the rows.

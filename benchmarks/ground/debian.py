@@ -79,7 +79,7 @@ PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Unpacked:
-    """What was read of a package.
+    """The text and the licence that were read of a package.
 
     Attributes:
         package: as it was asked for.

@@ -16,7 +16,7 @@ _DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _SENSE_SOURCE = re.compile(r"\s*\[(?:1913 Webster|PJC|WordNet 1\.5|Century Dict\.[^\]]*|\+?PJC[^\]]*)\]")
 _SPOKEN = re.compile(r"\s*\\[^\\\n]{1,60}\\,?")
 _BLANKS = re.compile(r"\s+")
-# What begins with these is no prose, and what has none of these ends is a list.
+# A line that begins with one of these is no prose, and a text with none of these ends is a list.
 _PROSE_END = (".", "!", "?", ":", ".)", '."', ".”")
 _LEAST_WORDS = 8
 _BLOCKS = {"p", "li", "dd", "dt", "td", "th", "tr", "div", "h1", "h2", "h3", "h4", "h5", "h6", "br", "blockquote",

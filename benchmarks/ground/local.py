@@ -169,7 +169,7 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _subjects(prompts: list[str]) -> dict[str, str]:
-    """What each item is about: its first line that is not the wording of the task."""
+    """The subject of each item: its first line that is not the wording of the task."""
     wording = _wording(prompts)
     return {prompt: next((line for line in prompt.split("\n") if line not in wording), prompt) for prompt in prompts}
 

@@ -16,7 +16,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """What is trained on or held out as a whole.
+    """A text that is trained on or held out as a whole.
 
     Attributes:
         source: name of the source that it is from.

@@ -33,7 +33,7 @@ BATCH_SIZE, DECODE_CONTEXT = 1, 128
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What the whole table is made with; the fields are the options of the command."""
+    """The model, the data and the lengths of the whole table; the fields are the options of the command."""
 
     model: Path
     data: Path

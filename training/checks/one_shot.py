@@ -1,4 +1,4 @@
-"""What is checked before a walk over the layers that trains nothing: processes, calibration rows, memory."""
+"""Checks before a walk over the layers that trains nothing: processes, calibration rows, memory."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _SPREADS = {"S": 0.2, "M": 0.2, "wanda": 0.3, "magnitude": 0.5}
 
 
 class OneShotSettings(OwnSettings):
-    """What is removed, and what makes up for it."""
+    """Settings of one-shot pruning: the entries to remove, and what makes up for them."""
 
     sparsity: float | None = pydantic.Field(
         default=None,

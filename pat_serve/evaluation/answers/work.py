@@ -30,7 +30,7 @@ _NO_KL = "vLLM gives no whole distributions: kl is measured with --backend hf."
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerPlan:
-    """What is asked for.
+    """The answers that are asked for.
 
     Attributes:
         prompts: to answer, for repetition, length and agreement; None without.
@@ -49,7 +49,7 @@ class AnswerPlan:
     limit: int | None = None
 
     def names(self) -> dict[str, set[str]]:
-        """What is measured: names of data by metric."""
+        """Names of data by the metric that is measured on them."""
         found: dict[str, set[str]] = {}
         if self.prompts is not None:
             name = self.prompts.name
