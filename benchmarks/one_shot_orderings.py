@@ -38,7 +38,7 @@ from pat_serve.training.sparse.walk import InputSums, groups_of_linears, prune_l
 
 PAIRS = {"SS": ("S", "S"), "SM": ("S", "M"), "MS": ("M", "S"), "MM": ("M", "M")}
 WANDA, MAGNITUDE = {"mask": "wanda", "compensation": "none"}, {"mask": "magnitude", "compensation": "none"}
-# What `errors` measures on every linear.
+# `errors` measures these on every linear.
 OF_A_LINEAR: dict[str, dict[str, Any]] = {
     **{f"2:4 {name}": {"pattern": "2:4", "mask": a, "compensation": b} for name, (a, b) in PAIRS.items()},
     "50 % SS": {"mask": "S", "compensation": "S"},
@@ -46,7 +46,7 @@ OF_A_LINEAR: dict[str, dict[str, Any]] = {
     "50 % wanda": WANDA,
     "50 % magnitude": MAGNITUDE,
 }
-# What `perplexity` measures of the whole model, the most telling first.
+# `perplexity` measures these of the whole model, the most telling first.
 OF_THE_MODEL: dict[str, dict[str, Any]] = {
     "50 % SM": {"sparsity": 0.5},
     "50 % wanda": {"sparsity": 0.5, **WANDA},

@@ -19,7 +19,7 @@ from pat_serve.terminal.progress import say
 
 # A part of the answers is kept as soon as it is written: this many prompts.
 _PART_PROMPTS = 128
-# Of the prompts so many are not answered: they are what repetition and agreement are measured on.
+# So many prompts stay without an answer: repetition and agreement are measured on them.
 _HELD_OUT_SHARE = 0.1
 _QUOTED_CHARACTERS = 700
 _MOST_HELD_OUT = 200

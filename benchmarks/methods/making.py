@@ -20,7 +20,7 @@ from pat_serve.machine.hardware import describe
 from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 
 CONTEXT_TOKENS = 512
-# What all rows share; a step has 2,048 tokens at most.
+# All rows share these settings; a step has 2,048 tokens at most.
 SHARED: dict[str, Any] = {
     "batch_size": 8,
     "gradient_accumulation_steps": 1,
@@ -130,7 +130,7 @@ def _speed(name: str, setup: Setup) -> dict[str, Any]:
     """Ratios of pat-bench speedup by phase, with their intervals."""
     out = setup.folder_of(name) / "speedup.json"
     pair = ("--baseline", setup.model, "--candidate", setup.model_of(name))
-    # Its exit code is the verdict on a claim that nobody makes here.
+    # The exit code is the verdict on a claim, and nobody makes a claim here.
     _call("bench", "speedup", *pair, "--rounds", setup.rounds, "--out", out, "--force", codes=(0, 1, 3))
     regimes = json.loads(out.read_text(encoding="utf-8"))["regimes"]
     return {regime["regime"]: regime["ratio"] for regime in regimes}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# What the sizes are made for: SmolLM2-135M, of which each cut below leaves about three quarters.
+# The sizes are those of SmolLM2-135M: each cut below leaves about three quarters of it.
 MODEL = "SmolLM2-135M-Instruct"
 
 

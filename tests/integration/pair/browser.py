@@ -54,6 +54,8 @@ def chromium(profile: Path) -> Iterator[Any]:
         pytest.fail("the page's tests need chromium and chromedriver on the PATH; -m 'not browser' leaves them out")
     options = webdriver.ChromeOptions()
     options.binary_location = browser
+    # The page scrolls smoothly unless asked not to, and a click would land where its button stood before.
+    options.add_argument("--force-prefers-reduced-motion")
     flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
     for flag in f"{flags} disable-component-update disable-sync".split():
         options.add_argument(f"--{flag}")
