@@ -134,7 +134,7 @@ def test_speedup_is_checked_and_its_verdict_shown(page: Page, server: Server, cl
     assert result.settings.margin == pytest.approx(0.05)
     assert [pair.first for pair in result.rounds] == ["baseline", "candidate"] * 2 + ["baseline"]
     assert {len(pair.candidate.decode_steps_s) for pair in result.rounds} == {8}
-    assert result.baseline.shape.hidden_size == 2 * result.candidate.shape.hidden_size == 64
+    assert result.baseline.shape.hidden == 2 * result.candidate.shape.hidden == 64
     # The ratio is about 1: ten times the claim, unless the machine was too busy to say.
     busy = ("spread", "drifted", "other processes", "did not settle")
     assert result.verdict.value == "pass" or any(word in result.reason for word in busy)
