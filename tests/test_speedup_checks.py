@@ -14,6 +14,7 @@ from pat_serve.server.bench.speedup.checks import (
     check_settings,
     least_output_tokens,
 )
+from pat_serve.server.bench.speedup.grid import Regime
 from pat_serve.server.bench.speedup.rounds import round_prompts
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.engine import memory
@@ -175,6 +176,13 @@ def test_prompts_are_fresh_in_each_round_and_repeatable() -> None:
     assert first == round_prompts(settings, 384, 0)
     assert not {tuple(prompt[:16]) for prompt in first} & {tuple(prompt[:16]) for prompt in second}
     assert first != round_prompts(settings.model_copy(update={"seed": 1}), 384, 0)
+
+
+def test_prompts_repeat_where_decode_alone_is_judged() -> None:
+    settings = SpeedupSettings(batch_size=2, prompt_tokens=50, regimes=(Regime.DECODE,))
+    assert settings.repeats_prompts
+    assert round_prompts(settings, 384, -3) == round_prompts(settings, 384, 7)
+    assert not settings.model_copy(update={"regimes": (Regime.PREFILL, Regime.DECODE)}).repeats_prompts
 
 
 def test_serving_dtype() -> None:

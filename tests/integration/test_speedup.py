@@ -133,6 +133,19 @@ def test_an_engine_that_dies_midway(tmp_path: Path, mark: str, monkeypatch: pyte
     assert "vLLM" in log.read_text() or "vllm" in log.read_text()
 
 
+@pytest.mark.slow
+def test_decode_alone_reads_each_prompt_from_the_cache(tmp_path: Path) -> None:
+    folder = shape_folder(tmp_path / "model")
+    flags = ("--batch-size", 2, "--prompt-tokens", 200, "--output-tokens", 6, "--rounds", 6, "--regime", "decode")
+    command = bench("--baseline", folder, "--candidate", folder, *flags, "--layers", 1, "--json")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False)
+    result = SpeedupResult.model_validate_json(done.stdout)
+    assert [regime.regime for regime in result.regimes] == [Regime.DECODE]
+    assert {pair.prompts_sha256 for pair in result.rounds} == {prompts_digest(round_prompts(result.settings, 384, 0))}
+    # A cached prompt gives the same tokens in the same steps.
+    assert {trace.steps_tokens for pair in result.rounds for trace in (pair.baseline, pair.candidate)} == {(2,) * 6}
+
+
 def test_an_engine_that_does_not_start(tmp_path: Path, mark: str) -> None:
     folder = shape_folder(tmp_path / "model", architectures=["NoSuchForCausalLM"])
     command = bench("--baseline", folder, "--candidate", folder)

@@ -81,7 +81,13 @@ def speedup(
             "sizes (1,2,4,8 unless --batch-size names several).",
         ),
     ] = False,
-    regime: Annotated[str, typer.Option(help="What to judge: prefill, decode or both.")] = "prefill,decode",
+    regime: Annotated[
+        str,
+        typer.Option(
+            help="What to judge: prefill, decode or both. With decode alone all rounds have the same prompts, and only "
+            "the first prefills them."
+        ),
+    ] = "prefill,decode",
     layers: Annotated[
         str | None,
         typer.Option(

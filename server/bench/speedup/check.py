@@ -249,5 +249,6 @@ def _start_command(source: ModelSource, settings: SpeedupSettings, dtype: str) -
         max_step_tokens=_step_tokens(settings),
         kv_cache_bytes=max(kv_cache_bytes(source.shape, batch, dtype) for batch in settings.full_batches),
         enforce_eager=settings.enforce_eager,
+        read_prefix_cache=settings.repeats_prompts,
         seed=settings.seed,
     )

@@ -149,12 +149,15 @@ def run_round(
 
 
 def round_prompts(settings: SpeedupSettings, vocab_size: int, index: int) -> list[list[int]]:
-    """Token ids of one round: both models get the same, and no two rounds share any, so no cache can help.
+    """Token ids of one round: both models get the same.
+
+    Where prefill is judged, no two rounds share any prompt, so no cache can help. Where decode alone is judged, all
+    rounds have the same prompts, so only the first has to prefill them.
 
     Args:
         settings: gives batch size, prompt length and seed.
         vocab_size: ids are drawn evenly from [0, vocab_size).
         index: of the round; warm-up runs have negative ones.
     """
-    draw = random.Random(f"{settings.seed}/{index}")
+    draw = random.Random(f"{settings.seed}/{0 if settings.repeats_prompts else index}")
     return [[draw.randrange(vocab_size) for _ in range(settings.prompt_tokens)] for _ in range(settings.batch_size)]

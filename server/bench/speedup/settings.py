@@ -129,6 +129,14 @@ class SpeedupSettings(BaseModel):
         return tuple(sorted(self.depths)) or (self.layers,)
 
     @property
+    def repeats_prompts(self) -> bool:
+        """Whether every round has the same prompts, so that engines read them from their prefix caches.
+
+        Nothing judges prefill then, and the prefill of long prompts takes a hundred times the time of decode.
+        """
+        return self.regimes == (Regime.DECODE,)
+
+    @property
     def generated_tokens(self) -> int:
         """Tokens that each request really generates."""
         return self.output_tokens if Regime.DECODE in self.regimes else 1

@@ -27,6 +27,7 @@ class Start(_Message):
     max_step_tokens: int
     kv_cache_bytes: int
     enforce_eager: bool
+    read_prefix_cache: bool = False
     seed: int
     draft: str | None = None
     draft_tokens: int = 0

@@ -14,7 +14,7 @@ from pat_serve.server.engine.workers.probe import MachineRates, Product, measure
 
 
 class SteppedEngine:
-    """An engine for one batch at a time: token ids in, token ids out, nothing remembered between batches.
+    """An engine for one batch at a time: token ids in, token ids out.
 
     The process needs VLLM_ENABLE_V1_MULTIPROCESSING=0 in its environment, so that a step runs in the process itself.
 
@@ -28,6 +28,7 @@ class SteppedEngine:
         kv_cache_bytes: size of the KV cache.
         enforce_eager: run without torch.compile.
         seed: of dummy weights.
+        read_prefix_cache: reuse the keys and values of an equal earlier prompt.
         draft: folder or hub id of a smaller model that proposes tokens; None without.
         draft_tokens: tokens that the draft proposes in a step.
     """
@@ -44,6 +45,7 @@ class SteppedEngine:
         kv_cache_bytes: int,
         enforce_eager: bool,
         seed: int,
+        read_prefix_cache: bool = False,
         draft: str | None = None,
         draft_tokens: int = 0,
     ) -> None:
@@ -58,7 +60,7 @@ class SteppedEngine:
             kv_cache_memory_bytes=kv_cache_bytes,
             # Two engines share a GPU's memory, and vLLM refuses to start where less than this share is free.
             gpu_memory_utilization=0.45,
-            enable_prefix_caching=False,
+            enable_prefix_caching=read_prefix_cache,
             # A step must return its own tokens and leave nothing under way when the other engine's turn comes.
             async_scheduling=False,
             enforce_eager=enforce_eager,
