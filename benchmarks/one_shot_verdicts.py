@@ -1,4 +1,4 @@
-"""What the lines of `benchmarks/one_shot_orderings.py` say: each ordering, whether it holds, and by how much."""
+"""The verdicts of `benchmarks/one_shot_orderings.py`: each ordering, whether it holds, and by how much."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def wanted(options: argparse.Namespace, shape: str) -> Iterator[dict[str, Any]]:
 
 
 def key_of(line: dict[str, Any]) -> str:
-    """What decides a line."""
+    """The settings that identify a line."""
     return json.dumps([line[name] for name in ("shape", "choose", "start", "settings", "tokens", "seed")])
 
 

@@ -107,6 +107,6 @@ def tiny_recipe(base: Path, rows: Path, **overrides: object):
         "save_steps": 4,
     }
     if overrides.get("method") == "lora":
-        # It prunes nothing, and takes no setting of pruning.
+        # Dense LoRA prunes nothing, and takes no setting of pruning.
         del settings["hio_rank"]
     return TrainRecipe(**(settings | overrides))

@@ -193,7 +193,7 @@ def test_a_changed_model_is_refused(tiny_base: Path):
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] += 0.1
     with pytest.raises(ChangedInput, match=r"layers\.1\.mlp\.up_proj\.weight"):
         apply_pat(model)
-    # Its files are what an export starts from.
+    # An export starts from the base's files.
     with pytest.raises(ChangedInput, match="other values"):
         apply_pat(tiny_llama(seed=3), PatConfig(base=str(tiny_base)))
     with pytest.raises(UsageError, match="ratio"):

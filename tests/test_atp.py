@@ -25,7 +25,7 @@ from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family
 
 SHAPE = {"ffn": 96, "kv_groups": 1}
-# What `tiny_recipe` sets for PAT is no setting of this method.
+# This method has none of the settings that `tiny_recipe` makes for PAT.
 PLAIN = {"gate": "auto", "rotate": "auto", "mask_start": "auto", "lora_head": None, "hio_rank": None}
 PROMPT = torch.randint(3, 380, (2, 24), generator=torch.Generator().manual_seed(3))
 
@@ -101,7 +101,7 @@ def test_lora_passes_a_mask_while_it_decides_and_not_after(base: Path) -> None:
         model.get_submodule("base_model.model.model.layers.1.mlp.down_proj").lora_B["default"].weight[:] = 0.3
         after = {mode: model.train(mode)(input_ids=PROMPT).logits for mode in (True, False)}
     assert not torch.allclose(before[True], after[True], atol=1e-2)
-    # As it will be cut, indices that go count for nothing: those that stay see the down projection's change alone.
+    # Indices that will be cut count for nothing: those that stay see the down projection's change alone.
     with torch.no_grad():
         for name in ("gate_proj", "up_proj"):
             model.get_submodule(f"base_model.model.model.layers.1.mlp.{name}").lora_B["default"].weight[gone] = -7.0

@@ -88,7 +88,7 @@ def test_the_base_learns(tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     ids = tokenizer("The number 12 is followed by 13.", return_tensors="pt")["input_ids"]
-    # It is served as it was trained: every text of `pack` begins with it.
+    # The model is served as it was trained: every text of `pack` begins with this token.
     assert ids[0, 0] == tokenizer.bos_token_id
     with torch.no_grad():
         assert model(input_ids=ids, labels=ids).loss.item() < 0.5 * math.log(300)

@@ -1,4 +1,4 @@
-"""What models write: loops, agreement with the first model, and checked sums."""
+"""Written answers: loops, agreement with the first model, and checked sums."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LONG = list(range(100, 190))
         ([7, 8, 9, 1, 2, 3, 1, 2, 3], True),
         # The loop is cut within its phrase.
         ([7, 8, 9, 1, 2, 3, 1, 2, 3, 1, 2], True),
-        # It has ended before the answer does.
+        # The loop has ended before the answer does.
         ([1, 2, 3, 1, 2, 3, 1, 2, 3, 7, 8], False),
         # A phrase of one or two tokens counts from the fifty-first time on.
         ([*range(9), *[5] * 50], False),

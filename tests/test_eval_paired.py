@@ -165,7 +165,7 @@ def test_nothing_right_is_nothing_kept():
     [measure] = answer_measures("task", {"dense": [before], "pruned": [after]}, {})
     result = measure.results[1]
     assert result.versus_first is not None
-    # None of fifty right may still be one of ten.
+    # A model with none of fifty right may still answer one of ten right.
     assert result.versus_first.low == 0.0
     assert result.versus_first.high == pytest.approx(0.23, abs=0.01)
     assert result.retention_percent == 0

@@ -126,7 +126,7 @@ def test_a_link_that_leads_out(name: str, folder: Path):
 
 @pytest.mark.parametrize("name", ["LICENSE", "NOTICE.md", "tokenizer.secret"])
 def test_a_carried_file_that_is_a_link_out(name: str, folder: Path):
-    """It would be published with the model: a base could so ask for somebody's key."""
+    """The link's target would be published with the model: a base could so ask for somebody's key."""
     (folder / "key").write_text("secret")
     (folder / "base" / name).symlink_to(folder / "key")
     refuse(folder, BrokenCheckpoint, "in the model's own folder, found a link")

@@ -77,7 +77,7 @@ def test_two_depths_give_the_verdict_for_the_whole_models(model: Model) -> None:
     ]
     read = SpeedupResult.model_validate_json(result.model_dump_json())
     assert read == result
-    # What the whole models hold is counted at their own depths, not at the measured ones.
+    # The memory of the whole models is counted at their own depths, not at the measured ones.
     assert [one.weight_bytes for one in result.whole_capacities] == [4 * shape.parameters for shape in shapes]
 
 

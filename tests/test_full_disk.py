@@ -29,7 +29,7 @@ MOMENTS = {
     "the run's folder": (r"open .*\.partial-\S*/\.inputs\.json", 64, "nothing was left behind"),
     "metrics.jsonl": (r"open .*/metrics\.jsonl a", 64, "from its start"),
     "a checkpoint's weights": (r"os.mkdir .*/\.partial/checkpoint-5 ", 64, "from its start"),
-    # It is written by torch, and twice as large as the weights before it, which are written by safetensors.
+    # The optimizer's file is written by torch, and is twice as large as the weights, which safetensors writes first.
     "a checkpoint's optimizer": (r"os.mkdir .*/\.partial/checkpoint-10 ", 300_000, "from step 5"),
     "the adapter": (r"os.mkdir .*/\.adapter\.partial-", 64, "from step 12"),
 }

@@ -52,7 +52,7 @@ def test_an_export_says_which_file_its_base_was(file: Path, run: Path, tmp_path:
     card = (out / "README.md").read_text()
     assert f"Base: small.gguf, SHA-256 `{file_sha256(file)}`." in card
     assert "license: apache-2.0" in card
-    # It is a plain folder like any other: nothing of the way it came is left.
+    # The folder is a plain one: no trace of the GGUF file is left.
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert not (out / "pat_gguf.json").exists()
 

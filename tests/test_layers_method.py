@@ -16,7 +16,7 @@ from pat_serve.training.run import start
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family
 
-# What `tiny_recipe` sets for PAT is no setting of this method.
+# This method has none of the settings that `tiny_recipe` makes for PAT.
 PLAIN = {"gate": "auto", "rotate": "auto", "mask_start": "auto", "lora_head": None, "hio_rank": None}
 
 

@@ -48,7 +48,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def gradients(model: Any, groups: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Of the model's own mean loss over each group of rows, by autograd on all weights at once."""
+    """Gradients of the model's own mean loss over each group of rows, by autograd on all weights at once."""
     found = []
     for batch in groups:
         model.zero_grad()
@@ -161,7 +161,7 @@ def test_llm_pruner_from_data_to_a_stock_model(rows: Path, tmp_path: Path) -> No
     start(recipe, tmp_path / "run")
     plan = PruningPlan.load(tmp_path / "run")
     assert plan.method == "llm-pruner"
-    # As published: nothing is refitted.
+    # The published method refits nothing.
     assert not plan.weights
     export_run(tmp_path / "run", tmp_path / "pruned")
     down = load_file(tmp_path / "pruned" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]

@@ -88,7 +88,7 @@ def test_a_resumed_run_has_the_same_bytes(pruned: Path, tmp_path: Path):
 
 
 def test_each_layer_is_pruned_on_what_the_pruned_ones_before_it_give(tiny_base: Path, rows: Path, tmp_path: Path):
-    """Its weights depend on the zeros before it; those of the first layer do not depend on later ones."""
+    """A layer's weights depend on the zeros before it; those of the first layer do not depend on later ones."""
     for sparsity in (0.1, 0.6):
         start(recipe(tiny_base, rows, sparsity=sparsity, mask="wanda", compensation="M"), tmp_path / f"{sparsity}")
     lines = [json.loads(line) for line in (tmp_path / "0.6/metrics.jsonl").read_text().splitlines()]
@@ -141,13 +141,13 @@ def test_the_weights_keep_the_dtype_of_the_base(rows: Path, tmp_path: Path):
     base = save_tiny_family(tmp_path / "base", "llama", dtype=torch.bfloat16, head_dim=32)
     start(recipe(base, rows), tmp_path / "run")
     with safe_open(tmp_path / "run/weights/layer-00000.safetensors", framework="pt") as file:
-        dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+        dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118  # no dict
     assert dtypes == {torch.bfloat16}
     assert open_checkpoint(str(export_run(tmp_path / "run", tmp_path / "out").out)).dtype == torch.bfloat16
 
 
 def test_a_computation_in_another_dtype_rounds_no_weight(tiny_base: Path, rows: Path, tmp_path: Path):
-    """What stays of a weight is what the base has, where nothing makes up for the rest."""
+    """The entries that stay have the base's values, where nothing makes up for the rest."""
     given = recipe(tiny_base, rows, mask="magnitude", compensation="none").model_copy(update={"dtype": "bfloat16"})
     start(given, tmp_path / "run")
     name = "model.layers.1.mlp.up_proj.weight"

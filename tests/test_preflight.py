@@ -62,7 +62,7 @@ def test_the_default_recipe_is_counted_as_it_is_trained(tie: str | None, rows: P
     frozen = sum(p.numel() for name, p in model.named_parameters() if not p.requires_grad and "pat_mask" not in name)
     assert estimate.base_parameters == frozen
     assert estimate.weights_bytes == 4 * frozen
-    # It is calibrated before it is cut, and also if it is not.
+    # The model is calibrated whether or not it is cut.
     uncut = recipe.model_copy(update={"narrow": "off"})
     wide = estimate_training(opened, uncut, "float32", {"hidden": 48}, 24, 64, "cpu", calibration)
     assert wide.preparing_bytes == estimate.preparing_bytes

@@ -25,7 +25,7 @@ from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family, save_tiny_llama
 
 CUT = {"gate": "cut", "mask_start": "energy", "hio_rank": 0}
-# Its head is turned and compensated in pieces.
+# A head of so many rows is turned and compensated in pieces.
 LARGE_VOCABULARY = 9000
 
 

@@ -52,7 +52,7 @@ def test_a_common_set_is_the_compensation_of_a_structured_cut():
     assert removed_OI[:, removed].abs().max() == 0
     cost_O = removal_error(weight_OI, inverse_II, removed)
     torch.testing.assert_close(error(removed_OI - weight_OI, second_II), cost_O)
-    # What is left of the inverse is the inverse of what is left.
+    # The part that is left of the inverse equals the inverse of the part that is left.
     torch.testing.assert_close(left_II[kept][:, kept], torch.linalg.inv(second_II[kept][:, kept]))
 
 

@@ -56,7 +56,7 @@ for line in sys.stdin:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         writer = None
         if "FULL_AT" in environment:
-            # Of another process, whose file may grow.
+            # The pipe belongs to another process, whose file may grow.
             writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
             file = writer.stdin.fileno()
         os.dup2(file, 2)

@@ -162,6 +162,6 @@ def _arguments(prepared: Prepared, run: Path, method: Method) -> TrainingArgumen
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
-        # What decides over a cut gets no gradient any more once that is frozen.
+        # The parameters that decide over a cut get no gradient once the cut is frozen.
         ddp_find_unused_parameters=method.follows_writers or method.cuts_at_the_end,
     )

@@ -76,7 +76,7 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
     quantize_base: Literal["nf4"] | None = None
     skip_preflight: bool = False
 
-    # What is trained: LoRA on every linear, or weights themselves (weights.py).
+    # The trained parameters: LoRA on every linear, or weights themselves (weights.py).
     train: Literal["lora", "head+last3", "all"] = "lora"
     lora_rank: int = pydantic.Field(default=20, ge=1)
     # The rank, where nothing else is said.
@@ -267,7 +267,7 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
         """Write recipe.yaml, complete or not at all."""
         from pat_serve.training.methods import METHODS
 
-        # What the method has no use for is left out, unless a preset has given it a value.
+        # A field that the method has no use for is left out, unless a preset has given it a value.
         set_to = self.model_dump(exclude_defaults=True)
         settings = self.model_dump(mode="json", exclude=set(METHODS[self.method].unused - set_to.keys()))
         # The run's own first, then the shape's and the method's.

@@ -1,1 +1,1 @@
-"""What a cut is, as pure maths: axes, kept indices, the part of every tensor that stays, and rotations."""
+"""A cut as pure maths: axes, kept indices, the part of every tensor that stays, and rotations."""

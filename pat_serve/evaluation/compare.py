@@ -136,7 +136,7 @@ def score_measure(
 
 
 def _one_task(before_N: Floats, after_N: Floats, *, higher_is_better: bool) -> dict[str, Any]:
-    """What only one task has: the difference, and the exact test of right and wrong answers."""
+    """The fields that only one task has: the difference, and the exact test of right and wrong answers."""
     if not all(set(np.unique(side)) <= {0.0, 1.0} for side in (before_N, after_N)):
         difference, low, high = paired_mean_difference(before_N, after_N)
         return {"difference": difference, "difference_low": _finite(low), "difference_high": _finite(high)}

@@ -47,7 +47,7 @@ def _known_pattern(pattern: str) -> str:
     return pattern
 
 
-# What pattern of zeros a weight has: "unstructured", or N:M.
+# The pattern of a weight's zeros: "unstructured", or N:M.
 Sparsity = Annotated[str, pydantic.AfterValidator(_known_pattern)]
 
 

@@ -127,7 +127,7 @@ def counts_for_ratio(
                 counts = {**others, finest: grid[place]}
                 off = abs(share_cut(base, sizes) - ratio)
                 missed = off > TOLERANCE
-                # Of two equally near, the larger keeps more, and cuts less than the user allowed.
+                # The larger of two equally near sizes keeps more, and cuts less than the user allowed.
                 rank = (missed, off if missed else _unevenness(counts, base) + off, -sizes.parameters)
                 if (best is None or rank < best[0]) and _legal(base, sizes, family, config) and takes(sizes):
                     best = rank, counts

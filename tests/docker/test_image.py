@@ -140,7 +140,7 @@ def test_it_is_nobody_and_has_no_compiler(container: tuple[str, str]) -> None:
     name, _ = container
     assert docker("exec", name, "id", "-u") == "10001"
     compilers = "for c in cc gcc g++ clang; do command -v $c; done; true"
-    # None is added: what the base image brings is not ours (python:3.11-slim brings none).
+    # The image adds no compiler to those of its base (python:3.11-slim has none).
     brought = docker("run", "--rm", "--network", "none", "--entrypoint", "sh", BASE_IMAGE, "-c", compilers)
     assert docker("exec", name, "sh", "-c", compilers) == brought
     assert docker("exec", name, "touch", "/opt/venv/x", check=False) == ""

@@ -99,7 +99,7 @@ def test_a_killed_replica(nodes: Nodes) -> None:
         servers = servers_of(victim)
         kill(victim)
         begun_s = time.monotonic()
-        # Its server, which holds the model in memory, must not outlive it.
+        # The replica's server, which holds the model in memory, must not outlive the replica.
         until(lambda: ended(*servers), "end of its server", 60)
         until(lambda: nodes.running() < 2, "lost replica", 60)
         nodes.until_running(2)

@@ -93,7 +93,7 @@ def test_stream_adds_up_to_the_whole_answer(server: Server, client: httpx.Client
             assert response.status_code == 200
             assert response.headers["content-type"].startswith("text/event-stream")
             lines = response.iter_lines()
-            # It comes while the engine has not made the others.
+            # The first token comes while the engine has not made the others.
             first = next(lines)
         *deltas, end = events([first, *lines])
     assert 1 <= len(deltas[0]["token_ids"]) <= 3
@@ -214,7 +214,7 @@ def test_openai_client(server: Server, client: httpx.Client) -> None:
     completion = api.completions.create(model=str(server.model), prompt=PROMPT, max_tokens=12, temperature=0)
     ours = client.post("/generate", json={"prompt": PROMPT, "max_tokens": 12, "temperature": 0}).json()
     assert completion.choices[0].text == ours["text"]
-    # It was started with a slash behind the folder's name.
+    # The server was started with a slash behind the folder's name.
     assert [model.id for model in api.models.list()] == [str(server.model), f"{server.model}/"]
     named = api.completions.create(model=f"{server.model}/", prompt=PROMPT, max_tokens=12, temperature=0)
     assert named.choices[0].text == ours["text"]

@@ -79,7 +79,7 @@ def _searching_bytes(
     refits = min(CACHED_BYTES, made * width * sizes.hidden * max(inputs, default=0))
     judged = [size.labelled_tokens for size in calibration[: ROUNDS[-1]]]
     answers = 2 * sizes.vocab * sum(judged)
-    # Of one batch: a candidate's logits, as they come and in float32, and both models' log-probabilities.
+    # One batch has a candidate's logits, as they come and in float32, and both models' log-probabilities.
     logits = (width + 12) * sizes.vocab * max(judged)
     return moments + solve + refits + answers + logits
 

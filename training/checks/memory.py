@@ -90,7 +90,7 @@ def tuning_bytes_per_token(
     """Bytes a token that LoRA and the method add to a layer's own."""
     hidden, heads = sizes.hidden, sizes.heads * sizes.head_dim
     inputs = 5 * hidden + heads + sizes.ffn  # of the seven linears that LoRA adapts
-    # What LoRA's A gets, and what dropout remembers: bits as bytes on a GPU, float32 factors on a CPU.
+    # LoRA's A gets inputs, and dropout remembers its choice: a byte each on a GPU, a float32 factor on a CPU.
     dropout = (1 if device == "cuda" else 4) if recipe.lora_dropout else 0
     if not method_of(recipe).adapts:
         # The inputs of the updates, which are made anew for the backward pass.
@@ -103,7 +103,7 @@ def tuning_bytes_per_token(
     if method_of(recipe).follows_writers:
         # The operator's input, and L0's output.
         hybrid = 2 * width * (hidden + recipe.resolved_hio_rank(checkpoint.hidden_size))
-    # What masks whose values are learnt multiply.
+    # The masks whose values are learnt multiply these.
     hybrid += width * (heads + sizes.ffn) if method_of(recipe).cuts_at_the_end else 0
     # The normalized stream, which the gains' gradients are made of.
     norms = 2 * hidden * width if recipe.train_norms else 0

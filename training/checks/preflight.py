@@ -229,7 +229,7 @@ def estimate_training(
     # Weights that are trained are float32; in the dtype of the frozen ones, autocast holds a copy of each.
     trained = (counts.lora + counts.tuned + counts.method) * TRAINED_BYTES
     if sharded_by_fsdp() and processes > 1:
-        # Its share of everything, and the layer at work in full.
+        # A process holds its share of everything, and the layer at work in full.
         weights = weights // processes + weights // target.layers
         trained //= processes
     return Preflight(

@@ -102,8 +102,8 @@ class ModelChoice(Choice):
     """
 
     def __init__(self, axis: str) -> None:
-        # Of the instance, since each of these choices serves both axes.
-        self.axis = axis  # type: ignore[misc]
+        # The axis belongs to the instance, since each of these choices serves both axes.
+        self.axis = axis  # type: ignore[misc]  # the class variable of other choices
 
     @abstractmethod
     def importance(

@@ -51,11 +51,11 @@ class Method(ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     # The axes that its cuts may go along.
     axes: ClassVar[frozenset[str]] = frozenset(AXES)
-    # It chooses the counts and the indices of all axes but the stream's itself (`choose`), as near the asked size.
+    # The method chooses counts and indices of all axes but the stream's (`choose`), near the asked size.
     searches: ClassVar[bool] = False
     # The axes that it cuts where neither a shape nor a ratio is given (`default_shape`).
     cut_by_default: ClassVar[frozenset[str]] = frozenset()
-    # What chooses along an axis, where it is not the axis' own default.
+    # The choice along an axis, where it is not the axis' own default.
     choices: ClassVar[Mapping[str, str]] = {}
     # Cuts of other axes than the stream's stand after the last step alone, so the model keeps its size until then.
     cuts_at_the_end: ClassVar[bool] = False

@@ -23,7 +23,7 @@ class Layers(Cut):
     axes: ClassVar[frozenset[str]] = frozenset({LAYERS})
     cut_by_default: ClassVar[frozenset[str]] = axes
     choices: ClassVar[Mapping[str, str]] = {LAYERS: Reverse.name}
-    # As published, nothing is made up for before the first step.
+    # The published method makes up for nothing before the first step.
     defaults: ClassVar[Mapping[str, Any]] = {"compensate": False, "train": "head+last3", "train_norms": True}
 
     @classmethod

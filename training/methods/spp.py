@@ -144,7 +144,7 @@ class Spp(Method):
         """Every linear's weight with its update in it, float32, by its tensor's name."""
         for name, update in self.updates.items():
             a_RI, b_O1 = snapshot(update.a_RI), snapshot(update.b_O1)
-            # Of the files: the weight in memory may be rounded to the training's dtype.
+            # The weight comes from the files: in memory it may be rounded to the training's dtype.
             weight_OI = stored(f"{name}.weight").float()
             row_O = torch.arange(len(weight_OI)) * len(a_RI) // len(weight_OI)
             yield f"{name}.weight", weight_OI + update.scale * (weight_OI * a_RI[row_O] * b_O1)

@@ -88,7 +88,7 @@ def make_ready(
     """
     known = choose_on_the_model(base, family, recipe, shape, batches, earlier)
     if method_of(recipe).searches:
-        # It decided over the counts too.
+        # The method decided over the counts too.
         shape = {HIDDEN: shape[HIDDEN], **{line.partition(".")[0]: len(kept) for line, kept in known.items()}}
     layers = _choose_layers(base, recipe, shape, batches, known)
     model, method = adapt(base, family, recipe, shape, total_steps, calibration)

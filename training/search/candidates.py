@@ -33,7 +33,7 @@ class Candidate:
     speedup: float
 
     def told(self) -> str:
-        """Its counts, as `--shape` takes them."""
+        """The candidate's counts, as `--shape` takes them."""
         return ",".join(f"{axis}={count}" for axis, count in self.shape.items())
 
 

@@ -1,4 +1,4 @@
-"""What removing entries of a weight costs when the others make up for it, as pure maths (arXiv 2410.15567).
+"""The cost of removing entries of a weight when the others make up for it, as pure maths (arXiv 2410.15567).
 
 With H = E[x x^T] of a linear's inputs, G = H^-1, and P the entries that are removed from a row w, the least mean
 squared error of the row's output and the change of the row that reaches it are
@@ -78,7 +78,7 @@ def upper_factor(second_II: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def joint_steps(weight_OB: Tensor, factor_BB: Tensor, removed_OB: Tensor) -> Tensor:
-    """What all removed entries of a block cost together: s (O, B), whose squares sum up to E(P) of each row.
+    """The cost of all removed entries of a block together: s (O, B), whose squares sum up to E(P) of each row.
 
     The change of the columns from the block's first on is -s U[block, start:].
 
@@ -89,7 +89,7 @@ def joint_steps(weight_OB: Tensor, factor_BB: Tensor, removed_OB: Tensor) -> Ten
     """
     inverse_BB = factor_BB.T @ factor_BB
     multipliers_OB = torch.zeros_like(weight_OB)
-    # Of every row the removed entries first, and as many as the row with the most of them has.
+    # Each row lists its removed entries first, and all rows list as many as the row with the most has.
     most = int(removed_OB.sum(1).max())
     places_OP = removed_OB.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     for at in range(0, len(weight_OB) if most else 0, ROWS_AT_ONCE):

@@ -19,7 +19,7 @@ from pat_serve.training.sparse.one_linear import Inputs, Zeroing, zeroed
 
 @dataclass(frozen=True, kw_only=True)
 class LinearFigures:
-    """What became of one linear.
+    """The outcome for one linear.
 
     Attributes:
         zeros: share of its entries that are zero.

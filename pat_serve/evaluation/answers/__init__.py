@@ -1,4 +1,4 @@
-"""What models write: do answers fall into loops, agree with the first model's, and give the right number?
+"""Measures of written answers: do they fall into loops, agree with the first model's, and give the right number?
 
 prompts.py     rows of a file -> token ids           loops.py       when does an answer repeat itself?
 generate.py    a model writes answers                arithmetic.py  questions whose answers can be checked

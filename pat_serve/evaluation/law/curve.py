@@ -12,7 +12,7 @@ from pat_serve.errors import DataError, first_line
 from pat_serve.evaluation.law.fit import LEAST_POINTS, Floats
 from pat_serve.run.folder import METRICS_FILE
 
-# What a line of metrics calls the tokens of all steps so far.
+# The name that a line of metrics gives to the tokens of all steps so far.
 _TOKENS = "num_input_tokens_seen"
 
 

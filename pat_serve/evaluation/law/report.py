@@ -1,4 +1,4 @@
-"""What a law says of a run: its floor, the tokens for a target, and how well it foretells the run's own end."""
+"""The findings of a law about a run: its floor, the tokens for a target, and whether it foretells the run's end."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Foretold(_Part):
 
 
 class Verdict(_Part):
-    """What a law says of a target.
+    """The findings of a law about a target.
 
     Attributes:
         perplexity: the target.

@@ -144,7 +144,7 @@ def test_speedup_is_checked_and_its_verdict_shown(page: Page, server: Server, cl
     for regime in result.regimes:
         assert f"[{regime.ratio.low:.3f}, {regime.ratio.high:.3f}]" in shown
         assert f"ceiling {regime.ceiling:.2f}" in shown
-    # It is there again when the page is opened anew.
+    # The verdict is there again when the page is opened anew.
     page.driver.refresh()
     page.until(lambda: page.driver.find_elements("id", "verdict-word"))
     assert page.complaints() == []

@@ -75,7 +75,7 @@ class Refits:
         return seconds
 
     def inputs(self, line: str) -> Inputs:
-        """What a choice looks at."""
+        """The data that a choice looks at."""
         axis = line.partition(".")[0]
         block = self.dense[line].shape[1] // AXES[axis].length(self.sizes)
         return Inputs(second_II=self.seconds[line].double(), weight_OI=self.dense[line].double(), block=block)
