@@ -101,7 +101,7 @@ FP8 = Scheme(
     format="float-quantized",
     perplexity_limit=1.02,
     kl_limit_nats=0.02,
-    runs_on="vLLM on NVIDIA GPUs (fp8 arithmetic from Ada and Hopper on, weights alone on Ampere)",
+    runs_on="vLLM on CPUs and on NVIDIA GPUs (fp8 arithmetic from Ada and Hopper on, weights alone on Ampere)",
 )
 # The limits catch damage and no more: four bits cost a small model several per cent, and --require-quality says whether
 # that is too much.
