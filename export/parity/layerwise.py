@@ -138,6 +138,8 @@ class LayerwiseModel:
     def __init__(self, model: Any, weights: Weights, dtype: torch.dtype, skipped: Collection[int] = ()) -> None:
         self._decoder, self._weights, self._dtype = model.model, weights, dtype
         self._embedding: nn.Module = model.get_input_embeddings()
+        # The row of padding matters to gradients alone, and torch looks for it among the few rows that are read.
+        self._embedding.padding_idx = None
         # A wrapper (LoRA's) may take this name later; then it is called, around this linear.
         self.model, self._head_linear = model, model.get_output_embeddings()
         self.vocab_size = int(self._head_linear.out_features)
