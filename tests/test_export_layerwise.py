@@ -19,7 +19,9 @@ from tests.random_runs import random_run
 from tests.tiny_models import save_tiny_family, save_tiny_llama
 
 
-@pytest.mark.parametrize("variant", ["rotated, with a head's adapter", "tied", "padded", "Gemma, tied", "Qwen2", "Phi-3"])
+@pytest.mark.parametrize(
+    "variant", ["rotated, with a head's adapter", "tied", "padded", "Gemma, tied", "Qwen2", "Phi-3"]
+)
 def test_layer_by_layer_gives_the_same_figures(variant: str, tmp_path: Path):
     """Two ways to compute each model; one that lost an operator, an adapter or a row would give other figures."""
     if variant == "rotated, with a head's adapter":
