@@ -7,7 +7,8 @@ make one as large as people serve); pat-serve with a key and all its checks, bot
 alternate (A B B A ...), and single requests do, so that what slows the machine slows both. The server whose turn it is
 not is stopped (SIGSTOP): vLLM's processes go on spinning for a while after a request, on the cores that the other one
 computes on. The bars: 0.98 of vLLM's throughput, 1 ms more at the median of a request's latency, 2 s more until ready.
-CPU time of the process that answers, which a busy machine changes little, is told beside them.
+CPU time of the process that answers, which a busy machine changes little, is told beside them. So are the cores that
+each server takes while nothing is asked of it (bar: 2 % of one).
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from pat_serve.machine.hardware import describe
 from pat_serve.server.analysis.statistics import paired_ratio, percentile
 from tests.tiny_models import save_tiny_llama
 
-THROUGHPUT_BAR, LATENCY_BAR_S, READY_BAR_S = 0.98, 1e-3, 2.0
+THROUGHPUT_BAR, LATENCY_BAR_S, READY_BAR_S, IDLE_BAR_CORES = 0.98, 1e-3, 2.0, 0.02
 NAMES = ("vllm", "pat-serve")
+_CALM_S = 5.0
 VLLM_FLAGS = "--dtype float32 --enforce-eager --load-format safetensors --kv-cache-memory-bytes 536870912"
 
 
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="of a throughput round's answers")
     parser.add_argument("--pairs", type=int, default=400, help="pairs of single requests for one token")
     parser.add_argument("--starts", type=int, default=2, help="starts of each server")
+    parser.add_argument("--idle-s", type=float, default=20.0, help="seconds without a request, of each server")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -87,6 +90,8 @@ def measure(model: Path, scratch: Path, options: argparse.Namespace) -> dict[str
         kept.callback(lambda: [resume(pids[name]) for name in NAMES])
         for name in NAMES:
             throughput(up[name], str(model), options)
+        idle = {name: idle_cores(up[name], options.idle_s) for name in alone(NAMES, pids)}
+        print("idle:", {name: f"{cores:.1%} of a core" for name, cores in idle.items()}, flush=True)
         spent = {name: http_cpu_s(up[name]) for name in NAMES}
         before = {name: memory(up[name]) for name in NAMES}
         for name in alone(turns(options.rounds), pids):
@@ -109,6 +114,7 @@ def measure(model: Path, scratch: Path, options: argparse.Namespace) -> dict[str
             for name in NAMES
         }
     more = {"http_cpu_s_per_request": cpu, "grown_bytes_per_request": grown, "rss_bytes": before}
+    more |= {"idle_cores": idle | {"bar": IDLE_BAR_CORES}}
     return summary(ready, tokens, latency) | more
 
 
@@ -169,6 +175,15 @@ def tree_cpu_s(served: Served) -> float:
     process = psutil.Process(served.process.pid)
     times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
     return float(sum(one.user + one.system for one in times))
+
+
+def idle_cores(served: Served, seconds: float) -> float:
+    """Cores that a server takes while nothing is asked of it."""
+    # vLLM's processes go on spinning for a while after a request.
+    time.sleep(_CALM_S)
+    before_s, began_s = tree_cpu_s(served), time.monotonic()
+    time.sleep(seconds)
+    return (tree_cpu_s(served) - before_s) / (time.monotonic() - began_s)
 
 
 def processes(served: Served) -> list[int]:
