@@ -138,6 +138,16 @@ def test_the_smallest_cut_that_is_fast_enough(axes: tuple[str, ...]) -> None:
     assert kept == max(one.parameters for one in sizes if speedup(one) >= 1.2)
 
 
+def test_finer_counts_reach_a_speed_where_no_fast_one_will_do() -> None:
+    """1232 channels are no multiple of 64, and no count that is one is a multiple of 176 near that speed."""
+
+    def speedup(sizes: ModelSizes) -> float:
+        return ceiling(SMOLLM2, sizes, 1, 128)
+
+    counts = counts_for_speedup(SMOLLM2, LLAMA, 1.13, ("ffn",), speedup, takes=lambda sizes: sizes.ffn % 176 == 0)
+    assert counts == {"ffn": 1232}
+
+
 def test_a_speed_out_of_reach_has_no_counts() -> None:
     assert counts_for_speedup(SMOLLM2, LLAMA, 3.0, ("ffn",), lambda sizes: ceiling(SMOLLM2, sizes, 1, 128)) is None
 

@@ -149,6 +149,8 @@ def counts_for_speedup(
 ) -> dict[str, int] | None:
     """Counts along some axes that are fast enough with the fewest parameters cut.
 
+    Counts with fast kernels come first (`axis_grid`); finer ones are looked at only where none of those will do.
+
     Args:
         base: sizes of the base.
         family: of the base.
@@ -162,23 +164,26 @@ def counts_for_speedup(
     Returns:
         counts by axis; None where no cut that a stock class takes is fast enough.
     """
-    best: tuple[tuple[int, float], dict[str, int]] | None = None
-    for others, finest, grid in _mixes(axes, base, family, 0):
+    for fineness in range(_FINENESSES):
+        best: tuple[tuple[int, float], dict[str, int]] | None = None
+        for others, finest, grid in _mixes(axes, base, family, fineness):
 
-        def sized(count: int, others: Mapping[str, int] = others, finest: str = finest) -> ModelSizes:
-            return exported_sizes(base, {**others, finest: count}, unties=unties)
+            def sized(count: int, others: Mapping[str, int] = others, finest: str = finest) -> ModelSizes:
+                return exported_sizes(base, {**others, finest: count}, unties=unties)
 
-        if best and sized(grid[-1]).parameters < -best[0][0]:
-            continue
-        fast = bisect_right(grid, -wanted, key=lambda count: -speedup(sized(count)))
-        for count in reversed(grid[max(0, fast - _TRIES) : fast]):
-            sizes, counts = sized(count), {**others, finest: count}
-            if _legal(base, sizes, family, config) and takes(sizes):
-                rank = (-sizes.parameters, _unevenness(counts, base))
-                if best is None or rank < best[0]:
-                    best = rank, counts
-                break
-    return _in_order(best[1]) if best else None
+            if best and sized(grid[-1]).parameters < -best[0][0]:
+                continue
+            fast = bisect_right(grid, -wanted, key=lambda count: -speedup(sized(count)))
+            for count in reversed(grid[max(0, fast - _TRIES) : fast]):
+                sizes, counts = sized(count), {**others, finest: count}
+                if _legal(base, sizes, family, config) and takes(sizes):
+                    rank = (-sizes.parameters, _unevenness(counts, base))
+                    if best is None or rank < best[0]:
+                        best = rank, counts
+                    break
+        if best:
+            return _in_order(best[1])
+    return None
 
 
 def check_ratio(ratio: float) -> None:
