@@ -134,8 +134,8 @@ def test_a_shape_is_read():
         ("ffn=-8", "found '-8'"),
         ("ffn=1.5", "found '1.5'"),
         ("ffn", "found ''"),
-        ("ffn=11", "ffn between 1 and the base's 10, found 11"),
-        ("hidden=12,layers=3", "found a shape that changes nothing"),
+        ("ffn=11", "ffn between 1 and the base's 10, found 11. Give ffn a count below 10"),
+        ("hidden=12,layers=3", "found a shape that changes nothing. The base has hidden=12"),
         ("kv_groups=2,hidden=9", "multiple of its 4 heads, not 9.*Nearest legal shapes: kv_groups=2,hidden=8 "),
     ],
 )

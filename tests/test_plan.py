@@ -92,6 +92,7 @@ def test_what_came_with_version_2_is_refused_in_version_1(tmp_path: Path):
     ("changes", "message"),
     [
         ({"version": 3}, "a plan of version 1 or 2, found version"),
+        ({"version": 1}, "version 2 in a plan with cuts of any axis, found version 1"),
         ({"sparsity": {"model.layers.0.mlp.up_proj": "8:4"}}, "sparsity.model.layers.0.mlp.up_proj"),
         ({"cuts": {"heads.0": {"width": 4, "kept": 3}}}, "lines of the axes hidden, .* found 'heads.0'"),
         ({"cuts": {"hidden": {"width": 4, "kept": 0}}}, "cuts.hidden.kept"),

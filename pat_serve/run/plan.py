@@ -246,6 +246,8 @@ def _read_document(path: Path) -> tuple[_Document, str]:
     expected = "a plan of version 1 or 2"
     try:
         parsed = parse(path.read_bytes())
+        if isinstance(parsed, dict) and "cuts" in parsed and parsed.get("version") == 1:
+            raise broken_plan(path, "version 2 in a plan with cuts of any axis", "version 1")
         if isinstance(parsed, dict) and "axes" in parsed and parsed.get("version", 1) == 1:
             document, prefix = _DocumentOfVersion1.model_validate(parsed).today(), "axes"
         else:

@@ -59,10 +59,13 @@ def check_shape(
             raise _illegal(f"axes among {', '.join(AXES)}", f"{name!r:.80}")
         length = AXES[name].length(base)
         if not 1 <= count <= length:
-            raise _illegal(f"{name} between 1 and the base's {length}", f"{count}")
+            fix = f"Give {name} a count below {length}, or leave {name} out."
+            raise _illegal(f"{name} between 1 and the base's {length}", f"{count}", fix)
     cut = base.with_counts(counts)
     if cut == base:
-        raise _illegal("a count below the base's", "a shape that changes nothing")
+        whole = ", ".join(f"{name}={axis.length(base)}" for name, axis in AXES.items())
+        fix = f"The base has {whole}; give a smaller count along one axis or more."
+        raise _illegal("a count below the base's", "a shape that changes nothing", fix)
     if obstacles := _obstacles(base, cut, family, config):
         near = [
             f"{shape_text(shape)} ({count_parameters(base.with_counts(shape).parameters)} parameters)"
