@@ -1,4 +1,4 @@
-"""What to serve when: speed against the dense model in its own dtype, size and perplexity, for each form of a model.
+"""Compare forms of a model to serve: speed against the dense one in its own dtype, size and perplexity of each.
 
     python -m benchmarks.what_to_serve speed DENSE NAME=FOLDER ... --out forms.jsonl
     python -m benchmarks.what_to_serve quality NAME=FOLDER ... --text wiki.test.raw --out forms.jsonl
