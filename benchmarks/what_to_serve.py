@@ -51,7 +51,7 @@ def speed(dense: str, folder: str, grid: str, rounds: int) -> dict[str, Any]:
 
 
 def quality(folder: str, text: Path, length: int, most: int) -> dict[str, Any]:
-    """Size on the disk, and perplexity on a text in windows; linears' inputs are rounded as the form's kernels do."""
+    """Size on the disk, and perplexity on a text in windows, as transformers computes it in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -35,7 +35,7 @@ def lines(folder: Path, **settings) -> list[str]:
 
 def count(folder: Path) -> int:
     with safe_open(folder / "model.safetensors", framework="np") as file:
-        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # no dict
+        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # cannot be iterated
 
 
 def smollm2(folder: Path) -> Path:

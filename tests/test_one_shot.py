@@ -141,7 +141,7 @@ def test_the_weights_keep_the_dtype_of_the_base(rows: Path, tmp_path: Path):
     base = save_tiny_family(tmp_path / "base", "llama", dtype=torch.bfloat16, head_dim=32)
     start(recipe(base, rows), tmp_path / "run")
     with safe_open(tmp_path / "run/weights/layer-00000.safetensors", framework="pt") as file:
-        dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118  # no dict
+        dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118  # cannot be iterated
     assert dtypes == {torch.bfloat16}
     assert open_checkpoint(str(export_run(tmp_path / "run", tmp_path / "out").out)).dtype == torch.bfloat16
 

@@ -46,7 +46,8 @@ def with_method_flags(command: Callable[..., None], arguments: Sequence[str]) ->
     def narrowed(**values: Any) -> None:
         command(**{one: value for one, value in values.items() if one in signature.parameters})
 
-    narrowed.__signature__ = signature.replace(parameters=[*shown, *own])  # type: ignore[attr-defined]  # for Typer
+    # Typer reads the flags from this attribute, which mypy does not know of a function.
+    narrowed.__signature__ = signature.replace(parameters=[*shown, *own])  # type: ignore[attr-defined]
     narrowed.__annotations__ = {one.name: one.annotation for one in [*shown, *own]}
     return narrowed
 

@@ -138,7 +138,7 @@ class _Fields:
         pairs = [tuple(merge.split(" ")) for merge in self._strings("merges")]
         if not all(len(pair) == 2 for pair in pairs):
             raise broken(self.path, "merges of two pieces each", "another one")
-        return pairs  # type: ignore[return-value]  # pairs of strings
+        return [(first, second) for first, second in pairs]
 
 
 def _byte_level(fields: _Fields) -> Tokenizer:
