@@ -2,9 +2,9 @@
 
 Example: `python -m benchmarks.methods smollm2/ --data train.jsonl --wikitext2 wiki.test.raw --out methods/`
 
-Each row is made by the commands that a user has: `pat-train`, `pat-export`, `pat-eval` and `pat-bench speedup`. What is
-finished stays in `--out`; a second call goes on from there, and `--minutes` ends it in time. `--only` makes some rows.
-The table is printed at the end, with the rows that are there.
+Each row is made by the commands that a user has: `pat-train`, `pat-export`, `pat-eval`, `pat-bench speedup` and
+`pat-serve`. What is finished stays in `--out`; a second call goes on from there, and `--minutes` ends it in time.
+`--only` makes some rows. The table is printed at the end, with the rows that are there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.methods.answers import QUESTION, listing
 from benchmarks.methods.making import Setup, make
 from benchmarks.methods.rows import ROWS
 from benchmarks.methods.table import table
@@ -33,6 +34,7 @@ def main(
     steps: Annotated[int, Option(help="Optimizer steps of a row that trains.")] = 60,
     limit: Annotated[int, Option(help="Windows of the text, and items of each task.")] = 40,
     rounds: Annotated[int, Option(help="Rounds of pat-bench speedup; 0 leaves the speed out.")] = 0,
+    ask: Annotated[bool, Option("--ask", help="Serve each checkpoint and ask it a question over /generate.")] = False,
     minutes: Annotated[float, Option(help="Begin no row after so many.")] = 1e9,
 ) -> None:
     """Make the rows that are missing, and print the table."""
@@ -45,6 +47,7 @@ def main(
         steps=steps,
         limit=limit,
         rounds=rounds,
+        ask=ask,
     )
     unknown = set(only or ()) - ROWS.keys()
     if unknown:
@@ -55,7 +58,10 @@ def main(
             break
         make(name, setup)
     known = [path for path in (setup.figures_of(name) for name in ROWS) if path.exists()]
-    print(table([json.loads(path.read_text(encoding="utf-8")) for path in known]))
+    made = [json.loads(path.read_text(encoding="utf-8")) for path in known]
+    print(table(made))
+    if answers := {row["name"]: row["answer"] for row in made if "answer" in row}:
+        print(f"\n{QUESTION}\n\n{listing(answers)}")
 
 
 if __name__ == "__main__":

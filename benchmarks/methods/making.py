@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.methods.answers import answer_of
 from benchmarks.methods.rows import DENSE, ROWS, Row
 from pat_serve.files.atomic import write_json, write_text
 from pat_serve.machine.hardware import describe
@@ -43,6 +44,7 @@ class Setup:
     steps: int
     limit: int
     rounds: int
+    ask: bool
 
     def folder_of(self, name: str) -> Path:
         """Where a row's run, export and figures lie."""
@@ -74,6 +76,8 @@ def make(name: str, setup: Setup) -> None:
         figures["measures"] = _quality(name, setup)
     if setup.rounds and "speed" not in figures:
         figures["speed"] = _speed(name, setup) if name != DENSE else {}
+    if setup.ask and "answer" not in figures:
+        figures["answer"] = answer_of(setup.model_of(name), folder / "serve.log")
     machine = describe()
     figures["machine"] = {key: machine[key] for key in ("cpu_model", "cpu_cores")}
     figures["protocol"] = {"steps": setup.steps, "limit": setup.limit, "context_tokens": CONTEXT_TOKENS, **SHARED}
