@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from pat_serve.checkpoints.locate import read_config
 from pat_serve.cli.calibration import calibration_of
 from pat_serve.errors import DataError, ParityError, UsageError
 from pat_serve.export.exporter import export_run
@@ -22,7 +23,7 @@ from pat_serve.export.formats.gptq import dequantize_groups, round_groups, unpac
 from pat_serve.export.formats.schemes import INT4
 from pat_serve.export.run.reader import open_run
 from pat_serve.export.verify import verify_export
-from pat_serve.server.start.four_bit_check import check_four_bits
+from pat_serve.shapes.four_bits import check_four_bits
 from tests.random_runs import PROMPT, random_run
 from tests.tiny_models import save_tiny_family, save_tiny_llama
 
@@ -204,9 +205,9 @@ def test_the_data_of_a_calibration(run: Path, finished_run: Path, rows: Path, tm
 def test_float32_is_refused_before_an_engine_dies_of_it(int4: Path, exact: Path):
     """vLLM's CPU kernel: "cpu_gemm_wna16" not implemented for 'Float'."""
     with pytest.raises(UsageError, match=r"--dtype float32: expected bfloat16 or float16, since .* has 4-bit weights"):
-        check_four_bits(str(int4), "float32")
-    check_four_bits(str(int4), "bfloat16")
-    check_four_bits(str(exact), "float32")
+        check_four_bits(read_config(int4), "int4", "float32")
+    check_four_bits(read_config(int4), "int4", "bfloat16")
+    check_four_bits(read_config(exact), "exact", "float32")
 
 
 def test_a_calibration_is_bounded():

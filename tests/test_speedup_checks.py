@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from pat_serve.errors import BrokenCheckpoint, EngineError, MissingModel, PatServeError, UsageError
+from pat_serve.export.formats.schemes import SCHEMES, Scheme, quantization_config
 from pat_serve.machine import hardware
-from pat_serve.server.bench.model_source import ModelSource, resolve, shipped_shapes
+from pat_serve.server.bench.model_source import ModelSource, check_dtype, resolve, shipped_config, shipped_shapes
 from pat_serve.server.bench.speedup.checks import (
     check_memory,
     check_pair,
@@ -83,12 +84,31 @@ def test_prefill_alone_needs_no_output_tokens() -> None:
 
 
 def test_shipped_shapes_are_cut_in_a_copy(tmp_path: Path) -> None:
-    assert shipped_shapes() == ["llama2-7b", "llama2-7b-groups25", "llama2-7b-mix25", "llama2-7b-pat25"]
+    floats = [name for name in shipped_shapes() if not name.endswith(("-int8", "-int4", "-fp8"))]
+    assert floats == ["llama2-7b", "llama2-7b-groups25", "llama2-7b-mix25", "llama2-7b-pat25"]
     source = find("llama2-7b-pat25", tmp_path, layers=3)
     written = json.loads((tmp_path / "config.json").read_text())
     assert source.path == str(tmp_path)
     assert source.shape.layers == written["num_hidden_layers"] == 3
     assert (source.shape.hidden, source.shape.head_dim, source.shape.heads) == (3072, 128, 32)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("name", ["llama2-7b", "llama2-7b-groups25"])
+def test_a_quantized_shape_is_what_an_export_of_it_has(name: str, scheme: Scheme) -> None:
+    plain, stored = shipped_config(name), shipped_config(f"{name}-{scheme.name}")
+    assert plain is not None
+    assert stored == {**plain, "quantization_config": quantization_config(scheme)}
+
+
+def test_four_bits_in_float32_are_refused_before_an_engine_dies_of_it(tmp_path: Path, monkeypatch) -> None:
+    stored = find("llama2-7b-int4", tmp_path)
+    with pytest.raises(UsageError, match=r"since llama2-7b-int4 has 4-bit weights and no CPU kernel in float32"):
+        check_dtype(stored, "float32")
+    check_dtype(stored, "bfloat16")
+    check_dtype(find("llama2-7b-int8", tmp_path), "float32")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_dtype(stored, "float32")
 
 
 def test_a_folder_is_used_as_it_is(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class ModelSizes:
             ffn=size("intermediate_size"),
             vocab=size("vocab_size"),
             tied=bool(config.get("tie_word_embeddings", defaults.get("tie_word_embeddings"))),
-            linear_bytes=_linear_bytes(config),
+            linear_bytes=stored_bytes(config),
         )
 
     def with_counts(self, counts: Mapping[str, int]) -> ModelSizes:
@@ -145,7 +145,7 @@ class ModelSizes:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
-def _linear_bytes(config: Mapping[str, Any]) -> float | None:
+def stored_bytes(config: Mapping[str, Any]) -> float | None:
     """Bytes of a quantised weight, as compressed-tensors, GPTQ or AWQ tell it in a config.json; None without."""
     quantization = config.get("quantization_config") or {}
     groups = quantization.get("config_groups") or {}

@@ -15,6 +15,7 @@ from pat_serve.checkpoints.shards import runtime_shards
 from pat_serve.checkpoints.stock_class import check_stock_folder
 from pat_serve.errors import MissingModel, UsageError
 from pat_serve.files.atomic import write_json
+from pat_serve.shapes.four_bits import check_four_bits
 from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.terminal.progress import say
 
@@ -98,6 +99,18 @@ def resolve(name: str, *, flag: str, load_format: str, layers: int | None, scrat
         path, on_disk = str(scratch), True
         write_json(scratch / "config.json", config)
     return ModelSource(name=name, path=path, config=config, shape=ModelSizes.of(config, source=name), on_disk=on_disk)
+
+
+def check_dtype(source: ModelSource, dtype: str) -> None:
+    """Check that vLLM has kernels for the model in this dtype on this machine.
+
+    Raises:
+        UsageError: four-bit weights in float32 on a CPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        check_four_bits(source.config, source.name, dtype)
 
 
 def _tell_zeros(folder: Path, name: str) -> None:

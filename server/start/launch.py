@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from ipaddress import ip_address
 from typing import Any, NoReturn
 
-from pat_serve.checkpoints.locate import locate
+from pat_serve.checkpoints.locate import locate, read_config
 from pat_serve.errors import EngineError, PortInUse, UsageError
 from pat_serve.server.engine.baseline import check_comparable, check_memory
 from pat_serve.server.engine.serve import is_cpu_backend, parse_serve_arguments, serve
@@ -23,12 +23,12 @@ from pat_serve.server.http.keys import KeyRing, collect_keys
 from pat_serve.server.http.limits import MAX_STOPS
 from pat_serve.server.http.policy import Policy
 from pat_serve.server.start.draft_check import check_draft
-from pat_serve.server.start.four_bit_check import check_four_bits
 from pat_serve.server.start.handover import Handover
 from pat_serve.server.start.settings import GIB, ServeSettings, serve_arguments, with_stock_folders
 from pat_serve.server.start.supervisor import adopt_orphans, end_children, supervise
 from pat_serve.server.start.trusted_model import check_trusted
 from pat_serve.server.start.whole_model import check_whole_models
+from pat_serve.shapes.four_bits import check_four_bits
 
 # vLLM closes an idle connection after 5 s, as httpx and so the openai client do: a client that uses the connection in
 # that instant loses the race. Load balancers keep idle connections for a minute.
@@ -72,8 +72,8 @@ def run(settings: ServeSettings) -> None:
         args = parse_serve_arguments(serve_arguments(settings, on_cpu=is_cpu_backend()))
         check_flags(args, settings)
         if is_cpu_backend():
-            for model in filter(None, (settings.model, settings.baseline)):
-                check_four_bits(model, args.dtype)
+            for model in filter(None, (settings.model, settings.baseline, settings.draft)):
+                check_four_bits(read_config(locate(model, weights=False)), model, args.dtype)
         check_whole_models(args, settings.model, baseline=settings.baseline, draft=settings.draft)
         if settings.baseline is not None and is_cpu_backend():
             # On an accelerator vLLM itself refuses an engine for which there is no room.

@@ -31,7 +31,7 @@ from pat_serve.server.bench.equal_memory.result import (
 from pat_serve.server.bench.equal_memory.serving import Serving, serving
 from pat_serve.server.bench.load.result import LoadRun, LoadSettings
 from pat_serve.server.bench.load.run import check_load, run_load
-from pat_serve.server.bench.model_source import ModelSource, config_sha256, resolve
+from pat_serve.server.bench.model_source import ModelSource, check_dtype, config_sha256, resolve
 from pat_serve.server.bench.scratch import scratch_folder
 from pat_serve.server.bench.speedup.checks import check_context
 from pat_serve.server.engine.memory import PROCESS_BYTES, WEIGHT_COPIES, require_memory
@@ -83,6 +83,8 @@ def measure_equal_memory(
             "baseline": _source("baseline", baseline, scratch),
             "candidate": _source("candidate", candidate, scratch),
         }
+        for source in sources.values():
+            check_dtype(source, dtype)
         budget_bytes = budget(sources["baseline"], settings, DTYPE_BYTES[dtype])
         shares = {role: share(one, budget_bytes, settings, DTYPE_BYTES[dtype]) for role, one in sources.items()}
         for source in sources.values():

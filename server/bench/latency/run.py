@@ -22,7 +22,7 @@ from pat_serve.server.bench.latency.result import (
     ThroughputSettings,
 )
 from pat_serve.server.bench.latency.summary import Floors, latency_cell, throughput_run
-from pat_serve.server.bench.model_source import ModelSource, config_sha256, resolve
+from pat_serve.server.bench.model_source import ModelSource, check_dtype, config_sha256, resolve
 from pat_serve.server.bench.scratch import scratch_folder
 from pat_serve.server.bench.speedup.checks import (
     check_context,
@@ -175,6 +175,7 @@ def _with_engine(
         source = resolve(
             model, flag="--model", load_format=settings.load_format, layers=settings.layers, scratch=scratch
         )
+        check_dtype(source, dtype)
         _check(source, batch, dtype)
         with EngineProcess("model", log=scratch / "engine.log", offline=source.on_disk) as engine:
             progress("starting the engine", 0, 1)

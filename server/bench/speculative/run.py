@@ -17,7 +17,7 @@ from pat_serve.machine.extras import require
 from pat_serve.machine.hardware import describe, serving_dtype
 from pat_serve.server.analysis.trace import RequestTrace
 from pat_serve.server.analysis.verdict import MIN_ROUNDS
-from pat_serve.server.bench.model_source import ModelSource, resolve
+from pat_serve.server.bench.model_source import ModelSource, check_dtype, resolve
 from pat_serve.server.bench.scratch import scratch_folder
 from pat_serve.server.bench.speculative.result import (
     SpeculativeResult,
@@ -70,6 +70,8 @@ def measure_speculative(
                 layers=settings.layers,
                 scratch=scratch / label,
             )
+        for source in sources.values():
+            check_dtype(source, dtype)
         _check_pair(sources["model"], sources["draft"], settings, dtype)
         token_ids = _prompt_ids(sources["model"], settings, prompts)
         rounds = _measure(sources["model"], sources["draft"], settings, dtype, scratch, token_ids, progress)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pat_serve.machine.extras import require
 from pat_serve.machine.hardware import DTYPE_BYTES, serving_dtype
-from pat_serve.server.bench.model_source import ModelSource, config_sha256, resolve
+from pat_serve.server.bench.model_source import ModelSource, check_dtype, config_sha256, resolve
 from pat_serve.server.bench.scratch import scratch_folder
 from pat_serve.server.bench.speedup.checks import (
     candidate_settings,
@@ -137,6 +137,8 @@ def _sources(baseline: str, candidate: str, settings: SpeedupSettings, dtype: st
             resolve(name, flag=f"--{label}", load_format=settings.load_format, layers=settings.layers, scratch=folder)
         )
     check_pair(found[0], found[1], settings)
+    for source in found:
+        check_dtype(source, dtype)
     return _Sources(
         baseline=found[0],
         candidate=found[1],
