@@ -10,17 +10,17 @@ import torch
 
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.errors import TooLarge, UsageError
-from pat_serve.machine.hardware import DTYPE_BYTES, available_memory_bytes
+from pat_serve.machine.hardware import available_memory_bytes
 from pat_serve.terminal.progress import say
 from pat_serve.training.checks.memory import BatchSize
 from pat_serve.training.checks.preflight import OVERHEAD_BYTES, Preflight
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.ranks import Ranks
 
-# Square matrices of a linear's inputs in float32, at once: the second moment, and its factor beside its inverse.
-_SQUARES = 3
-# Copies of a linear's weight in float32, at once: dense, with zeros, and a product of them.
-_COPIES = 4
+# Square matrices of a linear's inputs in float32, at once: the second moment and its factor.
+_SQUARES = 2
+# Copies of a linear's weight in float32, at once: as stored, with zeros, and a product of them.
+_COPIES = 3
 
 
 def require_one_process(recipe: TrainRecipe, ranks: Ranks) -> None:
@@ -45,22 +45,23 @@ def require_calibration_rows(recipe: TrainRecipe, found: int) -> None:
         )
 
 
-def walk_bytes(checkpoint: Checkpoint, width: int, batches: Sequence[BatchSize]) -> int:
+def walk_bytes(checkpoint: Checkpoint, dtype: torch.dtype, batches: Sequence[BatchSize]) -> int:
     """Memory of the walk at its largest, counted from the checkpoint's headers.
 
     Args:
         checkpoint: the base.
-        width: bytes of a number in the computation's dtype.
+        dtype: of the computation.
         batches: of the calibration.
     """
-    sizes = checkpoint.sizes
+    sizes, width = checkpoint.sizes, dtype.itemsize
     linears = [
         (entry.shape, entry.size_bytes)
         for name, entry in checkpoint.tensors.items()
         if checkpoint.family.match(name)[0].lora and len(entry.shape) == 2
     ]
     layer_numbers = sum(prod(shape) for shape, _ in linears) // sizes.layers
-    layer_stored = sum(stored for _, stored in linears) // sizes.layers
+    # The new weights are kept until they are written; the layer computes with the same tensors where it can.
+    layer_stored = 0 if checkpoint.dtype == dtype else sum(stored for _, stored in linears) // sizes.layers
     at_work = max(4 * (_SQUARES * shape[1] ** 2 + _COPIES * prod(shape)) for shape, _ in linears)
     tokens = sum(size.tokens for size in batches)
     streams = tokens * sizes.hidden * width
@@ -68,8 +69,8 @@ def walk_bytes(checkpoint: Checkpoint, width: int, batches: Sequence[BatchSize])
     streams += min(tokens, sizes.vocab) * sizes.hidden * (width + checkpoint.dtype.itemsize)
     largest = max(size.tokens for size in batches)
     branch = largest * (4 * sizes.hidden * 4 + max(4 * sizes.heads * sizes.head_dim, 4 * sizes.ffn) * max(width, 4))
-    # A layer in the computation's dtype, and its new weights until they are written.
-    return streams + layer_numbers * width + 2 * layer_stored + max(at_work, branch)
+    # A layer in the computation's dtype, and its new weights.
+    return streams + layer_numbers * width + layer_stored + max(at_work, branch)
 
 
 def check_walk_memory(
@@ -80,7 +81,7 @@ def check_walk_memory(
     Raises:
         TooLarge: more than there is, unless the recipe skips the check.
     """
-    needed = walk_bytes(checkpoint, DTYPE_BYTES[dtype], batches)
+    needed = walk_bytes(checkpoint, getattr(torch, dtype), batches)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     available = torch.cuda.mem_get_info()[0] if device == "cuda" else available_memory_bytes()
     tokens = sum(size.tokens for size in batches)

@@ -3,7 +3,7 @@
 SparseGPT's order (arXiv 2301.00774): columns before a block are frozen, and what the block loses is made up for by the
 columns from its first on. MRP (arXiv 2410.15567) chooses and makes up for entries together (M) and not one by one (S).
 
-Shape suffixes: I inputs, O outputs, B inputs of a block, M entries of a group, R inputs from the block's first on.
+Shape suffixes: I inputs, O outputs, B inputs of a block, M entries of a group, R inputs from the block's first on, or some rows.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ Mask = Literal["magnitude", "wanda", "S", "M"]
 Compensation = Literal["none", "S", "M"]
 # The published width of a block.
 BLOCK = 128
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +71,20 @@ class Inputs:
 
     def error(self, change_OI: Tensor) -> float:
         """Mean squared error of the output under a change of the weight, summed over the outputs."""
-        return float(((change_OI @ self.second_II) * change_OI).double().sum())
+        # By rows, since the product of a 7B model's down_proj in float64 is 360 MB.
+        pieces = torch.split(change_OI, _ROWS_AT_ONCE)
+        return sum(float(((piece_RI @ self.second_II) * piece_RI).double().sum()) for piece_RI in pieces)
 
 
 def zeroed(weight_OI: Tensor, inputs: Inputs, how: Zeroing) -> Tensor:
     """The weight with its zeros, float32.
 
     Args:
-        weight_OI: float32; a row has as many entries as the pattern's groups divide.
+        weight_OI: in any dtype; a row has as many entries as the pattern's groups divide.
         inputs: of the linear, on the same device.
         how: the settings.
     """
-    weight_OI = weight_OI.clone()
+    weight_OI = weight_OI.to(torch.float32, copy=True)
     second_II = inputs.second_II
     # An input that is always zero: its weights do nothing, and go first.
     dead_I = second_II.diagonal() <= 0

@@ -129,14 +129,13 @@ def _prune(
             assert isinstance(parameter, Tensor)
             dense_OI = layers.stored(f"{name}.weight")
             # Rounded as it will be stored, so that the next linear sees what an export has.
-            stored_OI = zeroed(dense_OI.float(), inputs, how).to(dense_OI.dtype)
-            dense_OI = dense_OI.float()
-            sparse_OI = stored_OI.float()
-            energy = inputs.error(dense_OI)
+            stored_OI = zeroed(dense_OI, inputs, how).to(dense_OI.dtype)
+            energy = inputs.error(dense_OI.float())
             figures[name] = LinearFigures(
-                zeros=float((sparse_OI == 0).double().mean()),
-                relative_error=inputs.error(sparse_OI - dense_OI) / energy if energy else 0.0,
+                zeros=1 - int(stored_OI.count_nonzero()) / stored_OI.numel(),
+                relative_error=inputs.error(stored_OI.float() - dense_OI.float()) / energy if energy else 0.0,
             )
+            # The layer computes with the tensor that is kept, where both have one dtype and one place.
             weights[f"{name}.weight"] = stored_OI.cpu()
-            parameter.copy_(sparse_OI)
+            parameter.data = stored_OI.to(parameter.device, parameter.dtype)
     return PrunedLayer(weights=weights, figures=figures)
