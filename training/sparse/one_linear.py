@@ -3,7 +3,8 @@
 SparseGPT's order (arXiv 2301.00774): columns before a block are frozen, and what the block loses is made up for by the
 columns from its first on. MRP (arXiv 2410.15567) chooses and makes up for entries together (M) and not one by one (S).
 
-Shape suffixes: I inputs, O outputs, B inputs of a block, M entries of a group, R inputs from the block's first on, or some rows.
+Shape suffixes: I inputs, O outputs, B inputs of a block, M entries of a group, R inputs from the block's first on,
+N outputs at a time.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Inputs:
         """Mean squared error of the output under a change of the weight, summed over the outputs."""
         # By rows, since the product of a 7B model's down_proj in float64 is 360 MB.
         pieces = torch.split(change_OI, _ROWS_AT_ONCE)
-        return sum(float(((piece_RI @ self.second_II) * piece_RI).double().sum()) for piece_RI in pieces)
+        return sum(float(((piece_NI @ self.second_II) * piece_NI).double().sum()) for piece_NI in pieces)
 
 
 def zeroed(weight_OI: Tensor, inputs: Inputs, how: Zeroing) -> Tensor:
