@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from pat_serve.errors import MissingModel, UnsupportedModel, UsageError
+from pat_serve.evaluation.answers.prompts import asked
 from pat_serve.server.analysis.trace import RequestTrace
+from pat_serve.server.bench.model_source import resolve
 from pat_serve.server.bench.speculative.result import (
     SpeculativeRound,
     SpeculativeSettings,
     seconds_per_token,
     summarize_rounds,
 )
-from pat_serve.server.bench.speculative.run import measure_speculative
+from pat_serve.server.bench.speculative.run import measure_speculative, prompt_ids_of
 from pat_serve.server.start.draft_check import check_draft
 from pat_serve.server.start.settings import ServeSettings, serve_arguments
 from tests.tiny_models import save_tiny_llama, tiny_config
@@ -68,11 +71,24 @@ def test_prompts_need_a_tokenizer_and_a_token(tmp_path: Path) -> None:
     settings = SpeculativeSettings(load_format="dummy", layers=1)
     shapes = "llama2-7b", "llama2-7b-pat25"
     with pytest.raises(UsageError, match="llama2-7b has none"):
-        measure_speculative(*shapes, settings, ("a prompt",), progress=lambda *_: None)
+        measure_speculative(*shapes, settings, asked(["a prompt"]), progress=lambda *_: None)
     dense = save_tiny_llama(tmp_path / "dense")
     pruned = save_tiny_llama(tmp_path / "pruned", hidden_size=48)
     with pytest.raises(UsageError, match="prompts without a token"):
-        measure_speculative(str(dense), str(pruned), SpeculativeSettings(), ("",), progress=lambda *_: None)
+        measure_speculative(str(dense), str(pruned), SpeculativeSettings(), asked([""]), progress=lambda *_: None)
+
+
+def test_a_chat_template_writes_the_prompts_and_is_never_cut(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for turn in messages %}<{{ turn.content }}>{% endfor %}answer:"
+    tokenizer.save_pretrained(folder)
+    model = resolve(str(folder), flag="--model", load_format="auto", layers=None, scratch=tmp_path)
+    chats = asked(["short", "a much longer question that has no room " * 4])
+    [ids] = prompt_ids_of(model, SpeculativeSettings(prompt_tokens=24), chats)
+    assert tokenizer.decode(ids) == "<short>answer:"
+    with pytest.raises(UsageError, match="--prompt-tokens"):
+        prompt_ids_of(model, SpeculativeSettings(prompt_tokens=2), chats)
 
 
 def folder(path: Path, **overrides: object) -> str:

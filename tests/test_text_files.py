@@ -11,6 +11,7 @@ import pytest
 
 from pat_serve.cli.bench.speculative import _prompts
 from pat_serve.errors import DataError, UsageError
+from pat_serve.evaluation.answers.prompts import asked
 from pat_serve.evaluation.text import text_from_file, wikitext2_from_file
 from pat_serve.server.bench.planning.result import PlanSettings
 from pat_serve.server.bench.planning.run import read_mix
@@ -47,7 +48,7 @@ def test_keys_and_prompts_behind_a_mark(tmp_path: Path):
     assert ring.owner(b"Bearer secret-1") == "alice"
     assert first_key(keys) == "secret-1"
     prompts.write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
-    assert _prompts(prompts) == ["a"]
+    assert _prompts(prompts) == asked(["a"])
 
 
 def test_a_prompt_ends_with_its_line(tmp_path: Path):
@@ -55,8 +56,8 @@ def test_a_prompt_ends_with_its_line(tmp_path: Path):
     rows = [f'{{"prompt": "{text}"}}\n' for text in ("a\u2028b", "c\x85d")]
     (tmp_path / "prompts.JSONL").write_text("\ufeff".join(["", *rows]), encoding="utf-8")
     (tmp_path / "prompts.txt").write_text("a\u2028b\r\n\ufeffc\x0cd\n", encoding="utf-8")
-    assert _prompts(tmp_path / "prompts.JSONL") == ["a\u2028b", "c\x85d"]
-    assert _prompts(tmp_path / "prompts.txt") == ["a\u2028b", "c\x0cd"]
+    assert _prompts(tmp_path / "prompts.JSONL") == asked(["a\u2028b", "c\x85d"])
+    assert _prompts(tmp_path / "prompts.txt") == asked(["a\u2028b", "c\x0cd"])
     (tmp_path / "lengths.jsonl").write_text('\ufeff{"prompt_tokens": 2, "output_tokens": 3}\n' * 2, encoding="utf-8")
     mix = read_mix(PlanSettings.model_construct(lengths=str(tmp_path / "lengths.jsonl")))
     assert (mix.prompt_tokens, mix.output_tokens) == ((2,), (3,))

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from pat_serve.evaluation.answers.prompts import asked
 from pat_serve.server.analysis.verdict import Verdict, obstacles
 from pat_serve.server.bench.latency.result import LatencySettings, ThroughputSettings
 from pat_serve.server.bench.latency.run import measure_latency, measure_throughput
@@ -175,7 +176,7 @@ def test_a_draft_changes_nothing_but_the_time(tmp_path: Path) -> None:
     assert itself.identical == 6
     assert itself.acceptance > 0.95
     # A stranger's proposals are mostly refused, and the output is the dense model's all the same.
-    texts = ("The quick brown fox", "Once upon a time", "def main():")
+    texts = asked(["The quick brown fox", "Once upon a time", "def main():"])
     other = measure_speculative(str(dense), str(narrow), settings, texts, progress=quiet)
     assert other.identical == 6
     assert other.acceptance < 0.5

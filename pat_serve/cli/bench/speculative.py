@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from pat_serve.cli.bench.options import (
 from pat_serve.errors import UsageError
 from pat_serve.files.text_files import read_lines
 
+if TYPE_CHECKING:
+    from pat_serve.evaluation.answers.prompts import Messages
+
 
 def speculative(
     model: Annotated[str, typer.Option(help="Dense model: folder, .gguf, hub id, or a shipped shape.")],
@@ -32,7 +35,8 @@ def speculative(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="File with one prompt a line, as text or as JSONL with a field prompt. [default: random tokens]"
+            help="File with a prompt a line, as text or as JSONL with prompt or messages; a chat template is applied. "
+            "[default: random tokens]"
         ),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Most tokens of a prompt.")] = 64,
@@ -78,11 +82,13 @@ def speculative(
         raise typer.Exit(1)
 
 
-def _prompts(file: Path) -> list[str]:
-    is_jsonl = file.suffix.lower() == ".jsonl"
+def _prompts(file: Path) -> Sequence[Messages]:
+    from pat_serve.evaluation.answers.prompts import asked, prompts_from_file
+
+    if file.suffix.lower() == ".jsonl":
+        return prompts_from_file(file).chats
     try:
-        lines = [line for line in read_lines(file) if line.strip()]
-        texts = [str(json.loads(line)["prompt"]) for line in lines] if is_jsonl else lines
+        texts = [line for line in read_lines(file) if line.strip()]
     except OSError as error:
         raise UsageError(
             f"--prompts {file}",
@@ -90,15 +96,13 @@ def _prompts(file: Path) -> list[str]:
             found=error.strerror or str(error),
             fix="Check the path, or leave the flag out for random tokens.",
         ) from error
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         texts = []
     if not texts:
         raise UsageError(
             f"--prompts {file}",
-            expected='an object with a "prompt" a line'
-            if file.suffix.lower() == ".jsonl"
-            else "a prompt a line, in UTF-8",
+            expected="a prompt a line, in UTF-8",
             found="nothing or something else",
             fix="Mend the file, or leave the flag out for random tokens.",
         )
-    return texts
+    return asked(texts)

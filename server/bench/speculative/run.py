@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pat_serve.errors import UsageError, first_line, want
+from pat_serve.evaluation.answers.prompts import Messages, prompt_ids
 from pat_serve.machine.extras import require
 from pat_serve.machine.hardware import describe, serving_dtype
 from pat_serve.server.analysis.trace import RequestTrace
@@ -38,7 +39,7 @@ _WARMUP_RUNS = 2
 
 
 def measure_speculative(
-    model: str, draft: str, settings: SpeculativeSettings, prompts: Sequence[str], *, progress: Progress
+    model: str, draft: str, settings: SpeculativeSettings, prompts: Sequence[Messages], *, progress: Progress
 ) -> SpeculativeResult:
     """Measure a model with and without a draft.
 
@@ -46,7 +47,8 @@ def measure_speculative(
         model: the dense model: folder, hub id, or the name of a shipped shape.
         draft: the pruned model, given in the same way.
         settings: what to measure.
-        prompts: texts, used in turn; without any, random token ids, which no draft was trained on.
+        prompts: conversations to answer, used in turn, as the model's chat template writes them; without any, random
+            token ids, which no draft was trained on.
         progress: called with news as it goes.
 
     Raises:
@@ -73,7 +75,7 @@ def measure_speculative(
         for source in sources.values():
             check_dtype(source, dtype)
         _check_pair(sources["model"], sources["draft"], settings, dtype)
-        token_ids = _prompt_ids(sources["model"], settings, prompts)
+        token_ids = prompt_ids_of(sources["model"], settings, prompts)
         rounds = _measure(sources["model"], sources["draft"], settings, dtype, scratch, token_ids, progress)
     ratio, per_step, acceptance, noise = summarize_rounds(
         rounds, draft_tokens=settings.draft_tokens, seed=settings.seed
@@ -165,7 +167,8 @@ def _batch(settings: SpeculativeSettings) -> Batch:
     return Batch(requests=2, prompt_tokens=settings.prompt_tokens, tokens_per_request=tokens)
 
 
-def _prompt_ids(model: ModelSource, settings: SpeculativeSettings, prompts: Sequence[str]) -> list[list[int]]:
+def prompt_ids_of(model: ModelSource, settings: SpeculativeSettings, prompts: Sequence[Messages]) -> list[list[int]]:
+    """Token ids of the prompts, random ones without any; what a chat template makes too long is left out."""
     if not prompts:
         draw = random.Random(settings.seed)
         size = model.shape.vocab
@@ -181,7 +184,18 @@ def _prompt_ids(model: ModelSource, settings: SpeculativeSettings, prompts: Sequ
             found=first_line(error),
             fix="Leave the flag out for random tokens, or give a whole checkpoint as --model.",
         ) from error
-    ids = [list(tokenizer(prompt)["input_ids"])[: settings.prompt_tokens] for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    if getattr(tokenizer, "chat_template", None):
+        # A conversation that is cut no longer ends where the answer begins.
+        ids = [one for one in ids if len(one) <= settings.prompt_tokens]
+        if not ids:
+            raise UsageError(
+                "--prompt-tokens",
+                expected="room for one of the prompts, with what the chat template adds",
+                found=str(settings.prompt_tokens),
+                fix="Raise it.",
+            )
+    ids = [one[: settings.prompt_tokens] for one in ids]
     Vocabulary.of(tokenizer, model.shape.vocab).require((one for prompt in ids for one in prompt), "--prompts")
     if not any(ids):
         found = f"{len(ids)} prompts without a token"
