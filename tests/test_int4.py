@@ -210,6 +210,12 @@ def test_float32_is_refused_before_an_engine_dies_of_it(int4: Path, exact: Path)
     check_four_bits(read_config(exact), "exact", "float32")
 
 
+def test_a_calibration_of_short_prompts_is_not_padded():
+    windows = bounded([[1] * 100, [], [2] * 500, [3]])
+    assert windows == [[1] * 100 + [2] * 412, [2] * 88 + [3]]
+    assert bounded([]) == []
+
+
 def test_a_calibration_is_bounded():
     prompts = bounded([[7] * 700] * 100)
     assert {len(prompt) for prompt in prompts} == {PROMPT_TOKENS}

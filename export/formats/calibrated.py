@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pat_serve.export.formats.gptq import dequantize_groups, gptq, group_scales,
 from pat_serve.export.parity.layerwise import LayerwiseModel, StoredWeights
 from pat_serve.terminal.progress import progress_bar
 
-# Tokens of a calibration, and of one of its prompts, at most.
+# Tokens of a calibration, and of one of its windows, at most.
 CALIBRATION_TOKENS, PROMPT_TOKENS = 32_768, 512
 
 
@@ -50,15 +51,13 @@ class Rounded:
 
 
 def bounded(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The first prompts, none longer than PROMPT_TOKENS, that together have CALIBRATION_TOKENS at most."""
-    kept: list[list[int]] = []
-    left = CALIBRATION_TOKENS
-    for prompt in prompts:
-        part = list(prompt[: min(PROMPT_TOKENS, left)])
-        if part:
-            kept.append(part)
-        left -= len(part)
-    return kept
+    """The first CALIBRATION_TOKENS of the prompts, one after the other, in windows of PROMPT_TOKENS.
+
+    All windows pass a layer at once, and prompts of their own lengths would be padded to the longest. GPTQ's authors
+    join their texts likewise (arXiv 2210.17323).
+    """
+    joined = list(islice(chain.from_iterable(prompts), CALIBRATION_TOKENS))
+    return [joined[start : start + PROMPT_TOKENS] for start in range(0, len(joined), PROMPT_TOKENS)]
 
 
 def round_layers(
