@@ -95,7 +95,8 @@ def test_children_are_legal_and_seeded(base: Path) -> None:
     sizes = open_checkpoint(str(base)).sizes
     family = open_checkpoint(str(base)).family
     asked = {"layers": 5, "ffn": 104}
-    shapes = shapes_alike(sizes, asked, {axis: axis_grid(axis, sizes, family) for axis in asked}, tolerance=0.05)
+    grids = {axis: axis_grid(axis, sizes, family) for axis in asked}
+    shapes = shapes_alike(sizes, asked, grids, tolerance=0.05, of_the_cut=1.0)
     assert asked in shapes
     assert len(shapes) > 1
     wanted = sizes.with_counts(asked).parameters

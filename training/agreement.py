@@ -68,7 +68,7 @@ def refuse_unused(recipe: TrainRecipe) -> None:
     from pat_serve.training.methods import METHODS
 
     method, fields = METHODS[recipe.method], type(recipe).model_fields
-    refused = method.unused - {"tied_embeddings", "ratio", "hidden_size", "shape", "choose"}
+    refused = method.unused - {"tied_embeddings", "ratio", "hidden_size", "shape"}
     for name in filter(refused.__contains__, fields):
         value, default = getattr(recipe, name), fields[name].get_default(call_default_factory=True)
         # A preset's value says nothing of what the user wants; alpha follows the rank.

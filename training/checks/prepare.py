@@ -97,7 +97,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     total_steps = max(1, round(recipe.epochs * steps_per_epoch)) if recipe.max_steps is None else recipe.max_steps
     if not method_of(recipe).trains:
         total_steps = 0
-        require_calibration_rows(recipe, len(data.samples))
+    require_calibration_rows(recipe, len(data.samples))
     least = method.least_steps(recipe) if method.trains else 0
     untrained = total_steps == 0 and least == 1 and method.prunes
     if total_steps < least and not untrained:

@@ -15,7 +15,7 @@ from pat_serve.shapes.shape import check_shape, shape_text
 from pat_serve.terminal.progress import say
 from pat_serve.training.checks.cut_report import gets_own_head
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.methods import method_of
+from pat_serve.training.methods import Method, method_of
 from pat_serve.training.methods.pat.method import Pat
 
 
@@ -44,7 +44,9 @@ def target_shape(recipe: TrainRecipe, checkpoint: Checkpoint) -> dict[str, int]:
             if not method.prunes
             else f"axes of --method {recipe.method}: {', '.join(sorted(method.axes))}",
             found=f"{stray[0]}={recipe.shape[stray[0]]}" if recipe.shape else stray[0] if recipe.axes else str(value),
-            fix="Leave it out, or choose another method.",
+            fix=f"Add --axes {_axes_of(method)} to say what the ratio cuts."
+            if flag == "--ratio" and method.prunes
+            else "Leave it out, or choose another method.",
         )
     if not method.prunes:
         return {HIDDEN: checkpoint.hidden_size}
@@ -63,11 +65,16 @@ def target_shape(recipe: TrainRecipe, checkpoint: Checkpoint) -> dict[str, int]:
             f"--method {recipe.method}",
             expected="--shape with counts, or --axes, of " + ", ".join(sorted(method.axes)),
             found="none",
-            fix="Give one, as --shape layers=24,ffn=1280 or --ratio 0.25 --axes layers,ffn.",
+            fix=f"Give one, as --ratio 0.25 --axes {_axes_of(method)}.",
         )
     if recipe.hidden_size is not None:
         return {HIDDEN: _checked_width(recipe.hidden_size, recipe, checkpoint)}
     return {HIDDEN: checkpoint.hidden_size} | _counts_of_ratio(recipe, checkpoint)
+
+
+def _axes_of(method: type[Method]) -> str:
+    """The axes of a method, as --axes takes them."""
+    return ",".join(axis for axis in AXES if axis in method.axes - {HIDDEN})
 
 
 def _checked_width(width: int, recipe: TrainRecipe, checkpoint: Checkpoint) -> int:

@@ -12,6 +12,7 @@ Shape suffixes: N eigenvalues, L layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,16 +50,28 @@ def tail_exponent(weight_OI: Tensor) -> float:
     return best
 
 
+def mean_exponent(exponents: Sequence[float]) -> float:
+    """The mean alpha of a layer's linears; a linear without a tail, as one of zeros, says nothing of its layer."""
+    finite = [exponent for exponent in exponents if math.isfinite(exponent)]
+    return sum(finite) / len(finite) if finite else math.inf
+
+
 def allocate(exponents: Sequence[float], parameters: Sequence[int], sparsity: float, spread: float) -> list[float]:
     """Share of zeros by layer, whose mean over all parameters is the sparsity.
 
     Args:
-        exponents: mean alpha of each layer's linears.
+        exponents: mean alpha of each layer's linears; infinite for a layer of which no linear has a tail. Such a layer
+            gets as many zeros as the one with the lightest tail.
         parameters: entries of each layer's linears.
         sparsity: share of zeros in all layers together.
         spread: eps: before they are scaled, the shares go from 1 - eps to 1 + eps times the sparsity, in alpha's order.
     """
     alphas_L, sizes_L = torch.tensor(exponents, dtype=torch.float64), torch.tensor(parameters, dtype=torch.float64)
+    has_tail_L = alphas_L.isfinite()
+    if has_tail_L.any():
+        alphas_L[~has_tail_L] = alphas_L[has_tail_L].max()
+    else:
+        alphas_L.fill_(1.0)
     low, high = float(alphas_L.min()), float(alphas_L.max())
     places_L = (alphas_L - low) / (high - low) if high > low else torch.full_like(alphas_L, 0.5)
     factors_L = 2 * spread * places_L + 1 - spread

@@ -25,7 +25,7 @@ from pat_serve.terminal.progress import say, track
 from pat_serve.training.checks.prepare import Prepared
 from pat_serve.training.methods.one_shot import OneShotSettings
 from pat_serve.training.result import PARITY_ROWS, write_finish
-from pat_serve.training.sparse.allocation import allocate, tail_exponent
+from pat_serve.training.sparse.allocation import allocate, mean_exponent, tail_exponent
 from pat_serve.training.sparse.layers import Layers
 from pat_serve.training.sparse.walk import PrunedLayer, groups_of_linears, prune_layers
 
@@ -64,9 +64,10 @@ def prune(prepared: Prepared, run: Path) -> None:
     )
     for number, pruned in track(walked, "prune layers", number_of_layers):
         if pruned is not None:
-            write_replaced_file(run / WEIGHTS_FOLDER, _file_of(number), pruned.weights)
+            # The layer's file comes last: it says that the layer is done, and a line without one is written again.
             lines.append(_line(number, pruned))
             write_text(run / METRICS_FILE, "".join(f"{line}\n" for line in lines))
+            write_replaced_file(run / WEIGHTS_FOLDER, _file_of(number), pruned.weights)
     modules = [name for i in range(number_of_layers) for name in _linears(checkpoint, i)]
     write_finish(
         run,
@@ -97,7 +98,7 @@ def sparsity_by_layer(checkpoint: Checkpoint, own: OneShotSettings) -> list[floa
         found = []
         for name in _linears(checkpoint, i):
             found.append(tail_exponent(checkpoint.read(f"{name}.weight")))
-        exponents.append(sum(found) / len(found))
+        exponents.append(mean_exponent(found))
         parameters.append(sum(checkpoint.tensors[f"{name}.weight"].size_bytes for name in _linears(checkpoint, i)))
     return allocate(exponents, parameters, own.share, own.resolved_spread)
 

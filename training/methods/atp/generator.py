@@ -17,6 +17,27 @@ TEMPERATURE = 0.4
 START = 2.0
 
 
+# The authors' learning rate, for the thousands of steps of their epochs.
+LEAST_RATE = 1e-3
+# The mean magnitude of a normalised state's entries.
+_STATE = 0.8
+
+
+def generator_rate(deciding_steps: int) -> float:
+    """A learning rate by which an index whose gradient keeps its sign changes sides in a quarter of the steps.
+
+    Adam moves each of an index's CODE_SIZE weights by about the rate in a step, and so its logit by CODE_SIZE * _STATE
+    times the rate; START is its way to zero, where an index that moves the other way meets it.
+
+    Args:
+        deciding_steps: of the generator.
+
+    Returns:
+        the rate; the authors' at least.
+    """
+    return max(LEAST_RATE, START / (CODE_SIZE * _STATE * max(1.0, deciding_steps / 4)))
+
+
 class DecisionGenerator(nn.Module):
     """Codes, an encoder in which the layers see each other, and a linear of its own for each layer and axis.
 

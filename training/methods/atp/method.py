@@ -25,7 +25,13 @@ from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.terminal.progress import say
 from pat_serve.training.groups import GENERATOR
 from pat_serve.training.method_settings import OwnSettings
-from pat_serve.training.methods.atp.generator import DecisionGenerator, budget_loss, noisy_mask, top_mask
+from pat_serve.training.methods.atp.generator import (
+    DecisionGenerator,
+    budget_loss,
+    generator_rate,
+    noisy_mask,
+    top_mask,
+)
 from pat_serve.training.methods.atp.masks import GroupMasks
 from pat_serve.training.methods.atp.settings import AtpSettings
 from pat_serve.training.methods.cut import Cut
@@ -94,7 +100,7 @@ class Atp(Cut):
 
     def learning_rates(self) -> dict[str, float]:
         """The generator's own, which no scheduler changes."""
-        return {GENERATOR: self.own.generator_learning_rate}
+        return {GENERATOR: self.own.generator_learning_rate or generator_rate(self.control_steps)}
 
     @property
     def control_steps(self) -> int:

@@ -14,8 +14,11 @@ class AtpSettings(OwnSettings):
     control_share: float = pydantic.Field(
         default=0.4, gt=0, lt=1, description="Share of the steps in which the generator decides anew."
     )
-    generator_learning_rate: float = pydantic.Field(
-        default=1e-3, gt=0, description="Learning rate of the decision generator; no scheduler changes it."
+    generator_learning_rate: float | None = pydantic.Field(
+        default=None,
+        gt=0,
+        description="Learning rate of the decision generator; no scheduler changes it. [default: the authors' 1e-3, or "
+        "in fewer than 157 deciding steps what turns an index within a quarter of them]",
     )
     lasso_weight: float = pydantic.Field(
         default=1e-3, ge=0, description="Weight of the group lasso over what LoRA has at removed indices."

@@ -117,23 +117,28 @@ def _genome(counts: Mapping[str, int], kept: Mapping[str, tuple[int, ...]]) -> G
 
 
 def shapes_alike(
-    sizes: ModelSizes, asked: Mapping[str, int], grids: Mapping[str, Sequence[int]], tolerance: float = 0.01
+    sizes: ModelSizes,
+    asked: Mapping[str, int],
+    grids: Mapping[str, Sequence[int]],
+    tolerance: float = 0.01,
+    of_the_cut: float = 0.04,
 ) -> list[dict[str, int]]:
-    """Shapes along the axes of one that was asked for, with as many parameters within a share; the asked one is there.
+    """Shapes that cut every axis of one that was asked for and have about its parameters; the asked one is there.
 
     Args:
         sizes: of the base.
         asked: counts by axis.
-        grids: counts to try by axis, ascending.
-        tolerance: the share.
+        grids: counts to try by axis, ascending, all below the base's.
+        tolerance: a shape differs by this share of the asked one's parameters at most,
+        of_the_cut: and by this share of what the asked one cuts: a small cut stays one.
     """
     wanted = sizes.with_counts(asked).parameters
+    most = min(tolerance * wanted, of_the_cut * (sizes.parameters - wanted))
     found: list[dict[str, int]] = [dict(asked)]
     partial: list[dict[str, int]] = [{}]
     for axis in sorted(asked, key=lambda axis: len(grids[axis])):
-        choices = [*grids[axis], AXES[axis].length(sizes)]
-        partial = [{**one, axis: count} for one in partial for count in choices]
+        partial = [{**one, axis: count} for one in partial for count in grids[axis]]
     for counts in partial:
-        if counts != asked and abs(sizes.with_counts(counts).parameters / wanted - 1) <= tolerance:
+        if counts != asked and abs(sizes.with_counts(counts).parameters - wanted) <= most:
             found.append(counts)
     return sorted(found, key=lambda counts: [counts[axis] for axis in sorted(counts)])
