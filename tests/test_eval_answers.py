@@ -16,10 +16,10 @@ from pat_serve.errors import DataError, UsageError
 from pat_serve.evaluation.answers import arithmetic
 from pat_serve.evaluation.answers.generate import end_ids
 from pat_serve.evaluation.answers.loops import common_start, ends_in_loop, repeated_share
-from pat_serve.evaluation.answers.prompts import prompt_ids, prompts_from_file
 from pat_serve.evaluation.gate import Bound, judge, parse_bound
 from pat_serve.evaluation.paired import paired_mean_difference
 from pat_serve.evaluation.report import Measure, Report
+from pat_serve.tokens.prompts import prompt_ids, prompts_from_file
 from tests.test_eval_command import run
 from tests.tiny_models import SENTENCES, save_tiny_llama, tiny_tokenizer
 

@@ -9,7 +9,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from pat_serve.errors import MissingModel, UnsupportedModel, UsageError
-from pat_serve.evaluation.answers.prompts import asked
 from pat_serve.server.analysis.trace import RequestTrace
 from pat_serve.server.bench.model_source import resolve
 from pat_serve.server.bench.speculative.result import (
@@ -21,6 +20,7 @@ from pat_serve.server.bench.speculative.result import (
 from pat_serve.server.bench.speculative.run import measure_speculative, prompt_ids_of
 from pat_serve.server.start.draft_check import check_draft
 from pat_serve.server.start.settings import ServeSettings, serve_arguments
+from pat_serve.tokens.prompts import asked
 from tests.tiny_models import save_tiny_llama, tiny_config
 
 

@@ -11,11 +11,11 @@ import pytest
 
 from pat_serve.cli.bench.speculative import _prompts
 from pat_serve.errors import DataError, UsageError
-from pat_serve.evaluation.answers.prompts import asked
 from pat_serve.evaluation.text import text_from_file, wikitext2_from_file
 from pat_serve.server.bench.planning.result import PlanSettings
 from pat_serve.server.bench.planning.run import read_mix
 from pat_serve.server.http.keys import collect_keys, first_key
+from pat_serve.tokens.prompts import asked
 
 ROWS = '{"text": "eins ü"}\n{"text": "zwei"}\n'
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pat_serve.demo.real.chat_prompts import chat_prompts
-from pat_serve.evaluation.answers.prompts import Prompts, asked, prompts_from_file
 from pat_serve.evaluation.identity import rows_identity
 from pat_serve.evaluation.plan import Responses, Text
 from pat_serve.evaluation.text import text_from_file, wikitext2_from_file, wikitext2_from_hub
+from pat_serve.tokens.prompts import Prompts, asked, prompts_from_file
 from pat_serve.training.data import encode_rows, load_rows
 from pat_serve.training.data.remarks import Remarks
 

@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import pytest
 
-from pat_serve.evaluation.answers.prompts import asked
 from pat_serve.server.analysis.verdict import Verdict, obstacles
 from pat_serve.server.bench.latency.result import LatencySettings, ThroughputSettings
 from pat_serve.server.bench.latency.run import measure_latency, measure_throughput
@@ -30,6 +29,7 @@ from pat_serve.server.bench.speedup.grid import Cell, Named, Regime
 from pat_serve.server.bench.speedup.result import RegimeResult, SpeedupResult
 from pat_serve.server.bench.speedup.rounds import run_round
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
+from pat_serve.tokens.prompts import asked
 from tests.integration.conftest import HANG_S, KEY, Server, running
 from tests.tiny_models import save_tiny_llama, tiny_config
 

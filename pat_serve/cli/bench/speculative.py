@@ -25,7 +25,7 @@ from pat_serve.errors import UsageError
 from pat_serve.files.text_files import read_lines
 
 if TYPE_CHECKING:
-    from pat_serve.evaluation.answers.prompts import Messages
+    from pat_serve.tokens.prompts import Messages
 
 
 def speculative(
@@ -83,7 +83,7 @@ def speculative(
 
 
 def _prompts(file: Path) -> Sequence[Messages]:
-    from pat_serve.evaluation.answers.prompts import asked, prompts_from_file
+    from pat_serve.tokens.prompts import asked, prompts_from_file
 
     if file.suffix.lower() == ".jsonl":
         return prompts_from_file(file).chats

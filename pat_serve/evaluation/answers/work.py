@@ -14,13 +14,13 @@ from pat_serve.evaluation.answers import arithmetic
 from pat_serve.evaluation.answers.agreement import force
 from pat_serve.evaluation.answers.generate import Decoding, generate
 from pat_serve.evaluation.answers.loops import common_start, ends_in_loop, repeated_share
-from pat_serve.evaluation.answers.prompts import Messages, Prompts, asked, prompt_ids
 from pat_serve.evaluation.cache import Cache
 from pat_serve.evaluation.compare import score_measure
 from pat_serve.evaluation.outcomes import Agreement, Texts
 from pat_serve.evaluation.paired import Floats
 from pat_serve.evaluation.report import Measure
 from pat_serve.evaluation.subject import Subject
+from pat_serve.tokens.prompts import Messages, Prompts, asked, prompt_ids
 
 # An answer to a sum is short; a small model goes on with an explanation.
 _ARITHMETIC_TOKENS = 64

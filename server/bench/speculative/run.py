@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pat_serve.errors import UsageError, first_line, want
-from pat_serve.evaluation.answers.prompts import Messages, prompt_ids
 from pat_serve.machine.extras import require
 from pat_serve.machine.hardware import describe, serving_dtype
 from pat_serve.server.analysis.trace import RequestTrace
@@ -30,6 +29,7 @@ from pat_serve.server.engine.memory import Batch, engine_memory_bytes, kv_cache_
 from pat_serve.server.engine.workers.cpu_watch import CpuWatch
 from pat_serve.server.engine.workers.process import EngineProcess, start_together
 from pat_serve.server.engine.workers.protocol import Start
+from pat_serve.tokens.prompts import Messages, prompt_ids
 from pat_serve.tokens.vocabulary import Vocabulary
 
 # (stage, steps done, steps in all)
