@@ -1,6 +1,7 @@
 """Does a server that is used for long keep what it should give back? Memory, descriptors, processes, cache blocks.
 
 Example: python -m benchmarks.soak --minutes 30 --out soak.md
+         python -m benchmarks.soak --model FOLDER --dtype bfloat16 --kv-cache-mib 256 --out soak.md
          python -m benchmarks.soak --minutes 30 --plain --out plain.md
          python -m benchmarks.soak --minutes 30 --plain-samples plain.json --out soak.md
 
@@ -37,7 +38,7 @@ LEAK_BYTES = 1024
 IDLE_S = 2.0
 WARMUP_SHARE = 0.25
 MIB = 2**20
-VLLM_FLAGS = ["--dtype", "float32", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(32 * MIB), "--enforce-eager"]
+VLLM_FLAGS = ["--max-num-seqs", "8", "--max-model-len", str(MODEL_LENGTH), "--enforce-eager"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +185,19 @@ def _metric(text: str, name: str) -> float:
     return float(found[1])
 
 
+def has_chat_template(model: Path) -> bool:
+    """Whether the folder's tokenizer can write a conversation."""
+    settings = model / "tokenizer_config.json"
+    inside = settings.exists() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    return inside or (model / "chat_template.jinja").exists()
+
+
 def main() -> None:
     """Run, print and write the table with its verdicts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="model folder; a tiny random one by default")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--kv-cache-mib", type=int, default=32, help=f"at least {MODEL_LENGTH} tokens of the model")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--every", type=float, default=5, help="seconds of load between two samples")
     parser.add_argument("--workers", type=int, default=12)
@@ -203,8 +213,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = options.model or save_tiny_llama(Path(scratch) / "model", max_position_embeddings=MODEL_LENGTH)
         log = Path(scratch) / "server.log"
-        with serving(name, model, log, vllm_flags=VLLM_FLAGS, flags=["--max-queue", "64"]) as served:
-            load = Load(served.port, str(model), workers=options.workers, plain=options.plain)
+        sized = ["--dtype", options.dtype, "--kv-cache-memory-bytes", str(options.kv_cache_mib * MIB)]
+        with serving(name, model, log, vllm_flags=[*VLLM_FLAGS, *sized], flags=["--max-queue", "64"]) as served:
+            load = Load(
+                served.port, str(model), workers=options.workers, plain=options.plain, chat=has_chat_template(model)
+            )
             samples, begun_s = [], time.monotonic()
             while time.monotonic() < begun_s + options.minutes * 60:
                 load.go()
@@ -215,7 +228,8 @@ def main() -> None:
                 samples.append(measure(server, served.port, begun_s, requests, plain=options.plain))
             load.end()
         tracebacks = log.read_text(errors="replace").count("Traceback")
-    text = report(samples, load, tracebacks, name=name, plain=reference)
+    served_as = f"{name}, {options.model.name if options.model else 'a tiny model'} in {options.dtype}"
+    text = report(samples, load, tracebacks, name=served_as, plain=reference)
     print(text)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from benchmarks.serving_process import KEY, Client
 
 MODEL_LENGTH = 2048
 _LONG = 1500
+_SENTENCE = "what why name list two tall bridges rivers of the old world and write a poem about 🌉 naïve cafés"
 
 
 class Load:
@@ -27,11 +28,14 @@ class Load:
         workers: number of threads.
         plain: the server is plain vLLM's: all goes to its one route, nobody is a stranger, and what would
             hurt it (a billion sequences) is left out. A short benchmark is the requests that it would send.
+        chat: the model has a chat template, so there are conversations too.
         seed: of what they do.
     """
 
-    def __init__(self, port: int, model: str, *, workers: int, plain: bool = False, seed: int = 0) -> None:
-        self._port, self._model, self._plain = port, model, plain
+    def __init__(
+        self, port: int, model: str, *, workers: int, plain: bool = False, chat: bool = False, seed: int = 0
+    ) -> None:
+        self._port, self._model, self._plain, self._chat = port, model, plain, chat
         self._routes = ["/v1/completions"] if plain else ["/generate", "/v1/completions"]
         self.done: Counter[str] = Counter()
         self.unexpected: list[str] = []
@@ -69,6 +73,8 @@ class Load:
         }  # fmt: skip
         if self._plain:
             del kinds[self.stranger]
+        if self._chat:
+            kinds |= {self.conversation: 5, self.leave_conversation: 2}
         while self._open.wait() and not self._ended.is_set():
             with self._change:
                 self._busy += 1
@@ -120,6 +126,21 @@ class Load:
         body["prompt" if self._plain else "prompt_token_ids"] = [chance.randrange(3, 380)] * _LONG
         self._ask(self._routes[0], body, 200)
 
+    def _turns(self, chance: random.Random, route: str, tokens: int, **more: Any) -> dict[str, Any]:
+        asked = " ".join(chance.choice(_SENTENCE.split()) for _ in range(chance.randrange(2, 40)))
+        messages = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": asked}]
+        own = {} if route == "/generate" else {"model": self._model, "logprobs": True, "top_logprobs": 2}
+        return {"messages": messages, "max_tokens": tokens, "stop": ["\n\n"]} | own | more
+
+    def conversation(self, chance: random.Random) -> None:
+        """Turns that the chat template writes, whole or streamed, with log-probabilities and a stop."""
+        route = chance.choice(["/v1/chat/completions", *self._routes[:-1]])
+        self._ask(route, self._turns(chance, route, chance.randrange(1, 24), stream=chance.random() < 0.5), 200)
+
+    def leave_conversation(self, chance: random.Random) -> None:
+        """A client that leaves its conversation between two events."""
+        self._leave(chance, "/v1/chat/completions", self._turns(chance, "/v1/chat/completions", _LONG, stream=True))
+
     def wrong(self, chance: random.Random) -> None:
         """A request that is refused."""
         self._ask(self._routes[0], self._body(chance, self._routes[0], 10**9), 400)
@@ -155,8 +176,11 @@ class Load:
     def leave_stream(self, chance: random.Random) -> None:
         """A client that leaves between two events."""
         route = chance.choice(self._routes)
+        self._leave(chance, route, self._body(chance, route, _LONG, stream=True))
+
+    def _leave(self, chance: random.Random, route: str, body: dict[str, Any]) -> None:
         client = Client(self._port)
-        answer = client.send(route, self._body(chance, route, _LONG, stream=True))
+        answer = client.send(route, body)
         for _ in range(chance.randrange(1, 12)):
             answer.readline()
         answer.close()
