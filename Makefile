@@ -5,15 +5,17 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 READY := $(VENV)/.ready
 OUT ?= demo-out
 DEMO ?=
 MINUTES ?= 30
+MODEL ?=
 STUDY_OUT ?= study-out
 SIZE ?= small
 TEXTS ?=
 
-.PHONY: help demo real-model study test test-all docker-test soak check fix docs dist sbom lock setup clean
+.PHONY: help demo real-model study test test-all docker-test soak clients check fix docs dist sbom lock setup clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -45,6 +47,14 @@ docker-test: $(READY) ## build the image, run it, ask it, stop it; needs a Docke
 soak: $(READY) ## half an hour of mixed load; MINUTES=5 for less
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
+clients: $(READY) $(CLIENTS)/.ready ## other people's clients against a chat model, each check on a line; MODEL=folder; needs curl and wrk
+	@[[ -n "$(MODEL)" ]] || { echo "clients: expected MODEL=folder of a chat model, such as pat-export writes" >&2; exit 2; }
+	$(BIN)/python -m benchmarks.clients --model $(MODEL) --python $(CLIENTS)/bin/python
+
+$(CLIENTS)/.ready: requirements/clients.lock requirements/setup.sh
+	requirements/setup.sh $(PYTHON) $(CLIENTS) requirements/clients.lock
+	@touch $@
+
 check: $(READY) ## ruff, mypy strict, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,4 +78,4 @@ lock: $(READY) ## resolve the dependencies anew into requirements/cpu.lock
 	requirements/lock.sh $(PYTHON)
 
 clean: ## delete the virtual environment and caches, never demo-out/
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist site *.egg-info
+	rm -rf $(VENV) $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache build dist site *.egg-info

@@ -23,8 +23,8 @@ trap 'rm -f "$torch" "$first_try"' EXIT
 # The requirement's own lines: its name and its hashes, to the first line that does not go on.
 awk '/^torch==/ {on=1} on {print} on && !/\\$/ {exit}' "$lock" >"$torch"
 
-echo "setup: torch, then $(grep -cE '^[a-z0-9].*==' "$lock") locked packages (some minutes the first time)" >&2
-"${pip[@]}" install "${quiet[@]}" -r "$torch" 2>"$first_try" \
+echo "setup: $(grep -cE '^[a-z0-9].*==' "$lock") locked packages (some minutes the first time)" >&2
+[[ ! -s $torch ]] || "${pip[@]}" install "${quiet[@]}" -r "$torch" 2>"$first_try" \
   || "${pip[@]}" install "${quiet[@]}" --index-url "$torch_index" -r "$torch" \
   || { echo "setup: the configured index had said:" >&2; cat "$first_try" >&2; exit 1; }
 "${pip[@]}" install "${quiet[@]}" -r "$lock"

@@ -50,6 +50,7 @@ class App:
         self.app.post("/v1/echo")(self.echo)
         self.app.post("/v1/hang")(self.hang)
         self.app.post("/v1/stream")(self.stream)
+        self.app.post("/v1/few")(self.few)
         self.app.post("/v1/defect")(self.defect)
         self.app.post("/v1/dead")(self.dead)
         self.app.post("/tokenize")(self.hang)
@@ -79,6 +80,12 @@ class App:
                     await asyncio.sleep(0.05)
             finally:
                 self.cancelled.set()
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def few(self) -> StreamingResponse:
+        async def events() -> AsyncIterator[str]:
+            yield "data: {}\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
@@ -112,6 +119,32 @@ def kind(answer: httpx.Response) -> str:
 def test_a_body_reaches_the_route_and_holds_its_place() -> None:
     answer = App().run(lambda client: client.post("/v1/echo", json={"prompt": ["a", "b"], "a": 1}))
     assert answer.json() == {"sequences": 2, "fields": 2}
+
+
+@pytest.mark.parametrize("path", ["/v1/echo", "/v1/few"])
+def test_the_next_request_finds_the_place_of_an_answer_that_has_arrived(path: str) -> None:
+    """A client at its bound may ask again as soon as it has the last byte, before the route has ended."""
+    app = App()
+    seen: list[tuple[int, int]] = []
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            seen.append((app.admission.sequences, app.admission.requests))
+
+    async def ask() -> None:
+        asked = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+        async def receive() -> Message:
+            return asked.pop() if asked else await asyncio.Event().wait() or {}
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"2")]
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+        await app.app(scope, receive, send)
+
+    run(ask())
+    # The place is free, and a server that stops still waits for the request.
+    assert seen == [(0, 1)]
+    assert (app.admission.sequences, app.admission.requests) == (0, 0)
 
 
 def test_a_body_in_chunks_is_counted_as_it_comes() -> None:

@@ -36,8 +36,12 @@ class Admission:
         self.changed: Callable[[], None] = lambda: None
 
     @contextmanager
-    def admit(self, key: str, sequences: int) -> Iterator[None]:
+    def admit(self, key: str, sequences: int) -> Iterator[Callable[[], None]]:
         """Hold a place for a request.
+
+        Yields:
+            What gives the place back before the request has ended, so that the next request of a client that has its
+            whole answer finds it free. The request counts as under way until it has ended.
 
         Raises:
             HttpError: 503 the server stops or its queue is full, 429 the key has too many requests under way.
@@ -64,14 +68,24 @@ class Admission:
         self.admitted += 1
         self._by_key[key] += 1
         self.changed()
-        try:
-            yield
-        finally:
+        held = True
+
+        def give_back() -> None:
+            nonlocal held
+            if not held:
+                return
+            held = False
             self.sequences -= sequences
-            self.requests -= 1
             self._by_key[key] -= 1
             if not self._by_key[key]:
                 del self._by_key[key]
+            self.changed()
+
+        try:
+            yield give_back
+        finally:
+            self.requests -= 1
+            give_back()
             self.changed()
 
     @contextmanager
