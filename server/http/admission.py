@@ -29,6 +29,8 @@ class Admission:
         self.draining = False
         self.sequences = 0
         self.requests = 0
+        # Requests whose routes have not ended; one that has its whole answer holds no place any more.
+        self.unfinished = 0
         # All requests since the start.
         self.admitted = 0
         self._by_key: Counter[str] = Counter()
@@ -41,7 +43,7 @@ class Admission:
 
         Yields:
             What gives the place back before the request has ended, so that the next request of a client that has its
-            whole answer finds it free. The request counts as under way until it has ended.
+            whole answer finds it free. The request counts as unfinished until it has ended.
 
         Raises:
             HttpError: 503 the server stops or its queue is full, 429 the key has too many requests under way.
@@ -65,6 +67,7 @@ class Admission:
         self._check_room(sequences)
         self.sequences += sequences
         self.requests += 1
+        self.unfinished += 1
         self.admitted += 1
         self._by_key[key] += 1
         self.changed()
@@ -76,6 +79,7 @@ class Admission:
                 return
             held = False
             self.sequences -= sequences
+            self.requests -= 1
             self._by_key[key] -= 1
             if not self._by_key[key]:
                 del self._by_key[key]
@@ -84,9 +88,8 @@ class Admission:
         try:
             yield give_back
         finally:
-            self.requests -= 1
+            self.unfinished -= 1
             give_back()
-            self.changed()
 
     @contextmanager
     def more(self, sequences: int) -> Iterator[None]:

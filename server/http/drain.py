@@ -37,11 +37,11 @@ class Drain:
         # vLLM's own handlers take the first signal and ignore all others.
         self._loop.call_soon_threadsafe(self._listen)
         deadline_s = time.monotonic() + self._grace_s
-        while self._admission.requests and time.monotonic() < deadline_s and os.getppid() == self._parent:
+        while self._admission.unfinished and time.monotonic() < deadline_s and os.getppid() == self._parent:
             if self._hurry.wait(_POLL_S):
                 break
-        if self._admission.requests:
-            logger.warning("requests that are cut off: %d", self._admission.requests)
+        if self._admission.unfinished:
+            logger.warning("requests that are cut off: %d", self._admission.unfinished)
 
     def _listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
