@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from pat_serve.training.sparse.allocation import LIMIT, allocate, tail_exponent
+from pat_serve.training.sparse.allocation import LIMIT, allocate, mean_exponent, tail_exponent
 
 
 def pareto_weight(alpha: float, size: int = 400) -> torch.Tensor:
@@ -47,3 +49,14 @@ def test_no_share_passes_the_limit_and_the_others_take_the_rest():
 
 def test_equal_exponents_get_equal_shares():
     assert allocate([2.0, 2.0], [10, 30], 0.5, 0.3) == pytest.approx([0.5, 0.5])
+
+
+def test_a_linear_without_a_tail_says_nothing_of_its_layer():
+    assert tail_exponent(torch.zeros(32, 32)) == tail_exponent(torch.eye(32)) == math.inf
+    assert mean_exponent([2.0, math.inf, 4.0]) == 3.0
+    assert mean_exponent([math.inf]) == math.inf
+
+
+def test_a_layer_without_a_tail_gets_as_many_zeros_as_the_lightest():
+    assert allocate([3.0, math.inf, 2.0], [10] * 3, 0.6, 0.3) == allocate([3.0, 3.0, 2.0], [10] * 3, 0.6, 0.3)
+    assert allocate([math.inf] * 3, [10, 20, 30], 0.6, 0.3) == pytest.approx([0.6] * 3)

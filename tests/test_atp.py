@@ -17,7 +17,14 @@ from pat_serve.export.exporter import export_run
 from pat_serve.run.plan import PruningPlan
 from pat_serve.training.checks.preflight import estimate_training
 from pat_serve.training.config import TrainRecipe
-from pat_serve.training.methods.atp.generator import budget_loss, noisy_mask, top_mask
+from pat_serve.training.methods.atp.generator import (
+    LEAST_RATE,
+    DecisionGenerator,
+    budget_loss,
+    generator_rate,
+    noisy_mask,
+    top_mask,
+)
 from pat_serve.training.methods.atp.method import Atp
 from pat_serve.training.model.ready import Ready, make_ready
 from pat_serve.training.run import resume, start
@@ -215,3 +222,19 @@ def test_what_it_cannot_do_is_refused(
     with pytest.raises(UsageError, match=message):
         start(tiny_recipe(base, rows, **{"method": "atp", "shape": SHAPE, **PLAIN, **settings}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_short_run_decides_with_a_larger_rate() -> None:
+    """At the authors' rate no index changed sides in 80 steps."""
+    assert generator_rate(10_000) == LEAST_RATE == 1e-3
+    assert generator_rate(10) > generator_rate(40) > LEAST_RATE
+    generator = DecisionGenerator(2, {"ffn": 8})
+    generator.start_from({"ffn": torch.tensor([[1.0] * 4 + [0.0] * 4] * 2)})
+    optimizer = torch.optim.AdamW([p for p in generator.parameters() if p.requires_grad], lr=generator_rate(40))
+    wanted = torch.tensor([[0.0] * 4 + [1.0] * 4] * 2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        logits = generator()["ffn"]
+        (logits * (1 - 2 * wanted)).sum().backward()
+        optimizer.step()
+    assert torch.equal(top_mask(generator()["ffn"].detach(), 4), wanted)

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pat_serve.checkpoints.checkpoint import open_checkpoint
+from pat_serve.cut.axes import AXES
+from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.run.plan import PruningPlan
 from pat_serve.shapes.candidates import axis_grid
@@ -194,3 +196,25 @@ def test_a_search_is_nearer_to_the_dense_model_than_its_start(base: Path) -> Non
     assert all(torch.equal(kept, found[1][line]) for line, kept in found[0].items())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert any(not torch.equal(kept, found[2][line]) for line, kept in found[0].items())
+
+
+@pytest.mark.parametrize("asked", [{"ffn": 120}, {"layers": 5, "ffn": 120}, {"ffn": 64, "kv_groups": 1}])
+def test_a_search_keeps_cutting_every_axis_that_was_asked_for(asked: dict[str, int], base: Path) -> None:
+    """A cut of less than the tolerance once left the dense model among the shapes, and it won."""
+    checkpoint = open_checkpoint(str(base))
+    sizes, family = checkpoint.sizes, checkpoint.family
+    grids = {axis: axis_grid(axis, sizes, family, 2) for axis in asked}
+    shapes = shapes_alike(sizes, asked, grids, tolerance=0.5)
+    assert asked in shapes
+    whole = {axis: AXES[axis].length(sizes) for axis in asked}
+    assert all(shape[axis] < whole[axis] for shape in shapes for axis in asked)
+    cut = sizes.parameters - sizes.with_counts(asked).parameters
+    assert all(sizes.parameters - sizes.with_counts(shape).parameters >= 0.96 * cut for shape in shapes)
+
+
+def test_a_search_takes_no_choices(base: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--choose: expected none, since --method search searches for it"):
+        start(
+            tiny_recipe(base, rows, method="search", shape={"ffn": 96}, choose={"ffn": "obs"}, **PLAIN),
+            tmp_path / "run",
+        )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.cut.pattern import Pattern
@@ -192,3 +193,32 @@ def test_what_does_not_fit_the_base_or_the_data_is_refused_before_any_work(tiny_
     refuse(trained, "--epochs: expected none, since --method one-shot trains nothing, found 1.0")
     cut = recipe(tiny_base, rows).model_copy(update={"hidden_size": 32})
     refuse(cut, "--hidden-size: expected none, since --method one-shot cuts nothing")
+
+
+def test_data_of_less_than_the_least_rows_are_told_so(tiny_base: Path, rows: Path, tmp_path: Path):
+    """The way out once was a number of rows that the flag itself refuses."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(rows.read_text().splitlines(keepends=True)[:5]))
+    with pytest.raises(UsageError, match=r"--calibration-rows: .*Give data with at least 8 rows"):
+        start(recipe(tiny_base, few), tmp_path / "run")
+
+
+def test_alpha_takes_a_base_with_a_linear_of_zeros(rows: Path, tmp_path: Path):
+    base = save_tiny_family(tmp_path / "base", "llama", num_hidden_layers=2)
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.self_attn.o_proj.weight"].zero_()
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    start(recipe(base, rows, allocation="alpha", sparsity=0.6), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert sum(line["zeros"] for line in lines) / 2 == pytest.approx(0.6, abs=0.02)
+
+
+def test_a_run_that_was_killed_between_a_layers_two_files_resumes_to_the_same_bytes(pruned: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(pruned, run)
+    before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    # The layer's line was written, and its weights not yet.
+    for name in (PLAN_JSON, PLAN_ARRAYS, "weights/layer-00001.safetensors"):
+        (run / name).unlink()
+    resume(run)
+    assert {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

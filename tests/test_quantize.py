@@ -210,11 +210,11 @@ def test_limits(exact: Path, int8: Path):
     assert measured.uniform_perplexity == 384
     assert measured.passed
     # Text that the float model itself finds less likely than noise: the KL alone judges.
-    alien = dataclasses.replace(measured, perplexity_before=400.0, perplexity_ratio=1.03)
+    alien = dataclasses.replace(measured, perplexity_before=400.0, perplexity_ratio=1.06)
     assert alien.passed
-    assert not dataclasses.replace(alien, mean_kl_nats=0.03).passed
+    assert not dataclasses.replace(alien, mean_kl_nats=0.16).passed
     assert not dataclasses.replace(alien, perplexity_before=float("nan")).passed
-    for bad in ({"perplexity_ratio": float("nan")}, {"perplexity_ratio": 1.03}, {"mean_kl_nats": 0.03}):
+    for bad in ({"perplexity_ratio": float("nan")}, {"perplexity_ratio": 1.06}, {"mean_kl_nats": 0.16}):
         assert not dataclasses.replace(measured, **bad).passed
 
 
