@@ -11,6 +11,7 @@ import yaml
 
 from pat_serve.cli.method_flags import named_method
 from pat_serve.cli.train import main
+from pat_serve.cut.axes import HIDDEN
 from pat_serve.training.methods import METHODS
 
 
@@ -32,6 +33,9 @@ def test_help_of_a_method_shows_its_settings_and_no_other_methods(
     assert own <= shown
     unused = {f"--{setting.replace('_', '-')}" for setting in METHODS[name].unused}
     assert not unused & shown
+    # A cut of the stream is asked for where the method makes one, and counts where it cuts.
+    assert ("--hidden-size" in shown) == (METHODS[name].prunes and HIDDEN in METHODS[name].axes)
+    assert ("--axes" in shown) == METHODS[name].prunes
     others = {
         f"--{setting.replace('_', '-')}" for method in METHODS.values() for setting in method.settings.model_fields
     }

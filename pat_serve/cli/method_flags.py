@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from pat_serve.cut.axes import AXES, HIDDEN
 from pat_serve.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def with_method_flags(command: Callable[..., None], arguments: Sequence[str]) ->
 
     # Typer reads the flags from this attribute, which mypy does not know of a function.
     narrowed.__signature__ = signature.replace(parameters=[*shown, *own])  # type: ignore[attr-defined]
+    narrowed.__doc__ = _told(method)
     narrowed.__annotations__ = {one.name: one.annotation for one in [*shown, *own]}
     return narrowed
 
@@ -109,13 +111,32 @@ def _metavar(annotation: Any) -> str:
     return names.get(kinds[0], "TEXT")
 
 
+def _told(method: type[Method]) -> str:
+    """The head of the method's help, with an example that it takes."""
+    headline = (method.__doc__ or "").partition("\n")[0]
+    asked = ""
+    if method.prunes and not method.cut_by_default:
+        axes = ",".join(axis for axis in AXES if axis in method.axes)
+        asked = " --ratio 0.25" if HIDDEN in method.axes else f" --ratio 0.25 --axes {axes}"
+    example = f"pat-train --method {method.name} --model base/ --data train.jsonl{asked} --out run/"
+    return f"{headline}\n\nExample: `{example}`\n\nthen `pat-export --ckpt run/ --out pruned/`."
+
+
+def refused_with(method: type[Method]) -> frozenset[str]:
+    """Settings that the check of what is cut refuses with a method, whatever they say."""
+    if not method.prunes:
+        return frozenset({"hidden_size", "shape", "axes", "ratio", "choose", "search_minutes"})
+    return frozenset() if HIDDEN in method.axes else frozenset({"hidden_size", "quantize_base", "search_minutes"})
+
+
 def _of_method(parameter: inspect.Parameter, method: type[Method]) -> inspect.Parameter:
     """A flag of all methods as one of them has it: left out of the help, or with a default of its own."""
-    if parameter.name not in method.unused | method.defaults.keys():
+    hidden = method.unused | refused_with(method)
+    if parameter.name not in hidden | method.defaults.keys():
         return parameter
     kind, given = get_args(parameter.annotation)
     option = copy.copy(given)
-    option.hidden = parameter.name in method.unused
+    option.hidden = parameter.name in hidden
     if parameter.name in method.defaults:
         told = re.sub(r" *\[default: .*\]$", "", option.help or "")
         option.help = f"{told} [default: {method.defaults[parameter.name]}]"
