@@ -100,7 +100,7 @@ def _train(name: str, row: Row, setup: Setup) -> float:
     export = ("--ckpt", folder / "run", "--out", folder / "model")
     _call("export", *export, "--force", codes=(0, 1))
     if not (folder / "model").exists():
-        # An update that is smaller than 16 bits show is refused in them; the checkpoint then has the weights as trained.
+        # The gate refuses 16 bits that lose a small update; the checkpoint then has the weights as trained.
         _call("export", *export, "--dtype", "float32")
     shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
     return float(json.loads(seconds.read_text(encoding="utf-8"))["train_s"])
