@@ -7,6 +7,7 @@ from typing import Any
 
 _HEADS = (
     "method", "what gets smaller", "trains", "minutes", "parameters", "zeros", "bytes a token", "perplexity", "tasks",
+    "nats of the right answers",
     "prefill, decode in vLLM", "source",
 )  # fmt: skip
 
@@ -21,8 +22,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     measures = row["measures"]
     perplexity = measures["ppl(wikitext2)"]
-    # The group's own figure, which is the mean of its tasks.
-    [tasks] = [value for name, value in measures.items() if name.endswith("(pat14_ll)")] or [None]
+    # The group's own figures, which are means over its tasks.
+    accuracy, answers = (measures.get(f"{name}(pat14_ll)") for name in ("acc", "answer_nll"))
     minutes = f"{row['train_s'] / 60:.1f}" if "train_s" in row else ""
     return (
         row["name"],
@@ -33,7 +34,8 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['zeros']:.0%}" if row["zeros"] else "",
         f"{row['decode_bytes'] / 1e6:.0f} MB",
         f"{perplexity:.2f}",
-        "" if tasks is None else f"{tasks:.3f}",
+        "" if accuracy is None else f"{accuracy:.3f}",
+        "" if answers is None else f"{answers:.2f}",
         _speed(row),
         row["source"],
     )

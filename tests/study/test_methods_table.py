@@ -46,11 +46,17 @@ def test_zeros_are_told_to_bring_no_speed():
         "parameters": 134_515_008,
         "zeros": 0.5,
         "decode_bytes": 2.5e8,
-        "measures": {"ppl(wikitext2)": 30.123, "acc(arc_easy)": 0.5, "acc(pat14_ll)": 0.4},
+        "measures": {
+            "ppl(wikitext2)": 30.123,
+            "acc(arc_easy)": 0.5,
+            "acc(pat14_ll)": 0.4,
+            "acc_norm(pat14_ll)": 0.45,
+            "answer_nll(pat14_ll)": 18.258,
+        },
     }
     [_, _, line] = table([row]).splitlines()
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == [
-        "one-shot, 2:4", "zeros", "no", "1.5", "134.5 M", "50%", "250 MB", "30.12", "0.400", "1x: zeros are computed",
+        "one-shot, 2:4", "zeros", "no", "1.5", "134.5 M", "50%", "250 MB", "30.12", "0.400", "18.26", "1x: zeros are computed",
         "arXiv",
     ]  # fmt: skip
