@@ -57,6 +57,7 @@ def test_zeros_are_told_to_bring_no_speed():
     [_, _, line] = table([row]).splitlines()
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == [
-        "one-shot, 2:4", "zeros", "no", "1.5", "134.5 M", "50%", "250 MB", "30.12", "0.400", "18.26", "1x: zeros are computed",
+        "one-shot, 2:4", "zeros", "no", "1.5", "134.5 M", "50%", "250 MB", "30.12", "0.400", "18.26",
+        "1x: zeros are computed",
         "arXiv",
     ]  # fmt: skip
