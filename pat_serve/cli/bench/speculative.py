@@ -21,7 +21,7 @@ from pat_serve.cli.bench.options import (
     progress_line,
     write_report,
 )
-from pat_serve.errors import UsageError
+from pat_serve.errors import DataError, UsageError
 from pat_serve.files.text_files import read_lines
 
 if TYPE_CHECKING:
@@ -86,7 +86,12 @@ def _prompts(file: Path) -> Sequence[Messages]:
     from pat_serve.tokens.prompts import asked, prompts_from_file
 
     if file.suffix.lower() == ".jsonl":
-        return prompts_from_file(file).chats
+        try:
+            return prompts_from_file(file).chats
+        except DataError as error:
+            raise UsageError(
+                f"--prompts {error.subject}", expected=error.expected, found=error.found, fix=error.fix
+            ) from error
     try:
         texts = [line for line in read_lines(file) if line.strip()]
     except OSError as error:
