@@ -1,4 +1,4 @@
-"""What all clients share: the server that they ask, and one printed line a check. Standard library only.
+"""All clients share this: the server that they ask, and one printed line a check. Standard library only.
 
 The clients run in an environment of their own, without pat-serve and without vLLM.
 """

@@ -65,7 +65,7 @@ def logprobs() -> None:
 
 
 def several() -> None:
-    """As many answers as asked."""
+    """The answer has as many choices as were asked for."""
     made = chat(n=3, temperature=1.0, seed=1).generate([[HumanMessage(checks.QUESTION)]])
     same(len(made.generations[0]), 3)
 
@@ -95,6 +95,7 @@ def forced() -> None:
 
 def structured() -> None:
     """So does a schema."""
+    # LangChain's type of a schema is narrower than what it takes.
     bound = chat().with_structured_output({"title": "City", **checks.WEATHER["parameters"]}, method="json_schema")  # type: ignore[dict-item]
     error = refusal(openai.BadRequestError, lambda: bound.invoke(checks.QUESTION))
     holds("structured-output" in str(error), str(error))

@@ -68,7 +68,7 @@ def logprobs() -> None:
 
 
 def several() -> None:
-    """As many answers as asked."""
+    """The answer has as many choices as were asked for."""
     same(len(ask(n=3, temperature=1.0, seed=1).choices), 3)
 
 

@@ -85,7 +85,7 @@ class Checks:
             holds(entry.logprob <= 0, f"log-probability {entry.logprob}")
 
     def several(self) -> None:
-        """As many answers as asked, numbered."""
+        """The answer has as many choices as were asked for, numbered."""
         answer = self._ask(n=3, temperature=1.0, seed=1)
         same([choice.index for choice in answer.choices], [0, 1, 2])
 

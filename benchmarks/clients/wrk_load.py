@@ -49,7 +49,7 @@ def wrk(key: str, *, stream: bool) -> dict[str, int]:
 
 
 def load(*, stream: bool) -> str:
-    """As many connections as the key may have requests under way."""
+    """Open as many connections as the key may have requests under way."""
     counts = wrk(SERVER.key, stream=stream)
     holds(counts["answers"] and not counts["refused"] and not counts["failed"], str(counts))
     return f"{counts['answers']} answers in {SECONDS} s"

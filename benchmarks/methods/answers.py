@@ -1,4 +1,4 @@
-"""What a row's checkpoint answers: pat-serve serves it, and a client asks over HTTP."""
+"""Ask a row's checkpoint a question: pat-serve serves it, and a client asks over HTTP."""
 
 from __future__ import annotations
 
