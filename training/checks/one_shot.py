@@ -1,4 +1,4 @@
-"""Checks before a walk over the layers that trains nothing: processes, calibration rows, memory."""
+"""Checks before a walk over the layers that trains nothing: processes and memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from pat_serve.machine.hardware import available_memory_bytes
 from pat_serve.terminal.progress import say
 from pat_serve.training.checks.memory import BatchSize
 from pat_serve.training.checks.preflight import OVERHEAD_BYTES, Preflight
-from pat_serve.training.config import LEAST_CALIBRATION_ROWS, TrainRecipe
-from pat_serve.training.methods import method_of
+from pat_serve.training.config import TrainRecipe
 from pat_serve.training.ranks import Ranks
 
 # Square matrices of a linear's inputs in float32, at once: the second moment and its factor.
@@ -32,27 +31,6 @@ def require_one_process(recipe: TrainRecipe, ranks: Ranks) -> None:
             expected="one process, since a layer waits for the one before it",
             found=f"{ranks.count} processes",
             fix="Start it without accelerate launch and torchrun.",
-        )
-
-
-def require_calibration_rows(recipe: TrainRecipe, found: int) -> None:
-    """Check that the data have the rows that were asked for; a default takes what there is, where something is trained.
-
-    Raises:
-        UsageError: they have fewer.
-    """
-    default = TrainRecipe.model_fields["calibration_rows"].default
-    method = method_of(recipe)
-    if not method.wants_batches(recipe) or (method.trains and recipe.calibration_rows == default):
-        return
-    if found < recipe.calibration_rows:
-        raise UsageError(
-            "--calibration-rows",
-            expected=f"at most {found}, the rows of --data {recipe.data}",
-            found=str(recipe.calibration_rows),
-            fix=f"Give --calibration-rows {found}, or data with more rows."
-            if found >= LEAST_CALIBRATION_ROWS
-            else f"Give data with at least {LEAST_CALIBRATION_ROWS} rows.",
         )
 
 

@@ -15,10 +15,11 @@ from pat_serve.errors import UsageError
 from pat_serve.machine.hardware import serving_dtype
 from pat_serve.terminal.progress import say
 from pat_serve.tokens.vocabulary import Vocabulary
+from pat_serve.training.checks.calibration_rows import require_calibration_rows
 from pat_serve.training.checks.cut_report import report_cut
 from pat_serve.training.checks.inputs import RunInputs
 from pat_serve.training.checks.memory import BatchSize
-from pat_serve.training.checks.one_shot import check_walk_memory, require_calibration_rows, require_one_process
+from pat_serve.training.checks.one_shot import check_walk_memory, require_one_process
 from pat_serve.training.checks.preflight import Preflight, check_memory
 from pat_serve.training.checks.width import check_ties, target_shape
 from pat_serve.training.config import TrainRecipe
