@@ -31,8 +31,8 @@ from pat_serve.training.config import TrainRecipe
 from pat_serve.training.model.calibration import calibration_batches
 from pat_serve.training.model.teacher import load_teacher
 from pat_serve.training.ranks import Ranks
-from pat_serve.training.run import lay_out
 from pat_serve.training.search.measure import HeldOut, autocast
+from pat_serve.training.start import lay_out
 
 DENSE = "dense"
 # A run's settings where `--set` says nothing else: steps of about 2,000 tokens, which a CPU makes in seconds.

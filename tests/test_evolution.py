@@ -183,6 +183,46 @@ def test_a_run_from_search_to_a_stock_model(fixed: bool, base: Path, rows: Path,
     ] == counts.get("ffn", 128)
 
 
+@pytest.mark.parametrize("ends_in", ["search", "first weights"])
+def test_an_interrupted_search_measures_nothing_twice(
+    ends_in: str, base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(base, rows, shape={"layers": 5, "ffn": 104}, method="search", max_steps=1,
+                         settings={"generations": 3, "offspring": 4}, calibration_rows=8, **PLAIN)  # fmt: skip
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    start(recipe, whole)
+    with monkeypatch.context() as patched:
+        if ends_in == "search":
+            loaded, load = [0], Refits.load
+
+            def few(self: Refits, genome: Genome | None) -> None:
+                loaded[0] += genome is not None
+                if loaded[0] == 7:
+                    raise KeyboardInterrupt
+                load(self, genome)
+
+            patched.setattr(Refits, "load", few)
+        else:
+            # The first file of weights is there, and what follows it is not.
+            patched.setattr("pat_serve.training.start.save_choice", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            start(recipe, run)
+    before = (run / "search.jsonl").read_text().splitlines()
+    with (run / "search.jsonl").open("a") as file:
+        file.write('{"candidate": "cut o')
+    resume(run)
+    lines = (run / "search.jsonl").read_text().splitlines()
+    assert lines[: len(before)] == before
+    assert len(before) == 6 if ends_in == "search" else lines == before
+    assert lines == (whole / "search.jsonl").read_text().splitlines()
+    results = [path.relative_to(whole) for path in whole.rglob("*.safetensors") if "checkpoints" not in path.parts]
+    assert all((run / path).read_bytes() == (whole / path).read_bytes() for path in results)
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_search_is_nearer_to_the_dense_model_than_its_start(base: Path) -> None:
     given = {"model": str(base), "data": "d", "method": "search", "shape": {"layers": 4, "ffn": 96},
              "settings": {"generations": 4, "offspring": 8, "fixed_shape": True}}  # fmt: skip

@@ -111,6 +111,7 @@ def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> Rea
         calibration=calibration,
         batches=batches,
         earlier=earlier,
+        folder=run if method_of(recipe).searches else None,
     )
 
 

@@ -7,11 +7,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pat_serve.files.atomic import check_vacant, new_folder
+from pat_serve.files.atomic import check_vacant
 from pat_serve.files.disk import room_on_disk
 from pat_serve.run.folder import TENSORBOARD_FOLDER, checkpoint_step, list_checkpoints
 from pat_serve.run.plan import file_sha256
-from pat_serve.run.replaced import STARTED, TRAINED, started_files, write_replaced
+from pat_serve.run.replaced import TRAINED, started_files, write_replaced
 from pat_serve.training.assemble import Job, assemble
 from pat_serve.training.checks.continuation import (
     RunState,
@@ -26,13 +26,14 @@ from pat_serve.training.checks.prepare import Prepared, prepare
 from pat_serve.training.checks.room import check_disk, way_on
 from pat_serve.training.config import TENSORBOARD, TrainRecipe
 from pat_serve.training.methods import method_of
-from pat_serve.training.model.choice_file import replaced_weights, save_choice
+from pat_serve.training.model.choice_file import replaced_weights
 from pat_serve.training.model.norms import trained_gains
 from pat_serve.training.model.slicing import wide_adapter
 from pat_serve.training.ranks import Ranks, snapshot
 from pat_serve.training.result import PARITY_ROWS, require_finite, write_result
-from pat_serve.training.search.search import Search, as_found, search, wants_search, with_shape
-from pat_serve.training.sparse.run import begin, prune
+from pat_serve.training.search.search import as_found, search, wants_search, with_shape
+from pat_serve.training.sparse.run import prune
+from pat_serve.training.start import begin, has_chosen, lay_out, save_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,13 @@ def start(recipe: TrainRecipe, run: Path, *, force: bool = False) -> Finished:
         with room_on_disk(run, lambda: way_on(run)):
             begin(prepared, run)
             return _prune(prepared, run)
+    if method_of(recipe).searches:
+        # Its scores go into the folder while it searches, for hours with a large model.
+        with room_on_disk(run, lambda: way_on(run)):
+            ranks.agree(lambda: begin(prepared, run))
+            job = assemble(prepared, run, ranks, resumes=False)
+            ranks.agree(lambda: save_start(job, run))
+            return _train(prepared, job, run, ranks, resume_from=None)
     job = assemble(prepared, run, ranks, resumes=False)
     with room_on_disk(run, lambda: way_on(run)):
         ranks.agree(lambda: lay_out(prepared, job, run, found))
@@ -88,9 +96,12 @@ def resume(run: Path) -> Finished:
     if not method_of(prepared.recipe).trains:
         with room_on_disk(run, lambda: way_on(run)):
             return _prune(prepared, run)
+    lacks_start = method_of(prepared.recipe).searches and not ranks.agree(lambda: has_chosen(run))
     job = assemble(prepared, run, ranks, resumes=True)
     checkpoints = ranks.agree(lambda: list_checkpoints(run))
     with room_on_disk(run, lambda: way_on(run)):
+        if lacks_start:
+            ranks.agree(lambda: save_start(job, run))
         return _train(prepared, job, run, ranks, resume_from=checkpoints[-1] if checkpoints else None)
 
 
@@ -121,20 +132,6 @@ def start_or_resume(recipe: TrainRecipe, run: Path) -> Finished | None:
 def _prune(prepared: Prepared, run: Path) -> Finished:
     prune(prepared, run)
     return Finished(run=run, shape=prepared.inputs.shape, steps=0, train_loss=None)
-
-
-def lay_out(prepared: Prepared, job: Job, run: Path, found: Search | None = None) -> None:
-    """Make the run's folder; it appears with all that a resumption needs in it."""
-    with new_folder(run) as staging:
-        prepared.inputs.save(staging)
-        prepared.asked.save(staging)
-        if found is not None:
-            found.save(staging)
-        if job.method.calibration is not None:
-            job.method.calibration.save(staging)
-        save_choice(staging, job.method.chosen)
-        model, replaced = job.trainer.model, job.ready.replaced
-        write_replaced(staging, replaced_weights(model, job.method, replaced), STARTED)
 
 
 def _train(prepared: Prepared, job: Job, run: Path, ranks: Ranks, resume_from: Path | None) -> Finished:

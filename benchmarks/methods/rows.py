@@ -79,6 +79,18 @@ ROWS: dict[str, Row] = {
         recipe={"method": "llm-pruner", "shape": {"ffn": 1088, "kv_groups": 2}},
     ),
     "layers": Row(axes="layers", trains=True, source="arXiv 2411.15558", recipe={"method": "layers"}),
+    "layers, influence": Row(
+        axes="layers",
+        trains=True,
+        source="arXiv 2403.03853",
+        recipe={"method": "layers", "choose": {"layers": "influence"}},
+    ),
+    "layers, influence, LoRA": Row(
+        axes="layers",
+        trains=True,
+        source="arXiv 2403.03853, 2106.09685",
+        recipe={"method": "layers", "choose": {"layers": "influence"}, "train": "lora", "train_norms": False},
+    ),
     "atp": Row(axes="FFN", trains=True, source="arXiv 2412.14426", recipe={"method": "atp", "shape": {"ffn": 896}}),
     "search": Row(
         axes="layers, FFN",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -130,6 +131,7 @@ class Method(ABC):
         family: Family,
         shape: Mapping[str, int],
         batches: Sequence[dict[str, Tensor]],
+        folder: Path | None = None,
     ) -> dict[str, Tensor]:
         """Choose what stays, for a method that searches.
 
@@ -139,6 +141,7 @@ class Method(ABC):
             family: its architecture.
             shape: counts that were asked for, by axis.
             batches: rows of the training data, padded: input_ids, attention_mask and labels.
+            folder: the run's, laid out, for what an interrupted search need not do again; None keeps nothing.
 
         Returns:
             int64 indices that stay, ascending, by line of a plan; no line of an axis that stays whole.

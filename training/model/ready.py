@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def make_ready(
     calibration: Calibration | None = None,
     batches: Sequence[dict[str, Tensor]] = (),
     earlier: Earlier | None = None,
+    folder: Path | None = None,
 ) -> Ready:
     """Adapt a base, choose what stays of it, make up for the rest, cut it down, and let the norms be trained.
 
@@ -85,8 +87,9 @@ def make_ready(
         calibration: of the base, for a method that wants one.
         batches: rows of the training data, padded, that choices and compensation see.
         earlier: of a run that is resumed.
+        folder: the run's, laid out, where a method that searches keeps its scores.
     """
-    known = choose_on_the_model(base, family, recipe, shape, batches, earlier)
+    known = choose_on_the_model(base, family, recipe, shape, batches, earlier, folder)
     if method_of(recipe).searches:
         # The method decided over the counts too.
         shape = {HIDDEN: shape[HIDDEN], **{line.partition(".")[0]: len(kept) for line, kept in known.items()}}
@@ -167,12 +170,13 @@ def choose_on_the_model(
     shape: Mapping[str, int],
     batches: Sequence[dict[str, Tensor]],
     earlier: Earlier | None,
+    folder: Path | None = None,
 ) -> dict[str, Tensor]:
     """int64 indices that stay, by line: of a resumed run, or of choices that look at the whole stored model."""
     if earlier is not None and earlier.kept:
         return dict(earlier.kept)
     if method_of(recipe).searches:
-        searched = method_of(recipe).choose(recipe, base, family, shape, batches)
+        searched = method_of(recipe).choose(recipe, base, family, shape, batches, folder)
         for line, kept in searched.items():
             same_on_all(kept.to(base.device), f"what is kept of {line}")
         return searched

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.cut.pattern import Pattern
-from pat_serve.files.atomic import new_folder, write_text
+from pat_serve.files.atomic import write_text
 from pat_serve.run.folder import METRICS_FILE, WEIGHTS_FOLDER
 from pat_serve.run.plan import PruningPlan, file_sha256
 from pat_serve.run.replaced import write_replaced_file
@@ -30,21 +30,14 @@ from pat_serve.training.sparse.layers import Layers
 from pat_serve.training.sparse.walk import PrunedLayer, groups_of_linears, prune_layers
 
 
-def begin(prepared: Prepared, run: Path) -> None:
-    """Make the run's folder; it appears with all that a resumption needs in it."""
-    with new_folder(run) as staging:
-        prepared.inputs.save(staging)
-        prepared.asked.save(staging)
-        (staging / WEIGHTS_FOLDER).mkdir()
-
-
 def prune(prepared: Prepared, run: Path) -> None:
     """Make the zeros of every layer that has none yet, and write the plan.
 
     Args:
         prepared: the checked inputs.
-        run: the run's folder, laid out.
+        run: the run's folder, begun.
     """
+    (run / WEIGHTS_FOLDER).mkdir(exist_ok=True)
     checkpoint, own = prepared.checkpoint, OneShotSettings.of(prepared.recipe)
     number_of_layers = checkpoint.num_layers
     shares = sparsity_by_layer(checkpoint, own)

@@ -13,6 +13,7 @@ on the training data, and not perplexity on the text that is reported.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
@@ -30,6 +31,7 @@ from pat_serve.training.method_settings import OwnSettings
 from pat_serve.training.methods.cut import Cut
 from pat_serve.training.methods.search.evolution import Scores, evolve
 from pat_serve.training.methods.search.genome import Breeder, Genome, shapes_alike
+from pat_serve.training.methods.search.journal import Journal
 from pat_serve.training.methods.search.refits import Refits, removal_errors
 from pat_serve.training.search.measure import HeldOut
 
@@ -67,8 +69,9 @@ class Search(Cut):
         family: Family,
         shape: Mapping[str, int],
         batches: Sequence[dict[str, Tensor]],
+        folder: Path | None = None,
     ) -> dict[str, Tensor]:
-        """Search; the base is as it was afterwards."""
+        """Search; the base is as it was afterwards. Its scores are kept in the run's folder (`journal.py`)."""
         settings = SearchSettings.of(recipe)
         sizes = ModelSizes.of(base.config.to_dict(), family)
         asked = {axis: count for axis, count in shape.items() if axis in cls.axes}
@@ -86,14 +89,21 @@ class Search(Cut):
         if not settings.fixed_shape:
             shapes = shapes_alike(sizes, asked, {axis: axis_grid(axis, sizes, family) for axis in asked})
         breeder = Breeder(sizes, scores_I, shapes, recipe.seed)
+        journal = Journal(folder)
+        if len(journal):
+            say(f"search: {len(journal)} scores were measured before")
 
         def measure(genome: Genome, at: int) -> tuple[float, int]:
+            if (known := journal.find(genome, at)) is not None:
+                return known
             refits.load(genome)
             stays = genome.of(LAYERS)
             dropped = [] if stays is None else sorted(set(range(sizes.layers)) - set(stays))
             with left_out(base, dropped):
                 tokens = len(answers[at].dense[0])
-                return answers[at].losses(base)[1] * tokens, tokens
+                nats = answers[at].losses(base)[1] * tokens
+            journal.add(genome, at, nats, tokens)
+            return nats, tokens
 
         scores = Scores(measure=measure)
         rounds = sorted({min(batches, len(rows)) for batches in ROUNDS})
