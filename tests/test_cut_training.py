@@ -45,7 +45,8 @@ def batches() -> list[dict[str, Tensor]]:
 
 def recipe_of(base: Path, shape: Mapping[str, int], **settings: Any) -> TrainRecipe:
     """A recipe of the defaults, resolved."""
-    given = {"model": str(base), "data": "d", "shape": dict(shape), "lora_rank": 4, "dtype": "float32", **settings}
+    adapter = {"lora_rank": 4} if settings.get("train", "lora") == "lora" else {}
+    given = {"model": str(base), "data": "d", "shape": dict(shape), "dtype": "float32", **adapter, **settings}
     recipe = TrainRecipe.build(given, "test")
     method = method_of(recipe)
     tied = open_checkpoint(str(base)).tied

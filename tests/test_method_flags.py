@@ -54,8 +54,28 @@ def test_a_flag_reaches_the_recipe_and_its_check(
     given = ("--model", "m", "--data", "d", "--out", str(tmp_path / "run"))
     assert run(monkeypatch, "--method", "one-shot", *given, "--sparsity", "1.5") == 2
     assert "--sparsity: expected less than 0.95, found 1.5" in capsys.readouterr().err
-    assert run(monkeypatch, "--method", "lora", *given, "--sparsity", "0.5") == 2
-    assert "No such option: --sparsity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", [(), ("--method", "lora"), ("--method", "search")])
+@pytest.mark.parametrize("flags", [("--sparsity", "0.5"), ("--refine=dsnot",)])
+def test_a_flag_of_another_method_is_told_in_one_line(
+    named: tuple[str, ...],
+    flags: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+):
+    assert run(monkeypatch, *named, "--model", "m", "--data", "d", "--out", str(tmp_path / "run"), *flags) == 2
+    flag, method = flags[0].partition("=")[0], named[1] if named else "pat"
+    assert capsys.readouterr().err == (
+        f"pat-train: {flag}: expected a flag of --method {method}, found a setting of --method one-shot. "
+        "Leave it out, or give --method one-shot.\n"
+    )
+
+
+def test_a_flag_of_nobody_is_the_parsers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert run(monkeypatch, "--sparsityy", "1") == 2
+    assert "No such option: --sparsityy" in capsys.readouterr().err
 
 
 def test_a_recipe_names_the_method_too(

@@ -117,6 +117,14 @@ def test_what_cannot_be_trained(settings: dict[str, Any], message: str):
         TrainRecipe.build({"model": "m", "data": "d", **settings}, "test")
 
 
+@pytest.mark.parametrize("setting", ["lora_rank", "lora_alpha", "lora_dropout"])
+@pytest.mark.parametrize("how", [{"method": "layers"}, {"method": "cut", "train": "all"}], ids=str)
+def test_settings_of_an_adapter_that_is_not_there(setting: str, how: dict[str, Any]):
+    recipe = TrainRecipe.build({"model": "m", "data": "d", **how, setting: 0.5 if "dropout" in setting else 8}, "test")
+    with pytest.raises(UsageError, match=f"--{setting.replace('_', '-')}: expected none, since --train"):
+        recipe.resolved(tied=False, narrows=False)
+
+
 def test_fsdp_trains_lora_alone(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = save_tiny_family(tmp_path / "base", "llama", num_hidden_layers=LAYERS)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -68,14 +68,20 @@ def refuse_unused(recipe: TrainRecipe) -> None:
     from pat_serve.training.methods import METHODS
 
     method, fields = METHODS[recipe.method], type(recipe).model_fields
-    refused = method.unused - {"tied_embeddings", "ratio", "hidden_size", "shape"}
+    refused = dict.fromkeys(
+        method.unused - {"tied_embeddings", "ratio", "hidden_size", "shape"},
+        (f"--method {recipe.method} {method.why_unused}", "choose another method"),
+    )
+    if recipe.train != "lora":
+        why = (f"--train {recipe.train} trains weights themselves", "give --train lora")
+        refused |= dict.fromkeys(("lora_rank", "lora_alpha", *(["lora_dropout"] if recipe.lora_dropout else [])), why)
     for name in filter(refused.__contains__, fields):
         value, default = getattr(recipe, name), fields[name].get_default(call_default_factory=True)
         # A preset's value says nothing of what the user wants; alpha follows the rank.
         if value not in (default, PAPER.get(name, default), PAPER_RATES.get(name, default)):
             raise UsageError(
                 f"--{name.replace('_', '-')}",
-                expected=f"none, since --method {recipe.method} {method.why_unused}",
+                expected=f"none, since {refused[name][0]}",
                 found=str(value),
-                fix="Leave it out, or choose another method.",
+                fix=f"Leave it out, or {refused[name][1]}.",
             )

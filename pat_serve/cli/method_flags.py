@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -14,6 +14,9 @@ import typer
 
 from pat_serve.cut.axes import AXES, HIDDEN
 from pat_serve.errors import UsageError
+
+# The method of a command line that names none.
+UNNAMED = "pat"
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -31,17 +34,20 @@ def with_method_flags(command: Callable[..., None], arguments: Sequence[str]) ->
         arguments: of the command line, without the program's name.
     """
     name = named_method(arguments)
-    if name is None:
+    signature = inspect.signature(command, eval_str=True)
+    given = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")} - {"--help"}
+    unknown = given - {decl for one in signature.parameters.values() for decl in _declared(one)}
+    if name is None and not unknown:
+        # A method is torch's; a command line that names none, nor a flag of any, is spared that.
         return command
-    # A method is torch's; a command line that names none is spared that.
     from pat_serve.training.methods import METHODS
 
-    method = METHODS.get(name)
+    method = METHODS.get(name or UNNAMED)
     if method is None:
         return command
-    signature = inspect.signature(command, eval_str=True)
     own = [_flag(setting, field, method) for setting, field in method.settings.model_fields.items()]
-    shown = [_of_method(one, method) for one in signature.parameters.values()]
+    own += [_of_others(setting, method) for setting in _settings_of_others(unknown, method)]
+    shown = [_of_method(one, method) if name else one for one in signature.parameters.values()]
 
     @wraps(command)
     def narrowed(**values: Any) -> None:
@@ -49,7 +55,7 @@ def with_method_flags(command: Callable[..., None], arguments: Sequence[str]) ->
 
     # Typer reads the flags from this attribute, which mypy does not know of a function.
     narrowed.__signature__ = signature.replace(parameters=[*shown, *own])  # type: ignore[attr-defined]
-    narrowed.__doc__ = _told(method)
+    narrowed.__doc__ = _told(method) if name else command.__doc__
     narrowed.__annotations__ = {one.name: one.annotation for one in [*shown, *own]}
     return narrowed
 
@@ -98,6 +104,48 @@ def default_of(field: FieldInfo) -> str:
     if field.default is None:
         return ""
     return f" [default: {str(field.default).lower() if field.annotation is bool else field.default}]"
+
+
+def _declared(parameter: inspect.Parameter) -> Iterator[str]:
+    """All spellings of a parameter's flag."""
+    flag = f"--{parameter.name.replace('_', '-')}"
+    yield from (flag, f"--no{flag[1:]}")
+    for option in get_args(parameter.annotation)[1:]:
+        for declared in getattr(option, "param_decls", None) or ():
+            yield from declared.split("/")
+
+
+def _settings_of_others(flags: Set[str], method: type[Method]) -> list[str]:
+    """Settings of other methods alone that are among some flags."""
+    from pat_serve.training.methods import METHODS
+
+    names = dict.fromkeys(setting for other in METHODS.values() for setting in other.settings.model_fields)
+    foreign = [name for name in names if name not in method.settings.model_fields]
+    dashed = {name: name.replace("_", "-") for name in foreign}
+    return [name for name in foreign if flags & {f"--{dashed[name]}", f"--no-{dashed[name]}"}]
+
+
+def _of_others(setting: str, method: type[Method]) -> inspect.Parameter:
+    """A flag that says whose it is, where the parser would not know it."""
+    from pat_serve.training.methods import METHODS
+
+    owners = [other for other in METHODS.values() if setting in other.settings.model_fields]
+    flag = f"--{setting.replace('_', '-')}"
+
+    def refuse(value: object) -> None:
+        if value is not None:
+            raise UsageError(
+                flag,
+                expected=f"a flag of --method {method.name}",
+                found="a setting of " + ", ".join(f"--method {other.name}" for other in owners),
+                fix=f"Leave it out, or give --method {owners[0].name}.",
+            )
+
+    kind = bool if owners[0].settings.model_fields[setting].annotation is bool else str
+    option = typer.Option(hidden=True, callback=refuse)
+    return inspect.Parameter(
+        setting, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
 
 
 def _metavar(annotation: Any) -> str:
