@@ -18,6 +18,7 @@ from pat_serve.checkpoints.shards import require_no_pattern
 from pat_serve.errors import DataError, UsageError
 from pat_serve.export.files.ends import add_end_tokens
 from pat_serve.export.files.model_files import dtype_name as _name
+from pat_serve.export.files.model_files import remove_weights
 from pat_serve.export.files.model_files import write_model as _write_model
 from pat_serve.export.formats.calibrated import Calibration, bounded
 from pat_serve.export.formats.gguf import require_gguf, write_gguf
@@ -44,6 +45,7 @@ from pat_serve.scores import Scorer
 from pat_serve.terminal.progress import say
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+ROUNDINGS = ("auto", "nearest", "stochastic")
 
 # Everything of the base that is neither weights nor config: tokenizer, chat template, generation config, licence.
 _CARRIED = (
@@ -84,6 +86,7 @@ def export_run(
     gguf: bool = False,
     calibration: Calibration | None = None,
     accept: Callable[[Path, Path], dict[str, Any]] | None = None,
+    rounding: str = "auto",
 ) -> Exported:
     """Rewrite a run's base as a standard narrower checkpoint.
 
@@ -103,6 +106,8 @@ def export_run(
         calibration: what int4 rounds the weights for; None takes the run's own prompts, which are few.
         accept: looks at the finished model, given its folder and the base's, and raises when it shall not be; what it
             returns, pat-eval's report as JSON, goes into the record and the card.
+        rounding: of 16-bit files: "nearest" values, "stochastic", or "auto": the nearest, unless they lose what the
+            training moved (`Parity.loses_updates`); without a measured parity nobody can tell, and they are taken.
 
     Raises:
         PatServeError: anything that a user can mend; `out` is as it was then.
@@ -110,6 +115,8 @@ def export_run(
     check_vacant(out, force=force, inputs=[ckpt, *([Path(base)] if base else [])])
     if dtype not in ("auto", *DTYPES):
         raise UsageError("--dtype", expected=f"auto, {', '.join(DTYPES)}", found=dtype, fix="Choose one of them.")
+    if rounding not in ROUNDINGS:
+        raise UsageError("--rounding", expected=", ".join(ROUNDINGS), found=rounding, fix="Choose one of them.")
     scheme = scheme_named(quantize) if quantize else None
     if scheme and scorer is not None:
         raise UsageError(
@@ -132,19 +139,53 @@ def export_run(
     calibrated = _calibration(run, calibration) if scheme and scheme.calibrated else None
     # Quantised weights are made from the exact float32 ones, which are proven first.
     file_dtype = torch.float32 if scheme else model_dtype
+    if rounding == "stochastic" and file_dtype.itemsize > 2:
+        raise UsageError(
+            "--rounding stochastic",
+            expected="files of 16 bits",
+            found=f"--quantize {quantize}" if scheme else _name(file_dtype),
+            fix="Leave it out, or export with --dtype bfloat16.",
+        )
     with ExitStack() as stack:
         base_files = stack.enter_context(BaseFiles(run))
         copies = [file_dtype, *([model_dtype] if scheme else []), *([model_dtype] if gguf else [])]
         _check_fits(run, out, copies)
         stack.enter_context(room_on_disk(out, lambda: _FREE))
         staging = stack.enter_context(new_folder(out, replace=force))
-        hashes = _write_model(
-            run, staging, file_dtype, max_shard_bytes, model_dtype=model_dtype, meanwhile=base_files.poll
-        )
+
+        def write(stochastic: bool) -> tuple[dict[str, str], Parity | None]:
+            hashes = _write_model(
+                run,
+                staging,
+                file_dtype,
+                max_shard_bytes,
+                model_dtype=model_dtype,
+                meanwhile=base_files.poll,
+                stochastic=stochastic,
+            )
+            if not parity:
+                return hashes, None
+            return hashes, measure_parity(
+                run,
+                staging,
+                file_dtype,
+                out=out,
+                model_dtype=model_dtype,
+                walk=walk,
+                scorer=scorer,
+                stochastic=stochastic,
+            )
+
+        stochastic = rounding == "stochastic"
+        hashes, outcome = write(stochastic)
+        if rounding == "auto" and outcome is not None and outcome.loses_updates:
+            say(f"nearest values in {_name(file_dtype)} lose what the training moved: written again, rounded by chance")
+            remove_weights(staging)
+            stochastic = True
+            hashes, outcome = write(stochastic)
+        if outcome is not None:
+            _require(outcome, out)
         sparsity = count_zeros(run, staging)
-        outcome = (
-            _prove(run, staging, file_dtype, out, model_dtype=model_dtype, walk=walk, scorer=scorer) if parity else None
-        )
         quality = None
         if scheme:
             prompts = calibrated[1] if calibrated else []
@@ -156,6 +197,7 @@ def export_run(
         kept = {"quality": accept(staging, run.base.folder)} if accept else {}
         record = provenance(run, _name(model_dtype), outcome, scheme, quality, fitness) | kept
         record["sparsity"] = sparsity
+        record["rounding"] = "stochastic" if stochastic else "nearest"
         if calibrated:
             record["quantization"]["calibration"] = _told(*calibrated)
         record["files"] = hash_files(staging, {} if scheme else hashes)
@@ -186,25 +228,12 @@ def _told(source: str, prompts: list[list[int]]) -> dict[str, Any]:
     return {"source": source, "prompts": len(prompts), "tokens": sum(map(len, prompts))}
 
 
-def _prove(
-    run: Run,
-    staging: Path,
-    file_dtype: torch.dtype,
-    out: Path,
-    *,
-    model_dtype: torch.dtype,
-    walk: bool | None,
-    scorer: Scorer | None,
-) -> Parity:
+def _require(outcome: Parity, out: Path) -> None:
     """Show that the written files are the trained model.
-
-    Returns:
-        parity of the files as they are, rounding included.
 
     Raises:
         ParityError: they are not.
     """
-    outcome = measure_parity(run, staging, file_dtype, out=out, model_dtype=model_dtype, walk=walk, scorer=scorer)
     if not outcome.passed:
         say("\n".join(parity_lines(outcome)))
     outcome.require(
@@ -212,7 +241,6 @@ def _prove(
         another="Nothing was exported: the files would be another model than was trained, whatever --dtype. Report it.",
         rounded="Nothing was exported.",
     )
-    return outcome
 
 
 def _check_fits(run: Run, out: Path, dtypes: list[torch.dtype]) -> None:

@@ -94,6 +94,8 @@ class _Record(pydantic.BaseModel):
     cuts: dict[str, list[int]]
     quantization: _Quantization | None = None
     files: dict[str, str] = {}
+    # Earlier exports have the nearest values.
+    rounding: Literal["nearest", "stochastic"] = "nearest"
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -123,7 +125,7 @@ def verify_export(
         MissingModel: no export.
         BrokenCheckpoint: a file is missing or another one than was exported.
         BrokenPlan: the export comes from another run.
-        ParityError: a tensor is not the rewriting's nearest value, or stock transformers does not load the files.
+        ParityError: a tensor is not the rewriting, rounded, or stock transformers does not load the files.
         PatServeError: as for an export.
     """
     record = _read_record(folder)
@@ -140,7 +142,10 @@ def verify_export(
     if scheme:
         parity, quality = _measure_quantized(run, folder, scheme, model_dtype, walk)
         return Verification(folder=folder, files=files, parity=parity, quality=quality)
-    parity = measure_parity(run, folder, model_dtype, walk=walk, scorer=scorer, same_machine=False)
+    stochastic = record.rounding == "stochastic"
+    parity = measure_parity(
+        run, folder, model_dtype, walk=walk, scorer=scorer, same_machine=False, stochastic=stochastic
+    )
     return Verification(folder=folder, files=files, parity=parity)
 
 

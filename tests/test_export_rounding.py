@@ -22,7 +22,7 @@ from pat_serve.export.parity.gate import measure_parity
 from pat_serve.export.parity.models import LoadedModels
 from pat_serve.export.rewrite import job
 from pat_serve.export.rewrite.fused import fuse
-from pat_serve.export.rewrite.rounding import FileCheck, is_nearest, round_at_random
+from pat_serve.export.rewrite.rounding import FileCheck, is_rounded, round_at_random
 from pat_serve.export.run.reader import open_run
 from tests.random_runs import random_run
 from tests.tiny_models import save_tiny_family, save_tiny_llama
@@ -237,5 +237,5 @@ def test_what_a_yardstick_allows():
 
 def test_the_nearest_value_of_a_number_below_float16s_normal_ones():
     exact = torch.linspace(-3e-7, 3e-7, 1001)
-    assert is_nearest(exact, exact.half())
-    assert not is_nearest(exact, exact.half() + torch.tensor(6e-8).half())
+    assert is_rounded(exact, exact.half())
+    assert not is_rounded(exact, exact.half() + torch.tensor(6e-8).half())

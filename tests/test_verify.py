@@ -216,12 +216,12 @@ def test_the_command(run: Path, copy: Path):
 
 
 def test_half_a_step_is_what_rounding_may_move():
-    from pat_serve.export.rewrite.rounding import is_nearest
+    from pat_serve.export.rewrite.rounding import is_rounded
 
     exact = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.bfloat16, torch.float16):
         rounded = exact.to(dtype)
-        assert is_nearest(exact, rounded)
-        assert is_nearest(exact * (1 + 1e-7), rounded)
-        assert not is_nearest(exact, torch.nextafter(rounded, torch.tensor(9.0, dtype=dtype)))
-        assert not is_nearest(exact, rounded[:-1])
+        assert is_rounded(exact, rounded)
+        assert is_rounded(exact * (1 + 1e-7), rounded)
+        assert not is_rounded(exact, torch.nextafter(rounded, torch.tensor(9.0, dtype=dtype)))
+        assert not is_rounded(exact, rounded[:-1])

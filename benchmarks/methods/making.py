@@ -75,7 +75,7 @@ def make(name: str, setup: Setup) -> None:
     if "measures" not in figures:
         figures["measures"] = _quality(name, setup)
     if setup.rounds and "speed" not in figures:
-        figures["speed"] = _speed(name, setup) if name != DENSE else {}
+        figures["speed"] = _speed(name, setup)
     if setup.ask and "answer" not in figures:
         figures["answer"] = answer_of(setup.model_of(name), folder / "serve.log")
     machine = describe()
@@ -115,8 +115,12 @@ def shared_by(row: Row, steps: int) -> dict[str, Any]:
     return {name: value for name, value in shared.items() if name not in method.unused}
 
 
+def _sizes_of(model: Path) -> ModelSizes:
+    return ModelSizes.of(json.loads((model / "config.json").read_text(encoding="utf-8")), source=str(model))
+
+
 def _sizes(model: Path) -> dict[str, Any]:
-    sizes = ModelSizes.of(json.loads((model / "config.json").read_text(encoding="utf-8")), source=str(model))
+    sizes = _sizes_of(model)
     record = model / "pat_export.json"
     sparsity = json.loads(record.read_text(encoding="utf-8"))["sparsity"] if record.exists() else None
     return {
@@ -135,7 +139,17 @@ def _quality(name: str, setup: Setup) -> dict[str, float]:
 
 
 def _speed(name: str, setup: Setup) -> dict[str, Any]:
-    """Ratios of pat-bench speedup by phase, with their intervals."""
+    """Ratios of pat-bench speedup by phase, with their intervals; empty where the sizes are the dense model's.
+
+    Speed follows from the sizes alone, so a row of the same sizes lends its own.
+    """
+    sizes = _sizes_of(setup.model_of(name))
+    if sizes == _sizes_of(setup.model):
+        return {}
+    for other in (one for one in ROWS if one != name and setup.figures_of(one).exists()):
+        figures = json.loads(setup.figures_of(other).read_text(encoding="utf-8"))
+        if figures.get("speed") and _sizes_of(setup.model_of(other)) == sizes:
+            return {**figures["speed"], "measured_on": other}
     out = setup.folder_of(name) / "speedup.json"
     pair = ("--baseline", setup.model, "--candidate", setup.model_of(name))
     # The exit code is the verdict on a claim, and nobody makes a claim here.

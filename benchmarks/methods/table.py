@@ -45,4 +45,6 @@ def _speed(row: Mapping[str, Any]) -> str:
     speed = row.get("speed")
     if speed:
         return ", ".join(f"{speed[phase]['median']:.2f}x" for phase in ("prefill", "decode") if phase in speed)
-    return "1x: zeros are computed" if row["zeros"] else ""
+    if row["zeros"]:
+        return "1x: zeros are computed"
+    return "1x: the same sizes" if speed is not None and row["trains"] else ""

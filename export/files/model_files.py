@@ -24,6 +24,8 @@ def write_model(
     max_shard_bytes: int,
     model_dtype: torch.dtype | None = None,
     meanwhile: Callable[[], None] = lambda: None,
+    *,
+    stochastic: bool = False,
 ) -> dict[str, str]:
     """Write config.json, the weights and their index.
 
@@ -34,6 +36,7 @@ def write_model(
         max_shard_bytes: size of a weight file at most.
         model_dtype: dtype in which the model will run; `file_dtype` by default.
         meanwhile: called between blocks; what it raises ends the writing.
+        stochastic: round by chance, and not to the nearest value.
 
     Returns:
         SHA-256 of the weight files by name.
@@ -43,7 +46,7 @@ def write_model(
         show(done_bytes)
         meanwhile()
 
-    rewriting = Rewriting(run, file_dtype, model_dtype)
+    rewriting = Rewriting(run, file_dtype, model_dtype, stochastic=stochastic)
     shapes = rewriting.shapes
     total_bytes = sum(prod(shape) for shape in shapes.values()) * file_dtype.itemsize
     with (
@@ -57,6 +60,12 @@ def write_model(
         document = json.dumps(index_document(files.shards, shapes, file_dtype), indent=2)
         (folder / "model.safetensors.index.json").write_text(document + "\n", encoding="utf-8")
     return files.sha256
+
+
+def remove_weights(folder: Path) -> None:
+    """Take a written model's weights and their index away, so that they can be written again."""
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

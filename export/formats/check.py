@@ -22,7 +22,7 @@ from pat_serve.export.formats.schemes import (
     quantize_channels,
 )
 from pat_serve.export.rewrite.blocks import Rewriting
-from pat_serve.export.rewrite.rounding import REORDERING, is_nearest
+from pat_serve.export.rewrite.rounding import REORDERING, is_rounded
 from pat_serve.export.run.reader import Run
 from pat_serve.terminal.progress import track
 
@@ -60,7 +60,7 @@ def check_quantized(run: Run, folder: Path, scheme: Scheme, model_dtype: torch.d
     for name, exact in track(rewriting.tensors(), f"parity: {scheme.name}", len(shapes)):
         if not is_quantized(name, shapes[name]):
             stored = found[name].read()
-            near = stored.dtype == model_dtype and is_nearest(exact, stored)
+            near = stored.dtype == model_dtype and is_rounded(exact, stored)
         elif scheme.calibrated:
             near = _is_near(exact, found, name, scheme, model_dtype)
         else:

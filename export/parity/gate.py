@@ -53,6 +53,7 @@ def measure_parity(
     walk: bool | None = None,
     scorer: Scorer | None = None,
     same_machine: bool = True,
+    stochastic: bool = False,
 ) -> Parity:
     """Compare exported files with the run that they come from.
 
@@ -64,16 +65,19 @@ def measure_parity(
         model_dtype: in which the model will run: it rounds the factor of a scaled embedding. `file_dtype` by default.
         walk: go layer by layer; None decides by the memory that is there.
         scorer: asks vLLM; None leaves it out.
-        same_machine: the files were written here, and are the rewriting's nearest values bit for bit.
+        same_machine: the files were written here, and are the rewriting, rounded, bit for bit.
+        stochastic: they were rounded by chance, and not to the nearest values.
 
     Returns:
         the outcome; it may have failed.
 
     Raises:
-        ParityError: a tensor of the files is not the rewriting's nearest value, or transformers does not load them.
+        ParityError: a tensor of the files is not the rewriting, rounded, or transformers does not load them.
         BrokenPlan: the run has lost its examples.
     """
-    check = FileCheck(folder=folder, dtype=file_dtype, out=out or folder, same_machine=same_machine)
+    check = FileCheck(
+        folder=folder, dtype=file_dtype, out=out or folder, same_machine=same_machine, stochastic=stochastic
+    )
     return _Gate(run, check, model_dtype or file_dtype, walk).measure(scorer)
 
 

@@ -18,6 +18,7 @@ from pat_serve.cut.axes import HIDDEN
 from pat_serve.errors import UsageError
 from pat_serve.export.rewrite.contents import Zeros, contents, entry_of
 from pat_serve.export.rewrite.job import Job, Jobs
+from pat_serve.export.rewrite.rounding import Rounding
 from pat_serve.export.rewrite.scratch import Scratch
 from pat_serve.export.rewrite.stream_width import embedding_factor
 from pat_serve.export.run.reader import Run
@@ -42,15 +43,22 @@ class Rewriting:
         dtype: to write. The rewriting itself runs in float32, or in float64 for a float64 base.
         model_dtype: in which the model will run: it rounds the factor of a scaled embedding. `dtype` by default.
         device: "meta" computes shapes and dtypes alone, and reads no weight.
+        stochastic: round by chance, and not to the nearest value.
 
     Attributes:
         shapes: every tensor of the export with its shape, in order.
     """
 
     def __init__(
-        self, run: Run, dtype: torch.dtype, model_dtype: torch.dtype | None = None, device: str = "cpu"
+        self,
+        run: Run,
+        dtype: torch.dtype,
+        model_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        *,
+        stochastic: bool = False,
     ) -> None:
-        self._run, self._dtype, self._device = run, dtype, device
+        self._run, self._dtype, self._device, self._stochastic = run, dtype, device, stochastic
         # The meta device has no memory to spare, and takes milliseconds for each operation.
         self._block_numbers = _BLOCK_NUMBERS if device != "meta" else 1 << 62
         self._product_numbers = max(_PRODUCT_NUMBERS, self._block_numbers)
@@ -78,8 +86,11 @@ class Rewriting:
             return
         entry, replaced = entry_of(self._run, content)
         job = self._jobs.job(content, turned=replaced)
+        rounding = Rounding(name, self._dtype, stochastic=self._stochastic)
         if len(entry.shape) == 2 and content.spec.hidden_dimension == 0:
-            yield self._checked(self._columns(entry, job, scratch), name)
+            # Draws go by rows, so the columns have to be there before the first.
+            dtype = self._compute if rounding.stochastic else self._dtype
+            yield self._checked(rounding.round(self._columns(entry, job, scratch, dtype)), name)
             return
         # A norm's or a writer's bias has the hidden axis alone, and the job cuts it.
         rows = content.kept[0] if content.spec.hidden_dimension != 0 else None
@@ -96,7 +107,7 @@ class Rewriting:
                 block = self._selected(block, 0, places, scratch)
             narrow = self._rewrite(block, job.part(done, done + len(block)), scratch)
             done += len(block)
-            yield self._checked(narrow.to(self._dtype).contiguous(), name)
+            yield self._checked(rounding.round(narrow), name)
 
     def whole(self, name: str, scratch: Scratch) -> Tensor:
         """One exported tensor in memory of its own; arguments and errors as of `blocks`."""
@@ -113,13 +124,13 @@ class Rewriting:
         for name in self.shapes:
             yield name, self.whole(name, scratch)
 
-    def _columns(self, entry: TensorEntry, job: Job, scratch: Scratch) -> Tensor:
+    def _columns(self, entry: TensorEntry, job: Job, scratch: Scratch, dtype: torch.dtype) -> Tensor:
         """A residual writer (D, n), rewritten in runs of its kept columns to (K, kept)."""
         shape, kept = job.target.shape, job.target.kept[1]
         if self._device == "meta":
-            narrow = torch.empty(shape, dtype=self._dtype, device="meta")
+            narrow = torch.empty(shape, dtype=dtype, device="meta")
         else:
-            narrow = scratch.tensor("output", shape, self._dtype)
+            narrow = scratch.tensor("output", shape, dtype)
         stored = self._stored(entry, scratch)
         columns = max(1, (self._product_numbers if job.thick else self._block_numbers) // entry.shape[0])
         for start in range(0, shape[1], columns):

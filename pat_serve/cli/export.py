@@ -19,6 +19,10 @@ def export(
     out: Annotated[Path, Flag("--out", help="Folder for the checkpoint; must not exist.")],
     base: Annotated[str | None, Flag(help="Where the base model lies now, if it was moved since.")] = None,
     dtype: Annotated[str, Flag(help="auto (the base's), float32, bfloat16, float16 or float64.")] = "auto",
+    rounding: Annotated[
+        str,
+        Flag(help="Of 16-bit files: nearest, stochastic, or auto: nearest, unless that loses what the training moved."),
+    ] = "auto",
     max_shard_size: Annotated[str, Flag(help="Largest weight file: 5GB, 500MB, 2GiB.")] = "5GB",
     quantize: Annotated[
         str | None,
@@ -99,6 +103,7 @@ def export(
         out,
         base=base,
         dtype=dtype,
+        rounding=rounding,
         max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
         parity=parity,
         walk=parity_walk,
