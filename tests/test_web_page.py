@@ -46,7 +46,15 @@ def test_files_are_whole_typed_and_may_do_nothing_from_elsewhere() -> None:
         assert "unsafe" not in policy
         assert client.head(path).headers["content-type"] == answer.headers["content-type"]
     assert client.get("/page/app.js").headers["content-type"].startswith("text/javascript")
-    assert {path.suffix for path in WEB.iterdir()} == {".html", ".css", ".js", ".svg"}
+    assert {path.suffix for path in WEB.iterdir()} == {".html", ".css", ".js", ".md", ".svg"}
+
+
+def test_the_page_says_what_to_serve_in_the_documents_words() -> None:
+    document = (WEB.parents[1] / "docs" / "benchmarking.md").read_text(encoding="utf-8")
+    chapter = document.partition("\n## What to serve when\n")[2].partition("\n## ")[0]
+    shown = (WEB / "what_to_serve.md").read_text(encoding="utf-8")
+    assert shown.strip()
+    assert shown.strip() == chapter.strip()
 
 
 @pytest.mark.parametrize("path", sorted(PAGE_PATHS))

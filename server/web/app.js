@@ -1,6 +1,6 @@
 // The page asks for a key where the server wants one, then starts its parts.
 
-import { ApiError, getJson, key } from "/page/api.js";
+import { ApiError, getJson, getText, key } from "/page/api.js";
 import { startCharts } from "/page/charts.js";
 import { $, make } from "/page/dom.js";
 import { render } from "/page/markdown.js";
@@ -37,6 +37,7 @@ async function start() {
   const ready = model.baseline ? `${name}, beside its baseline` : name;
   state("ready", ready);
   $("card-text").replaceChildren(...(model.card ? render(model.card) : [make("p", { class: "note" }, "This model has no card (README.md).")]));
+  $("forms-text").replaceChildren(...render(await getText("/page/what_to_serve.md")));
   startPlayground(model);
   stopCharts = startCharts((fine, message) => state(fine ? "ready" : "down", fine ? ready : message));
   await startSpeedup(model);
