@@ -18,7 +18,7 @@ PAPER: dict[str, Any] = {
 }
 
 # The published rates, made for thirty thousand steps of 128 rows. A run of some hundred steps learns a fraction of what
-# it could with them, pruned or dense (docs/study.md, "Learning rate and LoRA's alpha").
+# it could with them, pruned or dense (docs/study_toys.md, "Learning rate and LoRA's alpha").
 PAPER_RATES: dict[str, Any] = {
     "learning_rate": 5e-5,
     "lora_alpha": 4.0,

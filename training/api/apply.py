@@ -44,7 +44,7 @@ class PatConfig:
         lora_alpha: of the adapter; its rank by default.
         lora_dropout: of the adapter.
         lora_head: adapt the head too.
-        hio_rank: of the hybrid operators; "auto" by the rule of thumb (`docs/study.md`).
+        hio_rank: of the hybrid operators; "auto" by the rule of thumb (`docs/study_toys.md`).
         rotate: "none", or the axes to turn the residual stream to: "energy", "loss".
         mask_start: what the mask starts from: "zero", "energy", "gradient".
         gate: how it closes: "anneal", "gradual", "cut".

@@ -17,7 +17,7 @@ class PatSettings(pydantic.BaseModel):
     rotate: Literal["auto", "none", "energy", "loss"] = "auto"
     mask_start: Literal["auto", "zero", "energy", "gradient"] = "auto"
     gate: Literal["auto", "anneal", "gradual", "cut"] = "auto"
-    # The paper's 1; 0 leaves the identity loss out (docs/study.md).
+    # The paper's 1; 0 leaves the identity loss out (docs/study_toys.md).
     identity_weight: float = pydantic.Field(default=1.0, ge=0)
 
     @pydantic.field_validator("hio_rank", mode="before")
@@ -35,7 +35,7 @@ class PatSettings(pydantic.BaseModel):
         return self
 
     def resolved_hio_rank(self, hidden_size: int) -> int:
-        """The HIO's rank R, as given or by the rule of thumb (docs/study.md, docs/ablation.md).
+        """The HIO's rank R, as given or by the rule of thumb (docs/study_toys.md, docs/ablation.md).
 
         The rank is 0 where channels are cut from the start: LoRA on the same linears does the operator's work. Where
         the mask is trained, it is the paper's share of the width (200 of 4096), in multiples of 8.
