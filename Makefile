@@ -15,7 +15,7 @@ STUDY_OUT ?= study-out
 SIZE ?= small
 TEXTS ?=
 
-.PHONY: help demo real-model study test test-all docker-test soak clients check fix docs dist sbom lock setup clean
+.PHONY: help demo real-model study test test-all docker-test soak clients zen check fix docs dist sbom lock setup clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -54,6 +54,9 @@ clients: $(READY) $(CLIENTS)/.ready ## other people's clients against a chat mod
 $(CLIENTS)/.ready: requirements/clients.lock requirements/setup.sh
 	requirements/setup.sh $(PYTHON) $(CLIENTS) requirements/clients.lock
 	@touch $@
+
+zen: $(READY) ## add AMD's kernels, which vLLM takes by itself: four bits are slow without them on such CPUs
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements/zen.lock
 
 check: $(READY) ## ruff, mypy strict, import rules
 	$(BIN)/ruff check .

@@ -35,4 +35,6 @@ if grep -qE '^torch==.*\+cpu' "$tools/serve-cuda.lock"; then
 fi
 # Other people's clients of `make clients`: an environment of their own, without torch.
 compile clients.lock requirements/clients.in --no-config
+# AMD's kernels, added to an environment of cpu.lock, which has all else that they need.
+compile zen.lock requirements/zen.in --no-config --no-deps
 mv "$tools"/*.lock requirements/

@@ -23,6 +23,7 @@ from pat_serve.export.formats.gptq import dequantize_groups, round_groups, unpac
 from pat_serve.export.formats.schemes import INT4
 from pat_serve.export.run.reader import open_run
 from pat_serve.export.verify import verify_export
+from pat_serve.machine import hardware
 from pat_serve.shapes.four_bits import check_four_bits
 from tests.random_runs import PROMPT, random_run
 from tests.tiny_models import save_tiny_family, save_tiny_llama
@@ -208,6 +209,30 @@ def test_float32_is_refused_before_an_engine_dies_of_it(int4: Path, exact: Path)
         check_four_bits(read_config(int4), "int4", "float32")
     check_four_bits(read_config(int4), "int4", "bfloat16")
     check_four_bits(read_config(exact), "exact", "float32")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "installed", "told"),
+    [
+        ("AuthenticAMD", "fpu avx2 avx512f", "none", True),
+        ("AuthenticAMD", "fpu avx2 avx512f", "2.13.0.2", False),
+        ("AuthenticAMD", "fpu avx2", "none", False),
+        ("GenuineIntel", "fpu avx2 avx512f", "none", False),
+    ],
+)
+def test_missing_kernels_are_told(
+    vendor: str, flags: str, installed: str, told: bool, int4: Path, exact: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(hardware, "_version", lambda *_: installed)
+    check_four_bits(read_config(int4), "int4", "bfloat16")
+    check_four_bits(read_config(exact), "exact", "bfloat16")
+    line = "int4: 4-bit weights are slow on this CPU without zentorch"
+    assert (line in capsys.readouterr().err) == told
+    check_four_bits(read_config(exact), "exact", "bfloat16")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_calibration_of_short_prompts_is_not_padded():

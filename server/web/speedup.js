@@ -43,6 +43,32 @@ function regimeCard(regime, claim, margin) {
     make("p", {}, `${regime.verdict}: ${regime.reason}.`));
 }
 
+// All regimes of a grid in one picture: how much of its ceiling each reached, with its interval.
+function surface(regimes) {
+  const row = 24;
+  const left = 118;
+  const shares = regimes.map((one) => ({ name: name(one), verdict: one.verdict, ...shareOfCeiling(one) }));
+  const least = Math.min(0.9, ...shares.map((one) => one.low));
+  const most = Math.max(1.05, ...shares.map((one) => one.high));
+  const x = (value) => left + ((value - least) / (most - least)) * (WIDTH - left - EDGE);
+  const height = 30 + row * shares.length;
+  const told = shares.map((one) => `${one.name}: ${percent(one.median)}`).join(", ");
+  return draw("svg", { id: "surface", viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": `Share of the ceiling: ${told}` },
+    draw("line", { class: "ceiling", x1: x(1), x2: x(1), y1: 16, y2: height - 6 }),
+    draw("text", { class: "ceiling-text", x: x(1), y: 12, "text-anchor": anchor(x(1)) }, "ceiling"),
+    ...shares.flatMap((one, at) => {
+      const y = 34 + row * at;
+      return [
+        draw("text", { x: 4, y: y + 4 }, one.name),
+        draw("line", { class: "axis", x1: left, x2: WIDTH - EDGE, y1: y, y2: y }),
+        draw("line", { class: "interval", x1: x(one.low), x2: Math.max(x(one.high), x(one.low) + 2), y1: y, y2: y }),
+        draw("circle", { class: "median", cx: x(one.median), cy: y, r: 4 }),
+      ];
+    }));
+}
+
+const shareOfCeiling = ({ ratio, ceiling }) => ({ low: ratio.low / ceiling, median: ratio.median / ceiling, high: ratio.high / ceiling });
+
 const cell = (one) => `${one.batch_size}x${one.prompt_tokens}`;
 
 const name = (regime) => (regime.prompt_tokens ? `${regime.regime}, ${cell(regime)}` : regime.regime);
@@ -65,6 +91,7 @@ function show(result) {
       make("span", { class: "note" }, `margin ${percent(margin)}; strictly: ${result.strict_verdict}`),
       make("span", { class: "note" }, `${result.settings.rounds} paired rounds, ${batches(result.settings)}, ${result.dtype}, ${new Date(result.date).toLocaleString()}`)),
     make("p", {}, result.reason + "."),
+    ...(result.settings.grid.length ? [make("figure", { class: "surface" }, surface(result.regimes), make("figcaption", { class: "note" }, "Share of its ceiling that each batch and prompt reached."))] : []),
     make("div", { class: "regimes" }, ...result.regimes.map((regime) => regimeCard(regime, claim, margin)))));
 }
 

@@ -150,6 +150,26 @@ def test_speedup_is_checked_and_its_verdict_shown(page: Page, server: Server, cl
     assert page.complaints() == []
 
 
+def test_a_grid_is_one_picture_of_shares_of_the_ceiling(page: Page, client: httpx.Client) -> None:
+    wait_for(client, "pat_serve_requests_in_flight", 0)
+    page.fill(claim=0.1, margin=5, output_tokens=9, rounds=5)
+    page["grid"].send_keys("1x16,2x24")
+    page["check-run"].click()
+    page.until(lambda: page.driver.find_elements("id", "surface"))
+    result = LiveSpeedupResult.model_validate(client.get("/benchmark/speedup").json())
+    assert [(one.batch_size, one.prompt_tokens) for one in result.settings.grid] == [(1, 16), (2, 24)]
+    label = page["surface"].get_attribute("aria-label")
+    for regime in result.regimes:
+        assert f"{regime.regime.value}, {regime.batch_size}x{regime.prompt_tokens}: " in label
+    places = page.js("return [...document.querySelectorAll('#surface .median')].map(e => +e.getAttribute('cx'))")
+    shares = [regime.ratio.median / regime.ceiling for regime in result.regimes]
+    # The further along, the more of the ceiling.
+    assert sorted(range(len(shares)), key=places.__getitem__) == sorted(range(len(shares)), key=shares.__getitem__)
+    assert len(page.driver.find_elements("css selector", ".regime")) == len(shares) == 4
+    assert page.js(CONTRAST) == []
+    assert page.complaints() == []
+
+
 def test_charts_show_the_servers_metrics(page: Page, client: httpx.Client) -> None:
     client.post("/generate", json={"prompt": PROMPT, "max_tokens": 200, "ignore_eos": True})
     now = "[...document.querySelectorAll('.chart .now')].map(e => e.textContent)"
