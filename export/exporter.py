@@ -107,7 +107,7 @@ def export_run(
         accept: looks at the finished model, given its folder and the base's, and raises when it shall not be; what it
             returns, pat-eval's report as JSON, goes into the record and the card.
         rounding: of 16-bit files: "nearest" values, "stochastic", or "auto": the nearest, unless they lose what the
-            training moved (`Parity.loses_updates`); without a measured parity nobody can tell, and they are taken.
+            training moved (`parity/gate.py`); without a measured parity nobody can tell, and they are taken.
 
     Raises:
         PatServeError: anything that a user can mend; `out` is as it was then.
@@ -153,8 +153,8 @@ def export_run(
         stack.enter_context(room_on_disk(out, lambda: _FREE))
         staging = stack.enter_context(new_folder(out, replace=force))
 
-        def write(stochastic: bool) -> tuple[dict[str, str], Parity | None]:
-            hashes = _write_model(
+        def write(stochastic: bool) -> dict[str, str]:
+            return _write_model(
                 run,
                 staging,
                 file_dtype,
@@ -163,9 +163,17 @@ def export_run(
                 meanwhile=base_files.poll,
                 stochastic=stochastic,
             )
-            if not parity:
-                return hashes, None
-            return hashes, measure_parity(
+
+        def write_again() -> None:
+            nonlocal stochastic, hashes
+            say(f"nearest values in {_name(file_dtype)} lose what the training moved: written again, rounded by chance")
+            remove_weights(staging)
+            stochastic, hashes = True, write(True)
+
+        stochastic = rounding == "stochastic"
+        hashes, outcome = write(stochastic), None
+        if parity:
+            outcome = measure_parity(
                 run,
                 staging,
                 file_dtype,
@@ -174,16 +182,8 @@ def export_run(
                 walk=walk,
                 scorer=scorer,
                 stochastic=stochastic,
+                write_again=write_again if rounding == "auto" else None,
             )
-
-        stochastic = rounding == "stochastic"
-        hashes, outcome = write(stochastic)
-        if rounding == "auto" and outcome is not None and outcome.loses_updates:
-            say(f"nearest values in {_name(file_dtype)} lose what the training moved: written again, rounded by chance")
-            remove_weights(staging)
-            stochastic = True
-            hashes, outcome = write(stochastic)
-        if outcome is not None:
             _require(outcome, out)
         sparsity = count_zeros(run, staging)
         quality = None

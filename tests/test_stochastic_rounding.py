@@ -99,6 +99,7 @@ def test_small_updates_are_kept_by_themselves(walk: bool, barely_trained: Path, 
     kept, random = files_and_random(done.parity)
     assert kept < random < lost / 2
     assert done.record["rounding"] == "stochastic"
+    assert "| weights | | bfloat16, rounded by chance |" in (done.out / "README.md").read_text()
     assert json.loads((tmp_path / "kept/pat_export.json").read_text())["rounding"] == "stochastic"
     again = export_run(barely_trained, tmp_path / "again", rounding="stochastic", walk=walk)
     assert again.record["files"]["model.safetensors"] == done.record["files"]["model.safetensors"]

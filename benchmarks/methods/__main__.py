@@ -18,6 +18,7 @@ import typer
 
 from benchmarks.methods.answers import QUESTION, listing
 from benchmarks.methods.making import Setup, make
+from benchmarks.methods.plot import write_plot
 from benchmarks.methods.rows import ROWS
 from benchmarks.methods.table import table
 
@@ -35,6 +36,7 @@ def main(
     limit: Annotated[int, Option(help="Windows of the text, and items of each task.")] = 40,
     rounds: Annotated[int, Option(help="Rounds of pat-bench speedup; 0 leaves the speed out.")] = 0,
     ask: Annotated[bool, Option("--ask", help="Serve each checkpoint and ask it a question over /generate.")] = False,
+    plot: Annotated[Path | None, Option(help="Write quality against speed as a page here.")] = None,
     minutes: Annotated[float, Option(help="Begin no row after so many.")] = 1e9,
 ) -> None:
     """Make the rows that are missing, and print the table."""
@@ -58,8 +60,10 @@ def main(
             break
         make(name, setup)
     known = [path for path in (setup.figures_of(name) for name in ROWS) if path.exists()]
-    made = [json.loads(path.read_text(encoding="utf-8")) for path in known]
+    made = [row for path in known if "measures" in (row := json.loads(path.read_text(encoding="utf-8")))]
     print(table(made))
+    if plot is not None:
+        write_plot(made, plot)
     if answers := {row["name"]: row["answer"] for row in made if "answer" in row}:
         print(f"\n{QUESTION}\n\n{listing(answers)}")
 

@@ -8,12 +8,12 @@ rounding does to the model what any rounding to that dtype would. docs/parity.md
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from pat_serve.cut.axes import HIDDEN
 from pat_serve.export.files.model_files import dtype_name
 from pat_serve.export.parity.answers import Answers, Texts
 from pat_serve.export.parity.comparison import (
@@ -25,13 +25,14 @@ from pat_serve.export.parity.comparison import (
     VLLM,
     Comparison,
     Parity,
+    loses_updates,
 )
 from pat_serve.export.parity.figures import TOLERANCES, Figures, Tolerance, logit_distances, proportional
 from pat_serve.export.parity.greedy import compare_greedy
 from pat_serve.export.parity.models import LoadedModels, Models, WalkedModels, must_walk
+from pat_serve.export.parity.notes import family_notes
 from pat_serve.export.parity.prompts import WALKED_NEW_TOKENS, Prompts, parity_prompts
 from pat_serve.export.parity.vllm_scores import compare_listed
-from pat_serve.export.rewrite.contents import architecture
 from pat_serve.export.rewrite.rounding import FileCheck
 from pat_serve.export.run.reader import Run
 from pat_serve.scores import Scorer, ScoreRequest
@@ -54,6 +55,7 @@ def measure_parity(
     scorer: Scorer | None = None,
     same_machine: bool = True,
     stochastic: bool = False,
+    write_again: Callable[[], None] | None = None,
 ) -> Parity:
     """Compare exported files with the run that they come from.
 
@@ -67,6 +69,8 @@ def measure_parity(
         scorer: asks vLLM; None leaves it out.
         same_machine: the files were written here, and are the rewriting, rounded, bit for bit.
         stochastic: they were rounded by chance, and not to the nearest values.
+        write_again: writes them again, rounded by chance. It is called where the nearest values lose what the training
+            moved, and the outcome is then that of the new files. None judges the files as they are.
 
     Returns:
         the outcome; it may have failed.
@@ -78,14 +82,22 @@ def measure_parity(
     check = FileCheck(
         folder=folder, dtype=file_dtype, out=out or folder, same_machine=same_machine, stochastic=stochastic
     )
-    return _Gate(run, check, model_dtype or file_dtype, walk).measure(scorer)
+    return _Gate(run, check, model_dtype or file_dtype, walk, write_again).measure(scorer)
 
 
 class _Gate:
     """One measurement, with the trained model's answers and the comparisons so far."""
 
-    def __init__(self, run: Run, check: FileCheck, model_dtype: torch.dtype, walk: bool | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        check: FileCheck,
+        model_dtype: torch.dtype,
+        walk: bool | None,
+        write_again: Callable[[], None] | None = None,
+    ) -> None:
         self._run, self._check, self._model_dtype, self._walk = run, check, model_dtype, walk
+        self._write_again = write_again
         self._file_dtype = check.dtype
         self._compute = torch.promote_types(check.dtype, torch.float32)
         self._prompts = parity_prompts(run)
@@ -142,9 +154,17 @@ class _Gate:
             return figures
         random = self._add(RANDOM, compute, self._trained, next(exact))
         del exact
-        exported = self._models.exported(compute, prompts, self._trained.continuations)
-        files = self._add(EXPORTED, compute, self._trained, exported, proportional(random.figures), random).figures
-        del exported
+        row = self._files(random)
+        if self._write_again is not None and loses_updates(row, random):
+            # The trained model and the yardstick stay what they were.
+            self._rows.remove(row)
+            self._write_again()
+            self._check = replace(self._check, stochastic=True)
+            self._walk = self._walked
+            self._models, _ = self._ways(self._prompts, compute)
+            self._models.check_files()
+            row = self._files(random)
+        files = row.figures
         trained = self._trained.at(part.positions)
         floor = self._add(TRAINED, file_dtype, trained, narrower)
         own = self._models.exported(file_dtype, part.prompts, [])
@@ -158,6 +178,11 @@ class _Gate:
                 "one: any rounding of it to this dtype costs about as much. --dtype float32 avoids that.",
             )
         return files
+
+    def _files(self, random: Comparison) -> Comparison:
+        """The 16-bit files, computed in float32, beside a random rounding."""
+        exported = self._models.exported(self._compute, self._prompts, self._trained.continuations)
+        return self._add(EXPORTED, self._compute, self._trained, exported, proportional(random.figures), random)
 
     @property
     def _proved(self) -> bool:
@@ -260,24 +285,3 @@ class _Gate:
 
 def _name(yardstick: Comparison | None) -> str | None:
     return None if yardstick is None else f"{yardstick.model} in {yardstick.dtype}"
-
-
-def family_notes(run: Run, model_dtype: torch.dtype) -> tuple[str, ...]:
-    """Sentences for the parity report on the particulars of this model's export."""
-    base = run.base
-    cut, notes = run.plan.cuts.line(HIDDEN, None, base.sizes), []
-    if not cut.is_identity and any(spec.head_norm for spec in base.family.tensors):
-        notes.append(
-            "The norms over q and k heads see the changed rms_norm_eps; q_proj and k_proj carry "
-            f"sqrt({cut.width}/{len(cut.kept)}), which undoes it exactly."
-        )
-    if not cut.is_identity and base.family.scaled_embedding:
-        notes.append(
-            f"The embedding is rescaled for sqrt(hidden_size) as {dtype_name(model_dtype)} rounds it; "
-            "both models were compared with that."
-        )
-    if architecture(run) != base.family.architecture:
-        notes.append(f"A {base.family.architecture} of these sizes is written as the same {architecture(run)}.")
-    if run.replaced:
-        notes.append(f"The run replaced {len(run.replaced)} of the base's tensors; both models have them.")
-    return tuple(notes)

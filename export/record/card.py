@@ -135,7 +135,8 @@ def _text(record: dict[str, Any], name: str, scheme: Scheme | None, measured: st
     base, exported = record["parameters"]["base"], record["parameters"]["exported"]
     dtype = record["dtype"]
     rows = "".join(f"| {name} | {of['base']} | {of['exported']} |\n" for name, of in changed_sizes(record).items())
-    stored = f"{scheme.name} ({scheme.label}, compressed-tensors), everything else {dtype}" if scheme else dtype
+    rounded = f"{dtype}, rounded by chance" if record.get("rounding") == "stochastic" else dtype
+    stored = f"{scheme.name} ({scheme.label}, compressed-tensors), everything else {dtype}" if scheme else rounded
     told = {key: record["recipe"].get(key) for key in _RECIPE} | (record["recipe"].get("settings") or {})
     recipe = "\n".join(f"- {key}: {value}" for key, value in told.items() if value)
     runs = f" It runs in {scheme.runs_on}." if scheme else ""
