@@ -164,14 +164,16 @@ def export_run(
                 stochastic=stochastic,
             )
 
+        stochastic = rounding == "stochastic"
+        hashes = write(stochastic)
+
         def write_again() -> None:
             nonlocal stochastic, hashes
             say(f"nearest values in {_name(file_dtype)} lose what the training moved: written again, rounded by chance")
             remove_weights(staging)
             stochastic, hashes = True, write(True)
 
-        stochastic = rounding == "stochastic"
-        hashes, outcome = write(stochastic), None
+        outcome = None
         if parity:
             outcome = measure_parity(
                 run,

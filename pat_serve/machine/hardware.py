@@ -21,7 +21,8 @@ _CGROUP_MEMORY = Path("/sys/fs/cgroup")
 _CPUINFO = Path("/proc/cpuinfo")
 # The flags that decide which matrix kernels a CPU gets.
 _TELLING_FLAGS = (
-    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve",
+    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8",
+    "asimd", "bf16", "sve",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Four-bit weights on a CPU: vLLM has no kernel for them in float32, and on AMD's CPUs a fast one from zentorch alone."""
+"""Four-bit weights on a CPU: vLLM has no kernel for them in float32, and zentorch's is the fast one on AMD's CPUs."""
 
 from __future__ import annotations
 
@@ -35,4 +35,6 @@ def check_four_bits(config: Mapping[str, Any], name: str, dtype: str) -> None:
             fix="Give --dtype bfloat16, or use the int8 export on a CPU without 16-bit arithmetic.",
         )
     if lacks_zen_kernels():
-        say(f"{name}: 4-bit weights are slow on this CPU without zentorch; `make zen` installs it (docs/benchmarking.md)")
+        say(
+            f"{name}: 4-bit weights are slow on this CPU without zentorch; `make zen` installs it (docs/benchmarking.md)"
+        )
