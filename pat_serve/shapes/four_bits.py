@@ -35,6 +35,4 @@ def check_four_bits(config: Mapping[str, Any], name: str, dtype: str) -> None:
             fix="Give --dtype bfloat16, or use the int8 export on a CPU without 16-bit arithmetic.",
         )
     if lacks_zen_kernels():
-        say(
-            f"{name}: 4-bit weights are slow on this CPU without zentorch; `make zen` installs it (docs/benchmarking.md)"
-        )
+        say(f"{name}: 4-bit weights are slow on this CPU without zentorch: `make zen` adds it (docs/benchmarking.md)")
