@@ -68,7 +68,7 @@ def start(recipe: TrainRecipe, run: Path, *, force: bool = False) -> Finished:
             begin(prepared, run)
             return _prune(prepared, run)
     if method_of(recipe).searches:
-        # Its scores go into the folder while it searches, for hours with a large model.
+        # A search takes hours with a large model, and writes its scores into the folder.
         with room_on_disk(run, lambda: way_on(run)):
             ranks.agree(lambda: begin(prepared, run))
             job = assemble(prepared, run, ranks, resumes=False)

@@ -1,4 +1,4 @@
-"""What a reader of parity figures needs to know about the export of a family."""
+"""Notes beside parity figures: the particulars of a family's export."""
 
 from __future__ import annotations
 
