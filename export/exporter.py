@@ -144,7 +144,9 @@ def export_run(
             "--rounding stochastic",
             expected="files of 16 bits",
             found=f"--quantize {quantize}" if scheme else _name(file_dtype),
-            fix="Leave it out, or export with --dtype bfloat16.",
+            fix="Leave --rounding out: a quantized weight has its scheme's own rounding."
+            if scheme
+            else "Leave --rounding out, or export with --dtype bfloat16.",
         )
     with ExitStack() as stack:
         base_files = stack.enter_context(BaseFiles(run))

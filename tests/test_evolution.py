@@ -208,8 +208,8 @@ def test_an_interrupted_search_measures_nothing_twice(
         with pytest.raises(KeyboardInterrupt):
             start(recipe, run)
     before = (run / "search.jsonl").read_text().splitlines()
-    with (run / "search.jsonl").open("a") as file:
-        file.write('{"candidate": "cut o')
+    with (run / "search.jsonl").open("ab") as file:
+        file.write({"search": b'{"candidate": "cut o', "first weights": b'[1]\n{"candidate": "x\n\xff\xfe{"'}[ends_in])
     resume(run)
     lines = (run / "search.jsonl").read_text().splitlines()
     assert lines[: len(before)] == before

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 from pat_serve.training.methods.search.genome import Genome
 from pat_serve.training.ranks import Ranks
@@ -32,13 +34,18 @@ class Journal:
     def _read(self) -> dict[tuple[str, int], tuple[float, int]]:
         if self._path is None or not self._path.is_file():
             return {}
-        text = self._path.read_text(encoding="utf-8")
-        whole, newline, rest = text.rpartition("\n")
-        if rest:
-            # A line that an interruption cut off must not run into the next one.
-            self._path.write_text(whole + newline, encoding="utf-8")
-        lines = [json.loads(line) for line in whole.splitlines()]
-        return {(line["candidate"], line["batch"]): (line["nats"], line["tokens"]) for line in lines}
+        known: dict[tuple[str, int], tuple[float, int]] = {}
+        read_bytes = 0
+        for line in self._path.read_bytes().splitlines(keepends=True):
+            try:
+                found: Any = json.loads(line) if line.endswith(b"\n") else None
+                known[found["candidate"], found["batch"]] = float(found["nats"]), int(found["tokens"])
+            except (ValueError, TypeError, KeyError):
+                # An interruption or a disk has damaged it. What follows is measured again, behind the whole lines.
+                os.truncate(self._path, read_bytes)
+                break
+            read_bytes += len(line)
+        return known
 
     def __len__(self) -> int:
         return len(self._known)
