@@ -33,7 +33,7 @@ from pat_serve.training.ranks import Ranks, snapshot
 from pat_serve.training.result import PARITY_ROWS, require_finite, write_result
 from pat_serve.training.search.search import as_found, search, wants_search, with_shape
 from pat_serve.training.sparse.run import prune
-from pat_serve.training.start import begin, has_chosen, lay_out, save_start
+from pat_serve.training.start import begin, clear_half_start, lay_out, save_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def resume(run: Path) -> Finished:
     if not method_of(prepared.recipe).trains:
         with room_on_disk(run, lambda: way_on(run)):
             return _prune(prepared, run)
-    lacks_start = method_of(prepared.recipe).searches and not ranks.agree(lambda: has_chosen(run))
+    lacks_start = method_of(prepared.recipe).searches and ranks.agree(lambda: clear_half_start(run))
     job = assemble(prepared, run, ranks, resumes=True)
     checkpoints = ranks.agree(lambda: list_checkpoints(run))
     with room_on_disk(run, lambda: way_on(run)):

@@ -43,10 +43,10 @@ def save_start(job: Job, folder: Path) -> None:
     save_choice(folder, job.method.chosen)
 
 
-def has_chosen(run: Path) -> bool:
-    """A run whose method searches has written all of its start; without it, half-written weights are deleted."""
+def clear_half_start(run: Path) -> bool:
+    """Delete what an interrupted search has written of its start, unless it is whole; True if there is no start now."""
     if (run / CHOICE_FILE).is_file():
-        return True
+        return False
     for path in started_files(run):
         path.unlink()
-    return False
+    return True
