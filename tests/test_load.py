@@ -241,6 +241,8 @@ def test_guidellm_measures_a_server_of_known_latency(tmp_path: Path) -> None:
         (tmp_path / "none").mkdir()
         with pytest.raises(EngineError, match="a report"):
             run_load(settings.model_copy(update={"tokenizer": str(tmp_path / "none")}), api_key=None)
+        with pytest.raises(EngineError, match=r"expected a request in every run, found a run of 2 s without one"):
+            run_load(settings.model_copy(update={"rates": (1e-4,), "seconds": 2.0}), api_key=None)
     finally:
         os.killpg(server.pid, 9)
         server.wait()

@@ -41,7 +41,9 @@ from pat_serve.server.engine.workers.cpu_watch import CpuWatch
 Progress = Callable[[str, int, int], None]
 # guidellm's prompts of synthetic text have some tokens more than were asked for, in another tokenizer's count.
 _SPARE_TOKENS = 64
-_WARM_UP_SECONDS = 2.0
+_WARM_UP_SECONDS, _WARM_UP_RATE = 2.0, 4.0
+# Fewer requests than these are expected in a run: the run may send none at all, and its goodput says nothing.
+_FEWEST_REQUESTS = 5
 
 
 class _Client:
@@ -104,7 +106,7 @@ def measure_equal_memory(
         with server("baseline") as first, server("candidate") as second:
             started: dict[Role, Serving] = {"baseline": first, "candidate": second}
             for one in started.values():
-                _load(one, settings.model_copy(update={"seconds": _WARM_UP_SECONDS}), settings.rates[:1], -1)
+                _warm_up(one, settings)
             rounds = []
             for index in range(settings.rounds):
                 progress("loading", index, settings.rounds)
@@ -168,6 +170,14 @@ def check_settings(settings: EqualMemorySettings) -> None:
     want("--seed", 0 <= settings.seed < 2**31, "0 to 2147483647", settings.seed, "Try --seed 0.")
     want("--slo", bool(settings.slo), "one bound at least", "none", "Try --slo ttft=1 --slo tpot=0.1.")
     check_load(_load_settings("http://127.0.0.1", settings, settings.rates, 0))
+    fewest = min(settings.rates) * settings.seconds
+    want(
+        "--seconds",
+        fewest >= _FEWEST_REQUESTS,
+        f"{_FEWEST_REQUESTS} requests or more in a run of the lowest --rate",
+        f"{fewest:g}",
+        f"Try --seconds {math.ceil(2 * _FEWEST_REQUESTS / min(settings.rates))}.",
+    )
 
 
 def budget(baseline: ModelSource, settings: EqualMemorySettings, dtype_bytes: int) -> int:
@@ -218,6 +228,12 @@ def _round(started: dict[Role, Serving], settings: EqualMemorySettings, index: i
     return MemoryRound(
         first=order[0], baseline=runs["baseline"], candidate=runs["candidate"], other_cpu_share=watch.other_share
     )
+
+
+def _warm_up(one: Serving, settings: EqualMemorySettings) -> None:
+    # Constant arrivals, some each second. At a low rate none may come in so short a run, which guidellm cannot report.
+    short = _load_settings(one.url, settings, (_WARM_UP_RATE,), settings.seed)
+    run_load(short.model_copy(update={"seconds": _WARM_UP_SECONDS, "profile": "constant"}), api_key=None)
 
 
 def _load(one: Serving, settings: EqualMemorySettings, rates: tuple[float, ...], index: int) -> tuple[LoadRun, ...]:

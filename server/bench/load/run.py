@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +32,8 @@ _LOOK_TIMEOUT_S = 10.0
 # Seconds that guidellm may take to import, to make its prompts and to write its report, beside the runs themselves.
 _SPARE_S = 600.0
 _LOG_LINES = 8
+# guidellm 0.8 ends in this error where a run has sent no request, and loses the reports of the runs before it.
+_NOTHING_SENT = "No measurement start or end times available"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +215,10 @@ def guidellm_environment(environ: Mapping[str, str], *, tokenizer: str, url: str
     return ours | dict(environ)
 
 
+def _listed(rates: Sequence[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
 def _run_guidellm(
     settings: LoadSettings, url: str, model: str, tokenizer: str, api_key: str | None, scratch: Path
 ) -> dict[str, Any]:
@@ -239,7 +245,15 @@ def _run_guidellm(
         except subprocess.TimeoutExpired as error:
             found = f"no end within {error.timeout:.0f} s"
     if not report.exists():
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+        said = log.read_text(errors="replace")
+        if _NOTHING_SENT in said:
+            raise EngineError(
+                "guidellm",
+                expected="a request in every run",
+                found=f"a run of {settings.seconds:g} s without one, at {_listed(settings.rates)} requests a second",
+                fix="Give more --seconds or a higher --rate, so that a run sends ten requests or more.",
+            )
+        tail = "\n".join(said.splitlines()[-_LOG_LINES:])
         tail = tail.replace(api_key, "KEY") if api_key else tail
         raise EngineError(
             "guidellm",
