@@ -183,7 +183,14 @@ def test_prompts_that_fill_the_context(tiny_base: Path, rows: Path, tmp_path: Pa
     ("settings", "message"),
     [
         ({"data": "d"}, "model (recipe): expected field required, found no value"),
-        ({"model": "m", "data": "d", "learning_rat": 1}, "learning_rat (recipe)"),
+        (
+            {"model": "m", "data": "d", "learning_rat": 1},
+            "learning_rat (recipe): expected a setting of recipes, found none of this name. Did you mean learning_rate",
+        ),
+        (
+            {"model": "m", "data": "d", "method": "one-shot", "sparsity": 0.5},
+            "none of this name. It belongs to method one-shot: write it under settings, beside method.",
+        ),
         ({"model": "m", "data": "d", "max_steps": -1}, "max_steps (recipe)"),
         ({"model": "m", "data": "d", "ratio": 0.2, "hidden_size": 48}, "not both"),
         ({"model": "m", "data": "d", "lr_scheduler": "nonsense"}, "lr_scheduler (recipe): expected one of linear"),

@@ -57,6 +57,30 @@ def test_what_is_left_open_follows_from_the_rest(
 
 
 @pytest.mark.parametrize(
+    ("hidden_size", "settings", "rate"),
+    [
+        (64, {}, 1.3e-3),
+        (576, {}, 1.3e-3),
+        (2048, {}, 4.9e-4),
+        (4096, {}, 2.9e-4),
+        (576, {"train": "all"}, 2e-4),
+        (576, {"method": "layers"}, 2e-4),
+        (576, {"learning_rate": 1e-5}, 1e-5),
+        (576, preset_settings("paper"), 5e-5),
+        (576, {"method": "spp"}, 4e-3),
+    ],
+)
+def test_the_learning_rate_follows_from_the_width(hidden_size: int, settings: dict[str, Any], rate: float) -> None:
+    assert recipe(**settings).with_rate(hidden_size).learning_rate == rate
+
+
+def test_a_run_says_the_learning_rate_that_it_took(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    settings = tiny_recipe(tiny_base, rows, max_steps=12).model_dump(exclude_unset=True)
+    start(TrainRecipe.build(settings | {"learning_rate": None}, "test"), tmp_path / "run")
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["learning_rate"] == 1.3e-3
+
+
+@pytest.mark.parametrize(
     ("settings", "refit"),
     [
         ({}, "full"),

@@ -26,9 +26,9 @@ def test_parameters_of_the_paper_s_shapes() -> None:
     assert PRUNED.parameters * 4 == DENSE.parameters * 3
 
 
-@pytest.mark.parametrize("name", ["llama2-7b-groups25", "llama2-7b-mix25"])
+@pytest.mark.parametrize("name", ["llama2-7b-groups25", "llama2-7b-layers25", "llama2-7b-mix25"])
 def test_the_other_shipped_shapes_are_a_quarter_smaller_and_load(name: str) -> None:
-    assert shipped(name).parameters == pytest.approx(0.75 * DENSE.parameters, rel=0.01)
+    assert shipped(name).parameters == pytest.approx(0.75 * DENSE.parameters, rel=0.02)
     config = json.loads((files("pat_serve.server.bench") / "shapes" / f"{name}.json").read_text())
     stock = AutoConfig.for_model(config.pop("model_type"), **config)
     with torch.device("meta"):

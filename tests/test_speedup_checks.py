@@ -85,7 +85,7 @@ def test_prefill_alone_needs_no_output_tokens() -> None:
 
 def test_shipped_shapes_are_cut_in_a_copy(tmp_path: Path) -> None:
     floats = [name for name in shipped_shapes() if not name.endswith(("-int8", "-int4", "-fp8"))]
-    assert floats == ["llama2-7b", "llama2-7b-groups25", "llama2-7b-mix25", "llama2-7b-pat25"]
+    assert floats == ["llama2-7b", "llama2-7b-groups25", "llama2-7b-layers25", "llama2-7b-mix25", "llama2-7b-pat25"]
     source = find("llama2-7b-pat25", tmp_path, layers=3)
     written = json.loads((tmp_path / "config.json").read_text())
     assert source.path == str(tmp_path)

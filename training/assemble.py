@@ -134,6 +134,7 @@ def _arguments(prepared: Prepared, run: Path, method: Method) -> TrainingArgumen
     from transformers import TrainingArguments
 
     recipe, inputs = prepared.recipe, prepared.inputs
+    assert recipe.learning_rate is not None, "the recipe was not resolved"
     return TrainingArguments(
         output_dir=str(run.parent),  # made at once, while checkpoints go where the trainer says
         max_steps=inputs.total_steps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,8 @@ from pat_serve.training.groups import check_groups, parse_scales, untrained_grou
 from pat_serve.training.method_settings import MethodSettings
 from pat_serve.training.methods.pat.settings import PatSettings
 from pat_serve.training.presets import UNPRUNED
+from pat_serve.training.rates import default_rate
+from pat_serve.training.recipe_errors import recipe_error
 from pat_serve.training.recipe_file import write_recipe
 from pat_serve.training.shape_settings import ShapeSettings
 
@@ -63,7 +64,8 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
     batch_size: int = pydantic.Field(default=8, ge=1)
     gradient_accumulation_steps: int = pydantic.Field(default=16, ge=1)
     max_length_tokens: int = pydantic.Field(default=256, ge=8)
-    learning_rate: float = pydantic.Field(default=2e-4, gt=0)
+    # By the width of the base (rates.py), where none is named.
+    learning_rate: float | None = pydantic.Field(default=None, gt=0)
     # Factors by group of parameters (groups.py).
     lr_scale: dict[str, Annotated[float, pydantic.Field(gt=0)]] = pydantic.Field(default_factory=dict)
     lr_scheduler: str = "cosine"
@@ -163,6 +165,12 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
             return self
         settings = self.model_dump(exclude_unset=True)
         return TrainRecipe.build({**settings, "axes": AXES_OF_TIED}, "recipe")
+
+    def with_rate(self, hidden_size: int) -> TrainRecipe:
+        """The recipe with a learning rate, of its own or by the width of the base."""
+        if self.learning_rate is not None:
+            return self
+        return self.model_copy(update={"learning_rate": default_rate(hidden_size, self.train)})
 
     def resolved(self, *, tied: bool, prunes: bool = True, narrows: bool = True) -> TrainRecipe:
         """The recipe with every `auto` of the method decided by what measured best (docs/ablation.md).
@@ -284,17 +292,4 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
         try:
             return TrainRecipe.model_validate(settings)
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"])) or "recipe"
-            told, given = first["msg"].removeprefix("Value error, ").lower(), first.get("input")
-            found = "no value" if first["type"] == "missing" else repr(given)
-            if not first["loc"] and isinstance(given, dict):
-                # Settings that do not go together: those that the message speaks of, and not the whole recipe.
-                words = re.findall(r"\w+", told)
-                found = ", ".join(f"{key} {value}" for key, value in given.items() if key in words) or "others"
-            raise UsageError(
-                f"{name} ({source})",
-                expected=told,
-                found=found,
-                fix="See pat-train --help.",
-            ) from error
+            raise recipe_error(error, source, TrainRecipe.model_fields) from error

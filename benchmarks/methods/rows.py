@@ -98,5 +98,11 @@ ROWS: dict[str, Row] = {
         source="arXiv 2409.17372",
         recipe={"method": "search", "shape": {"layers": 24, "ffn": 1280}, "settings": {"generations": 8}},
     ),
-    "spp": Row(axes="zeros", trains=True, source="arXiv 2405.16057", recipe={"method": "spp"}, base="one-shot, 2:4"),
+    "spp": Row(
+        axes="zeros",
+        trains=True,
+        source="arXiv 2405.16057",
+        recipe={"method": "spp", "learning_rate": 4e-3},
+        base="one-shot, 2:4",
+    ),
 }

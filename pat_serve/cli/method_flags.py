@@ -130,12 +130,12 @@ def _of_others(setting: str, method: type[Method]) -> inspect.Parameter:
     from pat_serve.training.methods import METHODS
 
     owners = [other for other in METHODS.values() if setting in other.settings.model_fields]
-    flag = f"--{setting.replace('_', '-')}"
+    dashed = setting.replace("_", "-")
 
     def refuse(value: object) -> None:
         if value is not None:
             raise UsageError(
-                flag,
+                f"--no-{dashed}" if value is False else f"--{dashed}",
                 expected=f"a flag of --method {method.name}",
                 found="a setting of " + ", ".join(f"--method {other.name}" for other in owners),
                 fix=f"Leave it out, or give --method {owners[0].name}.",

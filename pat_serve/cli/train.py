@@ -101,7 +101,11 @@ def train(
         int | None, Flag(help="Tokens of the longest example; the rest of it is cut off. [default: 256]")
     ] = None,
     learning_rate: Annotated[
-        float | None, Flag(help="Peak learning rate. [default: 2e-4; 5e-5 with --preset paper]")
+        float | None,
+        Flag(
+            help="Peak learning rate. [default: for LoRA by the base's width, from 1.3e-3 (576 channels) to 2.9e-4 "
+            "(4096); 2e-4 for --train head+last3 and all; 5e-5 with --preset paper]"
+        ),
     ] = None,
     mask_learning_rate: Annotated[
         float | None,

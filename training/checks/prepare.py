@@ -80,6 +80,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     if not (recipe.shape or recipe.axes or recipe.ratio or recipe.hidden_size):
         recipe = recipe.model_copy(update={"shape": method.default_shape(checkpoint.sizes)})
     recipe = recipe.resolved(tied=checkpoint.tied, prunes=method.prunes, narrows=HIDDEN in method.axes)
+    recipe = recipe.with_rate(checkpoint.hidden_size)
     check_ties(recipe, checkpoint)
     method.check_base(recipe, checkpoint)
     shape = target_shape(recipe, checkpoint)
