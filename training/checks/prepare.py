@@ -75,12 +75,12 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     named = recipe.with_axes(tied=checkpoint.tied, layers=checkpoint.num_layers)
     if named is not recipe:
         say("--ratio goes along layers and FFN channels, since the base is tied (--axes hidden: along its stream)")
-    asked = recipe = named
+    # The rate is a number that the run's recipe and card name.
+    asked = recipe = named.with_rate(checkpoint.hidden_size)
     method = method_of(recipe)
     if not (recipe.shape or recipe.axes or recipe.ratio or recipe.hidden_size):
         recipe = recipe.model_copy(update={"shape": method.default_shape(checkpoint.sizes)})
     recipe = recipe.resolved(tied=checkpoint.tied, prunes=method.prunes, narrows=HIDDEN in method.axes)
-    recipe = recipe.with_rate(checkpoint.hidden_size)
     check_ties(recipe, checkpoint)
     method.check_base(recipe, checkpoint)
     shape = target_shape(recipe, checkpoint)
