@@ -82,7 +82,9 @@ def make(name: str, setup: Setup) -> None:
         figures["answer"] = answer_of(setup.model_of(name), folder / "serve.log")
     machine = describe()
     figures["machine"] = {key: machine[key] for key in ("cpu_model", "cpu_cores")}
-    figures["protocol"] = {"steps": setup.steps, "limit": setup.limit, "context_tokens": CONTEXT_TOKENS, **SHARED}
+    own = {setting: row.recipe[setting] for setting in SHARED if setting in row.recipe}
+    lengths = {"steps": setup.steps, "limit": setup.limit, "context_tokens": CONTEXT_TOKENS}
+    figures["protocol"] = lengths | SHARED | own
     write_json(path, figures)
 
 

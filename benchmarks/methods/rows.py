@@ -31,6 +31,8 @@ class Row:
 
 DENSE = "dense"
 _CUT = {"max_steps": 0}
+# pat-train's default for the width of this model, which came after the other rows (docs/study.md).
+OF_THE_WIDTH = 1.3e-3
 ROWS: dict[str, Row] = {
     DENSE: Row(axes="none", trains=False, source="the model as it is"),
     "lora": Row(axes="none", trains=True, source="arXiv 2106.09685", recipe={"method": "lora"}),
@@ -104,5 +106,26 @@ ROWS: dict[str, Row] = {
         source="arXiv 2405.16057",
         recipe={"method": "spp", "learning_rate": 4e-3},
         base="one-shot, 2:4",
+    ),
+    "lora, 1.3e-3": Row(
+        axes="none", trains=True, source="arXiv 2106.09685", recipe={"method": "lora", "learning_rate": OF_THE_WIDTH}
+    ),
+    "pat, 1.3e-3": Row(
+        axes="hidden",
+        trains=True,
+        source="arXiv 2408.14721",
+        recipe={"hidden_size": 432, "learning_rate": OF_THE_WIDTH},
+    ),
+    "cut, FFN, 1.3e-3": Row(
+        axes="FFN",
+        trains=True,
+        source="arXiv 2407.14679",
+        recipe={"shape": {"ffn": 896}, "learning_rate": OF_THE_WIDTH},
+    ),
+    "cut, layers and FFN, 1.3e-3": Row(
+        axes="layers, FFN",
+        trains=True,
+        source="arXiv 2407.14679",
+        recipe={"shape": {"layers": 24, "ffn": 1280}, "learning_rate": OF_THE_WIDTH},
     ),
 }
