@@ -182,14 +182,14 @@ def test_prompts_that_fill_the_context(tiny_base: Path, rows: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data": "d"}, "model (recipe): expected field required, found no value"),
+        ({"data": "d"}, "model (recipe): expected a value, found none"),
         (
             {"model": "m", "data": "d", "learning_rat": 1},
             "learning_rat (recipe): expected a setting of recipes, found none of this name. Did you mean learning_rate",
         ),
         (
             {"model": "m", "data": "d", "method": "one-shot", "sparsity": 0.5},
-            "none of this name. It belongs to method one-shot: write it under settings, beside method.",
+            "none of this name. Write it under settings; it goes with `method: one-shot`.",
         ),
         ({"model": "m", "data": "d", "max_steps": -1}, "max_steps (recipe)"),
         ({"model": "m", "data": "d", "ratio": 0.2, "hidden_size": 48}, "not both"),
@@ -198,6 +198,9 @@ def test_prompts_that_fill_the_context(tiny_base: Path, rows: Path, tmp_path: Pa
         ({"model": "m", "data": "d", "seed": 2**32}, "seed (recipe)"),
         ({"model": "m", "data": "d", "epochs": float("inf")}, "epochs (recipe)"),
         ({1: 2}, "model (recipe)"),
+        ({"model": "m", "data": "d", 1: 2}, "1 (recipe): expected a name, found 1"),
+        ({"model": "m", "data": "d", "out": "run"}, "It is a flag of pat-train: --out."),
+        ({"model": "m", "data": "d", "method": "one-shot", "settings": {"sparsty": 0.5}}, "Did you mean sparsity?"),
     ],
 )
 def test_a_bad_recipe(settings: dict[str, object], message: str):

@@ -120,7 +120,7 @@ def test_the_smaller_weights_leave_room_for_requests() -> None:
         ({"rounds": 4}, "--rounds"),
         ({"rates": (0.0,)}, "--rate"),
         ({"seconds": 0.0}, "--seconds"),
-        ({"rates": (2.0, 0.2), "seconds": 20.0}, "--seconds: expected 5 requests or more"),
+        ({"rates": (2.0, 0.2), "seconds": 20.0}, "--seconds: expected 10 requests or more"),
         ({"seed": -1}, "--seed"),
     ],
 )

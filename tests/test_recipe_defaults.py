@@ -14,8 +14,9 @@ from pat_serve.export.exporter import export_run
 from pat_serve.run.plan import PruningPlan
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.presets import PAPER, preset_settings
-from pat_serve.training.run import resume, start
+from pat_serve.training.run import resume, start, start_or_resume
 from tests.conftest import tiny_recipe
+from tests.test_resume import interrupt
 from tests.tiny_models import save_tiny_llama
 
 DEFAULTS = {name: TrainRecipe.model_fields[name].default for name in (*PAPER, "hio_rank")}
@@ -64,6 +65,7 @@ def test_what_is_left_open_follows_from_the_rest(
         (2048, {}, 4.9e-4),
         (4096, {}, 2.9e-4),
         (576, {"train": "all"}, 2e-4),
+        (4096, {"train": "all"}, 4.3e-5),
         (576, {"method": "layers"}, 2e-4),
         (576, {"learning_rate": 1e-5}, 1e-5),
         (576, preset_settings("paper"), 5e-5),
@@ -74,10 +76,20 @@ def test_the_learning_rate_follows_from_the_width(hidden_size: int, settings: di
     assert recipe(**settings).with_rate(hidden_size).learning_rate == rate
 
 
-def test_a_run_says_the_learning_rate_that_it_took(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
-    settings = tiny_recipe(tiny_base, rows, max_steps=12).model_dump(exclude_unset=True)
-    start(TrainRecipe.build(settings | {"learning_rate": None}, "test"), tmp_path / "run")
-    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["learning_rate"] == 1.3e-3
+@pytest.mark.parametrize("before", [None, 2e-4])
+def test_a_run_says_the_learning_rate_that_it_took_and_goes_on_with_it(
+    before: float | None, tiny_base: Path, rows: Path, tmp_path: Path
+) -> None:
+    """`before` is the default of an older version, which the run has written down."""
+    run = tmp_path / "run"
+    asked = tiny_recipe(tiny_base, rows, max_steps=12).model_copy(update={"learning_rate": None})
+    begun = asked.model_copy(update={"learning_rate": before})
+    interrupt(run, begun, 5)
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["learning_rate"] == (before or 1.3e-3)
+    assert start_or_resume(asked, run) is not None
+    assert start_or_resume(asked, run) is None
+    with pytest.raises(UsageError, match="learning_rate"):
+        start_or_resume(asked.model_copy(update={"learning_rate": 1e-5}), run)
 
 
 @pytest.mark.parametrize(

@@ -167,8 +167,10 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
         return TrainRecipe.build({**settings, "axes": AXES_OF_TIED}, "recipe")
 
     def with_rate(self, hidden_size: int) -> TrainRecipe:
-        """The recipe with a learning rate, of its own or by the width of the base."""
-        if self.learning_rate is not None:
+        """The recipe with a learning rate, of its own or by the width of the base, where its method trains."""
+        from pat_serve.training.methods import METHODS
+
+        if self.learning_rate is not None or "learning_rate" in METHODS[self.method].unused:
             return self
         return self.model_copy(update={"learning_rate": default_rate(hidden_size, self.train)})
 

@@ -6,6 +6,8 @@ description as its help, and a line under `settings` in a recipe.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Self
 
 import pydantic
@@ -41,7 +43,8 @@ class MethodSettings(pydantic.BaseModel):
 
         if not isinstance(settings, dict) or (method := METHODS.get(str(settings.get("method")))) is None:
             return settings
-        return {**method.defaults, **settings}
+        # A file's `null` says nothing.
+        return settings | {name: default for name, default in method.defaults.items() if settings.get(name) is None}
 
     @pydantic.model_validator(mode="after")
     def _check_settings(self) -> Self:
@@ -81,7 +84,7 @@ def checked_settings(kind: type[OwnSettings], settings: dict[str, Any], method: 
                 f"--{flag_name(name)}",
                 expected=f"a setting of --method {method}: {known}",
                 found=name,
-                fix="Leave it out, or choose the method that has it.",
+                fix=f"{meant(name, kind.model_fields)}Leave it out, or choose the method that has it.",
             ) from error
         raise UsageError(
             f"--{flag_name(name)}" if name else f"--method {method}",
@@ -89,6 +92,12 @@ def checked_settings(kind: type[OwnSettings], settings: dict[str, Any], method: 
             found=str(fault.get("input")) if name else str(settings),
             fix=f"See pat-train --method {method} --help.",
         ) from error
+
+
+def meant(unknown: str, names: Iterable[str]) -> str:
+    """A question after the name that somebody probably meant; empty without one."""
+    near = get_close_matches(unknown, [*names], n=1)
+    return f"Did you mean {near[0]}? " if near else ""
 
 
 def flag_name(setting: str) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-# Weights themselves want about a tenth of LoRA's rate.
-_OF_WEIGHTS = 2e-4
-# LoRA's optimum falls with the width: 5e-4 x (2000 / hidden) ** 0.781 for the Llama family, whatever the rank, where
-# alpha over rank is 1 (LoRA Without Regret, 2025, with a fit over models of 1B to 70B).
-_AT_2000 = 5e-4
+# The rate falls with the width: for LoRA on the Llama family 5e-4 x (2000 / hidden) ** 0.781 (LoRA Without Regret,
+# 2025). Theirs is an alpha of 32 whatever the rank. pat-train's alpha is the rank, which is the same at rank 32.
+_OF_LORA_AT_2000 = 5e-4
 _EXPONENT = 0.781
-# The narrowest real model that it was measured on (docs/study.md); below that the rate stays.
+# The one real model that rates were measured on (docs/study.md). Below its width the rate stays.
 _NARROWEST = 576
+# Of weights themselves, there.
+_OF_WEIGHTS = 2e-4
 
 
 def default_rate(hidden_size: int, train: str) -> float:
@@ -19,6 +19,9 @@ def default_rate(hidden_size: int, train: str) -> float:
         hidden_size: channels of the base's residual stream.
         train: as in a recipe.
     """
-    if train != "lora":
-        return _OF_WEIGHTS
-    return float(f"{_AT_2000 * (2000 / max(hidden_size, _NARROWEST)) ** _EXPONENT:.1e}")
+    width = max(hidden_size, _NARROWEST)
+    if train == "lora":
+        rate = _OF_LORA_AT_2000 * (2000 / width) ** _EXPONENT
+    else:
+        rate = _OF_WEIGHTS * (_NARROWEST / width) ** _EXPONENT
+    return float(f"{rate:.1e}")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from difflib import get_close_matches
+from collections.abc import Collection
 
 import pydantic
 
 from pat_serve.errors import UsageError
+from pat_serve.training.method_settings import meant
+
+# Flags of pat-train that say where a run goes and how it begins, and not what it does.
+_FLAGS = frozenset({"out", "resume", "config", "preset", "force", "debug"})
 
 
-def recipe_error(error: pydantic.ValidationError, source: str, names: Iterable[str]) -> UsageError:
+def recipe_error(error: pydantic.ValidationError, source: str, names: Collection[str]) -> UsageError:
     """The first fault that pydantic found, as an error for the user.
 
     Args:
@@ -20,12 +23,16 @@ def recipe_error(error: pydantic.ValidationError, source: str, names: Iterable[s
         names: of a recipe's own settings.
     """
     first = error.errors()[0]
-    name = ".".join(map(str, first["loc"])) or "recipe"
-    told, given = first["msg"].removeprefix("Value error, ").lower(), first.get("input")
-    if first["type"] == "extra_forbidden":
-        fix = _way_out(name, [*names])
+    kind, given = first["type"], first.get("input")
+    name = ".".join(str(part) for part in first["loc"] if part != "[key]") or "recipe"
+    if kind == "extra_forbidden":
+        fix = _way_out(name, names)
         return UsageError(f"{name} ({source})", expected="a setting of recipes", found="none of this name", fix=fix)
-    found = "no value" if first["type"] == "missing" else repr(given)
+    if kind == "invalid_key":
+        return UsageError(f"{name} ({source})", expected="a name", found=repr(given), fix="Write `name: value`.")
+    if kind == "missing":
+        return UsageError(f"{name} ({source})", expected="a value", found="none", fix="See pat-train --help.")
+    told, found = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").lower(), repr(given)
     if not first["loc"] and isinstance(given, dict):
         # Settings that do not go together: those that the message speaks of, and not the whole recipe.
         words = re.findall(r"\w+", told)
@@ -33,12 +40,13 @@ def recipe_error(error: pydantic.ValidationError, source: str, names: Iterable[s
     return UsageError(f"{name} ({source})", expected=told, found=found, fix="See pat-train --help.")
 
 
-def _way_out(unknown: str, names: list[str]) -> str:
-    """The place of a method's setting, or the name that was probably meant."""
+def _way_out(unknown: str, names: Collection[str]) -> str:
+    """The place of a method's setting or of a flag, or the name that was probably meant."""
     from pat_serve.training.methods import METHODS
 
-    owners = [method.name for method in METHODS.values() if unknown in method.settings.model_fields]
+    owners = [f"`method: {method.name}`" for method in METHODS.values() if unknown in method.settings.model_fields]
     if owners:
-        return f"It belongs to {', '.join(f'method {one}' for one in owners)}: write it under settings, beside method."
-    near = get_close_matches(unknown, names, n=1)
-    return f"Did you mean {near[0]}?" if near else "Leave it out; pat-train --help names all settings."
+        return f"Write it under settings; it goes with {' or '.join(owners)}."
+    if unknown in _FLAGS:
+        return f"It is a flag of pat-train: --{unknown}."
+    return meant(unknown, names) + "Leave it out; pat-train --help names all settings."

@@ -104,7 +104,7 @@ def train(
         float | None,
         Flag(
             help="Peak learning rate. [default: for LoRA by the base's width, from 1.3e-3 (576 channels) to 2.9e-4 "
-            "(4096); 2e-4 for --train head+last3 and all; 5e-5 with --preset paper]"
+            "(4096), and 2e-4 to 4.3e-5 for --train head+last3 and all; 5e-5 with --preset paper]"
         ),
     ] = None,
     mask_learning_rate: Annotated[

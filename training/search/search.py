@@ -212,7 +212,7 @@ def _tune(bench: _Bench, tried: list[Tried], until_s: float) -> list[Tried]:
 
 def _resolved(recipe: TrainRecipe, candidate: Candidate, checkpoint: Checkpoint) -> TrainRecipe:
     """The recipe of a candidate's run, with every `auto` decided."""
-    recipe = with_shape(recipe, candidate.shape)
+    recipe = with_shape(recipe, candidate.shape).with_rate(checkpoint.hidden_size)
     method = method_of(recipe)
     return recipe.resolved(tied=checkpoint.tied, prunes=method.prunes, narrows=HIDDEN in method.axes)
 

@@ -43,7 +43,7 @@ Progress = Callable[[str, int, int], None]
 _SPARE_TOKENS = 64
 _WARM_UP_SECONDS, _WARM_UP_RATE = 2.0, 4.0
 # Fewer requests than these are expected in a run: the run may send none at all, and its goodput says nothing.
-_FEWEST_REQUESTS = 5
+_FEWEST_REQUESTS = 10
 
 
 class _Client:
@@ -176,7 +176,7 @@ def check_settings(settings: EqualMemorySettings) -> None:
         fewest >= _FEWEST_REQUESTS,
         f"{_FEWEST_REQUESTS} requests or more in a run of the lowest --rate",
         f"{fewest:g}",
-        f"Try --seconds {math.ceil(2 * _FEWEST_REQUESTS / min(settings.rates))}.",
+        f"Try --seconds {math.ceil(_FEWEST_REQUESTS / min(settings.rates))}, or a higher --rate.",
     )
 
 

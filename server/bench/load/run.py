@@ -250,7 +250,7 @@ def _run_guidellm(
             raise EngineError(
                 "guidellm",
                 expected="a request in every run",
-                found=f"a run of {settings.seconds:g} s without one, at {_listed(settings.rates)} requests a second",
+                found=f"a run of {settings.seconds:g} s without one (runs at {_listed(settings.rates)} a second)",
                 fix="Give more --seconds or a higher --rate, so that a run sends ten requests or more.",
             )
         tail = "\n".join(said.splitlines()[-_LOG_LINES:])
