@@ -103,8 +103,8 @@ def train(
     learning_rate: Annotated[
         float | None,
         Flag(
-            help="Peak learning rate. [default: by the base's width: LoRA's from 1.3e-3 (576 channels) to 2.9e-4 (4096), "
-            "that of weights from 2e-4 to 4.3e-5; 5e-5 with --preset paper]"
+            help="Peak learning rate. [default: by the base's width: LoRA's from 1.3e-3 (576 channels) to 2.9e-4 "
+            "(4096), that of weights from 2e-4 to 4.3e-5; 5e-5 with --preset paper]"
         ),
     ] = None,
     mask_learning_rate: Annotated[
