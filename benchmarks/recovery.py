@@ -153,6 +153,7 @@ def recipe_of(options: argparse.Namespace, line: dict[str, Any]) -> TrainRecipe:
     settings["eval_steps"] = 10**6
     if line["shape"] == DENSE:
         settings |= {"method": "lora", "max_steps": max(1, settings["max_steps"])}
+        del settings["calibration_rows"]  # nothing is cut that the stream would be measured for
     else:
         settings |= {"shape": line["shape"], "choose": line["choose"]}
     return TrainRecipe.build(settings, "the command")
