@@ -7,9 +7,8 @@ bytes that are free and kept. Growth in use is kept by somebody. Growth of what 
 malloc_trim gives back at the end. Growth of neither is memory that something maps for itself, such as compiled kernels.
 --tracemalloc adds the lines of Python that hold more at the end than after the first quarter, and slows the run.
 
-oneDNN compiles a product anew for each number of tokens in a step. Each linear layer of vLLM keeps the last 32 of its
-products (`create_onednn_mm`), and oneDNN itself the last 1,024 of all layers. --kept-products changes the first bound,
-and the variable ONEDNN_PRIMITIVE_CACHE_CAPACITY the second, so that the growth can be told to come from them.
+oneDNN compiles a product of matrices anew for each number of tokens in a step, and keeps the last 1,024 of them. The
+variable ONEDNN_PRIMITIVE_CACHE_CAPACITY changes that bound, so that the growth can be told to come from them.
 """
 
 from __future__ import annotations
@@ -73,15 +72,12 @@ def main() -> None:
     parser.add_argument("--kv-cache-mib", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--one-length", action="store_true", help="all prompts 32 tokens, all answers 8")
-    parser.add_argument("--kept-products", type=int, help="products that a linear layer keeps; vLLM's own 32 otherwise")
     parser.add_argument("--tracemalloc", action="store_true")
     options = parser.parse_args()
     # Everything in this process, where it can be looked at.
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     from vllm import LLM, SamplingParams
 
-    if options.kept_products is not None:
-        keep_products(options.kept_products)
     with tempfile.TemporaryDirectory() as scratch:
         model = options.model or save_tiny_llama(Path(scratch) / "model", max_position_embeddings=MODEL_LENGTH)
         engine = LLM(
@@ -114,14 +110,6 @@ def main() -> None:
     if first is not None:
         for line in tracemalloc.take_snapshot().compare_to(first, "lineno")[:12]:
             print(line)
-
-
-def keep_products(number: int) -> None:
-    """Give each linear layer another bound of compiled products than vLLM does."""
-    from vllm import _custom_ops
-
-    original = _custom_ops.create_onednn_mm
-    _custom_ops.create_onednn_mm = lambda weight, _=0: original(weight, number)
 
 
 def show(seen: list[Memory]) -> None:
