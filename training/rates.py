@@ -8,7 +8,7 @@ _OF_LORA_AT_2000 = 5e-4
 _EXPONENT = 0.781
 # The one real model that rates were measured on (docs/study.md). Below its width the rate stays.
 _NARROWEST = 576
-# Of weights themselves, there.
+# The rate of weights was measured on the same model.
 _OF_WEIGHTS = 2e-4
 
 

@@ -74,7 +74,7 @@ def require_same_recipe(run: Path, recipe: TrainRecipe) -> None:
         # The run has named them, where the settings did not.
         recipe = recipe.with_axes(tied=True, layers=LEAST_LAYERS)
     if recipe.learning_rate is None:
-        # Likewise; a run of an older version has the rate that was the default then.
+        # The run has named its rate, too. An older version's run has the rate that was the default then.
         recipe = recipe.model_copy(update={"learning_rate": saved.learning_rate})
     old, new = saved.model_dump(), recipe.model_dump()
     changed = [name for name in new if old[name] != new[name]]
