@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.study import corpus
 from benchmarks.study.methods import DENSE, Job
+from pat_serve.training.methods import METHODS
+
+
+@pytest.fixture(autouse=True)
+def shipped_methods() -> Iterator[None]:
+    """Forget the study's own methods after each test, since tests of the same process count the shipped ones."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
 
 
 @pytest.fixture(scope="module")
