@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in the words of its settings."""
+"""Tell a user what is wrong with a recipe, in the words of its settings."""
 
 from __future__ import annotations
 
