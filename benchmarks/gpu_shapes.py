@@ -28,15 +28,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_runner import STEPS, WARMUPS, Runner, kernels, turn_s
 from pat_serve.machine.hardware import describe
-from pat_serve.server.analysis.roofline import (
+from pat_serve.server.analysis.statistics import paired_ratio, percentile
+from pat_serve.server.engine.workers.probe import MachineRates, measure_rates
+from pat_serve.shapes.roofline import (
     decode_ceiling,
     decode_flops,
     prefill_bytes,
     prefill_ceiling,
     prefill_flops,
 )
-from pat_serve.server.analysis.statistics import paired_ratio, percentile
-from pat_serve.server.engine.workers.probe import MachineRates, measure_rates
 from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 
 SHAPES = {"dense": "llama2-7b", "narrow": "llama2-7b-pat25"}

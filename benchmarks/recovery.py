@@ -148,6 +148,9 @@ def recipe_of(options: argparse.Namespace, line: dict[str, Any]) -> TrainRecipe:
     own = settings_of(line["start"]) | settings_of(line["settings"])
     settings = {**SETTINGS, **own}
     per_step = int(settings["batch_size"]) * int(settings["max_length_tokens"])
+    if settings.get("train", "lora") != "lora":
+        # Weights are trained themselves, and have no rank.
+        settings = {name: value for name, value in settings.items() if not name.startswith("lora_")}
     settings |= {"max_steps": math.ceil(line["tokens"] / per_step), "seed": line["seed"]}
     settings |= {"model": options.model, "data": str(options.data), "eval_data": str(options.held_out)}
     settings["eval_steps"] = 10**6

@@ -13,7 +13,6 @@ from pat_serve.cut.axes import AXES
 from pat_serve.errors import IllegalRatio, IllegalShape
 from pat_serve.families.architectures import FAMILIES, LLAMA, QWEN2
 from pat_serve.families.family import Family
-from pat_serve.server.analysis.roofline import decode_ceiling
 from pat_serve.shapes.candidates import (
     TOLERANCE,
     axis_grid,
@@ -22,6 +21,7 @@ from pat_serve.shapes.candidates import (
     exported_sizes,
     share_cut,
 )
+from pat_serve.shapes.roofline import decode_ceiling
 from pat_serve.shapes.shape import check_shape, nearest_legal
 from pat_serve.shapes.sizes import ModelSizes
 

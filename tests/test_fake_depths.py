@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from pat_serve.errors import EngineError
-from pat_serve.server.analysis.roofline import decode_ceiling
 from pat_serve.server.analysis.verdict import Verdict
 from pat_serve.server.bench.model_source import resolve
 from pat_serve.server.bench.report.rows import rows_of
@@ -18,6 +17,7 @@ from pat_serve.server.bench.speedup.result import SpeedupResult
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.bench.speedup.table import depth_lines
 from pat_serve.server.engine import memory
+from pat_serve.shapes.roofline import decode_ceiling
 from tests.fake_models import Model, check, fake_models
 
 # They measure real time, which a busy machine stretches.

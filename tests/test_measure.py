@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pat_serve.errors import EngineError, UsageError
-from pat_serve.server.analysis.roofline import decode_flops, prefill_bytes, prefill_flops
 from pat_serve.server.analysis.trace import RequestTrace
 from pat_serve.server.bench.latency.result import LatencySettings, Roof, ThroughputSettings, distribution
 from pat_serve.server.bench.latency.run import measure_latency, measure_throughput
@@ -26,6 +25,7 @@ from pat_serve.server.engine.workers.probe import (
     last_level_cache_bytes,
     measure_rates,
 )
+from pat_serve.shapes.roofline import decode_flops, prefill_bytes, prefill_flops
 from pat_serve.shapes.sizes import decode_bytes
 from tests.speedup_records import DENSE, trace
 

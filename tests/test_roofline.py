@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaForCausalLM
 
 from pat_serve.errors import BrokenCheckpoint
-from pat_serve.server.analysis.roofline import decode_ceiling, prefill_ceiling, prefill_flops
+from pat_serve.shapes.roofline import decode_ceiling, prefill_ceiling, prefill_flops
 from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 from tests.tiny_models import tiny_config
 

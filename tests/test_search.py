@@ -11,11 +11,12 @@ import pytest
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
+from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.recipe_file import read_recipe
 from pat_serve.training.run import start, start_or_resume
-from pat_serve.training.search.candidates import WITHIN, candidates
-from pat_serve.training.search.search import SEARCH_FILE
+from pat_serve.training.search.candidates import WITHIN, Candidate, Target, candidates, ceiling
+from pat_serve.training.search.found import SEARCH_FILE, Tried, ranked
 from tests.tiny_models import save_tiny_family
 
 SETTINGS = {
@@ -33,42 +34,93 @@ def wide_base(folder: Path) -> Path:
     return save_tiny_family(folder, "llama", num_hidden_layers=8, intermediate_size=256, tie_word_embeddings=True)
 
 
+QUARTER, FAST = Target(ratio=0.25, speedup=None), Target(ratio=None, speedup=1.3)
+
+
 def test_candidates_are_as_large_as_asked(tmp_path: Path):
     checkpoint = open_checkpoint(str(wide_base(tmp_path / "base")))
-    found = candidates(checkpoint, 0.25)
+    base = checkpoint.sizes
+
+    def expected(sizes: ModelSizes) -> float:
+        return base.layers / sizes.layers * 1.01
+
+    found = candidates(checkpoint, QUARTER, expected)
     assert len({tuple(one.shape.items()) for one in found}) == len(found) >= 4
     assert len({frozenset(one.shape) for one in found}) >= 3, "mixes of several axes"
-    whole = checkpoint.sizes.parameters
     for one in found:
-        cut = 1 - checkpoint.sizes.with_counts(one.shape).parameters / whole
+        sizes = base.with_counts(one.shape)
+        cut = 1 - sizes.parameters / base.parameters
         assert one.cut == pytest.approx(cut)
         assert abs(cut - 0.25) <= WITHIN
-        assert one.speedup > 1
-    inner = candidates(checkpoint, 0.25, ("layers", "ffn"))
+        assert one.speedup == expected(sizes)
+        assert one.ceiling == ceiling(base, sizes) > 1
+    inner = candidates(checkpoint, QUARTER, expected, ("layers", "ffn"))
     assert inner == [one for one in found if set(one.shape) <= {"layers", "ffn"}]
 
 
-def test_a_run_takes_the_shape_that_lost_least(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_candidates_are_as_fast_as_asked(tmp_path: Path):
+    checkpoint = open_checkpoint(str(wide_base(tmp_path / "base")))
+    base = checkpoint.sizes
+
+    def expected(sizes: ModelSizes) -> float:
+        return ceiling(base, sizes) ** 0.8
+
+    found = candidates(checkpoint, FAST, expected)
+    assert len({frozenset(one.shape) for one in found}) >= 3, "mixes of several axes"
+    even = [one for one in found if one.speedup >= 1.3]
+    # The leaning mixes come as near as their channels allow, from either side.
+    assert len(found) - len(even) <= 2
+    assert all(1.25 < one.speedup < 1.6 for one in found)
+    assert len({round(one.cut, 2) for one in found}) > 1, "sizes that are not asked for"
+
+
+def tried(speedup: float, kl: float, tuned_kl: float | None = None) -> Tried:
+    candidate = Candidate(shape={"ffn": round(1000 / speedup)}, cut=0.25, ceiling=1.5, speedup=speedup)
+    return Tried(candidate=candidate, kl=kl, tuned_kl=tuned_kl, seconds=1.0)
+
+
+def test_what_is_lost_counts_for_the_time_that_it_saves():
+    slow, fast, none = tried(1.11, 0.55), tried(1.25, 0.8), tried(0.99, 0.1)
+    assert slow.price == pytest.approx(0.55 / (1 - 1 / 1.11))
+    assert none.price == float("inf")
+    assert none.record()["price"] is None
+    assert ranked([none, slow, fast], QUARTER) == [fast, slow, none]
+    # Shapes of one speed have nothing to be weighed against.
+    assert ranked([fast, slow, none], FAST) == [none, slow, fast]
+    # What tuning leaves of a loss is what counts.
+    tuned = tried(1.11, 0.9, tuned_kl=0.2)
+    assert ranked([fast, tuned], QUARTER) == ranked([fast, tuned], FAST) == [tuned, fast]
+
+
+@pytest.mark.parametrize("target", [{"ratio": 0.25}, {"ratio": None, "speedup": 1.05}])
+def test_a_run_takes_the_best_shape(
+    target: dict[str, Any], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     base, run = wide_base(tmp_path / "base"), tmp_path / "run"
-    finished = start(asked(base, rows), run)
+    finished = start(asked(base, rows, **target), run)
     record = json.loads((run / SEARCH_FILE).read_text())
     assert finished.shape == {"hidden": 64, **record["shape"]}
     tried = record["tried"]
     assert len(tried) >= 2
-    tuned = [one["tuned_kl"] for one in tried if one["tuned_kl"] is not None]
-    first = tuned or [one["kl"] for one in tried]
+    by = "price" if target["ratio"] else "tuned_kl" if tried[0]["tuned_steps"] else "kl"
+    # One that saves no time here has no price, and stands last.
+    first = [
+        float("inf") if one[by] is None else one[by] for one in tried if one["tuned_steps"] == tried[0]["tuned_steps"]
+    ]
     assert first == sorted(first)
     assert tried[0]["shape"] == record["shape"]
     told = ",".join(f"{axis}={count}" for axis, count in record["shape"].items())
     assert f"search: takes --shape {told}" in capsys.readouterr().err
     # The recipe repeats the run without another search.
     saved = read_recipe(run / "recipe.yaml")
-    assert (saved["shape"], saved["ratio"], saved["search_minutes"]) == (record["shape"], None, 0)
+    assert saved["shape"] == record["shape"]
+    assert (saved["ratio"], saved["speedup"], saved["search_minutes"]) == (None, None, 0)
     assert export_run(run, tmp_path / "out", dtype="float32").parity is not None
     # Asked for again, the run is finished, and is not searched for a second time.
-    assert start_or_resume(asked(base, rows), run) is None
+    assert start_or_resume(asked(base, rows, **target), run) is None
+    other = {name: value + 0.05 for name, value in target.items() if value}
     with pytest.raises(UsageError, match="settings that the run began with"):
-        start_or_resume(asked(base, rows, ratio=0.3), run)
+        start_or_resume(asked(base, rows, **{**target, **other}), run)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +129,8 @@ def test_a_run_takes_the_shape_that_lost_least(rows: Path, tmp_path: Path, capsy
         ({"shape": "layers=6", "ratio": None}, "no shape and no hidden_size"),
         ({"hidden_size": 48, "ratio": None}, "no shape and no hidden_size"),
         ({"method": "pat"}, "no method beside it"),
+        ({"speedup": 1.3}, "give ratio or speedup, not both"),
+        ({"speedup": 1.3, "ratio": None, "search_minutes": 0}, "give search_minutes beside it"),
         ({"quantize_base": "nf4"}, "no search_minutes beside quantize_base"),
     ],
 )
@@ -89,6 +143,6 @@ def test_a_setting_that_some_candidates_have_no_use_for_is_refused_at_once(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     base = wide_base(tmp_path / "base")
-    monkeypatch.setattr("pat_serve.training.search.search.assemble", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("pat_serve.training.search.bench.assemble", lambda *_, **__: pytest.fail("a model is loaded"))
     with pytest.raises(UsageError, match="--rotate: expected none"):
         start(asked(base, rows, rotate="loss"), tmp_path / "run")

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from pat_serve.machine.layer_probe import STEPS, probe_layers
-from pat_serve.server.analysis.step_cost import StepCosts, Work, decode_work, fit_costs, prefill_work, worst_error
 from pat_serve.shapes.sizes import ModelSizes
+from pat_serve.shapes.step_cost import StepCosts, Work, decode_work, fit_costs, prefill_work, worst_error
 
 BASE = ModelSizes(hidden=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocab=49152, tied=True)
 COSTS = StepCosts(byte_s=2e-11, flop_s=3e-12, layer_s=8e-5, step_s=1e-3)

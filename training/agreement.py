@@ -40,6 +40,10 @@ def _of_the_cut(recipe: TrainRecipe) -> Iterator[str]:
         yield "axes say where ratio cuts: give ratio beside them, and neither shape nor hidden_size"
     if recipe.search_minutes and (recipe.shape or recipe.hidden_size is not None):
         yield "search_minutes looks for a shape: no shape and no hidden_size beside it"
+    if recipe.speedup is not None and not recipe.search_minutes:
+        yield "speedup is what a search looks for: give search_minutes beside it (pat-shapes --speedup lists shapes)"
+    if recipe.speedup is not None and recipe.ratio is not None:
+        yield "give ratio or speedup, not both"
     if recipe.search_minutes and "method" in recipe.model_fields_set:
         yield "the shape that search_minutes finds decides the method: no method beside it"
 

@@ -58,6 +58,8 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
     hidden_size: int | None = None
     # Look for the best shape of that ratio for about so long, before the run (search/).
     search_minutes: float = pydantic.Field(default=0.0, ge=0)
+    # What it looks for in the ratio's place: a decode step so many times as fast (batch 1, 128 tokens of context).
+    speedup: float | None = pydantic.Field(default=None, gt=1)
     # With 0, the cut is made up for and nothing is trained.
     max_steps: int | None = pydantic.Field(default=None, ge=0)
     epochs: float = pydantic.Field(default=3.0, gt=0)

@@ -31,7 +31,8 @@ from pat_serve.training.model.norms import trained_gains
 from pat_serve.training.model.slicing import wide_adapter
 from pat_serve.training.ranks import Ranks, snapshot
 from pat_serve.training.result import PARITY_ROWS, require_finite, write_result
-from pat_serve.training.search.search import as_found, search, wants_search, with_shape
+from pat_serve.training.search.found import as_found, wants_search, with_shape
+from pat_serve.training.search.search import search
 from pat_serve.training.sparse.run import prune
 from pat_serve.training.start import begin, clear_half_start, lay_out, save_start
 

@@ -9,7 +9,7 @@ from pat_serve.run.replaced import STARTED, started_files, write_replaced
 from pat_serve.training.assemble import Job
 from pat_serve.training.checks.prepare import Prepared
 from pat_serve.training.model.choice_file import CHOICE_FILE, replaced_weights, save_choice
-from pat_serve.training.search.search import Search
+from pat_serve.training.search.found import Search
 
 
 def begin(prepared: Prepared, run: Path) -> None:

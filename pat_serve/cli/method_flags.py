@@ -173,8 +173,12 @@ def _told(method: type[Method]) -> str:
 def refused_with(method: type[Method]) -> frozenset[str]:
     """Settings that the check of what is cut refuses with a method, whatever they say."""
     if not method.prunes:
-        return frozenset({"hidden_size", "shape", "axes", "ratio", "choose", "search_minutes"})
-    return frozenset() if HIDDEN in method.axes else frozenset({"hidden_size", "quantize_base", "search_minutes"})
+        return frozenset({"hidden_size", "shape", "axes", "ratio", "choose", "search_minutes", "speedup"})
+    return (
+        frozenset()
+        if HIDDEN in method.axes
+        else frozenset({"hidden_size", "quantize_base", "search_minutes", "speedup"})
+    )
 
 
 def _of_method(parameter: inspect.Parameter, method: type[Method]) -> inspect.Parameter:

@@ -15,8 +15,8 @@ from pat_serve.cli.app import Debug, run_command
 from pat_serve.errors import MissingModel, UsageError, want
 
 if TYPE_CHECKING:
+    from pat_serve.machine.probed_costs import FoundCosts
     from pat_serve.server.analysis.shape_figures import Load, Setting
-    from pat_serve.server.bench.shape_costs import FoundCosts
     from pat_serve.server.bench.shape_search import Found
 
 Flag = typer.Option
@@ -156,7 +156,8 @@ def _costs(base: Any, dtype: str, *, probe: bool, results: list[Path]) -> FoundC
     if not probe and not results:
         return None
     from pat_serve.machine.hardware import serving_dtype
-    from pat_serve.server.bench.shape_costs import probed_costs, recorded_costs
+    from pat_serve.machine.probed_costs import probed_costs
+    from pat_serve.server.bench.shape_costs import recorded_costs
 
     if results:
         found = recorded_costs(results)

@@ -75,8 +75,15 @@ def train(
     search_minutes: Annotated[
         float | None,
         Flag(
-            help="Look for so long for the shape that keeps most at --ratio (of all parameters, then): shapes are "
+            help="Look for so long for the best shape at --ratio (of all parameters, then) or at --speedup: shapes are "
             "cut and measured, the best ones tuned a little. [default: 0, no search]"
+        ),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        Flag(
+            help="What the search looks for in the place of a ratio: shapes that are expected to decode so many times "
+            "as fast here (one request, 128 tokens), by a short probe of the machine."
         ),
     ] = None,
     choose: Annotated[

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pat_serve.families.family import Family
-from pat_serve.server.analysis.roofline import decode_ceiling, prefill_ceiling
-from pat_serve.server.analysis.step_cost import StepCosts, decode_work, prefill_work
 from pat_serve.shapes.candidates import exported_sizes, share_cut
 from pat_serve.shapes.fitness import cautions, slow_width, tensor_parallel_obstacles
+from pat_serve.shapes.roofline import decode_ceiling, prefill_ceiling
 from pat_serve.shapes.sizes import ModelSizes, decode_bytes
+from pat_serve.shapes.step_cost import StepCosts, decode_work, prefill_work
 
 # The fixed work of a layer, some ten microseconds, is a percent and more of the time that reading so little takes.
 _SMALL_LAYER_BYTES = 64 * 2**20

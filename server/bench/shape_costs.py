@@ -1,66 +1,20 @@
-"""Costs of a byte, an operation, a layer and a step here: from recorded results of pat-bench, or by a quick probe."""
+"""Costs of a byte, an operation, a layer and a step from recorded results of pat-bench."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pat_serve.errors import UsageError
-from pat_serve.machine.layer_probe import probe_layers
-from pat_serve.server.analysis.step_cost import StepCosts, Work, decode_work, fit_costs, prefill_work, worst_error
+from pat_serve.machine.hardware import DTYPE_BYTES
+from pat_serve.machine.probed_costs import FoundCosts, fitted_costs
 from pat_serve.server.bench.report.read import read_result
 from pat_serve.server.bench.speedup.grid import Regime
 from pat_serve.server.bench.speedup.result import SpeedupResult
 from pat_serve.shapes.sizes import ModelSizes
+from pat_serve.shapes.step_cost import Work, decode_work, prefill_work
 
 _MACHINE_KEYS = ("accelerator", "cpu_model", "cpu_cores")
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundCosts:
-    """Costs, and what they come from.
-
-    Attributes:
-        costs: of a byte, an operation, a layer and a step.
-        source: where the times come from, for the reader.
-        dtype: that was timed.
-        times: number of times that the costs are fitted to.
-        worst_error: the largest relative distance of a fitted time from its measured one.
-    """
-
-    costs: StepCosts
-    source: str
-    dtype: str
-    times: int
-    worst_error: float
-
-
-def probed_costs(base: ModelSizes, dtype: str) -> FoundCosts:
-    """Time torch layers of a model's sizes on this machine; a few seconds.
-
-    Args:
-        base: sizes of the model.
-        dtype: float32, bfloat16 or float16.
-
-    Raises:
-        UsageError: the times do not tell the costs apart.
-    """
-    work, seconds = [], []
-    for timed in probe_layers(base, dtype):
-        sizes, step = timed.sizes, timed.step
-        if step.prefill:
-            counted = prefill_work(
-                sizes, batch_size=step.batch_size, prompt_tokens=step.tokens, dtype_bytes=_BYTES[dtype]
-            )
-        else:
-            counted = decode_work(
-                sizes, batch_size=step.batch_size, context_tokens=step.tokens, dtype_bytes=_BYTES[dtype]
-            )
-        work.append(counted)
-        seconds.append(timed.seconds)
-    return _fitted(work, seconds, f"torch layers of the model's own sizes on this machine, {dtype}", dtype, "--probe")
 
 
 def recorded_costs(paths: Sequence[Path]) -> FoundCosts:
@@ -89,10 +43,10 @@ def recorded_costs(paths: Sequence[Path]) -> FoundCosts:
         for depth in result.depths:
             for one in depth.regimes:
                 for sizes, taken in ((depth.baseline.shape, one.baseline), (depth.candidate.shape, one.candidate)):
-                    work.append(_work(one.regime, sizes, one.batch_size, one.context_tokens, _BYTES[result.dtype]))
+                    work.append(_work(one.regime, sizes, one.batch_size, one.context_tokens, DTYPE_BYTES[result.dtype]))
                     seconds.append(taken.median)
     names = ", ".join(path.name for path in paths)
-    return _fitted(
+    return fitted_costs(
         work, seconds, f"vLLM's times in {names}, {results[0].dtype}", results[0].dtype, f"--results {names}"
     )
 
@@ -113,17 +67,3 @@ def _speedup_result(path: Path) -> SpeedupResult:
             fix="Record one: pat-bench speedup ... --layers 2,6 --out FILE.json.",
         )
     return result
-
-
-def _fitted(work: Sequence[Work], seconds: Sequence[float], source: str, dtype: str, flag: str) -> FoundCosts:
-    costs = fit_costs(work, seconds)
-    if costs is None:
-        raise UsageError(
-            flag,
-            expected="times of prefill and decode, of two depths and two widths",
-            found=f"{len(work)} times that do not tell a byte, an operation, a layer and a step apart",
-            fix="Record more: pat-bench speedup ... --layers 2,6 --out FILE.json.",
-        )
-    return FoundCosts(
-        costs=costs, source=source, dtype=dtype, times=len(work), worst_error=worst_error(costs, work, seconds)
-    )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pat_serve.errors import PatServeError
 from pat_serve.machine.hardware import DTYPE_BYTES
-from pat_serve.server.analysis.roofline import decode_ceiling, prefill_ceiling, prefill_flops
 from pat_serve.server.engine.online import Engine
 from pat_serve.server.routes.benchmark_schemas import DecodeRoofline, PrefillRoofline, RooflineBody
+from pat_serve.shapes.roofline import decode_ceiling, prefill_ceiling, prefill_flops
 from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 
 

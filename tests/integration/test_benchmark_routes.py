@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from pat_serve.server.analysis.roofline import prefill_flops
+from pat_serve.shapes.roofline import prefill_flops
 from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 from tests.integration.asking import check_error, post
 from tests.integration.conftest import HANG_S, MAX_MODEL_LEN, Server, metric, wait_for

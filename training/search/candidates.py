@@ -1,14 +1,23 @@
-"""Shapes of about the same size that a search compares. Pure arithmetic."""
+"""Shapes of about the same size, or of about the same speed, that a search compares. Pure arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.cut.axes import AXES, FFN, LAYERS
-from pat_serve.shapes.candidates import MIXES, axis_grid, counts_for_ratio, exported_sizes, share_cut
-from pat_serve.shapes.sizes import ModelSizes, decode_bytes
+from pat_serve.shapes.candidates import (
+    MIXES,
+    axis_grid,
+    counts_for_ratio,
+    counts_for_speedup,
+    exported_sizes,
+    share_cut,
+)
+from pat_serve.shapes.roofline import decode_ceiling
+from pat_serve.shapes.sizes import ModelSizes
+from pat_serve.training.config import TrainRecipe
 
 # A candidate cuts at most this much more or less than what was asked for.
 WITHIN = 0.015
@@ -19,17 +28,45 @@ CONTEXT_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the shapes of a search have in common: one of the two.
+
+    Attributes:
+        ratio: share of all parameters to cut.
+        speedup: of a decode step, batch 1, 128 tokens of context.
+    """
+
+    ratio: float | None
+    speedup: float | None
+
+    @staticmethod
+    def of(recipe: TrainRecipe) -> Target:
+        """What a recipe asks for: a quarter of the parameters where it says nothing."""
+        if recipe.speedup is not None:
+            return Target(ratio=None, speedup=recipe.speedup)
+        return Target(ratio=0.25 if recipe.ratio is None else recipe.ratio, speedup=None)
+
+    def told(self) -> str:
+        """The target as a part of a sentence."""
+        if self.ratio is not None:
+            return f"cut about {self.ratio:.0%} of the parameters"
+        return f"are expected to decode at least {self.speedup:g} times as fast"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A shape to be tried.
 
     Attributes:
         shape: counts by axis.
         cut: the share of all parameters that it cuts.
-        speedup: the ceiling of its decode steps over the base's, batch 1, 128 tokens of context, by the bytes read.
+        ceiling: of its decode steps' speed over the base's, by the bytes read; batch 1, 128 tokens of context.
+        speedup: the same as it is expected with the fixed work of each layer and step.
     """
 
     shape: dict[str, int]
     cut: float
+    ceiling: float
     speedup: float
 
     def told(self) -> str:
@@ -37,49 +74,84 @@ class Candidate:
         return ",".join(f"{axis}={count}" for axis, count in self.shape.items())
 
 
-def candidates(checkpoint: Checkpoint, ratio: float, among: Collection[str] = tuple(AXES)) -> list[Candidate]:
-    """The mixes of `pat-shapes` that meet a share of all parameters, and two leaning mixes of layers and FFN channels.
+def ceiling(base: ModelSizes, sizes: ModelSizes) -> float:
+    """A decode step's largest speed-up, by the bytes read in 16 bits."""
+    return decode_ceiling(base, sizes, batch_size=1, context_tokens=CONTEXT_TOKENS, dtype_bytes=2)
+
+
+def candidates(
+    checkpoint: Checkpoint,
+    target: Target,
+    speedup: Callable[[ModelSizes], float],
+    among: Collection[str] = tuple(AXES),
+) -> list[Candidate]:
+    """The mixes of `pat-shapes` that meet the target, and two leaning mixes of layers and FFN channels.
 
     A tied base stays tied.
 
     Args:
         checkpoint: the base.
-        ratio: share of all parameters to cut.
+        target: share of all parameters to cut, or speed.
+        speedup: expected of sizes, over the base's; it rises with every cut.
         among: axes that may be cut.
 
     Raises:
         IllegalRatio: the share is outside (0, 0.6].
     """
-    base, family, config = checkpoint.sizes, checkpoint.family, checkpoint.config
-    found = [counts_for_ratio(base, family, ratio, axes, config=config) for axes in MIXES]
-    shapes = [shape for shape in [*found, *_leaning(base, checkpoint, ratio)] if shape and set(shape) <= set(among)]
+    base = checkpoint.sizes
     made: dict[tuple[tuple[str, int], ...], Candidate] = {}
-    for shape in shapes:
+    for shape in _shapes(checkpoint, target, speedup):
+        if not set(shape) <= set(among):
+            continue
         exported = exported_sizes(base, shape)
         cut = share_cut(base, exported)
-        if abs(cut - ratio) <= WITHIN:
-            made[tuple(shape.items())] = Candidate(shape=shape, cut=cut, speedup=_bytes(base) / _bytes(exported))
+        if target.ratio is None or abs(cut - target.ratio) <= WITHIN:
+            made[tuple(shape.items())] = Candidate(
+                shape=shape, cut=cut, ceiling=ceiling(base, exported), speedup=speedup(exported)
+            )
     return list(made.values())
 
 
-def _leaning(base: ModelSizes, checkpoint: Checkpoint, ratio: float) -> list[dict[str, int] | None]:
+def _shapes(checkpoint: Checkpoint, target: Target, speedup: Callable[[ModelSizes], float]) -> Iterator[dict[str, int]]:
+    base, family, config = checkpoint.sizes, checkpoint.family, checkpoint.config
+    for axes in MIXES:
+        if target.ratio is not None:
+            found = counts_for_ratio(base, family, target.ratio, axes, config=config)
+        else:
+            assert target.speedup is not None
+            found = counts_for_speedup(base, family, target.speedup, axes, speedup, config=config)
+        if found:
+            yield found
+    yield from _leaning(base, checkpoint, target, speedup)
+
+
+def _leaning(
+    base: ModelSizes, checkpoint: Checkpoint, target: Target, speedup: Callable[[ModelSizes], float]
+) -> Iterator[dict[str, int]]:
     """Mixes of layers and FFN channels in which one of them gives more than its even part."""
     layers, ffn = (axis_grid(axis, base, checkpoint.family) for axis in (LAYERS, FFN))
     if not layers or not ffn:
-        return []
-    found: list[dict[str, int] | None] = []
+        return
+    amount, wanted = _measure(base, target, speedup)
     for share in _LAYERS_SHARES:
-        kept = min(layers, key=lambda count: abs(share_cut(base, base.with_counts({LAYERS: count})) - ratio * share))
-        channels = _nearest(base, kept, ffn, ratio)
+        kept = min(layers, key=lambda count: abs(amount(base.with_counts({LAYERS: count})) - wanted * share))
+        channels = _nearest(base, kept, ffn, amount, wanted)
         counts = {LAYERS: kept, FFN: channels}
-        is_legal = not checkpoint.family.obstacles(base, base.with_counts(counts), checkpoint.config)
-        found.append({axis: counts[axis] for axis in AXES if axis in counts} if is_legal else None)
-    return found
+        if not checkpoint.family.obstacles(base, base.with_counts(counts), checkpoint.config):
+            yield {axis: counts[axis] for axis in AXES if axis in counts}
 
 
-def _nearest(base: ModelSizes, layers: int, ffn: Sequence[int], ratio: float) -> int:
-    return min(ffn, key=lambda count: abs(share_cut(base, base.with_counts({LAYERS: layers, FFN: count})) - ratio))
+def _measure(
+    base: ModelSizes, target: Target, speedup: Callable[[ModelSizes], float]
+) -> tuple[Callable[[ModelSizes], float], float]:
+    """How much of the target sizes give, and how much is wanted: a share of the parameters, or of a step's time."""
+    if target.ratio is not None:
+        return lambda sizes: share_cut(base, sizes), target.ratio
+    assert target.speedup is not None
+    return lambda sizes: 1 - 1 / speedup(sizes), 1 - 1 / target.speedup
 
 
-def _bytes(sizes: ModelSizes) -> float:
-    return decode_bytes(sizes, batch_size=1, context_tokens=CONTEXT_TOKENS, dtype_bytes=2)
+def _nearest(
+    base: ModelSizes, kept: int, ffn: Sequence[int], amount: Callable[[ModelSizes], float], wanted: float
+) -> int:
+    return min(ffn, key=lambda count: abs(amount(base.with_counts({LAYERS: kept, FFN: count})) - wanted))

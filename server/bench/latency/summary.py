@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pat_serve.server.analysis.roofline import decode_flops, prefill_bytes, prefill_flops
 from pat_serve.server.analysis.trace import BatchTrace, RequestTrace
 from pat_serve.server.bench.latency.result import LatencyCell, Roof, ThroughputRun, ThroughputSettings, distribution
 from pat_serve.server.engine.workers.probe import MachineRates
+from pat_serve.shapes.roofline import decode_flops, prefill_bytes, prefill_flops
 from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 
 

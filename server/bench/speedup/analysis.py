@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from pat_serve.server.analysis.noise import noise_report
 from pat_serve.server.analysis.precision import rounds_for_verdict
-from pat_serve.server.analysis.roofline import prefill_flops
 from pat_serve.server.analysis.statistics import PairedRatio, paired_ratio, percentile, summarize
 from pat_serve.server.analysis.trace import BatchTrace
 from pat_serve.server.analysis.verdict import (
@@ -25,6 +24,7 @@ from pat_serve.server.bench.speedup.grid import Cell, Regime
 from pat_serve.server.bench.speedup.result import RegimeResult, Round, WarmUp
 from pat_serve.server.bench.speedup.settings import SpeedupSettings
 from pat_serve.server.engine.workers.probe import MachineRates, best_rates
+from pat_serve.shapes.roofline import prefill_flops
 from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 
 # From this share of the machine on, other processes are worth a word in the verdict's reason.

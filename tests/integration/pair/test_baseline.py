@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pat_serve.server.analysis.roofline import decode_ceiling
+from pat_serve.shapes.roofline import decode_ceiling
 from pat_serve.shapes.sizes import ModelSizes
 from tests.integration.asking import check_error, post
 from tests.integration.conftest import HANG_S, Server

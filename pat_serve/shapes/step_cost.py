@@ -16,7 +16,7 @@ from itertools import combinations
 
 import numpy as np
 
-from pat_serve.server.analysis.roofline import decode_flops, prefill_bytes, prefill_flops
+from pat_serve.shapes.roofline import decode_flops, prefill_bytes, prefill_flops
 from pat_serve.shapes.sizes import ModelSizes, decode_bytes
 
 

@@ -1,0 +1,130 @@
+"""What a search has tried and found, in memory and in `search.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pat_serve.files.atomic import write_json
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.search.candidates import Candidate, Target
+
+SEARCH_FILE = "search.json"
+# Settings that a found shape stands in for.
+_OF_THE_SEARCH = ("ratio", "speedup", "axes", "search_minutes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A candidate, and what it lost.
+
+    Attributes:
+        candidate: the shape.
+        kl: nats a token, right after the cut.
+        seconds: that cutting it took.
+        tuned_kl: after the search's own steps; None where it was not tuned.
+        steps: that it was tuned for.
+    """
+
+    candidate: Candidate
+    kl: float
+    seconds: float
+    tuned_kl: float | None = None
+    steps: int = 0
+
+    @property
+    def lost(self) -> float:
+        """The KL divergence that counts, in nats a token: after its steps, where it was tuned."""
+        return self.kl if self.tuned_kl is None else self.tuned_kl
+
+    @property
+    def price(self) -> float:
+        """Nats lost over the share of a decode step's time that is saved; infinite where nothing is saved."""
+        saved = 1 - 1 / self.candidate.speedup
+        return self.lost / saved if saved > 0 else math.inf
+
+    def record(self) -> dict[str, Any]:
+        """A line of search.json."""
+        return {
+            "shape": self.candidate.shape,
+            "cut": round(self.candidate.cut, 4),
+            "ceiling_1x128": round(self.candidate.ceiling, 3),
+            "expected_1x128": round(self.candidate.speedup, 3),
+            "kl": self.kl,
+            "tuned_kl": self.tuned_kl,
+            "tuned_steps": self.steps,
+            "price": self.price if math.isfinite(self.price) else None,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """A finished search.
+
+    Attributes:
+        target: size or speed that was asked for.
+        minutes: that it was given.
+        tried: the candidates, the best first.
+        skipped: shapes that there was no time to cut.
+    """
+
+    target: Target
+    minutes: float
+    tried: list[Tried]
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The best candidate's."""
+        return self.tried[0].candidate.shape
+
+    def save(self, run: Path) -> None:
+        """Write search.json, complete or not at all."""
+        lines = [one.record() for one in self.tried]
+        asked = {"ratio": self.target.ratio, "speedup": self.target.speedup, "minutes": self.minutes}
+        write_json(run / SEARCH_FILE, {**asked, "shape": self.shape, "tried": lines, "skipped": self.skipped})
+
+
+def ranked(tried: list[Tried], target: Target) -> list[Tried]:
+    """Candidates, the best first.
+
+    Where a speed was asked for, all are about as fast, and the one that lost least is the best. Where a size was,
+    speeds differ, and the one that lost least for the time that it saves is. A loss grows at least in proportion to
+    the cut. So a slower candidate with a higher price stays behind if it is cut until it is as fast.
+    """
+    if target.ratio is None:
+        return sorted(tried, key=lambda one: one.lost)
+    return sorted(tried, key=lambda one: (one.price, one.lost))
+
+
+def wants_search(recipe: TrainRecipe) -> bool:
+    """Whether a recipe leaves its shape to a search."""
+    return recipe.search_minutes > 0
+
+
+def with_shape(recipe: TrainRecipe, shape: dict[str, int]) -> TrainRecipe:
+    """The recipe of a search with the shape that it found; the method follows the shape."""
+    settings = recipe.model_dump(exclude_unset=True)
+    left = {name: value for name, value in settings.items() if name not in _OF_THE_SEARCH}
+    return TrainRecipe.build({**left, "shape": shape}, "the search")
+
+
+def as_found(recipe: TrainRecipe, run: Path) -> TrainRecipe:
+    """A recipe as its run has it: with the shape that was found, where it asks for the search that the run began with.
+
+    Args:
+        recipe: as it is asked for now.
+        run: an earlier run's folder.
+    """
+    path = run / SEARCH_FILE
+    if not wants_search(recipe) or not path.is_file():
+        return recipe
+    record = json.loads(path.read_text(encoding="utf-8"))
+    # Records of 1.x before `speedup` have none.
+    asked = Target(ratio=record["ratio"], speedup=record.get("speedup"))
+    is_same = (asked, record["minutes"]) == (Target.of(recipe), recipe.search_minutes)
+    return with_shape(recipe, record["shape"]) if is_same else recipe
