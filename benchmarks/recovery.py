@@ -144,10 +144,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def recipe_of(options: argparse.Namespace, line: dict[str, Any]) -> TrainRecipe:
-    """The recipe of a line. A step has at most batch_size x max_length_tokens tokens."""
+    """The recipe of a line. A step has at most max_length_tokens tokens of each of its rows."""
     own = settings_of(line["start"]) | settings_of(line["settings"])
     settings = {**SETTINGS, **own}
-    per_step = int(settings["batch_size"]) * int(settings["max_length_tokens"])
+    rows = int(settings["batch_size"]) * int(settings["gradient_accumulation_steps"])
+    per_step = rows * int(settings["max_length_tokens"])
     if settings.get("train", "lora") != "lora":
         # Weights are trained themselves, and have no rank.
         settings = {name: value for name, value in settings.items() if not name.startswith("lora_")}
@@ -185,7 +186,9 @@ def make(options: argparse.Namespace, line: dict[str, Any], prepared: Prepared, 
         result |= {"train_s": round(time.perf_counter() - began, 1), "steps": prepared.inputs.total_steps}
         rows = prepared.data.samples
         length = sum(len(row["input_ids"]) for row in rows) / len(rows)
-        result["seen_tokens"] = round(prepared.inputs.total_steps * prepared.recipe.batch_size * length)
+        recipe = prepared.recipe
+        per_step = recipe.batch_size * recipe.gradient_accumulation_steps
+        result["seen_tokens"] = round(prepared.inputs.total_steps * per_step * length)
     return result | measure.take(model)
 
 

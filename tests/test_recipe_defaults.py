@@ -12,6 +12,7 @@ import yaml
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.run.plan import PruningPlan
+from pat_serve.training.checks.steps import LEAST_STEPS, steps_of_epochs, with_accumulation
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.presets import PAPER, preset_settings
 from pat_serve.training.run import resume, start, start_or_resume
@@ -74,6 +75,49 @@ def test_what_is_left_open_follows_from_the_rest(
 )
 def test_the_learning_rate_follows_from_the_width(hidden_size: int, settings: dict[str, Any], rate: float) -> None:
     assert recipe(**settings).with_rate(hidden_size).learning_rate == rate
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "processes", "micro_batches"),
+    [
+        ({}, 100_000, 1, 16),
+        ({"epochs": 1}, 200 * 128, 1, 16),
+        ({"epochs": 1}, 199 * 128, 1, 8),
+        ({}, 2320, 1, 4),
+        ({}, 2320, 4, 1),
+        ({"batch_size": 2}, 2320, 1, 16),
+        ({}, 24, 1, 1),
+        ({"max_steps": 5}, 24, 1, 16),
+        ({}, None, 1, 16),
+        ({"gradient_accumulation_steps": 3}, 24, 1, 3),
+        (preset_settings("paper"), 24, 1, 16),
+        ({"method": "one-shot"}, 24, 1, None),
+    ],
+)
+def test_a_run_of_few_rows_takes_small_steps(
+    settings: dict[str, Any], rows: int | None, processes: int, micro_batches: int | None
+) -> None:
+    found = with_accumulation(recipe(**settings), rows, processes)
+    assert found.gradient_accumulation_steps == micro_batches
+    if micro_batches in (8, 4) and rows is not None:
+        more = steps_of_epochs(found, rows, processes, micro_batches * 2)
+        assert more < LEAST_STEPS <= steps_of_epochs(found, rows, processes, micro_batches)
+
+
+@pytest.mark.parametrize("before", [None, 16])
+def test_a_run_says_how_large_its_steps_are_and_goes_on_with_them(
+    before: int | None, tiny_base: Path, rows: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    asked = tiny_recipe(tiny_base, rows, max_steps=None, epochs=12).model_copy(
+        update={"gradient_accumulation_steps": None}
+    )
+    interrupt(run, asked.model_copy(update={"gradient_accumulation_steps": before}), 1)
+    taken = yaml.safe_load((run / "recipe.yaml").read_text())["gradient_accumulation_steps"]
+    assert taken == (before or 1)
+    finished = start_or_resume(asked, run)
+    assert finished is not None
+    assert finished.steps == steps_of_epochs(asked, len(rows.read_text().splitlines()), 1, taken)
 
 
 @pytest.mark.parametrize("before", [None, 2e-4])

@@ -135,6 +135,7 @@ def _arguments(prepared: Prepared, run: Path, method: Method) -> TrainingArgumen
 
     recipe, inputs = prepared.recipe, prepared.inputs
     assert recipe.learning_rate is not None, "the recipe was not resolved"
+    assert recipe.gradient_accumulation_steps is not None, "the recipe was not resolved"
     return TrainingArguments(
         output_dir=str(run.parent),  # made at once, while checkpoints go where the trainer says
         max_steps=inputs.total_steps,

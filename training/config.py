@@ -64,7 +64,8 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
     max_steps: int | None = pydantic.Field(default=None, ge=0)
     epochs: float = pydantic.Field(default=3.0, gt=0)
     batch_size: int = pydantic.Field(default=8, ge=1)
-    gradient_accumulation_steps: int = pydantic.Field(default=16, ge=1)
+    # By the rows that there are (checks/steps.py), where none is named.
+    gradient_accumulation_steps: int | None = pydantic.Field(default=None, ge=1)
     max_length_tokens: int = pydantic.Field(default=256, ge=8)
     # By the width of the base (rates.py), where none is named.
     learning_rate: float | None = pydantic.Field(default=None, gt=0)

@@ -24,6 +24,7 @@ PAPER_RATES: dict[str, Any] = {
     "lora_alpha": 4.0,
     "lora_dropout": 0.05,
     "max_grad_norm": 0.3,
+    "gradient_accumulation_steps": 16,
 }
 
 UNPRUNED: dict[str, Any] = {name: PAPER[name] for name in ("rotate", "mask_start", "gate", "compensate")}

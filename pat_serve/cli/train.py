@@ -102,7 +102,11 @@ def train(
     epochs: Annotated[float | None, Flag(help="Passes over the data. [default: 3]")] = None,
     batch_size: Annotated[int | None, Flag(help="Examples in a device's micro-batch. [default: 8]")] = None,
     gradient_accumulation_steps: Annotated[
-        int | None, Flag(help="Micro-batches in an optimizer step. [default: 16]")
+        int | None,
+        Flag(
+            help="Micro-batches in an optimizer step. [default: 16, or fewer where the epochs have less than 200 such "
+            "steps; 16 with --max-steps]"
+        ),
     ] = None,
     max_length_tokens: Annotated[
         int | None, Flag(help="Tokens of the longest example; the rest of it is cut off. [default: 256]")

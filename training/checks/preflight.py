@@ -245,7 +245,7 @@ def estimate_training(
         allocator_bytes=round(HEAP_LOSS * (activations + logits)) if on_heap else 0,
         teacher_bytes=weights_bytes(checkpoint, recipe, width, checkpoint.sizes) if holds_teacher(recipe) else 0,
         teacher_share=teacher_share(checkpoint, recipe, base),
-        tokens_per_step=tokens * recipe.gradient_accumulation_steps * processes,
+        tokens_per_step=tokens * (recipe.gradient_accumulation_steps or 1) * processes,
         preparing_bytes=preparing,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -21,6 +20,7 @@ from pat_serve.training.checks.inputs import RunInputs
 from pat_serve.training.checks.memory import BatchSize
 from pat_serve.training.checks.one_shot import check_walk_memory, require_one_process
 from pat_serve.training.checks.preflight import Preflight, check_memory
+from pat_serve.training.checks.steps import steps_of_epochs, with_accumulation
 from pat_serve.training.checks.width import check_ties, target_shape
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import TrainingData, load_tokenizer, read_training_data
@@ -91,14 +91,15 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     data = read_training_data(recipe, dated)
     vocabulary = Vocabulary.of(tokenizer, checkpoint.sizes.vocab)
     check_vocabulary(data, vocabulary)
-    batch = recipe.batch_size * recipe.gradient_accumulation_steps * ranks.count
     rows = data.rows()
-    # An epoch's last step may be a smaller one, as the Trainer takes it.
-    micro_batches = math.ceil((rows or 0) / (recipe.batch_size * ranks.count))
-    steps_per_epoch = math.ceil(micro_batches / recipe.gradient_accumulation_steps)
-    total_steps = max(1, round(recipe.epochs * steps_per_epoch)) if recipe.max_steps is None else recipe.max_steps
-    if not method_of(recipe).trains:
+    asked, recipe = (with_accumulation(one, rows, ranks.count) for one in (asked, recipe))
+    accumulation = recipe.gradient_accumulation_steps or 1
+    batch = recipe.batch_size * accumulation * ranks.count
+    total_steps = recipe.max_steps
+    if not method.trains:
         total_steps = 0
+    elif total_steps is None:
+        total_steps = steps_of_epochs(recipe, rows or 0, ranks.count, accumulation)
     require_calibration_rows(recipe, len(data.samples))
     least = method.least_steps(recipe) if method.trains else 0
     untrained = total_steps == 0 and least == 1 and method.prunes

@@ -14,6 +14,7 @@ from pat_serve.checkpoints.checkpoint import Checkpoint
 from pat_serve.cut.axes import HIDDEN
 from pat_serve.training.assemble import assemble
 from pat_serve.training.checks.prepare import Prepared, prepare
+from pat_serve.training.checks.steps import with_accumulation
 from pat_serve.training.checks.width import target_shape
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data.encoding import Example
@@ -47,9 +48,10 @@ class Bench:
     """
 
     def __init__(self, recipe: TrainRecipe, first: Candidate) -> None:
-        self._recipe = recipe
         self._prepared = prepare(with_shape(recipe, first.shape).model_copy(update={"max_steps": 0}), Ranks.join())
         data = self._prepared.data
+        # A step of the search is as large as one of the run.
+        self._recipe = with_accumulation(recipe, data.rows(), 1)
         if data.held_out is not None:
             rows = data.held_out[:_MEASURED_ROWS]
         elif isinstance(data.train, list) and not recipe.packing and len(data.train) >= 2 * _MEASURED_ROWS:
