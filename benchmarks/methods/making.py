@@ -111,11 +111,12 @@ def _train(name: str, row: Row, setup: Setup) -> float:
 
 
 def shared_by(row: Row, steps: int) -> dict[str, Any]:
-    """The shared settings that the row's method has a use for."""
+    """The shared settings that the row's method has a use for; a row of smaller steps makes more of them."""
     from pat_serve.training.methods import METHODS
 
     method = METHODS[row.recipe.get("method", "cut" if "shape" in row.recipe else "pat")]
-    shared = {**SHARED, "max_steps": steps, "save_steps": 20, "report_to": "none"}
+    more = SHARED["batch_size"] // row.recipe.get("batch_size", SHARED["batch_size"])
+    shared = {**SHARED, "max_steps": steps * more, "save_steps": 20, "report_to": "none"}
     return {name: value for name, value in shared.items() if name not in method.unused}
 
 
