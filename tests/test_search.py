@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,22 @@ import pytest
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
+from pat_serve.machine.probed_costs import FoundCosts, fitted_costs
 from pat_serve.shapes.sizes import ModelSizes
+from pat_serve.shapes.step_cost import decode_work
+from pat_serve.training.assemble import Job, assemble
+from pat_serve.training.checks.prepare import Prepared
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.recipe_file import read_recipe
 from pat_serve.training.run import start, start_or_resume
 from pat_serve.training.search.candidates import WITHIN, Candidate, Target, candidates, ceiling
 from pat_serve.training.search.found import SEARCH_FILE, Tried, ranked
+from pat_serve.training.search.search import expected_speedup
 from tests.tiny_models import save_tiny_family
 
 SETTINGS = {
     "ratio": 0.25, "search_minutes": 0.5, "max_steps": 2, "batch_size": 4, "gradient_accumulation_steps": 1,
-    "dtype": "float32", "lora_rank": 4, "calibration_rows": 8, "distillation_weight": 1.0,
+    "dtype": "float32", "lora_rank": 4, "calibration_rows": 8, "distillation_weight": 0.25,
 }  # fmt: skip
 
 
@@ -94,8 +100,19 @@ def test_what_is_lost_counts_for_the_time_that_it_saves():
 
 @pytest.mark.parametrize("target", [{"ratio": 0.25}, {"ratio": None, "speedup": 1.05}])
 def test_a_run_takes_the_best_shape(
-    target: dict[str, Any], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target: dict[str, Any],
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    weights = []
+
+    def assemble_seen(prepared: Prepared, *rest: Any, **named: Any) -> Job:
+        weights.append(prepared.recipe.distillation_weight)
+        return assemble(prepared, *rest, **named)
+
+    monkeypatch.setattr("pat_serve.training.search.bench.assemble", assemble_seen)
     base, run = wide_base(tmp_path / "base"), tmp_path / "run"
     finished = start(asked(base, rows, **target), run)
     record = json.loads((run / SEARCH_FILE).read_text())
@@ -115,6 +132,9 @@ def test_a_run_takes_the_best_shape(
     saved = read_recipe(run / "recipe.yaml")
     assert saved["shape"] == record["shape"]
     assert (saved["ratio"], saved["speedup"], saved["search_minutes"]) == (None, None, 0)
+    # Shapes are compared by their way to the dense model, and the run keeps the loss that it was asked for.
+    assert set(weights) == {1.0}
+    assert saved["distillation_weight"] == 0.25
     assert export_run(run, tmp_path / "out", dtype="float32").parity is not None
     # Asked for again, the run is finished, and is not searched for a second time.
     assert start_or_resume(asked(base, rows, **target), run) is None
@@ -137,6 +157,21 @@ def test_a_run_takes_the_best_shape(
 def test_what_leaves_nothing_to_look_for(settings: dict[str, Any], message: str, rows: Path, tmp_path: Path):
     with pytest.raises(UsageError, match=message):
         asked(tmp_path, rows, **settings)
+
+
+def test_a_probe_that_tells_nothing_leaves_the_ceilings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    base = ModelSizes(hidden=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocab=49152, tied=True)
+    times = [(decode_work(base, batch_size=1, context_tokens=64, dtype_bytes=2), 1e-3)] * 3
+
+    def tells_nothing(*_: Any) -> FoundCosts:
+        return fitted_costs([work for work, _ in times], [second for _, second in times], "a clock", "bfloat16", "")
+
+    monkeypatch.setattr("pat_serve.training.search.search.probed_costs", tells_nothing)
+    shallow = replace(base, layers=24)
+    assert expected_speedup(base)(shallow) == ceiling(base, shallow)
+    assert "search: speeds are ceilings" in capsys.readouterr().err
 
 
 def test_a_setting_that_some_candidates_have_no_use_for_is_refused_at_once(

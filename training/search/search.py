@@ -57,7 +57,7 @@ def search(recipe: TrainRecipe) -> Search:
     for candidate in candidates(checkpoint, target, lambda sizes: ceiling(checkpoint.sizes, sizes), among):
         # A setting that a candidate's method has no use for is refused now, and not after minutes.
         resolved_for(recipe, candidate, checkpoint)
-    found = candidates(checkpoint, target, _expected_speedup(checkpoint.sizes), among)
+    found = candidates(checkpoint, target, expected_speedup(checkpoint.sizes), among)
     if not found:
         raise UsageError(
             "--ratio" if target.ratio is not None else "--speedup",
@@ -115,7 +115,7 @@ def _tune(bench: Bench, tried: list[Tried], target: Target, until_s: float) -> l
     return [*ranked(tuned, target), *rest]
 
 
-def _expected_speedup(base: ModelSizes) -> Callable[[ModelSizes], float]:
+def expected_speedup(base: ModelSizes) -> Callable[[ModelSizes], float]:
     """What a decode step of other sizes gains here, by a probe; by its bytes where the probe tells nothing."""
     dtype = serving_dtype()
     try:
