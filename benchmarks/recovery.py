@@ -31,7 +31,7 @@ from pat_serve.training.config import TrainRecipe
 from pat_serve.training.model.calibration import calibration_batches
 from pat_serve.training.model.teacher import load_teacher
 from pat_serve.training.ranks import Ranks
-from pat_serve.training.search.measure import HeldOut, autocast
+from pat_serve.training.search.measure import HeldOut
 from pat_serve.training.start import lay_out
 
 DENSE = "dense"
@@ -69,7 +69,7 @@ class Measure:
         """Held-out loss and KL in nats a token, and the text's perplexity."""
         loss, kl = self.held_out.losses(model)
         nll = count = 0.0
-        with autocast(model):
+        with self.held_out.autocast(model):
             for at in range(0, len(self.windows), 4):
                 ids_BT = torch.tensor(self.windows[at : at + 4])
                 logits_BTV = model(input_ids=ids_BT).logits[:, :-1].float()

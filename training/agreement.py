@@ -27,6 +27,8 @@ def disagreements(recipe: TrainRecipe) -> Iterator[str]:
         yield "give eval_data or eval_share, not both"
     if recipe.streaming and recipe.max_steps is None:
         yield "max_steps beside streaming, since a stream has no epochs"
+    if recipe.streaming and recipe.search_minutes:
+        yield "search_minutes without streaming, since shapes are compared on rows that are kept"
     if recipe.streaming and recipe.eval_share is not None:
         yield "eval_data beside streaming, since a stream cannot be split"
 

@@ -138,7 +138,8 @@ def _arguments(prepared: Prepared, run: Path, method: Method) -> TrainingArgumen
     assert recipe.gradient_accumulation_steps is not None, "the recipe was not resolved"
     return TrainingArguments(
         output_dir=str(run.parent),  # made at once, while checkpoints go where the trainer says
-        max_steps=inputs.total_steps,
+        # Of a run of no steps the Trainer is never asked to train, but it would look for the epochs of a stream.
+        max_steps=max(1, inputs.total_steps),
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=recipe.learning_rate,

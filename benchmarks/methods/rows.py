@@ -33,8 +33,8 @@ DENSE = "dense"
 _CUT = {"max_steps": 0}
 # pat-train's default for the width of this model, which came after the other rows (docs/study.md).
 OF_THE_WIDTH = 1.3e-3
-# As many rows as the others see, two in a step, and the rank that the study recovers with.
-SMALL_STEPS: dict[str, Any] = {"learning_rate": OF_THE_WIDTH, "batch_size": 2, "lora_rank": 64}
+# As many rows as the others see, two in a step.
+SMALL_STEPS: dict[str, Any] = {"learning_rate": OF_THE_WIDTH, "batch_size": 2}
 ROWS: dict[str, Row] = {
     DENSE: Row(axes="none", trains=False, source="the model as it is"),
     "lora": Row(axes="none", trains=True, source="arXiv 2106.09685", recipe={"method": "lora"}),

@@ -19,15 +19,15 @@ from pat_serve.training.checks.width import target_shape
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data.encoding import Example
 from pat_serve.training.methods import method_of
-from pat_serve.training.model.calibration import calibration_batches
+from pat_serve.training.model.calibration import calibration_batches, rows_at_once
 from pat_serve.training.model.teacher import load_teacher
 from pat_serve.training.ranks import Ranks
 from pat_serve.training.search.candidates import Candidate
 from pat_serve.training.search.found import with_shape
 from pat_serve.training.search.measure import HeldOut
 
-# Rows that a cut is measured on.
-_MEASURED_ROWS = 24
+# Rows that a cut is measured on, and rows that a candidate is calibrated on; its run takes all that it is given.
+_MEASURED_ROWS, _CALIBRATED_ROWS = 24, 32
 # The dense model's answers are kept: a row of the vocabulary for each token.
 _MEASURED_TOKENS = 4096
 
@@ -52,8 +52,10 @@ class Bench:
 
     def __init__(self, recipe: TrainRecipe, first: Candidate) -> None:
         recipe = recipe.model_copy(update={"distillation_weight": 1.0})
-        self._prepared = prepare(with_shape(recipe, first.shape).model_copy(update={"max_steps": 0}), Ranks.join())
-        data = self._prepared.data
+        prepared = prepare(with_shape(recipe, first.shape), Ranks.join())
+        data = prepared.data
+        calibration = calibration_batches(data.samples[:_CALIBRATED_ROWS], rows_at_once(recipe))
+        self._prepared = replace(prepared, calibration=calibration)
         # A step of the search is as large as one of the run.
         self._recipe = with_accumulation(recipe, data.rows(), 1)
         if data.held_out is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from pat_serve.checkpoints.checkpoint import Checkpoint
-from pat_serve.cut.axes import AXES, FFN, LAYERS
+from pat_serve.cut.axes import AXES, FFN, HIDDEN, LAYERS
 from pat_serve.shapes.candidates import (
     MIXES,
     axis_grid,
@@ -45,6 +45,13 @@ class Target:
         if recipe.speedup is not None:
             return Target(ratio=None, speedup=recipe.speedup)
         return Target(ratio=0.25 if recipe.ratio is None else recipe.ratio, speedup=None)
+
+    def is_met(self, candidate: Candidate) -> bool:
+        """The candidate is about as large as asked, or at least as fast."""
+        if self.ratio is not None:
+            return abs(candidate.cut - self.ratio) <= WITHIN
+        assert self.speedup is not None
+        return candidate.speedup >= self.speedup
 
     def told(self) -> str:
         """The target as a part of a sentence."""
@@ -105,11 +112,11 @@ def candidates(
             continue
         exported = exported_sizes(base, shape)
         cut = share_cut(base, exported)
-        if target.ratio is None or abs(cut - target.ratio) <= WITHIN:
-            made[tuple(shape.items())] = Candidate(
-                shape=shape, cut=cut, ceiling=ceiling(base, exported), speedup=speedup(exported)
-            )
-    return list(made.values())
+        candidate = Candidate(shape=shape, cut=cut, ceiling=ceiling(base, exported), speedup=speedup(exported))
+        if target.is_met(candidate):
+            made[tuple(shape.items())] = candidate
+    # The stream takes longest to cut, so it comes last where the time is short.
+    return sorted(made.values(), key=lambda one: HIDDEN in one.shape)
 
 
 def _shapes(checkpoint: Checkpoint, target: Target, speedup: Callable[[ModelSizes], float]) -> Iterator[dict[str, int]]:
@@ -132,26 +139,33 @@ def _leaning(
     layers, ffn = (axis_grid(axis, base, checkpoint.family) for axis in (LAYERS, FFN))
     if not layers or not ffn:
         return
-    amount, wanted = _measure(base, target, speedup)
     for share in _LAYERS_SHARES:
-        kept = min(layers, key=lambda count: abs(amount(base.with_counts({LAYERS: count})) - wanted * share))
-        channels = _nearest(base, kept, ffn, amount, wanted)
+        parts = {count: _part(base, base.with_counts({LAYERS: count}), target, speedup) for count in layers}
+        kept = min(layers, key=lambda count: abs(parts[count] - share))
+        channels = _channels(base, kept, ffn, target, speedup)
+        if channels is None:
+            continue
         counts = {LAYERS: kept, FFN: channels}
         if not checkpoint.family.obstacles(base, base.with_counts(counts), checkpoint.config):
             yield {axis: counts[axis] for axis in AXES if axis in counts}
 
 
-def _measure(
-    base: ModelSizes, target: Target, speedup: Callable[[ModelSizes], float]
-) -> tuple[Callable[[ModelSizes], float], float]:
-    """How much of the target sizes give, and how much is wanted: a share of the parameters, or of a step's time."""
+def _part(base: ModelSizes, sizes: ModelSizes, target: Target, speedup: Callable[[ModelSizes], float]) -> float:
+    """How much of the target sizes give: of the parameters, or of the time that a step is to save."""
     if target.ratio is not None:
-        return lambda sizes: share_cut(base, sizes), target.ratio
+        return share_cut(base, sizes) / target.ratio
     assert target.speedup is not None
-    return lambda sizes: 1 - 1 / speedup(sizes), 1 - 1 / target.speedup
+    return (1 - 1 / speedup(sizes)) / (1 - 1 / target.speedup)
 
 
-def _nearest(
-    base: ModelSizes, kept: int, ffn: Sequence[int], amount: Callable[[ModelSizes], float], wanted: float
-) -> int:
-    return min(ffn, key=lambda count: abs(amount(base.with_counts({LAYERS: kept, FFN: count})) - wanted))
+def _channels(
+    base: ModelSizes, kept: int, ffn: Sequence[int], target: Target, speedup: Callable[[ModelSizes], float]
+) -> int | None:
+    """FFN channels beside so many layers: those that come nearest to the share, or the most that are fast enough."""
+
+    def part(count: int) -> float:
+        return _part(base, base.with_counts({LAYERS: kept, FFN: count}), target, speedup)
+
+    if target.ratio is not None:
+        return min(ffn, key=lambda count: abs(part(count) - 1))
+    return max((count for count in ffn if part(count) >= 1), default=None)

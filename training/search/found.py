@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pat_serve.errors import UsageError
 from pat_serve.files.atomic import write_json
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.search.candidates import Candidate, Target
@@ -56,6 +58,7 @@ class Tried:
             "kl": self.kl,
             "tuned_kl": self.tuned_kl,
             "tuned_steps": self.steps,
+            # Of the KL that counts: untuned and tuned ones do not compare.
             "price": self.price if math.isfinite(self.price) else None,
             "seconds": round(self.seconds, 1),
         }
@@ -67,12 +70,14 @@ class Search:
 
     Attributes:
         target: size or speed that was asked for.
+        axes: that were to be cut; empty for any.
         minutes: that it was given.
         tried: the candidates, the best first.
         skipped: shapes that there was no time to cut.
     """
 
     target: Target
+    axes: tuple[str, ...]
     minutes: float
     tried: list[Tried]
     skipped: list[str] = field(default_factory=list)
@@ -85,16 +90,17 @@ class Search:
     def save(self, run: Path) -> None:
         """Write search.json, complete or not at all."""
         lines = [one.record() for one in self.tried]
-        asked = {"ratio": self.target.ratio, "speedup": self.target.speedup, "minutes": self.minutes}
+        asked = _asked(self.target, self.axes, self.minutes)
         write_json(run / SEARCH_FILE, {**asked, "shape": self.shape, "tried": lines, "skipped": self.skipped})
 
 
 def ranked(tried: list[Tried], target: Target) -> list[Tried]:
     """Candidates, the best first.
 
-    Where a speed was asked for, all are about as fast, and the one that lost least is the best. Where a size was,
-    speeds differ, and the one that lost least for the time that it saves is. A loss grows at least in proportion to
-    the cut. So a slower candidate with a higher price stays behind if it is cut until it is as fast.
+    Where a speed was asked for, all are fast enough, and the one that lost least is the best. Where a size was, speeds
+    differ, and the one that lost least for the time that it saves is. A loss grows at least in proportion to the cut.
+    So a slower candidate with a higher price stays behind if it is cut until it is as fast. One with a lower price may
+    fall behind then: who wants a speed asks for it.
     """
     if target.ratio is None:
         return sorted(tried, key=lambda one: one.lost)
@@ -119,12 +125,27 @@ def as_found(recipe: TrainRecipe, run: Path) -> TrainRecipe:
     Args:
         recipe: as it is asked for now.
         run: an earlier run's folder.
+
+    Raises:
+        UsageError: the run began with another search.
     """
     path = run / SEARCH_FILE
     if not wants_search(recipe) or not path.is_file():
         return recipe
     record = json.loads(path.read_text(encoding="utf-8"))
-    # Records of 1.x before `speedup` have none.
-    asked = Target(ratio=record["ratio"], speedup=record.get("speedup"))
-    is_same = (asked, record["minutes"]) == (Target.of(recipe), recipe.search_minutes)
-    return with_shape(recipe, record["shape"]) if is_same else recipe
+    asked = _asked(Target.of(recipe), recipe.axes, recipe.search_minutes)
+    # Older records have neither a speed nor axes: the first was not there, the second are not known.
+    began = {name: record.get(name, None if name == "speedup" else now) for name, now in asked.items()}
+    if changed := [name for name in asked if asked[name] != began[name]]:
+        raise UsageError(
+            f"--resume auto --out {run}",
+            expected="the search that the run began with: " + ", ".join(f"{name} {began[name]}" for name in changed),
+            found=", ".join(str(asked[name]) for name in changed),
+            fix="Give the same settings, or another --out.",
+        )
+    return with_shape(recipe, record["shape"])
+
+
+def _asked(target: Target, axes: Sequence[str], minutes: float) -> dict[str, Any]:
+    """What a search was asked for, by its names in search.json."""
+    return {"ratio": target.ratio, "speedup": target.speedup, "axes": list(axes), "minutes": minutes}

@@ -23,10 +23,12 @@ class HeldOut:
 
     Attributes:
         batches: padded.
+        dtype: that the dense model computes in; a model that is compared with it does the same.
         dense: log-probabilities (N, V) of the tokens that count, a tensor for each batch, bfloat16.
     """
 
     batches: Sequence[dict[str, Tensor]]
+    dtype: torch.dtype
     dense: Sequence[Tensor]
 
     @staticmethod
@@ -37,14 +39,15 @@ class HeldOut:
             dense_model: in evaluation mode.
             batches: padded, with labels.
         """
-        return HeldOut(batches=batches, dense=[_scores(dense_model, batch)[0].to(torch.bfloat16) for batch in batches])
+        scores = [_scores(dense_model, batch)[0].to(torch.bfloat16) for batch in batches]
+        return HeldOut(batches=batches, dtype=dense_model.dtype, dense=scores)
 
     @torch.no_grad()
     def losses(self, model: Any) -> tuple[float, float]:
         """Cross-entropy and KL(dense || model), in nats a token; leaves the model in evaluation mode."""
         model.eval()
         loss = kl = tokens = 0.0
-        with autocast(model):
+        with self.autocast(model):
             for batch, stored_NV in zip(self.batches, self.dense, strict=True):
                 model_NV, targets_N = _scores(model, batch)
                 # Rounded to bfloat16 the answers no longer sum to one.
@@ -54,11 +57,10 @@ class HeldOut:
                 tokens += len(targets_N)
         return loss / tokens, kl / tokens
 
-
-def autocast(model: Any) -> AbstractContextManager[Any]:
-    """Compute in bfloat16 where a model has weights in it, as its training does: what is trained is float32."""
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    return torch.autocast(model.device.type, torch.bfloat16) if torch.bfloat16 in dtypes else nullcontext()
+    def autocast(self, model: Any) -> AbstractContextManager[Any]:
+        """Compute in bfloat16 where the dense model does, as the training of a model does: its weights are float32."""
+        bfloat16 = self.dtype == torch.bfloat16
+        return torch.autocast(model.device.type, torch.bfloat16) if bfloat16 else nullcontext()
 
 
 @torch.no_grad()

@@ -23,11 +23,9 @@ from pat_serve.terminal.progress import say
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.ranks import Ranks
 from pat_serve.training.search.bench import Bench, resolved_for
-from pat_serve.training.search.candidates import CONTEXT_TOKENS, Target, candidates, ceiling
+from pat_serve.training.search.candidates import CONTEXT_TOKENS, Candidate, Target, candidates, ceiling
 from pat_serve.training.search.found import Search, Tried, ranked
 
-# Rows that a candidate is calibrated on; its run takes all that it is given.
-_CALIBRATED_ROWS = 32
 # So many of the best are tuned; fewer steps than the least tell nothing.
 _TUNED, _LEAST_STEPS, _MOST_STEPS = 3, 8, 200
 _PILOT_STEPS = 2
@@ -54,22 +52,14 @@ def search(recipe: TrainRecipe) -> Search:
     target = Target.of(recipe)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     among = recipe.axes or tuple(AXES)
-    for candidate in candidates(checkpoint, target, lambda sizes: ceiling(checkpoint.sizes, sizes), among):
+    counted = _met(target, candidates(checkpoint, target, lambda sizes: ceiling(checkpoint.sizes, sizes), among))
+    for candidate in counted:
         # A setting that a candidate's method has no use for is refused now, and not after minutes.
         resolved_for(recipe, candidate, checkpoint)
-    found = candidates(checkpoint, target, expected_speedup(checkpoint.sizes), among)
-    if not found:
-        raise UsageError(
-            "--ratio" if target.ratio is not None else "--speedup",
-            expected="a share of all parameters that a shape comes near to"
-            if target.ratio is not None
-            else "a speed that a cut of at most 60 % of every axis is expected to have here",
-            found=str(target.ratio if target.ratio is not None else target.speedup),
-            fix="Give a --shape; pat-shapes lists what is there.",
-        )
-    say(f"search: {len(found)} shapes that {target.told()}, {recipe.search_minutes:g} minutes")
-    quick = recipe.model_copy(update={"calibration_rows": min(recipe.calibration_rows, _CALIBRATED_ROWS)})
-    bench = Bench(quick, found[0])
+    say(f"search: reads the data, and checks the memory with {counted[0].told()}")
+    bench = Bench(recipe, counted[0])
+    found = _met(target, candidates(checkpoint, target, expected_speedup(checkpoint.sizes), among))
+    say(f"search: {recipe.search_minutes:g} minutes for the shapes that {target.told()}, {len(found)} of them")
     tried: list[Tried] = []
     skipped: list[str] = []
     for candidate in found:
@@ -85,10 +75,28 @@ def search(recipe: TrainRecipe) -> Search:
             f"fast (at most {candidate.ceiling:.2f}x), KL {kl:.3f} untuned"
         )
     if skipped:
-        say(f"search: no time to cut {'; '.join(skipped)}")
+        say(f"search: no time to cut {'; '.join(skipped)} (a longer --search-minutes has)")
     tried = _tune(bench, ranked(tried, target), target, began + seconds)
     say(f"search: takes --shape {tried[0].candidate.told()}, {_why(tried, target)}")
-    return Search(target=target, minutes=recipe.search_minutes, tried=tried, skipped=skipped)
+    return Search(target=target, axes=recipe.axes, minutes=recipe.search_minutes, tried=tried, skipped=skipped)
+
+
+def _met(target: Target, found: list[Candidate]) -> list[Candidate]:
+    """The candidates, of which there must be one.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not found:
+        raise UsageError(
+            "--ratio" if target.ratio is not None else "--speedup",
+            expected="a share of all parameters that a shape comes near to"
+            if target.ratio is not None
+            else "a speed that a cut of at most 60 % of every axis is expected to have here",
+            found=str(target.ratio if target.ratio is not None else target.speedup),
+            fix="Ask for less, or give a --shape; pat-shapes lists what is there.",
+        )
+    return found
 
 
 def _tune(bench: Bench, tried: list[Tried], target: Target, until_s: float) -> list[Tried]:
