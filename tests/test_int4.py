@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pat_serve.checkpoints.locate import read_config
 from pat_serve.cli.calibration import calibration_of
-from pat_serve.errors import DataError, ParityError, UsageError
+from pat_serve.errors import DataError, ParityError, UnsupportedModel, UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.export.files.model_files import write_model
 from pat_serve.export.formats import calibrated
@@ -24,7 +24,7 @@ from pat_serve.export.formats.schemes import INT4
 from pat_serve.export.run.reader import open_run
 from pat_serve.export.verify import verify_export
 from pat_serve.machine import hardware
-from pat_serve.shapes.four_bits import check_four_bits
+from pat_serve.shapes.cpu_kernels import check_cpu_kernels
 from tests.random_runs import PROMPT, random_run
 from tests.tiny_models import save_tiny_family, save_tiny_llama
 
@@ -206,9 +206,19 @@ def test_the_data_of_a_calibration(run: Path, finished_run: Path, rows: Path, tm
 def test_float32_is_refused_before_an_engine_dies_of_it(int4: Path, exact: Path):
     """vLLM's CPU kernel: "cpu_gemm_wna16" not implemented for 'Float'."""
     with pytest.raises(UsageError, match=r"--dtype float32: expected bfloat16 or float16, since .* has 4-bit weights"):
-        check_four_bits(read_config(int4), "int4", "float32")
-    check_four_bits(read_config(int4), "int4", "bfloat16")
-    check_four_bits(read_config(exact), "exact", "float32")
+        check_cpu_kernels(read_config(int4), "int4", "float32")
+    check_cpu_kernels(read_config(int4), "int4", "bfloat16")
+    check_cpu_kernels(read_config(exact), "exact", "float32")
+
+
+def test_heads_without_a_kernel_are_refused_before_an_engine_dies_of_them():
+    """vLLM's engine starts, and its first token ends in "Unsupported CPU attention configuration"."""
+    config = {"hidden_size": 64, "num_attention_heads": 4}
+    with pytest.raises(UnsupportedModel, match=r"thin: expected a head_dim that vLLM's CPU attention .*, found 16"):
+        check_cpu_kernels(config, "thin", "bfloat16")
+    check_cpu_kernels(config | {"head_dim": 64}, "wide", "bfloat16")
+    check_cpu_kernels(config | {"kv_lora_rank": 8}, "compressed", "bfloat16")
+    check_cpu_kernels({"n_head": 4}, "of another family", "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -227,11 +237,11 @@ def test_missing_kernels_are_told(
     (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\nflags\t\t: {flags}\n")
     monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(hardware, "_version", lambda *_: installed)
-    check_four_bits(read_config(int4), "int4", "bfloat16")
-    check_four_bits(read_config(exact), "exact", "bfloat16")
+    check_cpu_kernels(read_config(int4), "int4", "bfloat16")
+    check_cpu_kernels(read_config(exact), "exact", "bfloat16")
     line = "int4: 4-bit weights are slow on this CPU without zentorch"
     assert (line in capsys.readouterr().err) == told
-    check_four_bits(read_config(exact), "exact", "bfloat16")
+    check_cpu_kernels(read_config(exact), "exact", "bfloat16")
     assert capsys.readouterr().err == ""
 
 

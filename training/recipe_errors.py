@@ -32,12 +32,15 @@ def recipe_error(error: pydantic.ValidationError, source: str, names: Collection
         return UsageError(f"{name} ({source})", expected="a name", found=repr(given), fix="Write `name: value`.")
     if kind == "missing":
         return UsageError(f"{name} ({source})", expected="a value", found="none", fix="See pat-train --help.")
-    told, found = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").lower(), repr(given)
+    told = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if not first["loc"] and isinstance(given, dict):
         # Settings that do not go together: those that the message speaks of, and not the whole recipe.
         words = re.findall(r"\w+", told)
         found = ", ".join(f"{key} {value}" for key, value in given.items() if key in words) or "others"
-    return UsageError(f"{name} ({source})", expected=told, found=found, fix="See pat-train --help.")
+        told, given = f"settings that go together ({told})", found
+    else:
+        told, given = told.lower(), repr(given)
+    return UsageError(f"{name} ({source})", expected=told, found=given, fix="See pat-train --help.")
 
 
 def _way_out(unknown: str, names: Collection[str]) -> str:

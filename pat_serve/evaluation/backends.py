@@ -23,7 +23,7 @@ from pat_serve.machine.extras import require
 from pat_serve.machine.hardware import DTYPE_BYTES
 from pat_serve.machine.local_addresses import UNUSABLE_PROXY, is_local
 from pat_serve.perplexity import IGNORED_LABEL
-from pat_serve.shapes.four_bits import check_four_bits
+from pat_serve.shapes.cpu_kernels import check_cpu_kernels
 
 BACKENDS = ("hf", "vllm")
 # By default vLLM takes nine tenths of a CPU machine. On a GPU it gets a share of the memory.
@@ -125,7 +125,7 @@ def _vllm(folder: Path, settings: BackendSettings) -> Any:
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        check_four_bits(read_config(folder), str(folder), settings.dtype)
+        check_cpu_kernels(read_config(folder), str(folder), settings.dtype)
     try:
         with stdout_to_stderr(), quiet():
             return VLLM(**vllm_arguments(folder, settings, on_gpu=on_gpu))

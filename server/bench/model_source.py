@@ -15,7 +15,7 @@ from pat_serve.checkpoints.shards import runtime_shards
 from pat_serve.checkpoints.stock_class import check_stock_folder
 from pat_serve.errors import MissingModel, UsageError
 from pat_serve.files.atomic import write_json
-from pat_serve.shapes.four_bits import check_four_bits
+from pat_serve.shapes.cpu_kernels import check_cpu_kernels
 from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.terminal.progress import say
 
@@ -106,11 +106,12 @@ def check_dtype(source: ModelSource, dtype: str) -> None:
 
     Raises:
         UsageError: four-bit weights in float32 on a CPU.
+        UnsupportedModel: heads of a size that vLLM has no CPU kernel for.
     """
     import torch
 
     if not torch.cuda.is_available():
-        check_four_bits(source.config, source.name, dtype)
+        check_cpu_kernels(source.config, source.name, dtype)
 
 
 def _tell_zeros(folder: Path, name: str) -> None:

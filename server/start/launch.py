@@ -28,7 +28,7 @@ from pat_serve.server.start.settings import GIB, ServeSettings, serve_arguments,
 from pat_serve.server.start.supervisor import adopt_orphans, end_children, supervise
 from pat_serve.server.start.trusted_model import check_trusted
 from pat_serve.server.start.whole_model import check_whole_models
-from pat_serve.shapes.four_bits import check_four_bits
+from pat_serve.shapes.cpu_kernels import check_cpu_kernels
 
 # vLLM closes an idle connection after 5 s, as httpx and so the openai client do: a client that uses the connection in
 # that instant loses the race. Load balancers keep idle connections for a minute.
@@ -73,7 +73,7 @@ def run(settings: ServeSettings) -> None:
         check_flags(args, settings)
         if is_cpu_backend():
             for model in filter(None, (settings.model, settings.baseline, settings.draft)):
-                check_four_bits(read_config(locate(model, weights=False)), model, args.dtype)
+                check_cpu_kernels(read_config(locate(model, weights=False)), model, args.dtype)
         check_whole_models(args, settings.model, baseline=settings.baseline, draft=settings.draft)
         if settings.baseline is not None and is_cpu_backend():
             # On an accelerator vLLM itself refuses an engine for which there is no room.
