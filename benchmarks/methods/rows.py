@@ -133,6 +133,9 @@ ROWS: dict[str, Row] = {
     "lora, small steps": Row(
         axes="none", trains=True, source="arXiv 2106.09685", recipe={"method": "lora", **SMALL_STEPS}
     ),
+    "cut, layers, small steps": Row(
+        axes="layers", trains=True, source="arXiv 2403.03853", recipe={"shape": {"layers": 21}, **SMALL_STEPS}
+    ),
     "cut, layers and FFN, small steps": Row(
         axes="layers, FFN",
         trains=True,
