@@ -213,11 +213,13 @@ def test_float32_is_refused_before_an_engine_dies_of_it(int4: Path, exact: Path)
 
 def test_heads_without_a_kernel_are_refused_before_an_engine_dies_of_them():
     """vLLM's engine starts, and its first token ends in "Unsupported CPU attention configuration"."""
-    config = {"hidden_size": 64, "num_attention_heads": 4}
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "head_dim": None}
     with pytest.raises(UnsupportedModel, match=r"thin: expected a head_dim that vLLM's CPU attention .*, found 16"):
         check_cpu_kernels(config, "thin", "bfloat16")
     check_cpu_kernels(config | {"head_dim": 64}, "wide", "bfloat16")
     check_cpu_kernels(config | {"kv_lora_rank": 8}, "compressed", "bfloat16")
+    # transformers gives a Gemma heads of 256 where its config names none.
+    check_cpu_kernels(config | {"model_type": "gemma"}, "gemma", "bfloat16")
     check_cpu_kernels({"n_head": 4}, "of another family", "bfloat16")
 
 

@@ -138,7 +138,7 @@ def _arguments(prepared: Prepared, run: Path, method: Method) -> TrainingArgumen
     assert recipe.gradient_accumulation_steps is not None, "the recipe was not resolved"
     return TrainingArguments(
         output_dir=str(run.parent),  # made at once, while checkpoints go where the trainer says
-        # Of a run of no steps the Trainer is never asked to train, but it would look for the epochs of a stream.
+        # A run of no steps never calls the Trainer's train, but the Trainer refuses a stream with max_steps 0.
         max_steps=max(1, inputs.total_steps),
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,

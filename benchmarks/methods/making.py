@@ -83,7 +83,7 @@ def make(name: str, setup: Setup) -> None:
     machine = describe()
     figures["machine"] = {key: machine[key] for key in ("cpu_model", "cpu_cores")}
     own = {setting: row.recipe[setting] for setting in SHARED if setting in row.recipe}
-    steps = (shared_by(row, setup.steps) | dict(row.recipe)).get("max_steps", 0)
+    steps = (shared_by(row, setup.steps) | dict(row.recipe)).get("max_steps", 0) if row.trains else 0
     lengths = {"steps": steps, "limit": setup.limit, "context_tokens": CONTEXT_TOKENS}
     figures["protocol"] = lengths | SHARED | own
     write_json(path, figures)

@@ -104,7 +104,7 @@ def train(
     gradient_accumulation_steps: Annotated[
         int | None,
         Flag(
-            help="Micro-batches in an optimizer step. [default: 16, or fewer where the epochs have less than 200 such "
+            help="Micro-batches in an optimizer step. [default: 16, or fewer where the epochs have fewer than 200 such "
             "steps; 16 with --max-steps]"
         ),
     ] = None,

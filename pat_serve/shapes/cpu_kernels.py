@@ -16,6 +16,8 @@ from pat_serve.terminal.progress import say
 
 _FLOAT32 = ("float32", "float")
 _FOUR_BITS_BYTES = 0.5
+# Classes whose heads share the stream evenly where their config names no head_dim.
+_EVEN_HEADS = ("llama", "mistral", "qwen2")
 
 
 def check_cpu_kernels(config: Mapping[str, Any], name: str, dtype: str) -> None:
@@ -54,7 +56,10 @@ def check_cpu_kernels(config: Mapping[str, Any], name: str, dtype: str) -> None:
 
 def _head_dim(config: Mapping[str, Any]) -> int | None:
     """Numbers of a head; None where the config does not tell, or where heads are compressed (kv_lora_rank)."""
-    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-    if config.get("kv_lora_rank") or not heads or not width:
+    if config.get("kv_lora_rank"):
         return None
-    return int(config.get("head_dim") or width // heads)
+    if isinstance(named := config.get("head_dim"), int):
+        return named
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    # Other classes may have a head of another size by default, as Gemma's and Qwen3's have.
+    return width // heads if config.get("model_type") in _EVEN_HEADS and heads and width else None

@@ -67,7 +67,7 @@ class Candidate:
     Attributes:
         shape: counts by axis.
         cut: the share of all parameters that it cuts.
-        ceiling: of its decode steps' speed over the base's, by the bytes read; batch 1, 128 tokens of context.
+        ceiling: of its decode steps' speed over the base's, by the bytes read alone; batch 1, 128 tokens of context.
         speedup: the same as it is expected with the fixed work of each layer and step.
     """
 
@@ -82,7 +82,7 @@ class Candidate:
 
 
 def ceiling(base: ModelSizes, sizes: ModelSizes) -> float:
-    """A decode step's largest speed-up, by the bytes read in 16 bits."""
+    """A decode step's speed-up by the bytes read in 16 bits alone; a layer less takes its fixed work with it, too."""
     return decode_ceiling(base, sizes, batch_size=1, context_tokens=CONTEXT_TOKENS, dtype_bytes=2)
 
 
@@ -139,8 +139,8 @@ def _leaning(
     layers, ffn = (axis_grid(axis, base, checkpoint.family) for axis in (LAYERS, FFN))
     if not layers or not ffn:
         return
+    parts = {count: _part(base, base.with_counts({LAYERS: count}), target, speedup) for count in layers}
     for share in _LAYERS_SHARES:
-        parts = {count: _part(base, base.with_counts({LAYERS: count}), target, speedup) for count in layers}
         kept = min(layers, key=lambda count: abs(parts[count] - share))
         channels = _channels(base, kept, ffn, target, speedup)
         if channels is None:

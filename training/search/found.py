@@ -58,7 +58,7 @@ class Tried:
             "kl": self.kl,
             "tuned_kl": self.tuned_kl,
             "tuned_steps": self.steps,
-            # Of the KL that counts: untuned and tuned ones do not compare.
+            # A price is of the KL that counts, so those of untuned and of tuned shapes do not compare.
             "price": self.price if math.isfinite(self.price) else None,
             "seconds": round(self.seconds, 1),
         }
@@ -116,6 +116,8 @@ def with_shape(recipe: TrainRecipe, shape: dict[str, int]) -> TrainRecipe:
     """The recipe of a search with the shape that it found; the method follows the shape."""
     settings = recipe.model_dump(exclude_unset=True)
     left = {name: value for name, value in settings.items() if name not in _OF_THE_SEARCH}
+    # A choice along an axis that this shape leaves whole decides nothing.
+    left |= {"choose": {axis: name for axis, name in recipe.choose.items() if axis in shape}} if recipe.choose else {}
     return TrainRecipe.build({**left, "shape": shape}, "the search")
 
 
@@ -148,4 +150,4 @@ def as_found(recipe: TrainRecipe, run: Path) -> TrainRecipe:
 
 def _asked(target: Target, axes: Sequence[str], minutes: float) -> dict[str, Any]:
     """What a search was asked for, by its names in search.json."""
-    return {"ratio": target.ratio, "speedup": target.speedup, "axes": list(axes), "minutes": minutes}
+    return {"ratio": target.ratio, "speedup": target.speedup, "axes": sorted(axes), "minutes": minutes}

@@ -58,7 +58,7 @@ class HeldOut:
         return loss / tokens, kl / tokens
 
     def autocast(self, model: Any) -> AbstractContextManager[Any]:
-        """Compute in bfloat16 where the dense model does, as the training of a model does: its weights are float32."""
+        """Compute in bfloat16 where the dense model does: the model may hold what it trains in float32."""
         bfloat16 = self.dtype == torch.bfloat16
         return torch.autocast(model.device.type, torch.bfloat16) if bfloat16 else nullcontext()
 

@@ -52,13 +52,12 @@ def search(recipe: TrainRecipe) -> Search:
     target = Target.of(recipe)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     among = recipe.axes or tuple(AXES)
-    counted = _met(target, candidates(checkpoint, target, lambda sizes: ceiling(checkpoint.sizes, sizes), among))
-    for candidate in counted:
+    found = _met(target, candidates(checkpoint, target, expected_speedup(checkpoint.sizes), among))
+    for candidate in found:
         # A setting that a candidate's method has no use for is refused now, and not after minutes.
         resolved_for(recipe, candidate, checkpoint)
-    say(f"search: reads the data, and checks the memory with {counted[0].told()}")
-    bench = Bench(recipe, counted[0])
-    found = _met(target, candidates(checkpoint, target, expected_speedup(checkpoint.sizes), among))
+    say(f"search: reads the data, and checks the memory with {found[0].told()}")
+    bench = Bench(recipe, found[0])
     say(f"search: {recipe.search_minutes:g} minutes for the shapes that {target.told()}, {len(found)} of them")
     tried: list[Tried] = []
     skipped: list[str] = []
@@ -72,7 +71,7 @@ def search(recipe: TrainRecipe) -> Search:
         tried.append(Tried(candidate=candidate, kl=kl, seconds=time.monotonic() - began - spent))
         say(
             f"search: {candidate.told()} cuts {candidate.cut:.1%}, is expected to decode {candidate.speedup:.2f}x as "
-            f"fast (at most {candidate.ceiling:.2f}x), KL {kl:.3f} untuned"
+            f"fast ({candidate.ceiling:.2f}x by its bytes), KL {kl:.3f} untuned"
         )
     if skipped:
         say(f"search: no time to cut {'; '.join(skipped)} (a longer --search-minutes has)")
