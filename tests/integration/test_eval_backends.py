@@ -85,6 +85,18 @@ def test_vllm_in_the_process(tmp_path: Path, arguments: list[str]):
 
 
 @pytest.mark.slow
+def test_vllm_judges_answers_that_its_cache_holds(tmp_path: Path):
+    """A block of the cache has up to 128 tokens. vLLM gives no probabilities of those that it reads from there."""
+    model = str(save_tiny_llama(tmp_path / "tiny"))
+    rows = [json.dumps({"prompt": " ".join(text.split()[:6])}) for text in SENTENCES]
+    (tmp_path / "asked.jsonl").write_text("\n".join(rows))
+    flags = ["--prompts", str(tmp_path / "asked.jsonl"), "--answer-tokens", "160", "--dtype", "float32", "--json"]
+    measures = evaluate(model, *flags, "--backend", "vllm")
+    assert measures["length(asked.jsonl)"]["results"][0]["value"] > 128
+    assert measures["agreement(asked.jsonl)"]["results"][0]["value"] == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.slow
 def test_vllm_writes_the_answers_that_transformers_writes(tmp_path: Path):
     """Greedy ones in float32; over the other model's answers vLLM finds the same tokens likeliest."""
     models = [str(save_tiny_llama(tmp_path / name, seed=seed)) for name, seed in (("dense", 0), ("other", 1))]

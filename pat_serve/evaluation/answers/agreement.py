@@ -44,6 +44,8 @@ def _by_vllm(subject: Subject, prompts: Sequence[list[int]], answers: Sequence[l
     llm = subject.lm.model
     sampling = neutral_sampling(llm)
     sampling.prompt_logprobs = 1
+    # A model has its own answers in its cache, and vLLM leaves the probabilities of what it reads there unfilled.
+    sampling.skip_reading_prefix_cache = True
     inputs = [{"prompt_token_ids": [*prompt, *answer]} for prompt, answer in zip(prompts, answers, strict=True)]
     with quiet():
         told = llm.generate(inputs, sampling, use_tqdm=False)
