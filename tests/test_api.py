@@ -88,6 +88,7 @@ def test_a_stock_trainer_comes_to_what_the_command_comes_to(
                 exclude={*METHOD, "lora_alpha"}
             ),
             **preset_settings(config.preset), "learning_rate": 1e-3, "max_grad_norm": 1.0, "warmup_steps": 1,
+            "gradient_accumulation_steps": 3,
             "hio_rank": config.hio_rank,
         },
         "test",
