@@ -93,7 +93,7 @@ def test_what_is_lost_counts_for_the_time_that_it_saves():
     assert ranked([none, slow, fast], QUARTER) == [fast, slow, none]
     # Where all are fast enough, there is nothing to weigh a loss against.
     assert ranked([fast, slow, none], FAST) == [none, slow, fast]
-    # What tuning leaves of a loss is what counts.
+    # Where a shape was tuned, its loss after that counts.
     tuned = tried(1.11, 0.9, tuned_kl=0.2)
     assert ranked([fast, tuned], QUARTER) == ranked([fast, tuned], FAST) == [tuned, fast]
 

@@ -58,7 +58,7 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
     hidden_size: int | None = None
     # Look for the best shape of that ratio for about so long, before the run (search/).
     search_minutes: float = pydantic.Field(default=0.0, ge=0)
-    # What it looks for in the ratio's place: a decode step so many times as fast (batch 1, 128 tokens of context).
+    # A search looks for shapes that decode so many times as fast, in the ratio's place (batch 1, 128 tokens).
     speedup: float | None = pydantic.Field(default=None, gt=1)
     # With 0, the cut is made up for and nothing is trained.
     max_steps: int | None = pydantic.Field(default=None, ge=0)

@@ -33,7 +33,7 @@ DENSE = "dense"
 _CUT = {"max_steps": 0}
 # pat-train's default for the width of this model, which came after the other rows (docs/study.md).
 OF_THE_WIDTH = 1.3e-3
-# As many rows as the others see, two in a step.
+# These rows of the table see as many examples as the others, two in a step.
 SMALL_STEPS: dict[str, Any] = {"learning_rate": OF_THE_WIDTH, "batch_size": 2}
 ROWS: dict[str, Row] = {
     DENSE: Row(axes="none", trains=False, source="the model as it is"),

@@ -1,4 +1,4 @@
-"""What vLLM has no kernels for on a CPU: some head sizes, and four-bit weights in float32.
+"""vLLM has no CPU kernels for some head sizes, nor for four-bit weights in float32.
 
 For four-bit weights zentorch's kernel is the fast one on AMD's CPUs.
 """

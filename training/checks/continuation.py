@@ -77,7 +77,7 @@ def require_same_recipe(run: Path, recipe: TrainRecipe) -> None:
         # The run has named its rate, too. An older version's run has the rate that was the default then.
         recipe = recipe.model_copy(update={"learning_rate": saved.learning_rate})
     if recipe.gradient_accumulation_steps is None:
-        # As it has named how many micro-batches make a step.
+        # The run has named how many micro-batches make a step, too.
         recipe = recipe.model_copy(update={"gradient_accumulation_steps": saved.gradient_accumulation_steps})
     old, new = saved.model_dump(), recipe.model_dump()
     changed = [name for name in new if old[name] != new[name]]

@@ -29,7 +29,7 @@ CONTEXT_TOKENS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What the shapes of a search have in common: one of the two.
+    """A search asks for a size or for a speed, which its shapes have in common.
 
     Attributes:
         ratio: share of all parameters to cut.
