@@ -28,7 +28,7 @@ class ShapeSettings(pydantic.BaseModel):
     def _method_follows_shape(cls, settings: object) -> object:
         """Choose the method `cut` where the stream stays whole, since PAT has nothing to do there."""
         if not isinstance(settings, dict) or settings.get("method") is not None or settings.get("search_minutes"):
-            # What a search finds decides it.
+            # The shape that the search finds decides the method.
             return settings
         shape, axes = settings.get("shape") or {}, settings.get("axes") or ()
         cut = set(parse_shape(shape) if isinstance(shape, str) else shape) | set(_split(axes))

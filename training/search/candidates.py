@@ -41,7 +41,7 @@ class Target:
 
     @staticmethod
     def of(recipe: TrainRecipe) -> Target:
-        """What a recipe asks for: a quarter of the parameters where it says nothing."""
+        """Read the target from a recipe. A recipe that names none asks for a quarter of the parameters."""
         if recipe.speedup is not None:
             return Target(ratio=None, speedup=recipe.speedup)
         return Target(ratio=0.25 if recipe.ratio is None else recipe.ratio, speedup=None)

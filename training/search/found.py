@@ -1,4 +1,4 @@
-"""What a search has tried and found, in memory and in `search.json`."""
+"""The record of a search, in memory and in `search.json`: the shapes that it tried, and the one that it takes."""
 
 from __future__ import annotations
 
@@ -149,5 +149,5 @@ def as_found(recipe: TrainRecipe, run: Path) -> TrainRecipe:
 
 
 def _asked(target: Target, axes: Sequence[str], minutes: float) -> dict[str, Any]:
-    """What a search was asked for, by its names in search.json."""
+    """Name the settings of a search as search.json does."""
     return {"ratio": target.ratio, "speedup": target.speedup, "axes": sorted(axes), "minutes": minutes}

@@ -123,7 +123,7 @@ def _tune(bench: Bench, tried: list[Tried], target: Target, until_s: float) -> l
 
 
 def expected_speedup(base: ModelSizes) -> Callable[[ModelSizes], float]:
-    """What a decode step of other sizes gains here, by a probe; by its bytes where the probe tells nothing."""
+    """Probe this machine for the speed-up of other sizes. Where the probe tells nothing, bytes alone count."""
     dtype = serving_dtype()
     try:
         costs = probed_costs(base, dtype).costs
