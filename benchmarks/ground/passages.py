@@ -11,6 +11,8 @@ from dataclasses import dataclass
 PASSAGE_CHARACTERS = 1_600
 LEAST_CHARACTERS = 120
 _PROMPT_WORDS = 6
+# Something has to be left to complete.
+_FIRST_WORDS = re.compile(rf"\s*(?: *[^ ]+){{1,{_PROMPT_WORDS}}}(?=\s+\S)")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -58,9 +60,10 @@ def passages_of(document: Document) -> Iterator[Passage]:
 
 def row_of(text: str) -> dict[str, str]:
     """The first words prompt the rest, so that nearly every token counts in the loss."""
-    # Line feeds stay where they are: only blanks part the prompt from the completion.
-    words = text.split(" ")
-    return {"prompt": " ".join(words[:_PROMPT_WORDS]), "completion": " " + " ".join(words[_PROMPT_WORDS:])}
+    # Line feeds stay where they are: only blanks part the prompt from the completion. Blanks that indent are no words.
+    begun = _FIRST_WORDS.match(text)
+    end = begun.end() if begun else len(text) // 2
+    return {"prompt": text[:end], "completion": text[end:]}
 
 
 def _joined(paragraphs: Iterable[str], join: str) -> Iterator[str]:

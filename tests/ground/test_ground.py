@@ -173,6 +173,11 @@ def test_passages_hold_whole_sentences_of_a_document():
     assert sum(passage.text.count("Every sentence") for passage in passages) == 55
     row = row_of("One two three four five six seven\neight.\n")
     assert row == {"prompt": "One two three four five six", "completion": " seven\neight.\n"}
+    # A row whose prompt were blank is one that pat-train refuses.
+    indented = row_of("      Why not?\n   One  two three four five six.")
+    assert indented == {"prompt": "      Why not?\n   One  two three four", "completion": " five six."}
+    assert row_of("One two three four five six \n") == {"prompt": "One two three four five", "completion": " six \n"}
+    assert row_of("One\ntwo") == {"prompt": "One", "completion": "\ntwo"}
 
 
 def test_a_file_that_is_no_package_is_told(tmp_path: Path):
