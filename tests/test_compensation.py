@@ -20,7 +20,7 @@ from pat_serve.training.methods import Method
 from pat_serve.training.model.branches import branches
 from pat_serve.training.model.calibration import Calibration, calibrate
 from pat_serve.training.model.insert import adapt, load_base
-from pat_serve.training.model.least_squares import RIDGE, low_rank_update
+from pat_serve.training.model.least_squares import RIDGE, SHRINKAGE, Moments, low_rank_update
 from pat_serve.training.model.linears import product
 from pat_serve.training.run import start
 from tests.compensating import make_up
@@ -49,6 +49,49 @@ def test_update_is_the_best_of_its_rank() -> None:
     best = float(torch.linalg.svdvals(inputs @ change.T)[4:].square().sum())
     assert error == pytest.approx(best, rel=1e-3)
     assert float(b.norm()) == pytest.approx(float(a.norm()), rel=1e-4)
+
+
+def noisy_moments(tokens: int, scale_K: Tensor) -> tuple[Moments, Tensor]:
+    """Moments of outputs that inputs of some scale explain by half, and the weights that explain them."""
+    generator = torch.Generator().manual_seed(1)
+    true_OK = torch.randn(6, 16, dtype=torch.float64, generator=generator) / scale_K
+    z_NK = torch.randn(tokens, 16, dtype=torch.float64, generator=generator) * scale_K
+    noise_NO = 4 * torch.randn(tokens, 6, dtype=torch.float64, generator=generator)
+    moments = Moments()
+    moments.add(z_NK @ true_OK.T + noise_NO, z_NK)
+    return moments, true_OK
+
+
+def test_few_tokens_change_the_weights_less_and_come_nearer_to_the_right_ones() -> None:
+    scale_K = torch.logspace(-1, 1, 16, dtype=torch.float64)
+
+    def error(weight_OK: Tensor, true_OK: Tensor) -> float:
+        return float(((weight_OK - true_OK) * scale_K).square().sum())
+
+    for tokens, few in ((24, True), (100_000, False)):
+        moments, true_OK = noisy_moments(tokens, scale_K)
+        now_OK = true_OK + 0.5 * true_OK.roll(1, 0)
+        plain_OK = now_OK + moments.change(now_OK, shrinkage=0.0)[0]
+        held_OK = now_OK + moments.change(now_OK)[0]
+        if few:
+            assert error(held_OK, true_OK) < 0.5 * error(plain_OK, true_OK)
+            assert error(held_OK, true_OK) < error(now_OK, true_OK)
+        else:
+            torch.testing.assert_close(held_OK * scale_K, plain_OK * scale_K, rtol=0.01, atol=0.01)
+        # Weights that are right already stay, however many tokens there are, where outputs have no noise.
+        exact = Moments()
+        z_NK = torch.randn(tokens, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * scale_K
+        exact.add(z_NK @ true_OK.T, z_NK)
+        assert float((exact.change(true_OK)[0] * scale_K).abs().max()) < 1e-4
+
+
+def test_an_inputs_scale_makes_no_difference_to_its_part() -> None:
+    scale_K = torch.logspace(-0.5, 0.5, 16, dtype=torch.float64)
+    (scaled, _), (plain, _) = noisy_moments(40, scale_K), noisy_moments(40, torch.ones_like(scale_K))
+    zeros_OK = torch.zeros(6, 16, dtype=torch.float64)
+    scaled_OK, plain_OK = scaled.change(zeros_OK)[0] * scale_K, plain.change(zeros_OK)[0]
+    # But for the ridge, which is the same number for all inputs.
+    assert float((scaled_OK - plain_OK).norm() / plain_OK.norm()) < 0.005
 
 
 def test_a_large_weight_is_taken_in_pieces_and_whole() -> None:
@@ -125,10 +168,12 @@ def test_every_reader_gets_the_least_squares_of_the_models_own_passes(
     for name, norm in readers.items():
         x, z = torch.cat([of[norm] for of in dense]), torch.cat([of[norm] for of in cut])[:, kept]
         second = z.T @ z
-        second += RIDGE * second.diagonal().mean() * torch.eye(len(kept))
         reader = base.get_submodule(name)
         weight = reader.base_layer.weight.double()
-        lacks = weight @ x.T @ z @ second.inverse() - weight[:, kept]
+        lacks = weight @ x.T @ z - weight[:, kept] @ second
+        power = second.diagonal()
+        second += (power * SHRINKAGE * len(kept) / len(z) + RIDGE * power.mean()).diag()
+        lacks = lacks @ second.inverse()
         added = (reader.lora_B["default"].weight @ reader.lora_A["default"].weight).double() * reader.scaling["default"]
         root = torch.linalg.cholesky(second)
         assert float(((added[:, kept] - lacks) @ root).norm() / (lacks @ root).norm()) < 1e-4

@@ -44,8 +44,9 @@ def test_a_common_set_is_the_compensation_of_a_structured_cut():
     moments.add(x_NI @ weight_OI.T, x_NI)
     second_II = moments.second()
     kept, removed = torch.tensor([0, 2, 3, 7, 9, 11]), torch.tensor([1, 4, 5, 6, 8, 10])
-    guess_OK, _ = moments.solve(kept)
-    # The guess is drawn to zero by its ridge, which the closed form has none of here.
+    change_OK, _ = moments.change(weight_OI[:, kept], kept, shrinkage=0.0)
+    guess_OK = weight_OI[:, kept] + change_OK
+    # The change is drawn to zero by its ridge, which the closed form has none of here.
     inverse_II = torch.linalg.inv(second_II)
     removed_OI, left_II = remove(weight_OI, inverse_II, removed)
     assert float((removed_OI[:, kept] - guess_OK).abs().max()) < 5 * RIDGE

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pat_serve.errors import UsageError
+from pat_serve.training.model.least_squares import SHRINKAGE
 from pat_serve.training.presets import PAPER, PAPER_RATES
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def disagreements(recipe: TrainRecipe) -> Iterator[str]:
         yield f"train {recipe.train} has no adapter: no refit lora, no lora_head"
     if recipe.refit != "auto" and recipe.compensate is False:
         yield "refit says how to compensate: no refit, or compensate"
+    if recipe.refit_shrinkage != SHRINKAGE and recipe.compensate is False:
+        yield "refit_shrinkage holds back what compensates: no refit_shrinkage, or compensate"
     if recipe.compensate and recipe.gate in ("anneal", "gradual"):
         yield "compensate makes up for a cut that is there from the start: gate cut"
     if recipe.eval_data is not None and recipe.eval_share is not None:

@@ -14,6 +14,7 @@ from pat_serve.training.agreement import disagreements, refuse_unused
 from pat_serve.training.groups import check_groups, parse_scales, untrained_group
 from pat_serve.training.method_settings import MethodSettings
 from pat_serve.training.methods.pat.settings import PatSettings
+from pat_serve.training.model.least_squares import SHRINKAGE
 from pat_serve.training.presets import UNPRUNED
 from pat_serve.training.rates import default_rate
 from pat_serve.training.recipe_errors import recipe_error
@@ -91,6 +92,8 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
     compensate: bool | None = None
     # Where that goes: whole in the place of the weights, or into LoRA's start.
     refit: Literal["auto", "lora", "full"] = "auto"
+    # How firmly the refit holds weights where they are while its tokens are few; 0 not at all (model/least_squares.py).
+    refit_shrinkage: float = pydantic.Field(default=SHRINKAGE, ge=0)
     # Rows that the stream is measured on, before the first step; the export's parity prompts are the first 8.
     calibration_rows: int = pydantic.Field(default=128, ge=LEAST_CALIBRATION_ROWS)
     lora_head: bool | None = None

@@ -216,6 +216,13 @@ def train(
         str | None,
         Flag(help="Where that goes: full (new weights) or lora (the adapter's start, at its rank). [default: full]"),
     ] = None,
+    refit_shrinkage: Annotated[
+        float | None,
+        Flag(
+            help="How firmly that holds weights where they are while calibration tokens are few; 0: not at all. "
+            "[default: 4]"
+        ),
+    ] = None,
     calibration_rows: Annotated[
         int | None,
         Flag(help="Training rows to measure the residual stream on, at first: 8 or more. [default: 128]"),

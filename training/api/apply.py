@@ -50,6 +50,7 @@ class PatConfig:
         gate: how it closes: "anneal", "gradual", "cut".
         compensate: make up for the cut before the first step.
         refit: where that goes: "full", into the weights, or "lora", into the adapter's start.
+        refit_shrinkage: how firmly it holds weights where they are while the examples are few.
         tied_embeddings: "keep" or "untie", where the base ties them.
         train_norms: train the gains of the norms over the residual stream too.
         narrow: "auto" trains the kept channels alone where the cut stands before the first step; "off" all of them.
@@ -77,6 +78,7 @@ class PatConfig:
     gate: str | None = None
     compensate: bool | None = None
     refit: str | None = None
+    refit_shrinkage: float | None = None
     tied_embeddings: str | None = None
     train_norms: bool | None = None
     narrow: str | None = None

@@ -180,14 +180,14 @@ def _compensating_bytes(
     piece = 4 * min(ROWS_AT_ONCE, outputs) * hidden if width < 4 else 0
     # A refit holds the kept columns before, and then after, in the weight's dtype.
     change = 4 * outputs * kept + max(piece, width * outputs * kept if full else 8 * outputs * recipe.lora_rank)
-    # In float64: the moments' factor, and the guess with what it is made of.
-    moments = 8 * kept * (kept + 2 * hidden) if kept < hidden else 0
+    # In float64: the moments and their factor, and the change with what it is made of.
+    moments = 8 * kept * (3 * kept + 4 * hidden) if kept < hidden else 0
     if recipe.keeps_tie:
         # The last gain's fit: the head's second moment, what the dense head is of it, and their products.
         moments = max(moments, 8 * (4 * hidden * hidden + 4 * kept * kept) - change)
     # A branch at work, and its norm in float32, twice.
     branch = (8 * hidden + max(_branches_bytes_per_token(sizes, width))) * max(size.tokens for size in calibration)
-    # A writer that loses inputs: its outputs as they should be for every row, its moments, their inverse, a kept part.
+    # A writer that loses inputs: its outputs as they should be for every row, its moments, their factor, a kept part.
     inner = [
         length
         for length, left in ((sizes.ffn, target.ffn), (sizes.heads * sizes.head_dim, target.heads * sizes.head_dim))
@@ -195,7 +195,7 @@ def _compensating_bytes(
     ]
     if inner:
         states += width * hidden * sum(size.tokens for size in calibration)
-        moments = max(moments, 8 * max(inner) * (4 * max(inner) + 2 * hidden))
+        moments = max(moments, 8 * max(inner) * (3 * max(inner) + 5 * hidden))
     # The axes that the base was turned to, which the run keeps, and the moments of the batches before.
     kept_on = (4 * hidden * hidden if recipe.rotate != "none" else 0) + 8 * kept * (kept + hidden)
     return states + kept_on + max(branch, change + moments)

@@ -17,7 +17,17 @@ class LoraOnly(Method):
     prunes: ClassVar[bool] = False
     axes: ClassVar[frozenset[str]] = frozenset()
     unused: ClassVar[frozenset[str]] = frozenset(
-        {*PatSettings.model_fields, "ratio", "hidden_size", "shape", "choose", "compensate", "refit", "narrow"}
+        {
+            *PatSettings.model_fields,
+            "ratio",
+            "hidden_size",
+            "shape",
+            "choose",
+            "compensate",
+            "refit",
+            "refit_shrinkage",
+            "narrow",
+        }
         | {"calibration_rows"}
     )
     why_unused: ClassVar[str] = "prunes nothing"

@@ -1,7 +1,8 @@
 """Choose inside the layers, and make up for what is cut: least squares on calibration data, layer by layer.
 
 With x the input of a linear in the dense model and z what is left of the same input in the cut one, the best linear
-guess of W x is W' z, W' = W E[x z^T] E[z z^T]^-1. Three kinds of linears lose inputs:
+guess of W x is W' z, W' = W E[x z^T] E[z z^T]^-1. Calibration data are few, so W' is held back towards the weights that
+there are (`least_squares.py`). Three kinds of linears lose inputs:
 
 - A reader of the stream, whose channels are cut. Then x is the norm's output, whatever the reader.
 - The output of an attention whose key-value groups are cut, and that of an MLP whose channels are.
@@ -42,7 +43,7 @@ from pat_serve.terminal.progress import track
 from pat_serve.training.choices import InnerChoice, Inputs
 from pat_serve.training.methods.base import Method
 from pat_serve.training.model.branches import Branch, branches
-from pat_serve.training.model.least_squares import Moments
+from pat_serve.training.model.least_squares import SHRINKAGE, Moments
 from pat_serve.training.model.linears import is_tied, product, start_lora, unwrapped, weight_of
 from pat_serve.training.model.streams import Stream, dense, enter, without_adapters
 from pat_serve.training.model.tie import fitted_gain
@@ -72,6 +73,7 @@ class _Walk:
     method: Method
     kept_K: Tensor | None
     refit: Refit
+    shrinkage: float
     counts: Mapping[str, int]
     sizes: ModelSizes
     choose: Callable[[str, int, Inputs], Tensor]
@@ -92,6 +94,7 @@ def compensate(
     choices: Mapping[str, InnerChoice],
     known: Mapping[str, Tensor],
     refit: Refit,
+    shrinkage: float = SHRINKAGE,
 ) -> Compensated:
     """Walk the layers: choose what stays inside them, and set every linear that loses inputs.
 
@@ -105,6 +108,7 @@ def compensate(
         choices: what chooses them, by inner axis.
         known: indices that were chosen before, by line: of a run that is resumed.
         refit: where what makes up for the cut goes.
+        shrinkage: how firmly weights are held where they are (`Moments.change`).
     """
 
     def choose(axis: str, layer: int, inputs: Inputs) -> Tensor:
@@ -119,6 +123,7 @@ def compensate(
         method=method,
         kept_K=kept_K,
         refit=refit,
+        shrinkage=shrinkage,
         counts=counts,
         sizes=sizes,
         choose=choose,
@@ -203,10 +208,11 @@ def _reader_moments(walk: _Walk, branch: Branch) -> Moments:
 def _set_readers(walk: _Walk, branch: Branch, moments: Moments) -> None:
     kept_K = walk.kept_K
     assert kept_K is not None
-    guess_DK, factor_KK = moments.solve()
-    guess_DK[kept_K, torch.arange(len(kept_K))] -= 1
-    # The guess and the factor need float64; their product times a weight is decomposed in float32.
-    felt_DK = (guess_DK @ factor_KK).float()
+    change_DK, factor_KK = moments.change(
+        torch.eye(walk.sizes.hidden, device=kept_K.device)[:, kept_K], shrinkage=walk.shrinkage
+    )
+    # The change and the factor need float64; their product times a weight is decomposed in float32.
+    felt_DK = (change_DK @ factor_KK).float()
     for name in branch.readers:
         linear: Any = walk.base.get_submodule(name)
         weight = weight_of(linear)
@@ -214,7 +220,7 @@ def _set_readers(walk: _Walk, branch: Branch, moments: Moments) -> None:
             if hasattr(linear, "lora_A"):
                 start_lora(linear, product(weight, felt_DK), factor_KK, kept_K)
         elif not is_tied(walk.base, weight):
-            refitted_OK = product(weight, guess_DK.float()).add_(weight[:, kept_K])
+            refitted_OK = product(weight, change_DK.float()).add_(weight[:, kept_K])
             _replace(walk, name, refitted_OK, kept_K)
 
 
@@ -266,12 +272,12 @@ def _set_writer(walk: _Walk, branch: Branch) -> None:
     if walk.refit == "none":
         return
     kept_I = kept_I.to(weight.device)
-    wanted_OK, factor_KK = moments.solve(kept_I)
+    now_OK = weight[:, kept_I]
+    change_OK, factor_KK = moments.change(now_OK, kept_I, shrinkage=walk.shrinkage)
     if walk.refit == "full":
-        _replace(walk, branch.writer, wanted_OK, kept_I)
+        _replace(walk, branch.writer, change_OK.add_(now_OK), kept_I)
     elif hasattr(linear, "lora_A"):
-        lacks_OK = wanted_OK - weight[:, kept_I].double()
-        start_lora(linear, (lacks_OK @ factor_KK).float(), factor_KK, kept_I)
+        start_lora(linear, (change_OK @ factor_KK).float(), factor_KK, kept_I)
 
 
 def _choose(walk: _Walk, branch: Branch, weight: Tensor, moments: Moments) -> Tensor:

@@ -8,20 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A share of the mean diagonal of E[z z^T]: calibration data are few, and channels nearly dependent.
+# A share of the mean diagonal of E[z z^T], added to it: channels may be nearly dependent.
 RIDGE = 1e-3
+# A share of each input's own power, times inputs over tokens. It holds the weights back where the tokens are few.
+SHRINKAGE = 4.0
 
 
 class Moments:
-    """Sums of z z^T and y z^T over tokens, float64, of inputs z and of what is wanted y."""
+    """Sums of z z^T and y z^T over tokens, float64, of inputs z and of what is wanted y, and the number of tokens."""
 
     def __init__(self) -> None:
+        self.tokens = 0
         self.zz_II: Tensor | None = None
         self.yz_OI: Tensor | None = None
 
     def add(self, y_NO: Tensor, z_NI: Tensor) -> None:
         """Add the tokens of a batch: outputs (N, O) as they should be, and inputs (N, I)."""
         z_NI = z_NI.float()
+        self.tokens += len(z_NI)
         zz_II, yz_OI = (z_NI.T @ z_NI).double(), (y_NO.float().T @ z_NI).double()
         self.zz_II = zz_II if self.zz_II is None else self.zz_II + zz_II
         self.yz_OI = yz_OI if self.yz_OI is None else self.yz_OI + yz_OI
@@ -31,21 +35,36 @@ class Moments:
         assert self.zz_II is not None
         return self.zz_II
 
-    def solve(self, kept_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The best guess of y from the kept entries of z (O, K), and the lower Cholesky factor of their moment (K, K).
+    def change(
+        self, now_OK: Tensor, kept_K: Tensor | None = None, *, shrinkage: float = SHRINKAGE
+    ) -> tuple[Tensor, Tensor]:
+        """How weights should change to give y from the kept entries of z (O, K), and the lower factor F (K, K).
+
+        The change is (y z^T - W z z^T) (z z^T + R)^-1 with W the weights that there are, and F F^T = z z^T + R. R is
+        diagonal: an entry has `shrinkage` * K / N of its own power, and a little. So each input's part in y is held
+        where it is, the more firmly the fewer tokens there are: a ridge regression of the change (Hoerl and Kennard,
+        1970), for which the scale of an input makes no difference. A ridge on the weights themselves would draw them
+        to zero, and without one few tokens' noise becomes weights.
 
         Args:
+            now_OK: W.
             kept_K: int64; None for all.
+            shrinkage: what is unexplained of y by what the change explains, as a guess.
         """
         zz_KK, yz_OK = self.second(), self.yz_OI
         assert yz_OK is not None
         if kept_K is not None:
             kept_K = kept_K.to(zz_KK.device)
             zz_KK, yz_OK = zz_KK[kept_K][:, kept_K], yz_OK[:, kept_K]
+        else:
+            zz_KK = zz_KK.clone()
+        lacks_OK = torch.addmm(yz_OK, now_OK.to(zz_KK), zz_KK, alpha=-1)
+        power_K = zz_KK.diagonal()
         # Where nothing is ever read, any number above zero lets the factor exist.
-        ridge = RIDGE * float(zz_KK.diagonal().mean()) or 1.0
-        factor_KK = torch.linalg.cholesky(zz_KK + ridge * torch.eye(len(zz_KK), dtype=zz_KK.dtype, device=zz_KK.device))
-        return torch.cholesky_solve(yz_OK.T, factor_KK).T, factor_KK
+        least = RIDGE * float(power_K.mean()) or 1.0
+        power_K.mul_(1 + shrinkage * len(power_K) / self.tokens).add_(least)
+        factor_KK = torch.linalg.cholesky(zz_KK)
+        return torch.cholesky_solve(lacks_OK.T, factor_KK).T, factor_KK
 
 
 def low_rank_update(felt_OK: Tensor, factor_KK: Tensor, rank: int) -> tuple[Tensor, Tensor]:

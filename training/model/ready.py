@@ -230,6 +230,7 @@ def _choose_and_compensate(
             choices={axis: choice for axis, choice in choices.items() if isinstance(choice, InnerChoice)},
             known=known,
             refit=refit,
+            shrinkage=recipe.refit_shrinkage,
         )
         known |= found.kept
         replaced = found.replaced

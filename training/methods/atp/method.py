@@ -57,7 +57,7 @@ class Atp(Cut):
     cuts_at_the_end: ClassVar[bool] = True
     settings: ClassVar[type[OwnSettings]] = AtpSettings
     # A refit belongs to a cut that stands before the first step.
-    unused: ClassVar[frozenset[str]] = Cut.unused | {"compensate", "refit", "train"}
+    unused: ClassVar[frozenset[str]] = Cut.unused | {"compensate", "refit", "refit_shrinkage", "train"}
     why_unused: ClassVar[str] = "decides over FFN channels and groups alone, while it trains"
     defaults: ClassVar[Mapping[str, Any]] = {"compensate": False}
 
