@@ -20,7 +20,7 @@ from pat_serve.training.methods import Method
 from pat_serve.training.model.branches import branches
 from pat_serve.training.model.calibration import Calibration, calibrate
 from pat_serve.training.model.insert import adapt, load_base
-from pat_serve.training.model.least_squares import RIDGE, SHRINKAGE, Moments, low_rank_update
+from pat_serve.training.model.least_squares import RIDGE, Moments, low_rank_update
 from pat_serve.training.model.linears import product
 from pat_serve.training.run import start
 from tests.compensating import make_up
@@ -172,7 +172,7 @@ def test_every_reader_gets_the_least_squares_of_the_models_own_passes(
         weight = reader.base_layer.weight.double()
         lacks = weight @ x.T @ z - weight[:, kept] @ second
         power = second.diagonal()
-        second += (power * SHRINKAGE * len(kept) / len(z) + RIDGE * power.mean()).diag()
+        second += RIDGE * power.mean() * torch.eye(len(kept))
         lacks = lacks @ second.inverse()
         added = (reader.lora_B["default"].weight @ reader.lora_A["default"].weight).double() * reader.scaling["default"]
         root = torch.linalg.cholesky(second)

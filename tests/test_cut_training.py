@@ -194,7 +194,9 @@ def test_a_notebook_cuts_and_saves_the_same_way(tmp_path: Path):
     assert plan.method == "cut"
     assert plan.cuts.layers_kept(LAYERS) == [0, 1, 3, 4]
     replaced = [name for file in plan.weights for name in load_file(run / "weights" / file)]
-    assert sorted(replaced) == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1, 3, 4)]
+    # Every output of an attention and an MLP makes up for what came before it.
+    writers = ("mlp.down_proj", "self_attn.o_proj")
+    assert sorted(replaced) == [f"model.layers.{i}.{writer}.weight" for i in (0, 1, 3, 4) for writer in writers]
 
 
 @pytest.mark.parametrize("shape", [{"ffn": 80}, {"kv_groups": 2}, {"layers": 3}, {"hidden": 48}], ids=str)
@@ -219,6 +221,21 @@ def test_a_refit_is_nearer_to_the_dense_model(shape: dict[str, int], tmp_path: P
 
     none, low, full = (distance(refit) for refit in ("none", "lora", "full"))
     assert full < low < none
+
+
+@pytest.mark.parametrize("refit", ["lora", "full"])
+@pytest.mark.parametrize("shape", [{"ffn": 80}, {"layers": 3}], ids=str)
+def test_a_refit_that_is_held_back_wholly_changes_nothing(shape: dict[str, int], refit: str, tmp_path: Path):
+    base = save_tiny_family(tmp_path / "base", "llama", num_hidden_layers=LAYERS)
+    checkpoint, ids = open_checkpoint(str(base)), batches()[0]["input_ids"]
+
+    def logits(**made_up: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return ready_of(checkpoint, recipe_of(base, shape, **made_up)).model.eval()(input_ids=ids).logits
+
+    none, held = logits(compensate=False), logits(refit=refit, refit_shrinkage=1e9)
+    torch.testing.assert_close(held, none, rtol=0, atol=1e-4 * float(none.std()))
+    assert float((logits(refit=refit) - none).abs().max()) > 1e-2 * float(none.std())
 
 
 def test_the_preflight_counts_what_is_trained(tmp_path: Path):
@@ -252,6 +269,9 @@ def asked_of(base: Path, settings: dict[str, Any]) -> dict[str, int]:
         ({"shape": "hidden=48,layers=3", "ratio": 0.25}, UsageError, "one of them"),
         ({"shape": "layers=3", "method": "pat"}, UsageError, "hidden in --shape"),
         ({"shape": "layers=3", "method": "lora"}, UsageError, "cuts nothing"),
+        ({"method": "lora", "refit_shrinkage": 1}, UsageError, "--refit-shrinkage: expected none"),
+        ({"shape": "ffn=96", "compensate": False, "refit_shrinkage": 1}, UsageError, "or compensate"),
+        ({"shape": "ffn=96", "refit_shrinkage": -1}, UsageError, "refit_shrinkage"),
         ({"method": "cut"}, UsageError, "--shape with counts, or --axes"),
         ({"method": "cut", "ratio": 0.25}, UsageError, "axes of --method cut: ffn, kv_groups, layers"),
         ({"axes": "layers,ffn", "shape": "layers=3"}, UsageError, "axes say where ratio cuts"),

@@ -187,11 +187,11 @@ def _compensating_bytes(
         moments = max(moments, 8 * (4 * hidden * hidden + 4 * kept * kept) - change)
     # A branch at work, and its norm in float32, twice.
     branch = (8 * hidden + max(_branches_bytes_per_token(sizes, width))) * max(size.tokens for size in calibration)
-    # A writer that loses inputs: its outputs as they should be for every row, its moments, their factor, a kept part.
+    # A writer that is set: its outputs as they should be for every row, its moments, their factor, a kept part.
     inner = [
         length
         for length, left in ((sizes.ffn, target.ffn), (sizes.heads * sizes.head_dim, target.heads * sizes.head_dim))
-        if left < length or target.layers < sizes.layers
+        if full or left < length or target.layers < sizes.layers
     ]
     if inner:
         states += width * hidden * sum(size.tokens for size in calibration)

@@ -70,8 +70,7 @@ def _replaced_bytes(prepared: Prepared) -> int:
     for name, spec, layer in checkpoint.family.modules(sizes.layers):
         stays_tied = name == HEAD and checkpoint.tied and not unties(checkpoint, recipe)
         reads = narrows and spec.norm is not None and not stays_tied
-        axis = spec.dims[-1][0].axis
-        writes = layer is not None and spec.writes_residual and (axis in shape or LAYERS in shape)
+        writes = layer is not None and spec.writes_residual
         numbers += math.prod(spec.shape("weight", checkpoint.sizes)) if reads or writes else 0
     return numbers * DTYPE_BYTES[prepared.inputs.dtype]
 

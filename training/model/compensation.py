@@ -1,15 +1,18 @@
 """Choose inside the layers, and make up for what is cut: least squares on calibration data, layer by layer.
 
 With x the input of a linear in the dense model and z what is left of the same input in the cut one, the best linear
-guess of W x is W' z, W' = W E[x z^T] E[z z^T]^-1. Calibration data are few, so W' is held back towards the weights that
-there are (`least_squares.py`). Three kinds of linears lose inputs:
+guess of W x is W' z, W' = W E[x z^T] E[z z^T]^-1. Three kinds of linears lose inputs:
 
 - A reader of the stream, whose channels are cut. Then x is the norm's output, whatever the reader.
 - The output of an attention whose key-value groups are cut, and that of an MLP whose channels are.
 - The MLP before layers that are dropped: it should add what they added too (ReplaceMe, arXiv 2505.02819).
 
 The streams tell what the last two should add: the dense stream behind the branch, and behind the dropped layers after
-it, less the cut stream before the branch. So the addition also makes up for losses of earlier cuts.
+it, less the cut stream before the branch. So the addition also makes up for losses of earlier cuts. Such a target is as
+good for outputs that lose no inputs, and `full` sets those of every attention and MLP.
+
+Much of such a target is nothing that the inputs explain, and calibration data are few. So these weights are held back
+towards those that there are (`least_squares.py`). What a norm gives is nearly all explained, and its readers are not.
 
 A head that stays tied to the embedding has no weights of its own: after a rotation the last norm's gain is fitted in
 their place (`tie.py`).
@@ -167,12 +170,13 @@ def _pass(walk: _Walk, branch: Branch, dropped: Sequence[Branch]) -> None:
     axis, refits = branch.inner_axis, walk.refit != "none"
     assert axis is not None
     assert branch.layer is not None
-    cuts = axis in walk.counts
+    # An adapter of a low rank has enough to do where inputs go.
+    writes = axis in walk.counts or walk.refit == "full" or bool(dropped and refits)
     readers = _reader_moments(walk, branch) if refits and walk.kept_K is not None else None
-    _advance_dense(walk, [branch, *dropped], wants=cuts or bool(dropped and refits))
+    _advance_dense(walk, [branch, *dropped], wants=writes)
     if readers is not None:
         _set_readers(walk, branch, readers)
-    if cuts or (dropped and refits):
+    if writes:
         _set_writer(walk, branch)
     for stream in walk.streams:
         stream.cut_BTD = stream.cut_BTD + branch.added(walk.base, stream.cut_BTD, stream.settings)
@@ -208,9 +212,8 @@ def _reader_moments(walk: _Walk, branch: Branch) -> Moments:
 def _set_readers(walk: _Walk, branch: Branch, moments: Moments) -> None:
     kept_K = walk.kept_K
     assert kept_K is not None
-    change_DK, factor_KK = moments.change(
-        torch.eye(walk.sizes.hidden, device=kept_K.device)[:, kept_K], shrinkage=walk.shrinkage
-    )
+    now_DK = torch.eye(walk.sizes.hidden, device=kept_K.device)[:, kept_K]
+    change_DK, factor_KK = moments.change(now_DK, shrinkage=0.0)
     # The change and the factor need float64; their product times a weight is decomposed in float32.
     felt_DK = (change_DK @ factor_KK).float()
     for name in branch.readers:
