@@ -6,7 +6,7 @@ from __future__ import annotations
 # 2025). Theirs is an alpha of 32 whatever the rank. pat-train's alpha is the rank, which is the same at rank 32.
 _OF_LORA_AT_2000 = 5e-4
 _EXPONENT = 0.781
-# The one real model that rates were measured on (docs/study.md). Below its width the rate stays.
+# The one real model that rates were measured on (docs/study_recovery.md). Below its width the rate stays.
 _NARROWEST = 576
 # The rate of weights was measured on the same model.
 _OF_WEIGHTS = 2e-4

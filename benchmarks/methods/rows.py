@@ -31,7 +31,7 @@ class Row:
 
 DENSE = "dense"
 _CUT = {"max_steps": 0}
-# pat-train's default for the width of this model, which came after the other rows (docs/study.md).
+# pat-train's default for the width of this model, which came after the other rows (docs/study_recovery.md).
 OF_THE_WIDTH = 1.3e-3
 # These rows of the table see as many examples as the others, two in a step.
 SMALL_STEPS: dict[str, Any] = {"learning_rate": OF_THE_WIDTH, "batch_size": 2}
