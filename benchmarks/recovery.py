@@ -165,7 +165,9 @@ def recipe_of(options: argparse.Namespace, line: dict[str, Any]) -> TrainRecipe:
 
 def make(options: argparse.Namespace, line: dict[str, Any], prepared: Prepared, measure: Measure) -> dict[str, Any]:
     """Cut or take the cut that there is, tune, and measure."""
-    key = json.dumps([line["shape"], line["choose"], line["start"], prepared.recipe.refit])
+    key = json.dumps(
+        [line["shape"], line["choose"], line["start"], prepared.recipe.refit, prepared.recipe.refit_shrinkage]
+    )
     start = options.starts / sha256(key.encode()).hexdigest()[:12]
     began = time.perf_counter()
     is_there = (start / "recipe.yaml").is_file()

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 PASSAGE_CHARACTERS = 1_600
 LEAST_CHARACTERS = 120
 _PROMPT_WORDS = 6
-# Something has to be left to complete.
-_FIRST_WORDS = re.compile(rf"\s*(?: *[^ ]+){{1,{_PROMPT_WORDS}}}(?=\s+\S)")
+# Something has to be left to complete. A word is taken whole (++), or a long one would be parted in every way there is.
+_FIRST_WORDS = re.compile(rf"\s*+(?: *+[^ ]++){{1,{_PROMPT_WORDS}}}(?=\s+\S)|\s*+\S++(?=\s+\S)")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -62,7 +62,7 @@ def row_of(text: str) -> dict[str, str]:
     """The first words prompt the rest, so that nearly every token counts in the loss."""
     # Line feeds stay where they are: only blanks part the prompt from the completion. Blanks that indent are no words.
     begun = _FIRST_WORDS.match(text)
-    end = begun.end() if begun else len(text) // 2
+    end = begun.end() if begun else len(text) - len(text.lstrip()) // 2
     return {"prompt": text[:end], "completion": text[end:]}
 
 

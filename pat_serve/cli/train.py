@@ -219,7 +219,7 @@ def train(
     refit_shrinkage: Annotated[
         float | None,
         Flag(
-            help="How firmly that holds weights where they are while calibration tokens are few; 0: not at all. "
+            help="How firmly the refit holds weights where they are while calibration tokens are few; 0: not at all. "
             "[default: 4]"
         ),
     ] = None,

@@ -177,6 +177,10 @@ def test_passages_hold_whole_sentences_of_a_document():
     indented = row_of("      Why not?\n   One  two three four five six.")
     assert indented == {"prompt": "      Why not?\n   One  two three four", "completion": " five six."}
     assert row_of("One two three four five six \n") == {"prompt": "One two three four five", "completion": " six \n"}
+    assert row_of("\n\n abc")["prompt"].strip()
+    # Such a text ended in a search without end.
+    long = row_of("x" * 2000)
+    assert long["prompt"] + long["completion"] == "x" * 2000
     assert row_of("One\ntwo") == {"prompt": "One", "completion": "\ntwo"}
 
 

@@ -195,7 +195,7 @@ def _compensating_bytes(
     ]
     if inner:
         states += width * hidden * sum(size.tokens for size in calibration)
-        moments = max(moments, 8 * max(inner) * (3 * max(inner) + 5 * hidden))
+        moments = max(moments, 8 * max(inner) * (4 * max(inner) + 4 * hidden))
     # The axes that the base was turned to, which the run keeps, and the moments of the batches before.
     kept_on = (4 * hidden * hidden if recipe.rotate != "none" else 0) + 8 * kept * (kept + hidden)
     return states + kept_on + max(branch, change + moments)

@@ -8,7 +8,8 @@ from pat_serve.training.config import TrainRecipe
 
 # Micro-batches of a step, in falling order. Sixteen of eight rows are the published batch of 128.
 _ACCUMULATIONS = (16, 8, 4, 2, 1)
-# At equal tokens, SmolLM2-135M had 13 % less perplexity after 100 steps of 2 rows than after 7 of 32 (docs/study_recovery.md).
+# At equal tokens, SmolLM2-135M had 13 % less perplexity after 100 steps of 2 rows than after 7 of 32
+# (docs/study_recovery.md).
 # A run of fewer steps than these takes smaller ones.
 LEAST_STEPS = 200
 

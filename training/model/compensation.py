@@ -1,7 +1,7 @@
 """Choose inside the layers, and make up for what is cut: least squares on calibration data, layer by layer.
 
 With x the input of a linear in the dense model and z what is left of the same input in the cut one, the best linear
-guess of W x is W' z, W' = W E[x z^T] E[z z^T]^-1. Three kinds of linears lose inputs:
+guess of W x is W' z, W' = W E[x z^T] E[z z^T]^-1. Three kinds of linears make up for what is cut:
 
 - A reader of the stream, whose channels are cut. Then x is the norm's output, whatever the reader.
 - The output of an attention whose key-value groups are cut, and that of an MLP whose channels are.
@@ -23,7 +23,7 @@ LoRA from a decomposition is LoftQ's idea (arXiv 2310.08659), which makes up for
 
 The layers are walked in order, each on inputs that have passed all cuts and refits before it, as one-shot pruning does
 (arXiv 2410.15567 and its forerunners). All rows pass the dense branch first, then the cut one's readers are set, then
-its writer; so the dense model runs once, and the cut one once or, where its writer loses inputs, twice.
+its writer; so the dense model runs once, and the cut one once or, where its writer is set, twice.
 
 Shape suffixes: N tokens, B rows, T positions, D hidden_size, I inputs of a linear, K those that stay, O outputs.
 """
@@ -99,7 +99,7 @@ def compensate(
     refit: Refit,
     shrinkage: float = SHRINKAGE,
 ) -> Compensated:
-    """Walk the layers: choose what stays inside them, and set every linear that loses inputs.
+    """Walk the layers: choose what stays inside them, and set every linear that makes up for what is cut.
 
     Args:
         model: the PEFT model with the method attached; where it closes channels, they are closed.
@@ -170,7 +170,7 @@ def _pass(walk: _Walk, branch: Branch, dropped: Sequence[Branch]) -> None:
     axis, refits = branch.inner_axis, walk.refit != "none"
     assert axis is not None
     assert branch.layer is not None
-    # An adapter of a low rank has enough to do where inputs go.
+    # With `lora` only the writers that lose something are set: an adapter has a low rank.
     writes = axis in walk.counts or walk.refit == "full" or bool(dropped and refits)
     readers = _reader_moments(walk, branch) if refits and walk.kept_K is not None else None
     _advance_dense(walk, [branch, *dropped], wants=writes)

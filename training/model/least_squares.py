@@ -49,7 +49,7 @@ class Moments:
         Args:
             now_OK: W.
             kept_K: int64; None for all.
-            shrinkage: what is unexplained of y by what the change explains, as a guess.
+            shrinkage: how firmly, as a guess of the part of y that no change explains over the part that one does.
         """
         zz_KK, yz_OK = self.second(), self.yz_OI
         assert yz_OK is not None

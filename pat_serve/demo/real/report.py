@@ -136,8 +136,8 @@ def _training(findings: dict[str, Any]) -> str:
     parity = findings["parity"]
     told = (
         "The layers that change the residual stream least are dropped, and from each other layer those FFN channels "
-        "that the rest makes up for best. Least squares gives new weights to what reads the rest, before the first "
-        "step. LoRA then trains the smaller model. The exported files compute what was trained: largest logit "
+        "that the rest makes up for best. Least squares gives new weights to the outputs of attentions and MLPs. LoRA "
+        "then trains the smaller model. The exported files compute what was trained: largest logit "
         f"difference {parity['max_abs_over_std']:.1e} of their standard deviation over {parity['positions']} positions."
     )
     return f"<h2>Training</h2>{figure(losses_chart(findings['training']))}{note(told)}"
