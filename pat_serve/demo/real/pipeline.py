@@ -24,6 +24,7 @@ RECIPE = [
     *("--lora-rank", "64"),
     *("--lora-dropout", "0"),
     *("--learning-rate", "1e-3"),
+    *("--calibration-rows", "64"),
     *("--batch-size", str(STEP_ROWS // 2)),
     *("--gradient-accumulation-steps", "2"),
     *("--max-length-tokens", str(ROW_TOKENS)),
