@@ -181,6 +181,7 @@ def make(options: argparse.Namespace, line: dict[str, Any], prepared: Prepared, 
     result: dict[str, Any] = {"parameters": parameters, "cut_s": None if is_there else round(cut_s, 1)}
     if line["tokens"]:
         job.trainer.args.save_strategy = "no"
+        job.trainer.args.eval_strategy = "no"  # the held-out rows are measured below, and once is enough
         (start / "metrics.jsonl").unlink(missing_ok=True)
         began = time.perf_counter()
         job.trainer.train()

@@ -101,7 +101,27 @@ def _batch_nll(model: nn.Module, batch: Sequence[dict[str, list[int]]], device: 
         input_ids_BT[row, :length] = torch.tensor(example["input_ids"])
         labels_BT[row, :length] = torch.tensor(example["labels"])
         mask_BT[row, :length] = 1
-    logits_BTV = model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device)).logits[:, :-1].float()
-    targets_BT = labels_BT[:, 1:].to(device)
-    nll_BT = F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, ignore_index=IGNORED_LABEL, reduction="none")
-    return nll_BT.double().sum(1).cpu(), (targets_BT != IGNORED_LABEL).sum(1).cpu()
+    logits_BTV = model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device)).logits
+    nll_BT, counted_BT = next_token_nll(logits_BTV, labels_BT)
+    return nll_BT.double().sum(1).cpu(), counted_BT.sum(1).cpu()
+
+
+def next_token_nll(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each position's next token, computed where a label counts alone.
+
+    The softmax runs along the vocabulary as it lies in memory, and not for a prompt's or a padding's positions.
+
+    Args:
+        logits_BTV: of any float dtype; the softmax is computed in float32.
+        labels_BT: -100 marks a token that does not count.
+
+    Returns:
+        float32 (batch, positions - 1) in nats, 0 where nothing counts, and which positions count.
+    """
+    targets_BT = labels_BT[:, 1:].to(logits_BTV.device)
+    counted_BT = targets_BT != IGNORED_LABEL
+    nll_BT = torch.zeros(targets_BT.shape, device=logits_BTV.device)
+    nll_BT[counted_BT] = F.cross_entropy(
+        logits_BTV[:, :-1][counted_BT].float(), targets_BT[counted_BT], reduction="none"
+    )
+    return nll_BT, counted_BT

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pat_serve.perplexity import measure_perplexity, summarize_nll
+from pat_serve.perplexity import measure_perplexity, next_token_nll, summarize_nll
 from tests.tiny_models import tiny_llama
 
 
@@ -27,6 +27,16 @@ def test_equals_the_models_own_loss(tiny_base: Path):
     measured = measure_perplexity(tiny_base, examples, dtype=torch.float32, batch_size=2)
     assert measured.tokens == count
     assert measured.perplexity == pytest.approx(math.exp(sums / count), rel=1e-5)
+
+
+def test_positions_that_do_not_count():
+    """Logits that are not numbers do no harm where no label counts, and a row without any has nothing."""
+    labels_BT = torch.tensor([[-100, -100, 2], [-100, -100, -100]])
+    logits_BTV = torch.zeros(2, 3, 4)
+    logits_BTV[0, 0] = logits_BTV[1] = math.nan
+    nll_BT, counted_BT = next_token_nll(logits_BTV, labels_BT)
+    assert nll_BT.tolist() == [[0.0, pytest.approx(math.log(4))], [0.0, 0.0]]
+    assert counted_BT.tolist() == [[False, True], [False, False]]
 
 
 def test_summary_by_hand():

@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pat_serve.perplexity import IGNORED_LABEL
+from pat_serve.perplexity import next_token_nll
 
 
 def response_nll(logits_BTV: Tensor | tuple[Tensor, ...], labels_BT: Tensor) -> Tensor:
@@ -19,13 +18,10 @@ def response_nll(logits_BTV: Tensor | tuple[Tensor, ...], labels_BT: Tensor) -> 
         float64 (batch, 2).
     """
     logits_BTV = logits_BTV[0] if isinstance(logits_BTV, tuple) else logits_BTV
-    targets_BT = labels_BT[:, 1:]
-    nll_BT = F.cross_entropy(
-        logits_BTV[:, :-1].float().transpose(1, 2), targets_BT, ignore_index=IGNORED_LABEL, reduction="none"
-    )
+    nll_BT, counted_BT = next_token_nll(logits_BTV, labels_BT)
     # MPS has no float64; a row's sum is short.
     wide = torch.float32 if nll_BT.device.type == "mps" else torch.float64
-    return torch.stack([nll_BT.to(wide).sum(1), (targets_BT != IGNORED_LABEL).sum(1).to(wide)], dim=1)
+    return torch.stack([nll_BT.to(wide).sum(1), counted_BT.sum(1).to(wide)], dim=1)
 
 
 def response_perplexity(prediction: Any) -> dict[str, float]:

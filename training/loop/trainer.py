@@ -62,6 +62,11 @@ class PruningTrainer(CheckpointingTrainer):
         Raises:
             Diverged: a term of the training loss is not finite.
         """
+        if not model.training and self.compute_metrics is not None:
+            # `response_nll` reads the logits, and `evaluation_loop` puts its mean in the place of this loss.
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            nothing = outputs.logits.new_zeros(())
+            return (nothing, outputs) if return_outputs else nothing
         weight = self.method.recipe.distillation_weight if model.training else 0.0
         # Where the model takes the count of tokens, a loss is this micro-batch's share of the mean over all
         # micro-batches and ranks. Otherwise it is the micro-batch's own mean, which transformers divides afterwards.
