@@ -15,7 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pat_serve.checkpoints.locate import locate
 from pat_serve.cli.demo import demo
 from pat_serve.demo.corpus import write_rows
-from pat_serve.demo.real.budget import AFTER_PROBES, LEAST_STEPS, MOST_STEPS, START_PROBES, STEP_PROBES, TOTAL_S, plan
+from pat_serve.demo.real.budget import (
+    AFTER_PROBES,
+    AFTER_S,
+    LEAST_STEPS,
+    MOST_STEPS,
+    START_PROBES,
+    STEP_PROBES,
+    TOTAL_S,
+    plan,
+)
 from pat_serve.demo.real.chat_prompts import chat_prompts
 from pat_serve.demo.real.model import fetch
 from pat_serve.demo.real.pipeline import RealPipeline
@@ -31,7 +40,7 @@ from pat_serve.errors import HubError, UsageError
 @pytest.mark.parametrize("before_s", [0.0, 40.0, 90.0])
 def test_the_steps_fill_the_ten_minutes_and_no_more(probe_s: float, before_s: float) -> None:
     budget = plan(probe_s=probe_s, before_s=before_s)
-    others_s = before_s + (START_PROBES + AFTER_PROBES) * probe_s
+    others_s = before_s + AFTER_S + (START_PROBES + AFTER_PROBES) * probe_s
     step_s = STEP_PROBES * probe_s
     assert budget.fits
     assert others_s + budget.steps * step_s <= TOTAL_S
@@ -42,7 +51,7 @@ def test_a_slow_machine_takes_few_steps_and_is_told() -> None:
     assert plan(probe_s=30.0, before_s=100.0).steps == LEAST_STEPS
     assert not plan(probe_s=30.0, before_s=100.0).fits
     # The border: exactly the least number of steps fits.
-    border_s = (TOTAL_S - 50.0) / (START_PROBES + AFTER_PROBES + LEAST_STEPS * STEP_PROBES)
+    border_s = (TOTAL_S - 50.0 - AFTER_S) / (START_PROBES + AFTER_PROBES + LEAST_STEPS * STEP_PROBES)
     assert plan(probe_s=border_s * 0.999, before_s=50.0).fits
     assert not plan(probe_s=border_s * 1.001, before_s=50.0).fits
 

@@ -1,8 +1,8 @@
 """Compute what fits into the demo's ten minutes on this machine, from one measured speed.
 
 Machines differ threefold and more, so a probe decides the number of training steps: a forward and a backward pass of
-the parent over about the tokens of one step. All other costs are multiples of the probe. They are estimates, until a
-whole run on an idle machine gives better ones (`LOG.md`, 2026-11-29).
+the parent over about the tokens of one step. All other costs are seconds and multiples of the probe. They are estimates
+from whole runs (`LOG.md`, 2026-11-29 and 30).
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ TOTAL_S = 600.0
 STEP_ROWS = 16
 ROW_TOKENS = 256
 PROBE_TOKENS = 2048
-# The unit is a probe of 5.0 s: timings.json of a run on machine Z, 2026-11-30. The start has the probing itself (24 s)
-# and the work of pat-train before its first step (53 s, and half as much again since its refit sets all outputs), the
-# end an export, an evaluation and two engines (249 s).
+# From timings.json and metrics.jsonl of whole runs on two machines, idle, 2026-11-30. A probe took 5.0 s on machine Z
+# and 2.5 s on machine X, so what does not go by the probe shows.
+# The start has the probing itself and the work of pat-train before its first step: 21 and 16 probes.
 START_PROBES = 21.0
-STEP_PROBES = 1.45
-AFTER_PROBES = 51.0
+# A step: 1.45 and 1.6 probes.
+STEP_PROBES = 1.6
+# The end has an export, an evaluation and two engines: 249 s and 183 s. An engine's start depends little on the probe.
+AFTER_S = 118.0
+AFTER_PROBES = 26.0
 # Fewer steps teach nothing, so the demo takes longer than ten minutes instead. More steps read the text so often that
 # the model learns it by heart.
 LEAST_STEPS, MOST_STEPS = 16, 240
@@ -52,7 +55,7 @@ def plan(*, probe_s: float, before_s: float) -> Budget:
         probe_s: measured seconds of the probe, greater than 0.
         before_s: seconds that the earlier stages took.
     """
-    training_s = TOTAL_S - before_s - (START_PROBES + AFTER_PROBES) * probe_s
+    training_s = TOTAL_S - before_s - AFTER_S - (START_PROBES + AFTER_PROBES) * probe_s
     fitting = int(training_s // (STEP_PROBES * probe_s))
     steps = min(max(fitting, LEAST_STEPS), MOST_STEPS)
     return Budget(probe_s=probe_s, before_s=before_s, steps=steps, fits=fitting >= LEAST_STEPS)
