@@ -20,6 +20,7 @@ from pat_serve.training.config import TrainRecipe
 from pat_serve.training.model import compensation
 from pat_serve.training.model.calibration import Calibration, calibrate, calibration_batches
 from pat_serve.training.model.insert import adapt, load_base
+from pat_serve.training.model.ready import make_ready
 from tests.compensating import make_up
 from tests.conftest import tiny_recipe
 from tests.tiny_models import save_tiny_family, save_tiny_llama
@@ -139,3 +140,25 @@ def test_states_and_masks_of_all_rows(
 
     # So often that the states outweigh the rest.
     assert preparing(21) - preparing(20) == pytest.approx(sum(tensor.nbytes for tensor in held), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "lengths"),
+    [({"ffn": 96}, (9, 8)), ({"ffn": 96}, (64,) * 60), ({"layers": 1}, (9, 8)), ({"layers": 1}, (64,) * 60)],
+    ids=["channels, few rows", "channels, many rows", "layers, few rows", "layers, many rows"],
+)
+def test_a_refit_of_all_outputs(shape: dict[str, int], lengths: tuple[int, ...], dtype: torch.dtype, tmp_path: Path):
+    """Of a stream that stays whole: every output is set, whatever is cut."""
+    opened = open_checkpoint(str(save_tiny_llama(tmp_path / "base")))
+    recipe = tiny_recipe(opened.folder, Path("d"), shape=shape, compensate=True, refit="full", **CUT)
+    batches = calibration_batches(samples(*lengths), recipe.batch_size)
+    base = load_base(opened, recipe, dtype)
+    whole = {"hidden": 64, **shape}
+    with LiveBytes(list(base.parameters())) as preparing:
+        make_ready(base, opened.family, recipe, whole, 24, batches=batches)
+    name = str(dtype).removeprefix("torch.")
+    sizes = [BatchSize.of(batch) for batch in batches]
+    counted = estimate_training(opened, recipe, name, whole, 24, 128, "cpu", sizes).preparing_bytes
+    held = counted - weights_bytes(opened, recipe, DTYPE_BYTES[name], opened.sizes)
+    assert held == pytest.approx(preparing.peak, rel=0.3)

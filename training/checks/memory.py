@@ -180,6 +180,8 @@ def _compensating_bytes(
     piece = 4 * min(ROWS_AT_ONCE, outputs) * hidden if width < 4 else 0
     # A refit holds the kept columns before, and then after, in the weight's dtype.
     change = 4 * outputs * kept + max(piece, width * outputs * kept if full else 8 * outputs * recipe.lora_rank)
+    if kept == hidden:
+        change = 0  # the readers of a whole stream stay as they are
     # In float64: the moments and their factor, and the change with what it is made of.
     moments = 8 * kept * (3 * kept + 4 * hidden) if kept < hidden else 0
     if recipe.keeps_tie:
