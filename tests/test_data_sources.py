@@ -18,6 +18,7 @@ from pat_serve.errors import DataError, UsageError
 from pat_serve.perplexity import IGNORED_LABEL
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import Row, encode_rows, load_rows, read_training_data
+from pat_serve.training.data.calibration_samples import calibration_samples
 from pat_serve.training.data.sources import iterate_rows
 from pat_serve.training.data.streaming import ExampleStream
 from pat_serve.training.data.training_data import TrainingData, split_examples
@@ -276,3 +277,19 @@ def test_as_many_samples_as_the_calibration_wants(streaming: bool, wanted: int, 
     assert len(data.samples) == found
     # The hash of the rows does not depend on how many are measured.
     assert data.train_sha256 == read(8).train_sha256
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [
+        ([10] * 600, 512),  # as many rows as a default takes
+        ([10] * 100, 100),
+        ([512] * 600, 256),  # as many tokens: 131,072
+        ([131_072, *[1] * 300], 128),  # and 128 rows all the same
+        ([2048] * 600, 128),
+    ],
+)
+def test_calibration_takes_rows_by_their_tokens_where_nobody_says(lengths: list[int], rows: int):
+    examples = [{"input_ids": [1] * length} for length in lengths]
+    assert len(calibration_samples(examples, None)) == rows
+    assert len(calibration_samples(examples, 600)) == len(lengths[:600])

@@ -195,6 +195,12 @@ def test_what_does_not_fit_the_base_or_the_data_is_refused_before_any_work(tiny_
     refuse(cut, "--hidden-size: expected none, since --method one-shot cuts nothing")
 
 
+def test_a_default_wants_the_rows_that_the_method_was_published_with(tiny_base: Path, rows: Path, tmp_path: Path):
+    default = recipe(tiny_base, rows).model_copy(update={"calibration_rows": None})
+    with pytest.raises(UsageError, match=r"--calibration-rows: expected at most 64, .*, found 128"):
+        start(default, tmp_path / "run")
+
+
 def test_data_of_less_than_the_least_rows_are_told_so(tiny_base: Path, rows: Path, tmp_path: Path):
     """The way out once was a number of rows that the flag itself refuses."""
     few = tmp_path / "few.jsonl"

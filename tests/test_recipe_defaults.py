@@ -169,6 +169,8 @@ def test_calibration_rows_need_something_to_measure_for() -> None:
     assert recipe(calibration_rows=512).resolved(tied=False).calibration_rows == 512
     with pytest.raises(UsageError, match=r"^--calibration-rows: expected a recipe that measures"):
         recipe(calibration_rows=512, **PAPER).resolved(tied=False)
+    # Runs of earlier versions have the former default in their recipes.
+    assert recipe(calibration_rows=128, **PAPER).resolved(tied=False).calibration_rows == 128
     with pytest.raises(UsageError, match=r"^--calibration-rows: expected none"):
         recipe(calibration_rows=512, method="lora").resolved(tied=False, prunes=False)
     with pytest.raises(UsageError, match="calibration_rows"):

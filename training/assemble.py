@@ -92,6 +92,7 @@ def _build(prepared: Prepared, run: Path, ranks: Ranks, *, resumes: bool) -> Rea
     recipe, inputs, checkpoint = prepared.recipe, prepared.inputs, prepared.checkpoint
     batches = prepared.calibration
     found, wanted = len(prepared.data.samples), recipe.calibration_rows
+    assert wanted is not None, "the recipe was not resolved"
     if batches and found < wanted and not resumes:
         say(f"calibration: the data have {found} rows, of {wanted} wanted")
     earlier = load_earlier(run) if resumes else None

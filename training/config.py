@@ -29,6 +29,8 @@ SCHEDULERS = (
 )  # fmt: skip
 
 LEAST_CALIBRATION_ROWS = 8
+# A run of before 2026-12 has it in its recipe where nobody said anything.
+FORMER_CALIBRATION_ROWS = 128
 # Where the ratio of a tied base goes, from so many layers on.
 AXES_OF_TIED = (LAYERS, FFN)
 LEAST_LAYERS = 8
@@ -95,7 +97,8 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
     # How firmly the refit holds weights where they are while its tokens are few; 0 not at all (model/least_squares.py).
     refit_shrinkage: float = pydantic.Field(default=SHRINKAGE, ge=0)
     # Rows that the stream is measured on, before the first step; the export's parity prompts are the first 8.
-    calibration_rows: int = pydantic.Field(default=128, ge=LEAST_CALIBRATION_ROWS)
+    # None: by their tokens (data/calibration_samples.py).
+    calibration_rows: int | None = pydantic.Field(default=None, ge=LEAST_CALIBRATION_ROWS)
     lora_head: bool | None = None
     # Share of the loss that is KL to the dense base; 1 leaves the cross-entropy out.
     distillation_weight: float = pydantic.Field(default=0.0, ge=0, le=1)
@@ -242,8 +245,7 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
         refit = {"refit": self._resolved_refit(bool(chosen["compensate"]))}
         self._refuse_untrained_groups(lora_head=bool(chosen["lora_head"]), prunes=True)
         unused = rotate == "none" and chosen["mask_start"] == "zero" and not chosen["compensate"]
-        default = TrainRecipe.model_fields["calibration_rows"].default
-        if unused and self.calibration_rows != default:
+        if unused and self.calibration_rows not in (None, FORMER_CALIBRATION_ROWS):
             raise UsageError(
                 "--calibration-rows",
                 expected="a recipe that measures the stream (--rotate, --mask-start energy, --compensate)",

@@ -225,7 +225,10 @@ def train(
     ] = None,
     calibration_rows: Annotated[
         int | None,
-        Flag(help="Training rows to measure the residual stream on, at first: 8 or more. [default: 128]"),
+        Flag(
+            help="Training rows to measure the base on and to refit to, 8 or more. "
+            "[default: 512, or those that have 131,072 tokens, and 128 at least]"
+        ),
     ] = None,
     distillation_weight: Annotated[
         float | None, Flag(help="Share of the loss that is KL to the dense base, in [0, 1]; 1: KL alone. [default: 0]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pat_serve.errors import UsageError
 from pat_serve.training.config import LEAST_CALIBRATION_ROWS, TrainRecipe
+from pat_serve.training.data.calibration_samples import FEWEST_ROWS
 from pat_serve.training.methods import method_of
 
 
@@ -13,15 +14,14 @@ def require_calibration_rows(recipe: TrainRecipe, found: int) -> None:
     Raises:
         UsageError: they have fewer.
     """
-    default = TrainRecipe.model_fields["calibration_rows"].default
-    method = method_of(recipe)
-    if not method.wants_batches(recipe) or (method.trains and recipe.calibration_rows == default):
+    method, asked = method_of(recipe), recipe.calibration_rows
+    if not method.wants_batches(recipe) or (method.trains and asked is None):
         return
-    if found < recipe.calibration_rows:
+    if found < (wanted := asked or FEWEST_ROWS):
         raise UsageError(
             "--calibration-rows",
             expected=f"at most {found}, the rows of --data {recipe.data}",
-            found=str(recipe.calibration_rows),
+            found=str(wanted),
             fix=f"Give --calibration-rows {found}, or data with more rows."
             if found >= LEAST_CALIBRATION_ROWS
             else f"Give data with at least {LEAST_CALIBRATION_ROWS} rows.",

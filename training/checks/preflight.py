@@ -158,7 +158,7 @@ def require_room(estimate: Preflight, available_bytes: int, device: str, recipe:
             "lower --batch-size and raise --gradient-accumulation-steps": training and recipe.batch_size > 1,
             "lower --max-length-tokens": True,
             f"lower --calibration-rows {recipe.calibration_rows}, for what comes before the first step": preparing
-            and recipe.calibration_rows > LEAST_CALIBRATION_ROWS,
+            and (recipe.calibration_rows or 0) > LEAST_CALIBRATION_ROWS,
             "add --gradient-checkpointing": training and not recipe.gradient_checkpointing,
             "take --dtype bfloat16": dtype == "float32",
             "override this estimate with --skip-preflight": True,

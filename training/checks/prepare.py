@@ -24,6 +24,7 @@ from pat_serve.training.checks.steps import steps_of_epochs, with_accumulation
 from pat_serve.training.checks.width import check_ties, target_shape
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.data import TrainingData, load_tokenizer, read_training_data
+from pat_serve.training.data.calibration_samples import FEWEST_ROWS
 from pat_serve.training.data.day import DatedTokenizer, writes_the_day
 from pat_serve.training.data.rowless import check_vocabulary
 from pat_serve.training.loop.reporting import check_reporters
@@ -104,6 +105,8 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
     elif total_steps is None:
         total_steps = steps_of_epochs(recipe, rows or 0, ranks.count, accumulation)
     require_calibration_rows(recipe, len(data.samples))
+    if recipe.calibration_rows is None:
+        recipe = recipe.model_copy(update={"calibration_rows": max(len(data.samples), FEWEST_ROWS)})
     least = method.least_steps(recipe) if method.trains else 0
     untrained = total_steps == 0 and least == 1 and method.prunes
     if total_steps < least and not untrained:

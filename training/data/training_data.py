@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pat_serve.errors import DataError, UsageError
 from pat_serve.terminal.progress import say
+from pat_serve.training.data.calibration_samples import calibration_samples
 from pat_serve.training.data.encoding import Example, encode_rows
 from pat_serve.training.data.packing import pack_examples
 from pat_serve.training.data.row import Tokenizer
@@ -32,8 +33,7 @@ class TrainingData:
     Attributes:
         train: rows for the Trainer, packed if the recipe says so.
         held_out: rows for the evaluation, never packed; None without one.
-        samples: the first `calibration_rows` training examples, unpacked, for the calibration and the export's parity
-            prompts.
+        samples: the first training examples, unpacked, for the calibration and the export's parity prompts.
         longest_tokens: of a training row; of a stream, the most that one may have.
         train_sha256: of the training rows; of a stream, its name and the hash of its first 1,000 examples.
         held_out_sha256: likewise, None without an evaluation.
@@ -84,7 +84,7 @@ def read_training_data(recipe: TrainRecipe, tokenizer: Tokenizer) -> TrainingDat
     return TrainingData(
         train=train,
         held_out=held_out,
-        samples=examples[: recipe.calibration_rows],
+        samples=calibration_samples(examples, recipe.calibration_rows),
         longest_tokens=max(len(example["input_ids"]) for example in train),
         train_sha256=examples_sha256(train),
         held_out_sha256=examples_sha256(held_out) if held_out is not None else None,
@@ -130,7 +130,7 @@ def _stream(recipe: TrainRecipe, tokenizer: Tokenizer, held_out: list[Example] |
         skip_bad=recipe.skip_bad_rows,
     )
     skipped = SkippedRows()
-    first = list(islice(stream.examples(skipped), max(STREAM_HEAD, recipe.calibration_rows)))
+    first = list(islice(stream.examples(skipped), max(STREAM_HEAD, recipe.calibration_rows or 0)))
     head = first[:STREAM_HEAD]
     # A run may end before its first pass through the source does, which reports the whole of it.
     skipped.report(f"{recipe.data}, before its first {len(first)} examples end")
@@ -146,7 +146,7 @@ def _stream(recipe: TrainRecipe, tokenizer: Tokenizer, held_out: list[Example] |
     return TrainingData(
         train=stream,
         held_out=held_out,
-        samples=first[: recipe.calibration_rows],
+        samples=calibration_samples(first, recipe.calibration_rows),
         longest_tokens=recipe.max_length_tokens,
         train_sha256=identity,
         held_out_sha256=examples_sha256(held_out) if held_out is not None else None,

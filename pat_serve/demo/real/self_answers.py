@@ -49,7 +49,8 @@ def open_model(model: Path) -> Any:
     """Open a chat model in vLLM."""
     from pat_serve.server.engine.offline import offline_llm
 
-    return offline_llm(str(model), dtype="bfloat16", max_model_len=512)
+    # vLLM wants 0.92 of the memory free by default, and other work may have some of it.
+    return offline_llm(str(model), dtype="bfloat16", max_model_len=512, gpu_memory_utilization=0.45)
 
 
 def answers_of(llm: Any, prompts: Sequence[str]) -> list[dict[str, Any]]:
