@@ -87,6 +87,8 @@ class Bench:
     def _prepared_for(self, candidate: Candidate, steps: int) -> Prepared:
         checkpoint = self._prepared.checkpoint
         recipe = resolved_for(self._recipe, candidate, checkpoint)
+        # Candidates see fewer rows than the run will, and need not say so each.
+        recipe = recipe.model_copy(update={"calibration_rows": len(self._prepared.data.samples)})
         method = method_of(recipe)
         inputs = self._prepared.inputs.model_copy(
             update={
