@@ -12,6 +12,8 @@ import yaml
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
 from pat_serve.run.plan import PruningPlan
+from pat_serve.training.checks.calibration_rows import require_calibration_rows
+from pat_serve.training.checks.continuation import require_same_recipe
 from pat_serve.training.checks.steps import LEAST_STEPS, steps_of_epochs, with_accumulation
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.presets import PAPER, preset_settings
@@ -165,12 +167,22 @@ def test_a_choice_that_the_rest_rules_out_is_refused() -> None:
         recipe(compensate=True, mask_start="zero").resolved(tied=False)
 
 
+def test_a_run_with_the_former_number_of_rows_goes_on(tmp_path: Path) -> None:
+    former = recipe(calibration_rows=128)
+    former.save(tmp_path)
+    require_same_recipe(tmp_path, recipe())
+    with pytest.raises(UsageError, match="calibration_rows 128, found 64"):
+        require_same_recipe(tmp_path, recipe(calibration_rows=64))
+
+
 def test_calibration_rows_need_something_to_measure_for() -> None:
     assert recipe(calibration_rows=512).resolved(tied=False).calibration_rows == 512
     with pytest.raises(UsageError, match=r"^--calibration-rows: expected a recipe that measures"):
         recipe(calibration_rows=512, **PAPER).resolved(tied=False)
     # Runs of earlier versions have the former default in their recipes.
     assert recipe(calibration_rows=128, **PAPER).resolved(tied=False).calibration_rows == 128
+    assert recipe(calibration_rows=128, method="lora").resolved(tied=False, prunes=False).calibration_rows == 128
+    require_calibration_rows(recipe(calibration_rows=128), 50)
     with pytest.raises(UsageError, match=r"^--calibration-rows: expected none"):
         recipe(calibration_rows=512, method="lora").resolved(tied=False, prunes=False)
     with pytest.raises(UsageError, match="calibration_rows"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pat_serve.errors import UsageError
 from pat_serve.training.model.least_squares import SHRINKAGE
-from pat_serve.training.presets import PAPER, PAPER_RATES
+from pat_serve.training.presets import FORMER_CALIBRATION_ROWS, PAPER, PAPER_RATES
 
 if TYPE_CHECKING:
     from pat_serve.training.config import TrainRecipe
@@ -86,8 +86,9 @@ def refuse_unused(recipe: TrainRecipe) -> None:
         refused |= dict.fromkeys(("lora_rank", "lora_alpha", *(["lora_dropout"] if recipe.lora_dropout else [])), why)
     for name in filter(refused.__contains__, fields):
         value, default = getattr(recipe, name), fields[name].get_default(call_default_factory=True)
-        # A preset's value says nothing of what the user wants; alpha follows the rank.
-        if value not in (default, PAPER.get(name, default), PAPER_RATES.get(name, default)):
+        # A preset's value says nothing of what the user wants, nor does a former default; alpha follows the rank.
+        former = FORMER_CALIBRATION_ROWS if name == "calibration_rows" else default
+        if value not in (default, former, PAPER.get(name, default), PAPER_RATES.get(name, default)):
             raise UsageError(
                 f"--{name.replace('_', '-')}",
                 expected=f"none, since {refused[name][0]}",

@@ -15,7 +15,7 @@ from pat_serve.training.groups import check_groups, parse_scales, untrained_grou
 from pat_serve.training.method_settings import MethodSettings
 from pat_serve.training.methods.pat.settings import PatSettings
 from pat_serve.training.model.least_squares import SHRINKAGE
-from pat_serve.training.presets import UNPRUNED
+from pat_serve.training.presets import FORMER_CALIBRATION_ROWS, UNPRUNED
 from pat_serve.training.rates import default_rate
 from pat_serve.training.recipe_errors import recipe_error
 from pat_serve.training.recipe_file import write_recipe
@@ -29,8 +29,6 @@ SCHEDULERS = (
 )  # fmt: skip
 
 LEAST_CALIBRATION_ROWS = 8
-# A run of before 2026-12 has it in its recipe where nobody said anything.
-FORMER_CALIBRATION_ROWS = 128
 # Where the ratio of a tied base goes, from so many layers on.
 AXES_OF_TIED = (LAYERS, FFN)
 LEAST_LAYERS = 8

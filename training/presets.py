@@ -27,6 +27,9 @@ PAPER_RATES: dict[str, Any] = {
     "gradient_accumulation_steps": 16,
 }
 
+# A run of before 2026-12 has it in its recipe where nobody said anything.
+FORMER_CALIBRATION_ROWS = 128
+
 UNPRUNED: dict[str, Any] = {name: PAPER[name] for name in ("rotate", "mask_start", "gate", "compensate")}
 
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER | PAPER_RATES}

@@ -6,6 +6,7 @@ from pat_serve.errors import UsageError
 from pat_serve.training.config import LEAST_CALIBRATION_ROWS, TrainRecipe
 from pat_serve.training.data.calibration_samples import FEWEST_ROWS
 from pat_serve.training.methods import method_of
+from pat_serve.training.presets import FORMER_CALIBRATION_ROWS
 
 
 def require_calibration_rows(recipe: TrainRecipe, found: int) -> None:
@@ -15,7 +16,7 @@ def require_calibration_rows(recipe: TrainRecipe, found: int) -> None:
         UsageError: they have fewer.
     """
     method, asked = method_of(recipe), recipe.calibration_rows
-    if not method.wants_batches(recipe) or (method.trains and asked is None):
+    if not method.wants_batches(recipe) or (method.trains and asked in (None, FORMER_CALIBRATION_ROWS)):
         return
     if found < (wanted := asked or FEWEST_ROWS):
         raise UsageError(

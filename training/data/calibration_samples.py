@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from pat_serve.training.data.encoding import Example
 
-# Where nobody says: so many rows, or as many as have so many tokens, and no fewer than a least number. On SmolLM2 rows
-# were worth more than steps up to here (docs/study.md); the states of all their tokens are in memory at once.
+# Where nobody says: so many rows, or as many as have so many tokens, and no fewer than a least number. On SmolLM2 the
+# gain of a doubling lasts up to here (docs/study.md); the states of all their tokens are in memory at once.
 MOST_ROWS = 512
 MOST_TOKENS = 131_072
 FEWEST_ROWS = 128
