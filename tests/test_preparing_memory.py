@@ -149,7 +149,7 @@ def test_states_and_masks_of_all_rows(
     ids=["channels, few rows", "channels, many rows", "layers, few rows", "layers, many rows"],
 )
 def test_a_refit_of_all_outputs(shape: dict[str, int], lengths: tuple[int, ...], dtype: torch.dtype, tmp_path: Path):
-    """Of a stream that stays whole: every output is set, whatever is cut."""
+    """The refit sets every output where layers or FFN channels are cut, and the count of bytes includes that."""
     opened = open_checkpoint(str(save_tiny_llama(tmp_path / "base")))
     recipe = tiny_recipe(opened.folder, Path("d"), shape=shape, compensate=True, refit="full", **CUT)
     batches = calibration_batches(samples(*lengths), recipe.batch_size)

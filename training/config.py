@@ -95,7 +95,7 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
     # How firmly the refit holds weights where they are while its tokens are few; 0 not at all (model/least_squares.py).
     refit_shrinkage: float = pydantic.Field(default=SHRINKAGE, ge=0)
     # Rows that the stream is measured on, before the first step; the export's parity prompts are the first 8.
-    # None: by their tokens (data/calibration_samples.py).
+    # Where the recipe names no number, the rows' tokens decide (data/calibration_samples.py).
     calibration_rows: int | None = pydantic.Field(default=None, ge=LEAST_CALIBRATION_ROWS)
     lora_head: bool | None = None
     # Share of the loss that is KL to the dense base; 1 leaves the cross-entropy out.
@@ -243,7 +243,7 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
         refit = {"refit": self._resolved_refit(bool(chosen["compensate"]))}
         self._refuse_untrained_groups(lora_head=bool(chosen["lora_head"]), prunes=True)
         unused = rotate == "none" and chosen["mask_start"] == "zero" and not chosen["compensate"]
-        if unused and self.calibration_rows not in (None, FORMER_CALIBRATION_ROWS):
+        if unused and self.asks_for_rows:
             raise UsageError(
                 "--calibration-rows",
                 expected="a recipe that measures the stream (--rotate, --mask-start energy, --compensate)",
@@ -251,6 +251,11 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
                 fix="Leave it out.",
             )
         return TrainRecipe.build(self.model_dump() | chosen | refit, "recipe")
+
+    @property
+    def asks_for_rows(self) -> bool:
+        """Somebody chose the number of calibration rows: it is neither the default nor the former one."""
+        return self.calibration_rows not in (None, FORMER_CALIBRATION_ROWS)
 
     @property
     def trains_norms(self) -> bool:

@@ -27,7 +27,7 @@ PAPER_RATES: dict[str, Any] = {
     "gradient_accumulation_steps": 16,
 }
 
-# A run of before 2026-12 has it in its recipe where nobody said anything.
+# The default until 2026-12. The recipes of runs from before then name it, whether or not somebody chose it.
 FORMER_CALIBRATION_ROWS = 128
 
 UNPRUNED: dict[str, Any] = {name: PAPER[name] for name in ("rotate", "mask_start", "gate", "compensate")}

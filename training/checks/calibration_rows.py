@@ -6,7 +6,6 @@ from pat_serve.errors import UsageError
 from pat_serve.training.config import LEAST_CALIBRATION_ROWS, TrainRecipe
 from pat_serve.training.data.calibration_samples import FEWEST_ROWS
 from pat_serve.training.methods import method_of
-from pat_serve.training.presets import FORMER_CALIBRATION_ROWS
 
 
 def require_calibration_rows(recipe: TrainRecipe, found: int) -> None:
@@ -15,10 +14,10 @@ def require_calibration_rows(recipe: TrainRecipe, found: int) -> None:
     Raises:
         UsageError: they have fewer.
     """
-    method, asked = method_of(recipe), recipe.calibration_rows
-    if not method.wants_batches(recipe) or (method.trains and asked in (None, FORMER_CALIBRATION_ROWS)):
+    method = method_of(recipe)
+    if not method.wants_batches(recipe) or (method.trains and not recipe.asks_for_rows):
         return
-    if found < (wanted := asked or FEWEST_ROWS):
+    if found < (wanted := recipe.calibration_rows or FEWEST_ROWS):
         raise UsageError(
             "--calibration-rows",
             expected=f"at most {found}, the rows of --data {recipe.data}",

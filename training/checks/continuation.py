@@ -81,7 +81,7 @@ def require_same_recipe(run: Path, recipe: TrainRecipe) -> None:
         # The run has named how many micro-batches make a step, too.
         recipe = recipe.model_copy(update={"gradient_accumulation_steps": saved.gradient_accumulation_steps})
     if recipe.calibration_rows is None and saved.calibration_rows == FORMER_CALIBRATION_ROWS:
-        # An older version's run has named the default of then.
+        # The run is of an older version, which wrote its default into the recipe.
         recipe = recipe.model_copy(update={"calibration_rows": saved.calibration_rows})
     old, new = saved.model_dump(), recipe.model_dump()
     changed = [name for name in new if old[name] != new[name]]
