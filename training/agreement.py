@@ -43,14 +43,15 @@ def _of_the_cut(recipe: TrainRecipe) -> Iterator[str]:
         yield "give ratio, hidden_size or shape, one of them"
     if recipe.axes and (recipe.shape or recipe.hidden_size is not None):
         yield "axes say where ratio cuts: give ratio beside them, and neither shape nor hidden_size"
-    if recipe.search_minutes and (recipe.shape or recipe.hidden_size is not None):
-        yield "search_minutes looks for a shape: no shape and no hidden_size beside it"
-    if recipe.speedup is not None and not recipe.search_minutes:
-        yield "speedup is what a search looks for: give search_minutes beside it (pat-shapes --speedup lists shapes)"
     if recipe.speedup is not None and recipe.ratio is not None:
         yield "give ratio or speedup, not both"
-    if recipe.search_minutes and "method" in recipe.model_fields_set:
-        yield "the shape that search_minutes finds decides the method: no method beside it"
+    for name in ("search_minutes", "speedup"):
+        if not getattr(recipe, name):
+            continue
+        if recipe.shape or recipe.hidden_size is not None:
+            yield f"{name} looks for a shape: no shape and no hidden_size beside it"
+        if "method" in recipe.model_fields_set:
+            yield f"the shape that {name} finds decides the method: no method beside it"
 
 
 def _with_a_quantized_base(recipe: TrainRecipe) -> Iterator[str]:
@@ -64,8 +65,9 @@ def _with_a_quantized_base(recipe: TrainRecipe) -> Iterator[str]:
         yield "compensate reads weights, which a quantized base has packed: no compensate"
     if recipe.train != "lora":
         yield "a quantized weight cannot be trained: train lora"
-    if recipe.search_minutes:
-        yield "a quantized base cannot be cut along most axes: no search_minutes beside quantize_base"
+    for name in ("search_minutes", "speedup"):
+        if getattr(recipe, name):
+            yield f"a quantized base cannot be cut along most axes: no {name} beside quantize_base"
 
 
 def refuse_unused(recipe: TrainRecipe) -> None:

@@ -59,7 +59,7 @@ class TrainRecipe(MethodSettings, ShapeSettings, PatSettings):
     hidden_size: int | None = None
     # Look for the best shape of that ratio for about so long, before the run (search/).
     search_minutes: float = pydantic.Field(default=0.0, ge=0)
-    # A search looks for shapes that decode so many times as fast, in the ratio's place (batch 1, 128 tokens).
+    # Shapes that decode so many times as fast, in the ratio's place (batch 1, 128 tokens): by a search, or by a rule.
     speedup: float | None = pydantic.Field(default=None, gt=1)
     # With 0, the cut is made up for and nothing is trained.
     max_steps: int | None = pydantic.Field(default=None, ge=0)

@@ -31,8 +31,9 @@ from pat_serve.training.model.norms import trained_gains
 from pat_serve.training.model.slicing import wide_adapter
 from pat_serve.training.ranks import Ranks, snapshot
 from pat_serve.training.result import PARITY_ROWS, require_finite, write_result
-from pat_serve.training.search.found import as_found, wants_search, with_shape
+from pat_serve.training.search.found import Search, as_found, leaves_shape_open, wants_search, with_shape
 from pat_serve.training.search.search import search
+from pat_serve.training.search.speed import shape_for_speed
 from pat_serve.training.sparse.run import prune
 from pat_serve.training.start import begin, clear_half_start, lay_out, save_start
 
@@ -59,7 +60,7 @@ def start(recipe: TrainRecipe, run: Path, *, force: bool = False) -> Finished:
     recipe = recipe.with_absolute_paths()
     inputs = [Path(recipe.model), *map(Path, filter(None, (recipe.data, recipe.eval_data)))]
     ranks.agree(lambda: check_vacant(run, force=force, inputs=inputs))
-    found = search(recipe) if wants_search(recipe) else None
+    found = _found(recipe, ranks)
     if found is not None:
         recipe = with_shape(recipe, found.shape)
     prepared = prepare(recipe, ranks, ranks.agree(date.today))
@@ -128,6 +129,13 @@ def start_or_resume(recipe: TrainRecipe, run: Path) -> Finished | None:
     if state is RunState.FINISHED:
         return None
     return resume(run) if state is RunState.UNFINISHED else start(recipe, run, force=True)
+
+
+def _found(recipe: TrainRecipe, ranks: Ranks) -> Search | None:
+    """The shape of a recipe that leaves it open; None for one that says what is cut."""
+    if wants_search(recipe):
+        return search(recipe)
+    return ranks.agree(lambda: shape_for_speed(recipe)) if leaves_shape_open(recipe) else None
 
 
 def _prune(prepared: Prepared, run: Path) -> Finished:

@@ -27,8 +27,10 @@ class ShapeSettings(pydantic.BaseModel):
     @classmethod
     def _method_follows_shape(cls, settings: object) -> object:
         """Choose the method `cut` where the stream stays whole, since PAT has nothing to do there."""
-        if not isinstance(settings, dict) or settings.get("method") is not None or settings.get("search_minutes"):
-            # The shape that the search finds decides the method.
+        if not isinstance(settings, dict) or settings.get("method") is not None:
+            return settings
+        if settings.get("search_minutes") or settings.get("speedup"):
+            # The shape that is found decides the method.
             return settings
         shape, axes = settings.get("shape") or {}, settings.get("axes") or ()
         cut = set(parse_shape(shape) if isinstance(shape, str) else shape) | set(_split(axes))

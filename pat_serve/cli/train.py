@@ -82,8 +82,9 @@ def train(
     speedup: Annotated[
         float | None,
         Flag(
-            help="What the search looks for in the place of a ratio: shapes that are expected to decode so many times "
-            "as fast here (one request, 128 tokens), by a short probe of the machine."
+            help="In the place of a ratio: the smallest cut that is expected to decode so many times as fast here (one "
+            "request, 128 tokens), by a short probe of the machine. Layers, with FFN channels where those cut fewer "
+            "parameters; --axes say otherwise, and --search-minutes tries more."
         ),
     ] = None,
     choose: Annotated[

@@ -71,21 +71,18 @@ class Search:
     Attributes:
         target: size or speed that was asked for.
         axes: that were to be cut; empty for any.
-        minutes: that it was given.
-        tried: the candidates, the best first.
+        minutes: that it was given; 0 where a rule decided (speed.py).
+        shape: that it takes.
+        tried: the candidates, the best first; none where a rule decided.
         skipped: shapes that there was no time to cut.
     """
 
     target: Target
     axes: tuple[str, ...]
     minutes: float
+    shape: dict[str, int]
     tried: list[Tried]
     skipped: list[str] = field(default_factory=list)
-
-    @property
-    def shape(self) -> dict[str, int]:
-        """The best candidate's."""
-        return self.tried[0].candidate.shape
 
     def save(self, run: Path) -> None:
         """Write search.json, complete or not at all."""
@@ -112,6 +109,11 @@ def wants_search(recipe: TrainRecipe) -> bool:
     return recipe.search_minutes > 0
 
 
+def leaves_shape_open(recipe: TrainRecipe) -> bool:
+    """Whether the shape of a recipe is found before its run: by a search, or by a rule for the speed it asks for."""
+    return wants_search(recipe) or recipe.speedup is not None
+
+
 def with_shape(recipe: TrainRecipe, shape: dict[str, int]) -> TrainRecipe:
     """The recipe of a search with the shape that it found; the method follows the shape."""
     settings = recipe.model_dump(exclude_unset=True)
@@ -132,7 +134,7 @@ def as_found(recipe: TrainRecipe, run: Path) -> TrainRecipe:
         UsageError: the run began with another search.
     """
     path = run / SEARCH_FILE
-    if not wants_search(recipe) or not path.is_file():
+    if not leaves_shape_open(recipe) or not path.is_file():
         return recipe
     record = json.loads(path.read_text(encoding="utf-8"))
     asked = _asked(Target.of(recipe), recipe.axes, recipe.search_minutes)

@@ -9,22 +9,19 @@ steps.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.cut.axes import AXES
 from pat_serve.errors import UsageError
-from pat_serve.machine.hardware import DTYPE_BYTES, serving_dtype
-from pat_serve.machine.probed_costs import probed_costs
-from pat_serve.shapes.sizes import ModelSizes
-from pat_serve.shapes.step_cost import decode_work
 from pat_serve.terminal.progress import say
 from pat_serve.training.config import TrainRecipe
 from pat_serve.training.ranks import Ranks
 from pat_serve.training.search.bench import Bench, resolved_for
-from pat_serve.training.search.candidates import CONTEXT_TOKENS, Candidate, Target, candidates, ceiling
+from pat_serve.training.search.candidates import Target, candidates
 from pat_serve.training.search.found import Search, Tried, ranked
+from pat_serve.training.search.speed import expected_speedup, out_of_reach
 
 # So many of the best are tuned; fewer steps than the least tell nothing.
 _TUNED, _LEAST_STEPS, _MOST_STEPS = 3, 8, 200
@@ -52,7 +49,9 @@ def search(recipe: TrainRecipe) -> Search:
     target = Target.of(recipe)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     among = recipe.axes or tuple(AXES)
-    found = _met(target, candidates(checkpoint, target, expected_speedup(checkpoint.sizes), among))
+    found = candidates(checkpoint, target, expected_speedup(checkpoint.sizes), among)
+    if not found:
+        raise out_of_reach(target)
     for candidate in found:
         # A setting that a candidate's method has no use for is refused now, and not after minutes.
         resolved_for(recipe, candidate, checkpoint)
@@ -77,25 +76,14 @@ def search(recipe: TrainRecipe) -> Search:
         say(f"search: no time to cut {'; '.join(skipped)} (a longer --search-minutes has)")
     tried = _tune(bench, ranked(tried, target), target, began + seconds)
     say(f"search: takes --shape {tried[0].candidate.told()}, {_why(tried, target)}")
-    return Search(target=target, axes=recipe.axes, minutes=recipe.search_minutes, tried=tried, skipped=skipped)
-
-
-def _met(target: Target, found: list[Candidate]) -> list[Candidate]:
-    """The candidates, of which there must be one.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if not found:
-        raise UsageError(
-            "--ratio" if target.ratio is not None else "--speedup",
-            expected="a share of all parameters that a shape comes near to"
-            if target.ratio is not None
-            else "a speed that a cut of at most 60 % of every axis is expected to have here",
-            found=str(target.ratio if target.ratio is not None else target.speedup),
-            fix="Ask for less, or give a --shape; pat-shapes lists what is there.",
-        )
-    return found
+    return Search(
+        target=target,
+        axes=recipe.axes,
+        minutes=recipe.search_minutes,
+        shape=tried[0].candidate.shape,
+        tried=tried,
+        skipped=skipped,
+    )
 
 
 def _tune(bench: Bench, tried: list[Tried], target: Target, until_s: float) -> list[Tried]:
@@ -120,22 +108,6 @@ def _tune(bench: Bench, tried: list[Tried], target: Target, until_s: float) -> l
         tuned.append(replace(one, tuned_kl=kl, steps=steps))
         say(f"search: {one.candidate.told()}: KL {kl:.3f} after {steps} steps")
     return [*ranked(tuned, target), *rest]
-
-
-def expected_speedup(base: ModelSizes) -> Callable[[ModelSizes], float]:
-    """Probe this machine for the speed-up of other sizes. Where the probe tells nothing, bytes alone count."""
-    dtype = serving_dtype()
-    try:
-        costs = probed_costs(base, dtype).costs
-    except UsageError as error:
-        say(f"search: speeds are ceilings, since the probe of this machine found {error.found}")
-        return lambda sizes: ceiling(base, sizes)
-
-    def seconds(sizes: ModelSizes) -> float:
-        work = decode_work(sizes, batch_size=1, context_tokens=CONTEXT_TOKENS, dtype_bytes=DTYPE_BYTES[dtype])
-        return costs.seconds(work)
-
-    return lambda sizes: seconds(base) / seconds(sizes)
 
 
 def _why(tried: Sequence[Tried], target: Target) -> str:
