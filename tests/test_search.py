@@ -42,6 +42,7 @@ def wide_base(folder: Path) -> Path:
     return save_tiny_family(folder, "llama", num_hidden_layers=8, intermediate_size=256, tie_word_embeddings=True)
 
 
+RECOVERY = Path(__file__).parents[1] / "benchmarks/results/cpu/recovery_ground.jsonl"
 # A speed, and a rule in the place of a search.
 SPEED = {"speedup": 1.3, "ratio": None, "search_minutes": 0}
 QUARTER, FAST = Target(ratio=0.25, speedup=None), Target(ratio=None, speedup=1.3)
@@ -190,10 +191,23 @@ def test_a_speed_alone_takes_the_smaller_cut(
 
 
 def test_layers_alone_have_to_cut_fewer_parameters_than_the_mix():
-    """The share at which both lose as much, from what docs/study.md measured."""
-    lost_23, lost_21, mix, cut_23, cut_21 = 0.591, 0.809, 0.734, 0.184, 0.237
-    power = math.log(lost_21 / lost_23) / math.log(cut_21 / cut_23)
-    assert cut_23 * (mix / lost_23) ** (1 / power) / cut_21 == pytest.approx(LAYERS_ALONE, abs=0.01)
+    """The share at which both lose as much, by the lines that docs/study.md stands on."""
+    whole = 134_515_008
+    lines = [json.loads(line) for line in RECOVERY.read_text().splitlines()]
+    untrained = [line for line in lines if line["tokens"] == 0 and line["start"] == "calibration_rows=128"]
+    lost = {
+        line["shape"]: (1 - line["parameters"] / whole, line["held_out_kl"])
+        for line in untrained
+        if "commit" not in line and not line["choose"]
+    }
+    shares = []
+    for mix, fewer, more in [(27, 25, 23), (24, 23, 21), (21, 21, 16)]:
+        cut, kl = lost[f"layers={mix},ffn={ {27: 1408, 24: 1280, 21: 1024}[mix] }"]
+        (cut_fewer, kl_fewer), (cut_more, kl_more) = lost[f"layers={fewer}"], lost[f"layers={more}"]
+        power = math.log(kl_more / kl_fewer) / math.log(cut_more / cut_fewer)
+        shares.append(cut_fewer * (kl / kl_fewer) ** (1 / power) / cut)
+    assert shares == pytest.approx([0.78, 0.92, 0.90], abs=0.01)
+    assert min(shares) < LAYERS_ALONE < max(shares)
 
 
 def test_a_run_for_a_speed_needs_no_search(
