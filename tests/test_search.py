@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.cut.axes import HIDDEN
 from pat_serve.errors import UsageError
 from pat_serve.export.exporter import export_run
-from pat_serve.machine.probed_costs import FoundCosts, fitted_costs
 from pat_serve.shapes.sizes import ModelSizes
-from pat_serve.shapes.step_cost import decode_work
 from pat_serve.training.assemble import Job, assemble
 from pat_serve.training.checks.prepare import Prepared
 from pat_serve.training.config import TrainRecipe
@@ -24,7 +21,6 @@ from pat_serve.training.recipe_file import read_recipe
 from pat_serve.training.run import start, start_or_resume
 from pat_serve.training.search.candidates import WITHIN, Candidate, Target, candidates, ceiling
 from pat_serve.training.search.found import SEARCH_FILE, Tried, ranked
-from pat_serve.training.search.speed import LAYERS_ALONE, expected_speedup, shape_for_speed
 from tests.tiny_models import save_tiny_family
 
 SETTINGS = {
@@ -42,7 +38,6 @@ def wide_base(folder: Path) -> Path:
     return save_tiny_family(folder, "llama", num_hidden_layers=8, intermediate_size=256, tie_word_embeddings=True)
 
 
-RECOVERY = Path(__file__).parents[1] / "benchmarks/results/cpu/recovery_ground.jsonl"
 # A speed, and a rule in the place of a search.
 SPEED = {"speedup": 1.3, "ratio": None, "search_minutes": 0}
 QUARTER, FAST = Target(ratio=0.25, speedup=None), Target(ratio=None, speedup=1.3)
@@ -159,88 +154,6 @@ def test_a_run_takes_the_best_shape(
         assert start_or_resume(asked(base, rows, **target), run) is None
 
 
-def by_fixed_work(base: ModelSizes, share: float) -> Any:
-    """Speeds of a machine on which layers' fixed work takes a share of a step, and bytes the rest."""
-    return lambda sizes: 1 / (share * sizes.layers / base.layers + (1 - share) / ceiling(base, sizes))
-
-
-@pytest.mark.parametrize(
-    ("share", "settings", "axes"),
-    [
-        (0.9, {}, {"layers"}),
-        (0.0, {}, {"layers", "ffn"}),
-        (0.0, {"axes": "hidden,ffn"}, {"hidden", "ffn"}),
-        (0.9, {"axes": "layers,ffn"}, {"layers", "ffn"}),
-    ],
-)
-def test_a_speed_alone_takes_the_smaller_cut(
-    share: float, settings: dict[str, Any], axes: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    base = save_tiny_family(
-        tmp_path / "base", "llama", num_hidden_layers=24, intermediate_size=1024, tie_word_embeddings=True
-    )
-    sizes = open_checkpoint(str(base)).sizes
-    expected = by_fixed_work(sizes, share)
-    monkeypatch.setattr("pat_serve.training.search.speed.expected_speedup", lambda base: expected)
-    found = shape_for_speed(asked(base, base, **SPEED, **settings))
-    assert set(found.shape) == axes
-    assert expected(sizes.with_counts(found.shape)) >= 1.3
-    for axis, more in {"layers": 1, "ffn": 64}.items():
-        if axis in axes and (count := found.shape[axis] + more) < (24 if axis == "layers" else 1024):
-            assert expected(sizes.with_counts({**found.shape, axis: count})) < 1.3, "a smaller cut would do"
-
-
-def test_layers_alone_have_to_cut_fewer_parameters_than_the_mix():
-    """The share at which both lose as much, by the lines that docs/study.md stands on."""
-    whole = 134_515_008
-    lines = [json.loads(line) for line in RECOVERY.read_text().splitlines()]
-    untrained = [line for line in lines if line["tokens"] == 0 and line["start"] == "calibration_rows=128"]
-    lost = {
-        line["shape"]: (1 - line["parameters"] / whole, line["held_out_kl"])
-        for line in untrained
-        if "commit" not in line and not line["choose"]
-    }
-    shares = []
-    for mix, fewer, more in [(27, 25, 23), (24, 23, 21), (21, 21, 16)]:
-        cut, kl = lost[f"layers={mix},ffn={ {27: 1408, 24: 1280, 21: 1024}[mix] }"]
-        (cut_fewer, kl_fewer), (cut_more, kl_more) = lost[f"layers={fewer}"], lost[f"layers={more}"]
-        power = math.log(kl_more / kl_fewer) / math.log(cut_more / cut_fewer)
-        shares.append(cut_fewer * (kl / kl_fewer) ** (1 / power) / cut)
-    assert shares == pytest.approx([0.78, 0.92, 0.90], abs=0.01)
-    assert min(shares) < LAYERS_ALONE < max(shares)
-
-
-def test_a_run_for_a_speed_needs_no_search(
-    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    base, run = wide_base(tmp_path / "base"), tmp_path / "run"
-    sizes = open_checkpoint(str(base)).sizes
-    monkeypatch.setattr("pat_serve.training.search.speed.expected_speedup", lambda _: by_fixed_work(sizes, 0.9))
-    recipe = asked(base, rows, **SPEED)
-    assert start(recipe, run).shape == {"hidden": 64, "layers": 6}
-    told = capsys.readouterr().err
-    assert "--speedup 1.3 takes --shape layers=6: expected to decode 1.3" in told
-    assert "--speedup 1.3 could take --shape layers=6,ffn=" in told
-    saved = read_recipe(run / "recipe.yaml")
-    assert (saved["shape"], saved["speedup"], saved["method"]) == ({"layers": 6}, None, "cut")
-    record = json.loads((run / SEARCH_FILE).read_text())
-    assert (record["speedup"], record["minutes"], record["tried"]) == (1.3, 0, [])
-    # A machine whose probe says something else by then does not change the run.
-    monkeypatch.setattr("pat_serve.training.search.speed.expected_speedup", lambda _: pytest.fail("probes again"))
-    assert start_or_resume(recipe, run) is None
-    with pytest.raises(UsageError, match=r"speedup 1\.3, found 1\.4"):
-        start_or_resume(asked(base, rows, **{**SPEED, "speedup": 1.4}), run)
-    with pytest.raises(UsageError, match=r"minutes 0\.0, found 0\.5"):
-        start_or_resume(asked(base, rows, **{**SPEED, "search_minutes": 0.5}), run)
-
-
-def test_a_base_of_few_layers_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    base = save_tiny_family(tmp_path / "base", "llama", num_hidden_layers=4, intermediate_size=1024)
-    sizes = open_checkpoint(str(base)).sizes
-    monkeypatch.setattr("pat_serve.training.search.speed.expected_speedup", lambda _: by_fixed_work(sizes, 0.1))
-    assert set(shape_for_speed(asked(base, base, **SPEED)).shape) == {"ffn"}
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -293,21 +206,6 @@ def test_a_speed_that_no_shape_reaches_is_refused_before_anything_is_cut(
     with pytest.raises(UsageError, match="--speedup: expected a speed that a cut"):
         start(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_probe_that_tells_nothing_leaves_the_ceilings(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    base = ModelSizes(hidden=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocab=49152, tied=True)
-    times = [(decode_work(base, batch_size=1, context_tokens=64, dtype_bytes=2), 1e-3)] * 3
-
-    def tells_nothing(*_: Any) -> FoundCosts:
-        return fitted_costs([work for work, _ in times], [second for _, second in times], "a clock", "bfloat16", "")
-
-    monkeypatch.setattr("pat_serve.training.search.speed.probed_costs", tells_nothing)
-    shallow = replace(base, layers=24)
-    assert expected_speedup(base)(shallow) == ceiling(base, shallow)
-    assert "speeds are ceilings" in capsys.readouterr().err
 
 
 def test_a_setting_that_some_candidates_have_no_use_for_is_refused_at_once(
