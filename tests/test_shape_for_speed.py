@@ -14,7 +14,7 @@ from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.errors import UsageError
 from pat_serve.machine.probed_costs import FoundCosts, fitted_costs
 from pat_serve.shapes.sizes import ModelSizes
-from pat_serve.shapes.step_cost import decode_work
+from pat_serve.shapes.step_cost import StepCosts, decode_work
 from pat_serve.training.recipe_file import read_recipe
 from pat_serve.training.run import start, start_or_resume
 from pat_serve.training.search.candidates import ceiling
@@ -121,3 +121,13 @@ def test_a_probe_that_tells_nothing_leaves_the_ceilings(
     shallow = replace(base, layers=24)
     assert expected_speedup(base)(shallow) == ceiling(base, shallow)
     assert "speeds are ceilings" in capsys.readouterr().err
+
+
+def test_a_disturbed_probe_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    base = ModelSizes(hidden=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocab=49152, tied=True)
+    costs = StepCosts(byte_s=1e-10, flop_s=1e-12, layer_s=1e-5, step_s=1e-4)
+    for error, told in [(0.2, ""), (0.5, "The times scatter so much")]:
+        found = FoundCosts(costs=costs, source="a clock", dtype="bfloat16", times=9, worst_error=error)
+        monkeypatch.setattr("pat_serve.training.search.speed.probed_costs", lambda *_, found=found: found)
+        assert expected_speedup(base)(replace(base, layers=15)) > 1.5
+        assert (told in capsys.readouterr().err) if told else (capsys.readouterr().err == "")

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 Flag = typer.Option
 _LOAD = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,7})")
-# Times of a quiet machine are met within a quarter; the sum of four costs is no more exact than that.
-_QUIET = 0.3
-_SCATTER = "The times scatter so much that another program was probably at work: measure again on a quiet machine."
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -141,7 +138,7 @@ def _notes(setting: Setting, costs: FoundCosts | None) -> list[str]:
             f"Expected from {costs.source}: {worth}, {found.flop_s * 1e12:.2f} s for 1e12 FLOPs, "
             f"{found.layer_s * 1e6:.0f} us for each layer and {found.step_s * 1e6:.0f} us for each step; "
             f"the {costs.times} times are met within {costs.worst_error:.0%}.",
-            *([_SCATTER] if costs.worst_error > _QUIET else []),
+            *([costs.remark] if costs.remark else []),
         ]
     notes = ["Ceilings count bytes (decode) and FLOPs (prefill) alone: no engine is faster, and many are slower."]
     if setting.small_layers:

@@ -11,6 +11,9 @@ from pat_serve.machine.layer_probe import probe_layers
 from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.shapes.step_cost import StepCosts, Work, decode_work, fit_costs, prefill_work, worst_error
 
+# Times of a quiet machine are met within a quarter; the sum of four costs is no more exact than that.
+_QUIET = 0.3
+
 
 @dataclass(frozen=True, kw_only=True)
 class FoundCosts:
@@ -29,6 +32,13 @@ class FoundCosts:
     dtype: str
     times: int
     worst_error: float
+
+    @property
+    def remark(self) -> str | None:
+        """What is wrong with the times; None where they fit together."""
+        if self.worst_error <= _QUIET:
+            return None
+        return "The times scatter so much that another program was probably at work: measure again on a quiet machine."
 
 
 def probed_costs(base: ModelSizes, dtype: str) -> FoundCosts:

@@ -76,14 +76,16 @@ def expected_speedup(base: ModelSizes) -> Callable[[ModelSizes], float]:
     """Probe this machine for the speed-up of other sizes. Where the probe tells nothing, bytes alone count."""
     dtype = serving_dtype()
     try:
-        costs = probed_costs(base, dtype).costs
+        found = probed_costs(base, dtype)
     except UsageError as error:
         say(f"speeds are ceilings, since the probe of this machine found {error.found}")
         return lambda sizes: ceiling(base, sizes)
+    if found.remark:
+        say(found.remark)
 
     def seconds(sizes: ModelSizes) -> float:
         work = decode_work(sizes, batch_size=1, context_tokens=CONTEXT_TOKENS, dtype_bytes=DTYPE_BYTES[dtype])
-        return costs.seconds(work)
+        return found.costs.seconds(work)
 
     return lambda sizes: seconds(base) / seconds(sizes)
 
