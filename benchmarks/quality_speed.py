@@ -135,7 +135,7 @@ def write_plot(rows: Sequence[Row], dense: Sequence[float], path: Path) -> None:
         }
     )
     for way in dict.fromkeys(row.way for row in rows):
-        own = sorted((row for row in rows if row.way == way), key=lambda row: row.decode[1][0])
+        own = [row for row in rows if row.way == way]
         speeds = [row.decode[1] for row in own]
         values = [row.figures["perplexity"] for row in own]
         figure.add_scatter(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,14 @@ from pat_serve.errors import UsageError
 from pat_serve.machine.probed_costs import FoundCosts, fitted_costs
 from pat_serve.shapes.sizes import ModelSizes
 from pat_serve.shapes.step_cost import StepCosts, decode_work
-from pat_serve.training.recipe_file import read_recipe
+from pat_serve.training.config import TrainRecipe
+from pat_serve.training.recipe_file import overridden, read_recipe
 from pat_serve.training.run import start, start_or_resume
 from pat_serve.training.search.candidates import ceiling
 from pat_serve.training.search.found import SEARCH_FILE
-from pat_serve.training.search.speed import LAYERS_ALONE, expected_speedup, shape_for_speed
+from pat_serve.training.search.speed import expected_speedup, shape_for_speed
 from tests.test_search import SPEED, asked, wide_base
 from tests.tiny_models import save_tiny_family
-
-RECOVERY = Path(__file__).parents[1] / "benchmarks/results/cpu/recovery_ground.jsonl"
 
 
 def by_fixed_work(base: ModelSizes, share: float) -> Any:
@@ -57,24 +55,21 @@ def test_a_speed_alone_takes_the_smaller_cut(
             assert expected(sizes.with_counts({**found.shape, axis: count})) < 1.3, "a smaller cut would do"
 
 
-def test_layers_alone_have_to_cut_fewer_parameters_than_the_mix():
-    """The share at which both lose as much, by the lines that docs/study.md stands on."""
-    whole = 134_515_008
-    lines = [json.loads(line) for line in RECOVERY.read_text().splitlines()]
-    untrained = [line for line in lines if line["tokens"] == 0 and line["start"] == "calibration_rows=128"]
-    lost = {
-        line["shape"]: (1 - line["parameters"] / whole, line["held_out_kl"])
-        for line in untrained
-        if "commit" not in line and not line["choose"]
-    }
-    shares = []
-    for mix, fewer, more in [(27, 25, 23), (24, 23, 21), (21, 21, 16)]:
-        cut, kl = lost[f"layers={mix},ffn={ {27: 1408, 24: 1280, 21: 1024}[mix] }"]
-        (cut_fewer, kl_fewer), (cut_more, kl_more) = lost[f"layers={fewer}"], lost[f"layers={more}"]
-        power = math.log(kl_more / kl_fewer) / math.log(cut_more / cut_fewer)
-        shares.append(cut_fewer * (kl / kl_fewer) ** (1 / power) / cut)
-    assert shares == pytest.approx([0.78, 0.92, 0.90], abs=0.01)
-    assert min(shares) < LAYERS_ALONE < max(shares)
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.35, 0.5, 0.8])
+@pytest.mark.parametrize("wanted", [1.1, 1.2, 1.35, 1.5, 1.9])
+def test_nothing_is_cut_that_the_speed_does_not_need(
+    share: float, wanted: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = save_tiny_family(
+        tmp_path / "base", "llama", num_hidden_layers=24, intermediate_size=1024, tie_word_embeddings=True
+    )
+    sizes = open_checkpoint(str(base)).sizes
+    expected = by_fixed_work(sizes, share)
+    monkeypatch.setattr("pat_serve.training.search.speed.expected_speedup", lambda base: expected)
+    shape = shape_for_speed(asked(base, base, **{**SPEED, "speedup": wanted})).shape
+    for axis in shape:
+        left = {one: count for one, count in shape.items() if one != axis}
+        assert expected(sizes.with_counts(left)) < wanted, f"{shape} without a cut of {axis}"
 
 
 def test_a_run_for_a_speed_needs_no_search(
@@ -101,11 +96,36 @@ def test_a_run_for_a_speed_needs_no_search(
         start_or_resume(asked(base, rows, **{**SPEED, "search_minutes": 0.5}), run)
 
 
-def test_a_base_of_few_layers_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    base = save_tiny_family(tmp_path / "base", "llama", num_hidden_layers=4, intermediate_size=1024)
+@pytest.mark.parametrize(("layers", "axes"), [(7, {"ffn"}), (8, {"layers"})])
+def test_a_base_of_few_layers_keeps_them(layers: int, axes: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = save_tiny_family(tmp_path / "base", "llama", num_hidden_layers=layers, intermediate_size=2048)
     sizes = open_checkpoint(str(base)).sizes
-    monkeypatch.setattr("pat_serve.training.search.speed.expected_speedup", lambda _: by_fixed_work(sizes, 0.1))
-    assert set(shape_for_speed(asked(base, base, **SPEED)).shape) == {"ffn"}
+    monkeypatch.setattr("pat_serve.training.search.speed.expected_speedup", lambda _: by_fixed_work(sizes, 0.4))
+    recipe = asked(base, base, **{**SPEED, "speedup": 1.1})
+    assert set(shape_for_speed(recipe).shape) == axes
+    with pytest.raises(UsageError, match="60 % of ffn is" if layers == 7 else "60 % of layers or layers and ffn is"):
+        shape_for_speed(recipe.model_copy(update={"speedup": 50.0}))
+
+
+def test_a_choice_may_be_of_any_axis_that_is_found(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = wide_base(tmp_path / "base")
+    sizes = open_checkpoint(str(base)).sizes
+    monkeypatch.setattr("pat_serve.training.search.speed.expected_speedup", lambda _: by_fixed_work(sizes, 0.9))
+    start(asked(base, rows, **SPEED, choose="layers=last,ffn=energy", max_steps=0), tmp_path / "run")
+    assert read_recipe(tmp_path / "run/recipe.yaml")["choose"] == {"layers": "last"}
+    with pytest.raises(UsageError, match="layers=influence or"):
+        asked(base, rows, **SPEED, choose="layers=luck")
+
+
+def test_a_flag_wins_over_the_files_other_way_to_say_what_is_cut():
+    fields = TrainRecipe.model_fields
+    assert overridden({"ratio": 0.25, "axes": ["ffn"]}, {"speedup": 1.3}, fields) == {"axes": ["ffn"], "speedup": 1.3}
+    for file in ({"speedup": 1.3}, {"speedup": 1.3, "search_minutes": 5.0}):
+        assert overridden(file, {"shape": "layers=6"}, fields) == {"shape": "layers=6"}
+    assert overridden({"speedup": 1.3, "search_minutes": 5.0}, {"ratio": 0.2}, fields) == {
+        "search_minutes": 5.0,
+        "ratio": 0.2,
+    }
 
 
 def test_a_probe_that_tells_nothing_leaves_the_ceilings(

@@ -47,9 +47,9 @@ def overridden(settings: dict[str, Any], flags: dict[str, Any], fields: Containe
         flags: those that were given.
         fields: names of a recipe's own settings; other flags are settings of the method.
     """
-    sizes = ("ratio", "hidden_size", "shape")
-    others = {one: {*sizes, "axes"} - {one} for one in ("hidden_size", "shape")}
-    others |= {"ratio": {"hidden_size", "shape"}, "axes": {"hidden_size", "shape"}, "epochs": {"max_steps"}}
+    sizes = {"ratio", "speedup", "hidden_size", "shape"}
+    others = {one: sizes | {"axes", "search_minutes"} for one in ("hidden_size", "shape")}
+    others |= {"ratio": sizes, "speedup": sizes, "axes": {"hidden_size", "shape"}, "epochs": {"max_steps"}}
     replaced = set().union(*(others[one] for one in others.keys() & flags.keys())) - flags.keys()
     kept = {name: value for name, value in settings.items() if name not in replaced}
     of_the_method = {name: flags[name] for name in sorted(flags) if name not in fields}

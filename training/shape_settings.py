@@ -79,6 +79,9 @@ class ShapeSettings(pydantic.BaseModel):
 
         method = METHODS.get(getattr(self, "method", ""))
         cut = set(self.inner_axes) or set(method.cut_by_default if method else ())
+        if not self.axes and (getattr(self, "search_minutes", 0) or getattr(self, "speedup", None)):
+            # The shape that is found may cut any of them.
+            cut = set(AXES) - {HIDDEN}
         if stray := sorted(set(self.choose) - cut):
             raise ValueError(f"choose says how to cut an axis of shape or axes, and {stray[0]} is none")
         for axis, name in self.choose.items():

@@ -83,8 +83,8 @@ def train(
         float | None,
         Flag(
             help="In the place of a ratio: the smallest cut that is expected to decode so many times as fast here (one "
-            "request, 128 tokens), by a short probe of the machine. Layers, with FFN channels where those cut fewer "
-            "parameters; --axes say otherwise, and --search-minutes tries more."
+            "request, 128 tokens), by a short probe of the machine: of layers, or of layers and FFN channels. --axes say "
+            "otherwise, and --search-minutes tries more."
         ),
     ] = None,
     choose: Annotated[

@@ -17,6 +17,7 @@ from pat_serve.run.folder import (
 )
 from pat_serve.run.plan import PLAN_ARRAYS, PLAN_JSON
 from pat_serve.training.config import AXES_OF_TIED, LEAST_LAYERS, TrainRecipe
+from pat_serve.training.presets import FORMER_CALIBRATION_ROWS
 from pat_serve.training.recipe_file import read_recipe
 
 
@@ -79,8 +80,8 @@ def require_same_recipe(run: Path, recipe: TrainRecipe) -> None:
     if recipe.gradient_accumulation_steps is None:
         # The run has named how many micro-batches make a step, too.
         recipe = recipe.model_copy(update={"gradient_accumulation_steps": saved.gradient_accumulation_steps})
-    if recipe.calibration_rows is None:
-        # The run has named its rows, too. An older version's run has the default of then.
+    if recipe.calibration_rows is None and saved.calibration_rows == FORMER_CALIBRATION_ROWS:
+        # The run is of an older version, which wrote its default into the recipe.
         recipe = recipe.model_copy(update={"calibration_rows": saved.calibration_rows})
     old, new = saved.model_dump(), recipe.model_dump()
     changed = [name for name in new if old[name] != new[name]]

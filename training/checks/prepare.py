@@ -106,11 +106,7 @@ def prepare(recipe: TrainRecipe, ranks: Ranks, day: date | None = None) -> Prepa
         total_steps = steps_of_epochs(recipe, rows or 0, ranks.count, accumulation)
     require_calibration_rows(recipe, len(data.samples))
     if recipe.calibration_rows is None:
-        counted = {"calibration_rows": max(len(data.samples), FEWEST_ROWS)}
-        if method.wants_batches(recipe):
-            # The recipe names them, so that it repeats the run under another default, too.
-            asked = asked.model_copy(update=counted)
-        recipe = recipe.model_copy(update=counted)
+        recipe = recipe.model_copy(update={"calibration_rows": max(len(data.samples), FEWEST_ROWS)})
     least = method.least_steps(recipe) if method.trains else 0
     untrained = total_steps == 0 and least == 1 and method.prunes
     if total_steps < least and not untrained:

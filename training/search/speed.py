@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pat_serve.checkpoints.checkpoint import open_checkpoint
 from pat_serve.cut.axes import FFN, LAYERS
@@ -17,18 +17,13 @@ from pat_serve.training.config import LEAST_LAYERS, TrainRecipe
 from pat_serve.training.search.candidates import CONTEXT_TOKENS, Candidate, Target, ceiling
 from pat_serve.training.search.found import Search
 
-# At an equal number of parameters, layers and FFN channels together keep more than layers alone. Layers alone keep as
-# much where they cut about this share of what the mix cuts: on SmolLM2-135M 0.78, 0.92 and 0.90 of it where the mix
-# cuts 12.3, 23.7 and 37.5 %, between what 25, 23, 21 and 16 layers lose (docs/study.md, KL with nothing trained).
-LAYERS_ALONE = 0.9
-
 
 def shape_for_speed(recipe: TrainRecipe) -> Search:
     """The smallest cut that is expected to be as fast as a recipe asks for; a search that has tried nothing.
 
     Along the recipe's axes, where it names some. Otherwise layers alone, or layers and FFN channels where these cut
-    about as few parameters: a layer takes the fixed work of its step with it, which a model of thin layers feels most.
-    A base of few layers loses FFN channels alone.
+    fewer parameters: a layer takes the fixed work of its step with it, which a model of thin layers feels most. A base
+    of few layers loses FFN channels alone.
 
     Args:
         recipe: one that asks for a speed.
@@ -48,10 +43,9 @@ def shape_for_speed(recipe: TrainRecipe) -> Search:
             cut = share_cut(base, sizes)
             found.append(Candidate(shape=shape, cut=cut, ceiling=ceiling(base, sizes), speedup=speedup(sizes)))
     if not found:
-        raise out_of_reach(target)
+        raise out_of_reach(target, mixes)
+    found.sort(key=lambda one: one.cut)
     best, other = found[0], found[-1]
-    if best.cut > LAYERS_ALONE * other.cut:
-        best, other = other, best
     say(
         f"--speedup {target.speedup:g} takes --shape {best.told()}: {_figures(best)} (batch 1, {CONTEXT_TOKENS} tokens)"
     )
@@ -60,15 +54,21 @@ def shape_for_speed(recipe: TrainRecipe) -> Search:
     return Search(target=target, axes=recipe.axes, minutes=0.0, shape=best.shape, tried=[])
 
 
-def out_of_reach(target: Target) -> UsageError:
-    """The error of a size or a speed that no shape has."""
+def out_of_reach(target: Target, mixes: Sequence[Sequence[str]] = ()) -> UsageError:
+    """The error of a size or a speed that no shape has.
+
+    Args:
+        target: that was asked for.
+        mixes: of axes that were looked at; none where all were.
+    """
+    among = " or ".join(" and ".join(axes) for axes in mixes) or "every axis"
     return UsageError(
         "--ratio" if target.ratio is not None else "--speedup",
         expected="a share of all parameters that a shape comes near to"
         if target.ratio is not None
-        else "a speed that a cut of at most 60 % of every axis is expected to have here",
+        else f"a speed that a cut of at most 60 % of {among} is expected to have here",
         found=str(target.ratio if target.ratio is not None else target.speedup),
-        fix="Ask for less, or give a --shape; pat-shapes lists what is there.",
+        fix="Ask for less, name other --axes, or give a --shape; pat-shapes lists what is there.",
     )
 
 
