@@ -21,7 +21,7 @@ from typing import Any
 from pat_serve.shapes.shape import parse_shape
 
 _RESULTS = Path(__file__).parent / "results" / "cpu"
-# What a shape cuts, in the picture's legend.
+# The picture's legend names the axes that a line of shapes cuts.
 _TOLD = {"hidden": "a narrower stream", "layers": "layers", "ffn": "FFN", "layers,ffn": "layers and FFN"}
 
 

@@ -35,7 +35,7 @@ class FoundCosts:
 
     @property
     def remark(self) -> str | None:
-        """What is wrong with the times; None where they fit together."""
+        """A warning that another program disturbed the measured times; None where the costs meet these times."""
         if self.worst_error <= _QUIET:
             return None
         return "The times scatter so much that another program was probably at work: measure again on a quiet machine."
